@@ -1,0 +1,38 @@
+"""The patch rule: where patches start, decided from bytes already known (digest §2, design §2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Shannon entropies in nats [...] (fp32) of logits [..., V].
+
+    Both factors come from row-wise kernels, so that a row's entropy never depends on the other rows.
+    """
+    logits = logits.float()
+    return -(torch.softmax(logits, -1) * torch.log_softmax(logits, -1)).sum(-1)
+
+
+@dataclass(frozen=True)
+class PatchRule:
+    """Position p+1 opens a patch iff p = 0, the entropy at p exceeds the threshold (nats, strict) or the run is full."""
+
+    threshold: float
+    max_patch_length: int | None = None
+
+    def opens(self, position: int, entropy: float, run: int) -> bool:
+        """Whether position + 1 opens a patch. `run` is the length of position's patch so far, its own byte included."""
+        return position == 0 or entropy > self.threshold or run == self.max_patch_length
+
+    def starts(self, entropy: list[float]) -> list[bool]:
+        """Start flags for positions 0..T of a sequence whose rows have these T entropies."""
+        flags = [True]
+        run = 0
+        for position, value in enumerate(entropy):
+            run = 1 if flags[position] else run + 1
+            flags.append(self.opens(position, value, run))
+        return flags
