@@ -1,0 +1,59 @@
+"""C code of the CPU path: compiled once per machine with the system's compiler, loaded with ctypes.
+
+Where there is no compiler, the torch paths serve; they are slower and otherwise equal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_SOURCES = Path(__file__).resolve().parent
+# Sums may be reordered by the compiler (it is one fixed order per build), but NaN and infinity must survive.
+_FLAGS = ["-O3", "-shared", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only", "-std=c11"]
+
+
+def _cpu_flags() -> list[str]:
+    if platform.machine() in ("x86_64", "AMD64"):
+        try:
+            known = set(Path("/proc/cpuinfo").read_text().split())
+        except OSError:
+            return []
+        return ["-mavx2", "-mfma"] if {"avx2", "fma"} <= known else []
+    return []
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library made from kernels/<name>.c, or None where it cannot be compiled or loaded.
+
+    `FASTBLT_NATIVE=0` turns native code off. The result is kept under the user's cache folder, keyed by the source and
+    the flags.
+    """
+    if os.environ.get("FASTBLT_NATIVE") == "0":
+        return None
+    source = _SOURCES / f"{name}.c"
+    flags = [*_FLAGS, *_cpu_flags()]
+    digest = hashlib.sha256(source.read_bytes() + " ".join([*flags, platform.machine()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastblt"
+    target = folder / f"{name}-{digest}.so"
+    try:
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Compiled beside and moved into place: two processes that start together never see half a file.
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch) / target.name
+                compiler = os.environ.get("CC", "cc")
+                subprocess.run(
+                    [compiler, *flags, "-o", str(built), str(source), "-lm"], check=True, capture_output=True, timeout=120
+                )
+                built.replace(target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,127 @@
+"""Rotate, write and attend: the self-attention of every layer over paged caches.
+
+Each of N rows belongs to a request (a row of the page table), has a position, and sees the keys of one contiguous range
+[lo, hi) of its own request's positions: causal rows, tentative rows and the bidirectional rows of a block differ only in
+these two integers (design §3). In order: every row's key is rotated and written with its value into the slot of its
+position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
+
+Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; cache
+[slots, 2, Hkv, D], keys then values, slot = page * page_size + position % page_size; table int32 [requests, pages],
+entry p // page_size is the page of position p; rows, positions, lows, highs int32 [N]. Returns [N, H, D].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention import TILE, masked_attention
+from kernels.native import library
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Where the rows of a pass stand in one cache group; see the module for shapes. Rows of a request are adjacent.
+
+    `spans` lists (first row, row count) of each request in the pass, for the torch path. `length` exceeds every position.
+    """
+
+    table: Tensor
+    rows: Tensor
+    positions: Tensor
+    lows: Tensor
+    highs: Tensor
+    spans: list[tuple[int, int]]
+    length: int
+    page_size: int
+
+
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows, *, tiled: bool = False
+) -> Tensor:
+    """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
+    if q.device.type == "cpu" and q.dtype == torch.float32 and cache.dtype == torch.float32:
+        native = library("paged_attention")
+        if native is not None:
+            return _native(native, q, k, v, turns, cache, at)
+    return paged_attention_torch(q, k, v, turns, cache, at, tiled=tiled)
+
+
+def _native(
+    native: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows
+) -> Tensor:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    n, heads, dim = q.shape
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    failed = native.fastblt_paged_attention(
+        pointer(q.data_ptr()),
+        pointer(k.data_ptr()),
+        pointer(v.data_ptr()),
+        pointer(turns.data_ptr()),
+        pointer(cache.data_ptr()),
+        pointer(at.table.data_ptr()),
+        size(at.table.stride(0)),
+        pointer(at.rows.data_ptr()),
+        pointer(at.positions.data_ptr()),
+        pointer(at.lows.data_ptr()),
+        pointer(at.highs.data_ptr()),
+        size(n),
+        size(heads),
+        size(k.shape[1]),
+        size(dim),
+        size(at.page_size),
+        ctypes.c_int(torch.get_num_threads()),
+        pointer(out.data_ptr()),
+    )
+    if failed:
+        raise MemoryError("paged attention could not allocate its scratch space")
+    return out
+
+
+def paged_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows, *, tiled: bool = False
+) -> Tensor:
+    """The same in torch: for devices and dtypes without a kernel. Gathers the pages of each request."""
+    page = at.page_size
+    positions = at.positions.long()
+    own = turns[positions]
+    q, k = _rotate(q, own), _rotate(k, own)
+    slots = at.table[at.rows.long(), positions // page].long() * page + positions % page
+    cache.index_copy_(0, slots, torch.stack((k, v), 1).to(cache.dtype))
+    out = torch.empty_like(q)
+    # Single rows share one batch; each longer run of rows is a batch of its own, over one copy of its keys.
+    single = [first for first, count in at.spans if count == 1]
+    if single:
+        index = torch.tensor(single, device=q.device)
+        out[index] = _attend(q[index, None], index, cache, at, tiled)[:, 0]
+    for first, count in at.spans:
+        if count > 1:
+            index = torch.arange(first, first + count, device=q.device)
+            out[index] = _attend(q[None, index], index[None], cache, at, tiled)[0]
+    return out
+
+
+def _attend(q: Tensor, index: Tensor, cache: Tensor, at: RaggedRows, tiled: bool) -> Tensor:
+    """q [R, Q, H, D] of the pass's rows `index` ([R] or [1, Q]), all of one request along Q."""
+    index = index.view(q.shape[0], q.shape[1])
+    lows, highs = at.lows[index], at.highs[index]
+    base = lows.amin(1) // TILE * TILE
+    span = int((highs.amax(1) - base).max())
+    span = -(-span // TILE) * TILE
+    keys = base[:, None] + torch.arange(span, device=q.device)
+    pages = at.table[at.rows[index[:, 0]].long()[:, None], (keys // at.page_size).clamp_max(at.table.shape[1] - 1)]
+    both = cache[pages.long() * at.page_size + keys % at.page_size]
+    mask = (keys[:, None] >= lows[..., None]) & (keys[:, None] < highs[..., None])
+    # What lies outside every row's range may be memory nobody wrote; zero times NaN would reach the sums.
+    both = both.masked_fill(~mask.any(1)[..., None, None, None], 0.0)
+    return masked_attention(q, both[:, :, 0], both[:, :, 1], mask, tiled=tiled)
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = turns.unsqueeze(-3).to(x.dtype).unbind(-1)
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)

@@ -1,0 +1,168 @@
+"""Selection of one id for each row of logits: penalties, temperature, truncation, draw and statistics.
+
+With z [N, 260] the raw logits, c the counts of produced ids, and everything a value of the row:
+
+    s = z;  s = s / r if s > 0 else s * r      for ids in the prompt or produced (repetition)
+    s = s - (frequency * c + presence * [c > 0]) + bias;   s = -inf for BOE, BOS, BPE and, where forbidden, EOS
+    t = 0:  id = argmax(s)
+    t > 0:  s = s / t, then removed (-inf) by, in this order,
+            top_k   ids below the k-th largest score (ties at the boundary stay)
+            top_p   ids after the smallest prefix, descending, ties lowest id first, whose probability reaches top_p,
+                    probabilities renormalized after top_k; the first id always stays
+            min_p   ids with p < min_p * max p
+            id = argmax(log_softmax(s) + gumbel(seed, position, id))
+
+Ties go to the lowest id. `logprobs` is log_softmax(z) at the id, of the raw model. `confidence` (maximum probability)
+and `entropy` (nats) are those of softmax(s) after the temperature (t = 0 counts as 1) and before truncation. A row is
+`bad`, and its id EOS, when its logits hold NaN or +inf or when no id is left with a finite score.
+
+A row's result is bit-identical whatever the other rows, N and the three batch-wide booleans are. A vectorized loop and
+the scalar loop over its remainder may round a transcendental function differently, and where the remainder falls
+depends on N. So here exp and log appear only inside softmax and log_softmax over the last dimension, which handle each
+row alone, and in the noise, which is correctly rounded (see there). All the rest is IEEE arithmetic, comparison, sorting,
+or a sum along a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.noise import VOCABULARY, gumbel
+
+EOS = 2
+#: BOE, BOS and BPE are never produced.
+NEVER = (0, 1, 3)
+
+_INF = float("inf")
+_MOST = torch.finfo(torch.float32).max
+
+
+@dataclass
+class SelectionParams:
+    """Parameters of N rows, tensors on the logits' device.
+
+    The booleans speak for the batch: some row samples, truncates, or has penalties or a bias. Work that no row needs is
+    skipped; a row that does not need it gets the same result either way. Without `penalized` the last six fields are
+    not read; with it each may still be None.
+    """
+
+    temperature: Tensor  # fp32 [N], 0 is greedy
+    top_k: Tensor  # int64 [N], 0 is off
+    top_p: Tensor  # fp32 [N], 1 is off
+    min_p: Tensor  # fp32 [N], 0 is off
+    seeds: Tensor  # int64 [N], from `mix_seed`
+    positions: Tensor  # int64 [N], absolute position of the produced byte
+    forbid_eos: Tensor  # bool [N]
+    sampled: bool
+    truncated: bool
+    penalized: bool
+    repetition: Tensor | None = None  # fp32 [N], 1 is off
+    presence: Tensor | None = None  # fp32 [N]
+    frequency: Tensor | None = None  # fp32 [N]
+    counts: Tensor | None = None  # int32 [N, 260], how often each id was produced
+    prompt_seen: Tensor | None = None  # bool [N, 260]
+    bias: Tensor | None = None  # fp32 [N, 260], finite or -inf
+
+
+@dataclass
+class Selection:
+    """What was chosen in each row."""
+
+    ids: Tensor  # int64 [N]
+    logprobs: Tensor  # fp32 [N], without meaning in a bad row
+    confidence: Tensor | None  # fp32 [N], None unless asked for; NaN in a bad row
+    entropy: Tensor | None  # fp32 [N], likewise
+    bad: Tensor  # bool [N]
+
+
+@lru_cache(maxsize=16)
+def _allowances(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to the scores [260], without and with EOS: built once a device, so that no pass copies from the host."""
+    with torch.inference_mode(False):
+        without = torch.zeros(VOCABULARY)
+        without[list((*NEVER, EOS))] = -_INF
+        with_eos = without.clone()
+        with_eos[EOS] = 0.0
+        return without.to(device), with_eos.to(device)
+
+
+def _penalized(logits: Tensor, params: SelectionParams) -> Tensor:
+    """Scores after penalties and bias, a new tensor or `logits` itself."""
+    scores, counts = logits, params.counts
+    produced = None if counts is None else counts > 0
+    if params.repetition is not None:
+        seen = params.prompt_seen
+        if produced is not None:
+            seen = produced if seen is None else seen | produced
+        if seen is not None:
+            rate = params.repetition.unsqueeze(-1)
+            scores = torch.where(seen, torch.where(scores > 0, scores / rate, scores * rate), scores)
+    if counts is not None and produced is not None:
+        # Products and sums as separate operations: a fused multiply-add would round otherwise.
+        penalty = None if params.frequency is None else counts * params.frequency.unsqueeze(-1)
+        if params.presence is not None:
+            present = produced * params.presence.unsqueeze(-1)
+            penalty = present if penalty is None else penalty.add_(present)
+        if penalty is not None:
+            scores = scores - penalty
+    return scores if params.bias is None else scores + params.bias
+
+
+def _truncated(scores: Tensor, params: SelectionParams) -> Tensor:
+    """Scores [N, 260] with the ids that top_k, top_p and min_p remove at -inf."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    last = torch.where(params.top_k > 0, params.top_k, VOCABULARY).clamp_(max=VOCABULARY).sub_(1)
+    kept = ordered >= ordered.gather(1, last.unsqueeze(-1))
+    p = ordered.masked_fill(~kept, -_INF).softmax(-1)
+    # An id stays while those before it have not reached top_p. A sum of rounded terms may stop short of 1 or pass it,
+    # so 1 (off) becomes a bound that no sum reaches.
+    mass = p.cumsum(-1, dtype=torch.float64)
+    reach = torch.where(params.top_p < 1, params.top_p, _INF)
+    kept[:, 1:].logical_and_(mass[:, :-1] < reach.unsqueeze(-1))
+    kept.logical_and_(p >= p[:, :1] * params.min_p.unsqueeze(-1))
+    removed = torch.zeros_like(kept).scatter_(1, order, kept).logical_not_()
+    return scores.masked_fill(removed, -_INF)
+
+
+def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
+    """One id for each row of fp32 logits [N, 260], which are not modified; the module has the rules."""
+    # Adding, rather than filling, keeps NaN visible and turns +inf at a forbidden id into NaN.
+    allowance = torch.where(params.forbid_eos.unsqueeze(-1), *_allowances(logits.device))
+    scores = allowance.add_(_penalized(logits, params) if params.penalized else logits)
+    scaled, distribution = scores, None
+    if params.sampled:
+        # A greedy row divides by 1, which changes nothing, and keeps its scores: log_softmax could round two of them to
+        # one value. A quotient beyond fp32 stays its largest number, since inf - inf has no logarithm.
+        sampling = params.temperature > 0
+        scaled = (scores / torch.where(sampling, params.temperature, 1.0).unsqueeze(-1)).clamp_(max=_MOST)
+        distribution = scaled.log_softmax(-1)
+        drawn = _truncated(scaled, params).log_softmax(-1) if params.truncated else distribution
+        noisy = drawn + gumbel(params.seeds, params.positions)
+        best, ids = torch.where(sampling.unsqueeze(-1), noisy, scores).max(-1)
+        bad = best.isfinite().logical_and_(scores.amax(-1).isfinite()).logical_not_()
+    else:
+        best, ids = scores.max(-1)
+        bad = best.isfinite().logical_not_()
+    ids.masked_fill_(bad, EOS)
+    logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(-1)).squeeze(-1)
+    confidence = entropy = None
+    if need_statistics:
+        if distribution is None:
+            distribution = scaled.log_softmax(-1)
+        p = scaled.softmax(-1)
+        confidence = p.amax(-1)
+        # Where p is 0 its logarithm may be -inf; any finite number gives the right product, 0. The sum is in float64
+        # because a device may choose the order of its terms by N.
+        entropy = distribution.clamp_(min=-_MOST).mul_(p).sum(-1, dtype=torch.float64).neg_().float()
+        confidence.masked_fill_(bad, float("nan"))
+        entropy.masked_fill_(bad, float("nan"))
+    return Selection(ids, logprobs, confidence, entropy, bad)
+
+
+def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
+    """The launcher: picks the implementation for the logits' device. See `select_torch`."""
+    return select_torch(logits, params, need_statistics=need_statistics)

@@ -1,0 +1,315 @@
+"""Checkpoints on disk: safetensors and `config.json` in the layout of `transformers`' BLT, and nothing else.
+
+Names are those of `Blt` with `model.` in front, but for `lm_head.weight`. One file, `model.safetensors`, or shards
+with `model.safetensors.index.json`. `transformers` does not know `model.local_decoder.embed_tokens.weight`, there only
+for a diffusion head or `embedding` input: it reports the tensor as unexpected and runs without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.blt import Blt, _hash_powers
+from models.config import BltConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Quantized floats (fp8 and the like) mean nothing without scales, which this layout does not have.
+_STORED_DTYPES = (*_DTYPES, torch.float64)
+_PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
+_AGAIN = "; copy or download the checkpoint again"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file or tensor and what to do."""
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Blt:
+    """The frozen model of a local folder or a Hub id (`owner/name`), in eval mode.
+
+    `dtype` is float32, float16 or bfloat16; the entropy model is float32 whatever it says (design §2.2). `revision` and
+    `token` go to the Hub. Raises CheckpointError for files and tensors, ConfigError for `config.json`.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+    folder = checkpoint_folder(source, revision=revision, token=token)
+    config = read_config(folder)
+    # No memory and no initialization for weights that are about to be replaced.
+    with torch.device("meta"):
+        model = Blt(config)
+    expected = {stored_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    files = TensorFiles(folder)
+    _check_names(expected, files)
+    weights: dict[str, Tensor] = {}
+    for name, shape in expected.items():
+        wanted = torch.float32 if name.startswith("model.patcher.") else dtype
+        weights[name.removeprefix("model.")] = _ready(name, files.read(name), shape, wanted).to(device)
+    model.load_state_dict(weights, strict=True, assign=True)
+    # These two are functions of the configuration and stand in no file.
+    model._hash_powers = _hash_powers(config.hash_group_sizes, config.hash_functions).to(device)
+    model._hash_offsets = (torch.arange(config.num_hash_tables) * config.hash_group_vocab).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(
+    model: Blt, folder: str | Path, dtype: torch.dtype = torch.float32, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `config.json` and the weights of `model` to `folder`; the entropy model is always written as float32."""
+    state = {stored_name(name): tensor for name, tensor in model.state_dict().items()}
+
+    def kind(name: str) -> torch.dtype:
+        return torch.float32 if name.startswith("model.patcher.") else dtype
+
+    sizes = {name: tensor.numel() * kind(name).itemsize for name, tensor in state.items()}
+    write_checkpoint(
+        folder, model.config.to_dict(), sizes, lambda name: state[name].detach().to("cpu", kind(name)), max_shard_bytes
+    )
+
+
+def stored_name(name: str) -> str:
+    """The file's name of a parameter of `Blt`."""
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def checkpoint_folder(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of `source`: itself, or a snapshot (json, safetensors) of the Hub repository it names."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{source}: no such folder; give a checkpoint folder or a Hub id such as owner/name")
+    # Imported here: it costs more than everything else this file needs, and local folders do without.
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source}: cannot be downloaded from the Hub ({reason}); check the name and revision, the network, and for"
+            " a gated model the token, or give a local folder"
+        ) from error
+
+
+def read_config(folder: Path) -> BltConfig:
+    """The configuration in a checkpoint folder. Raises CheckpointError without a readable one, ConfigError if wrong."""
+    raw = read_json(folder / CONFIG_FILE)
+    if "args" in raw and "patcher_config" not in raw:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is in the official repository's layout; turn the folder into this project's with"
+            " models.convert first"
+        )
+    return BltConfig.from_dict(raw)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; give a checkpoint folder in the layout of transformers") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}){_AGAIN}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object{_AGAIN}")
+    return raw
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder, read one at a time. Raises CheckpointError for files that cannot be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        if (folder / WEIGHTS_FILE).exists():
+            listed = None
+            files = [WEIGHTS_FILE]
+        else:
+            listed = self._index()
+            files = sorted(set(listed.values()))
+        for file in files:
+            for name in self._names(file):
+                self._file_of[name] = file
+        for name, file in (listed or {}).items():
+            if self._file_of.get(name) != file:
+                raise CheckpointError(f"{folder / file} lacks tensor {name}, which {INDEX_FILE} places there{_AGAIN}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.folder / self._file_of[name]
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return self._open[self._file_of[name]].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.path(name)}: tensor {name} cannot be read ({error}){_AGAIN}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+
+    def itemsize(self, name: str) -> int:
+        """Bytes per element of a tensor."""
+        bits = re.sub(r"\D", "", str(self._open[self._file_of[name]].get_slice(name).get_dtype()))
+        return max(1, int(bits or 8) // 8)
+
+    def _names(self, file: str) -> list[str]:
+        path = self.folder / file
+        try:
+            self._open[file] = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing, though {INDEX_FILE} lists it{_AGAIN}") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is truncated or no safetensors file ({error}){_AGAIN}") from error
+        return list(self._open[file].keys())
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX_FILE
+        if not path.exists():
+            raise CheckpointError(self._without_weights())
+        listed = read_json(path).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise CheckpointError(f"{path} has no weight_map{_AGAIN}")
+        for name, file in listed.items():
+            # A file name is all that an index may hold: a path could lead out of the checkpoint.
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{path} places {name} in {file!r}, no name of a safetensors file{_AGAIN}")
+        return listed
+
+    def _without_weights(self) -> str:
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix.lower() in _PICKLES)
+        if pickles:
+            return (
+                f"{self.folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded and"
+                f" are never read; convert them to {WEIGHTS_FILE} with safetensors"
+            )
+        return f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a folder that holds the weights"
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors of `sizes` bytes, fetched by name one shard at a time, and then `config.json`.
+
+    Every file is written beside its place and moved there; weights that an earlier call left under other names go.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(sizes, max_shard_bytes)
+    files = [WEIGHTS_FILE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for names, file in zip(shards, files, strict=True):
+        tensors = {name: read(name).contiguous() for name in names}
+        with _placed(folder / file) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+    for pattern in ("model-*.safetensors", WEIGHTS_FILE, INDEX_FILE):
+        for path in folder.glob(pattern):
+            if path.name not in files:
+                path.unlink()
+    if len(shards) > 1:
+        listed = {name: file for names, file in zip(shards, files, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(listed.items()))}
+        with _placed(folder / INDEX_FILE) as path:
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with _placed(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in runs of at most `limit` bytes; a tensor larger than that has a file of its own."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > limit:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards
+
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when all went well."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _check_names(expected: Mapping[str, object], files: TensorFiles) -> None:
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise CheckpointError(
+            f"{files.folder}: tensor {missing[0]} is missing ({len(missing)} in all); {CONFIG_FILE} describes another"
+            " shape, or the weights are incomplete"
+        )
+    extra = [name for name in files if name not in expected]
+    if extra:
+        raise CheckpointError(
+            f"{files.path(extra[0])}: tensor {extra[0]} is not part of the model that {CONFIG_FILE} describes"
+            f" ({len(extra)} such in all); correct {CONFIG_FILE} or remove them"
+        )
+
+
+def _ready(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`, once it is known to be what the model needs."""
+    if tensor.dtype not in _STORED_DTYPES:
+        raise CheckpointError(f"tensor {name} is {tensor.dtype}; save it as float32, float16 or bfloat16")
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"tensor {name} has shape {list(tensor.shape)}, but {CONFIG_FILE} makes it {list(shape)}; one of them is"
+            " of another model"
+        )
+    if not _finite(tensor):
+        raise CheckpointError(f"tensor {name} holds NaN or infinite values; the checkpoint is broken, use another one")
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not _finite(cast):
+        raise CheckpointError(f"tensor {name} has values beyond the range of {dtype}; load as float32 or bfloat16")
+    return cast
+
+
+def _finite(tensor: Tensor) -> bool:
+    # The extremes carry every NaN and infinity, and need no mask as large as the tensor.
+    return tensor.numel() == 0 or all(torch.isfinite(extreme) for extreme in tensor.aminmax())

@@ -1,0 +1,42 @@
+"""Prepared data on the disk, memory-mapped, and the order in which training reads it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.training.corpus import Corpus
+from models.training.loop import write_atomically
+
+
+def save_array(path: Path, array: NDArray) -> None:
+    def write(to: Path) -> None:
+        with to.open("wb") as file:
+            np.save(file, array)
+
+    write_atomically(path, write)
+
+
+def load_array(path: Path) -> NDArray:
+    """A saved array, memory-mapped."""
+    return np.load(path, mmap_mode="r")
+
+
+def save_corpus(folder: Path, corpus: Corpus) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_array(folder / "held_out.npy", corpus.held_out)
+    save_array(folder / "train.npy", corpus.train)
+
+
+def rows(count: int, step: int, rank: int, processes: int, batch: int, seed: int) -> list[int]:
+    """The rows, of `count`, that a process trains on at a step. Every epoch is a permutation of its own."""
+    first = (step * processes + rank) * batch
+    return [int(_order(count, index // count, seed)[index % count]) for index in range(first, first + batch)]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)

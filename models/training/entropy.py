@@ -1,0 +1,79 @@
+"""First stage: the entropy model, the threshold that makes patches of the wanted size, and the patches of the corpus."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.blt import Patcher, init_weights
+from models.config import StackConfig
+from models.patching import PatchRule, entropies
+from models.training.attention import WindowAttention
+from models.training.data import load_array, rows
+from models.vocabulary import VOCAB_SIZE
+
+
+class EntropyTask:
+    """Next-byte prediction by the patcher alone."""
+
+    def __init__(self, config: StackConfig, data: Path, batch: int, seed: int) -> None:
+        self.model = Patcher(config)
+        init_weights(self.model, seed)
+        self._rows = load_array(data / "train.npy")
+        self._batch, self._seed = batch, seed
+        self._attend = WindowAttention(config, self._rows.shape[1])
+
+    def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]:
+        chosen = rows(len(self._rows), step, rank, processes, self._batch, self._seed)
+        return {"ids": torch.from_numpy(self._rows[chosen].astype(np.int64))}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = batch["ids"]
+        logits = self.model(ids, self._attend)[:, :-1]
+        loss = F.cross_entropy(logits.reshape(-1, VOCAB_SIZE), ids[:, 1:].reshape(-1))
+        return loss, {"bits": loss.detach() / math.log(2)}
+
+    def checkpoint(self, step: int, progress: float) -> None:
+        pass
+
+
+@torch.inference_mode()
+def measure(patcher: Patcher, config: StackConfig, chunks: NDArray, batch: int = 16) -> tuple[NDArray, float]:
+    """Entropies fp32 nats [N, length] of chunks, and the bits per byte with which the model predicts them."""
+    attend = WindowAttention(config, chunks.shape[1])
+    result = np.empty(chunks.shape, np.float32)
+    bits = 0.0
+    for first in range(0, len(chunks), batch):
+        ids = torch.from_numpy(chunks[first : first + batch].astype(np.int64))
+        logits = patcher(ids, attend)
+        result[first : first + batch] = entropies(logits).numpy()
+        bits += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    return result, bits / math.log(2) / (len(chunks) * (chunks.shape[1] - 1))
+
+
+def patch_starts(entropy: NDArray, rule: PatchRule) -> NDArray[np.bool_]:
+    """`PatchRule.starts` over many sequences at once: bool [N, T + 1] of entropies [N, T]."""
+    starts = np.zeros((entropy.shape[0], entropy.shape[1] + 1), bool)
+    starts[:, 0] = True
+    run = np.zeros(entropy.shape[0], np.int64)
+    limit = rule.max_patch_length or entropy.shape[1] + 1
+    for position in range(entropy.shape[1]):
+        run = np.where(starts[:, position], 1, run + 1)
+        starts[:, position + 1] = (position == 0) | (entropy[:, position] > rule.threshold) | (run == limit)
+    return starts
+
+
+def choose_threshold(entropy: NDArray, bytes_per_patch: float, max_patch_length: int | None) -> float:
+    """The threshold in nats, to three decimals, that makes patches of this mean size (bisection)."""
+    low, high = 0.0, math.log(VOCAB_SIZE)
+    for _ in range(24):
+        middle = (low + high) / 2
+        starts = patch_starts(entropy, PatchRule(middle, max_patch_length))[:, :-1]
+        low, high = (middle, high) if starts.size / starts.sum() < bytes_per_patch else (low, middle)
+    return round(low, 3)

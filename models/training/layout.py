@@ -1,0 +1,119 @@
+"""Where everything stands in a BLT-D training step: patches, blocks and noise as arrays of fixed shapes.
+
+The decoder's rows are laid out in tiles (digest §3.2): tile s of a sequence holds the clean rows of positions
+[TILE s, TILE (s+1)) and then `BLOCK_ROWS` rows of the blocks that start there. All blocks of a
+sequence have one size, and they overlap freely; of the possible starts a random choice fills the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.training.attention import TILE
+from models.vocabulary import MASK_ID
+
+#: Block rows to a tile, a multiple of every block size.
+BLOCK_ROWS = 48
+MIN_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """`patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
+    patch rule; `random_starts`: share of blocks that start anywhere instead of at a patch."""
+
+    patches: int
+    max_patch_length: int
+    block_sizes: tuple[int, ...] = (4, 8, 16)
+    random_starts: float = 0.33
+
+
+Arrays = dict[str, NDArray]
+
+
+def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
+    """Of start flags [N, T + 1]:
+
+    pool_index [N, P, L] byte positions of each patch, pool_inside bool likewise; clean_latent [N, T] the newest patch
+    closed once byte p is known (digest §2.3), clean_valid bool [N, T] whether it is among the P kept.
+    """
+    count, length = starts.shape[0], starts.shape[1] - 1
+    ordinal = starts.cumsum(1) - 1
+    newest = ordinal[:, 1:] - 1
+    first = np.full((count, config.patches), length, np.int64)
+    last = np.full((count, config.patches), length, np.int64)
+    for row in range(count):
+        where = np.flatnonzero(starts[row, :length])
+        ends = np.append(where[1:], length)[: config.patches]
+        first[row, : len(ends)], last[row, : len(ends)] = where[: len(ends)], ends
+    index = first[..., None] + np.arange(config.max_patch_length)
+    inside = index < last[..., None]
+    inside[..., 0] = True  # patches that do not exist read some byte; nothing reads them
+    return {
+        "pool_index": np.minimum(index, length - 1),
+        "pool_inside": inside,
+        "clean_latent": np.minimum(newest, config.patches - 1),
+        "clean_valid": newest < config.patches,
+    }
+
+
+def block_arrays(
+    ids: NDArray, starts: NDArray[np.bool_], noise: NDArray, sizes: NDArray, config: LayoutConfig, rng: np.random.Generator
+) -> Arrays:
+    """Blocks of ids [N, T] with noise t [N] and block sizes [N]. Of every block row, [N, T / TILE, BLOCK_ROWS]:
+
+    block_start (where its block starts), block_position, block_latent, block_target (its own byte), block_input (that
+    or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
+    block_masked.
+    """
+    count, length = ids.shape
+    shape = (count, length // TILE, BLOCK_ROWS)
+    start = np.zeros(shape, np.int64)
+    exists = np.zeros(shape, bool)
+    number = np.zeros(shape, np.int64)
+    offset = np.zeros(shape, np.int64)
+    newest = starts.cumsum(1) - 2  # of a block at s: the newest patch closed once byte s - 1 is known
+    for row in range(count):
+        size = int(sizes[row])
+        number[row], offset[row] = np.arange(BLOCK_ROWS) // size, np.arange(BLOCK_ROWS) % size
+        for tile in range(shape[1]):
+            chosen = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
+            used = len(chosen) * size
+            start[row, tile, :used], exists[row, tile, :used] = np.repeat(chosen, size), True
+    position = start + offset
+    latent = np.take_along_axis(newest, start.reshape(count, -1), 1).reshape(shape)
+    valid = exists & (position < length) & (latent < config.patches)
+    target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
+    # What lies past the end is shown as masked, and is not asked for.
+    masked = (rng.random(shape) < noise[:, None, None]) | ~valid
+    return {
+        "block_start": start,
+        "block_position": position,
+        "block_latent": np.clip(latent, 0, config.patches - 1),
+        "block_target": target,
+        "block_input": np.where(masked, MASK_ID, target),
+        "block_number": number,
+        "block_valid": valid,
+        "block_masked": masked & valid,
+    }
+
+
+def choose_starts(
+    starts: NDArray[np.bool_], first: int, count: int, config: LayoutConfig, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Up to `count` distinct block starts in [max(first, 1), first + TILE), mostly starts of patches."""
+    places = np.arange(max(first, 1), first + TILE)
+    anywhere = rng.binomial(count, config.random_starts)
+    at_patches = places[starts[places]]
+    chosen = rng.permutation(at_patches)[: count - anywhere]
+    others = rng.permutation(np.setdiff1d(places, chosen, assume_unique=True))
+    return np.sort(np.concatenate([chosen, others[: count - len(chosen)]]))
+
+
+def draw_noise(total: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """t ~ U(0, 1) for each of `total` sequences, one from each of `total` equal strata, clamped from below."""
+    t = (rng.permutation(total) + rng.random(total)) / total
+    return np.maximum(t, MIN_NOISE)

@@ -1,0 +1,214 @@
+"""The BLT-D objective (digest §3): next-byte loss of clean rows plus 1/t-weighted loss of masked block rows.
+
+The same modules as in inference, run over fixed shapes that one compiled graph can take.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.attention import latent_attention
+from models.blt import Blt
+from models.layers import CrossAttention, Rope, rotate
+from models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles
+from models.training.layout import LayoutConfig, block_arrays, patch_arrays
+from models.vocabulary import VOCAB_SIZE
+
+
+@torch.library.custom_op("fastblt_training::gather", mutates_args=())
+def gather(table: Tensor, index: Tensor) -> Tensor:
+    """Rows [M, d] of a table [N, d]. The compiler's own gradient of a lookup adds element by element, atomically."""
+    return table.index_select(0, index)
+
+
+@gather.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(index.shape[0], table.shape[1])
+
+
+@torch.library.custom_op("fastblt_training::scatter", mutates_args=())
+def scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sums [size, d] of the rows [M, d] that share an index."""
+    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
+
+
+@scatter.register_fake
+def _(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, rows.shape[1])
+
+
+def _keep(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+    ctx.size = inputs[0].shape[0]
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    (index,) = ctx.saved_tensors
+    return scatter(gradient.contiguous(), index, ctx.size), None
+
+
+gather.register_autograd(_backward, setup_context=_keep)
+
+
+def make_batch(
+    ids: NDArray, starts: NDArray[np.bool_], noise: NDArray, sizes: NDArray, config: LayoutConfig, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """The tensors `Objective` reads, of ids [N, T], start flags [N, T + 1], noise t [N] and block sizes [N]."""
+    arrays = {"ids": ids, **patch_arrays(starts, config), **block_arrays(ids, starts, noise, sizes, config, rng)}
+    return {"noise": torch.tensor(noise, dtype=torch.float32), **{k: torch.from_numpy(v) for k, v in arrays.items()}}
+
+
+class Objective:
+    """Logits and losses of a model over batches of `make_batch`, all with sequences of `length` bytes."""
+
+    def __init__(self, model: Blt, length: int, masked_weight: float = 1.0) -> None:
+        config = model.config
+        self.model, self.masked_weight = model, masked_weight
+        self._encoder_attend = WindowAttention(config.encoder, length)
+        self._global_turns = Rope(config.global_.head_dim, config.global_.rope_theta).at(
+            torch.arange(length), length
+        ).clone()
+        last = length + 64  # blocks run past the end
+        self._decoder_turns = Rope(config.decoder.head_dim, config.decoder.rope_theta).at(torch.arange(last), last).clone()
+        assert config.decoder.window is not None
+        self._positions, self._key_positions = tile_positions(length, config.decoder.window)
+
+    def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of clean rows [N, T, 260] and of block rows [N, S, BLOCK_ROWS, 260]."""
+        states = self._states(batch["ids"])
+        return self.project(self._decode(states, self._latents(states, batch), batch), len(batch["ids"]))
+
+    def project(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Logits of clean and of block rows of `count` sequences from final decoder states."""
+        logits = self.model.lm_head(hidden)
+        return logits[:, :TILE].reshape(count, -1, VOCAB_SIZE), logits[:, TILE:].unflatten(0, (count, -1))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean next-byte loss plus the weighted masked loss; figures of both."""
+        clean, block = self.logits(batch)
+        seen = batch["clean_valid"][:, :-1].float()
+        losses = F.cross_entropy(clean[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none")
+        clean_loss = (losses * seen.flatten()).sum() / seen.sum()
+        losses = F.cross_entropy(block.flatten(0, 2), batch["block_target"].flatten(), reduction="none")
+        masked = batch["block_masked"].float()
+        losses = losses.view_as(masked) * masked
+        cells = batch["block_valid"].float().sum()
+        masked_loss = (losses / batch["noise"][:, None, None]).sum() / cells
+        figures = {
+            "bits": clean_loss.detach() / math.log(2),
+            "masked": masked_loss.detach(),
+            "masked_nats": losses.detach().sum() / masked.sum().clamp_min(1.0),
+        }
+        return clean_loss + self.masked_weight * masked_loss, figures
+
+    def _states(self, ids: Tensor) -> Tensor:
+        """Encoder states [N, T, d]."""
+        model = self.model
+        embedded = gather(model.local_encoder.embed_tokens.weight, ids.flatten())
+        if model.config.num_hash_tables:
+            hashes = (model.windows(ids).unsqueeze(-2) * model._hash_powers).sum(-1) % model.config.hash_group_vocab
+            index = (hashes + model._hash_offsets).flatten()
+            rows = gather(model.encoder_hash_tok_embedding.weight, index)
+            embedded = embedded + rows.view(-1, model.config.num_hash_tables, rows.shape[-1]).sum(1)
+        return model.local_encoder(embedded.view(*ids.shape, -1), self._encoder_attend)
+
+    def _latents(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Latents [N, P, dg] of the kept patches."""
+        encoder = self.model.local_encoder
+        count, length, size = states.shape
+        inside = batch["pool_inside"].flatten(0, 1)
+        offset = torch.arange(count)[:, None, None] * length
+        cross: CrossAttention = encoder.cross_attn_layers[-1]  # type: ignore[assignment]
+        k, v = cross.keys_values(states)
+        table = torch.cat([states, k.flatten(-2), v.flatten(-2)], -1).flatten(0, 1)
+        # Padded to the longest patch, together with keys and values that each byte has once.
+        padded = gather(table, (batch["pool_index"] + offset).flatten()).view(*inside.shape, -1)
+        peak = padded[..., :size].masked_fill(~inside[..., None], float("-inf")).amax(1)
+        queries = encoder.patch_embedding_projection(peak).view(-1, encoder.k, size)
+        heads = padded[..., size:].unflatten(-1, (2, *k.shape[-2:]))
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return dense(q, heads[:, :, 0], heads[:, :, 1], inside[:, None].expand(-1, encoder.k, -1))
+
+        vectors = cross(queries, attend, 0).reshape(count, -1, encoder.k * size)
+        return self.model.global_transformer(vectors, self._global_attend)
+
+    def _global_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count, patches, heads, dim = q.shape
+        turns = self._global_turns[:patches]
+        q, k = rotate(q, turns), rotate(k, turns)
+        groups = heads // k.shape[2]
+        # Queries that share a key head are rows of one product.
+        q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)
+        places = torch.arange(patches)
+        mask = (places.repeat_interleave(groups)[:, None] >= places).expand(count, -1, -1)
+        out = dense(q, k, v, mask).unflatten(1, (patches, groups))
+        return out.transpose(2, 3).flatten(2, 3)
+
+    def _decode(self, states: Tensor, latents: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Final decoder states [N * S, TILE + BLOCK_ROWS, d] of every tile's clean rows and block rows."""
+        decoder = self.model.local_decoder
+        count, length, size = states.shape
+        patches = latents.shape[1]
+        blocks = batch["block_input"].flatten(0, 1)
+        clean = states
+        if self.model.config.decoder_input == "embedding":
+            clean = gather(decoder.embed_tokens.weight, batch["ids"].flatten()).view(count, length, -1)
+        filled = gather(decoder.embed_tokens.weight, blocks.flatten()).view(*blocks.shape, -1)
+        x = torch.cat([clean.reshape(-1, TILE, clean.shape[-1]), filled], 1)
+
+        positions = torch.cat([self._positions.expand(count, -1, -1).flatten(0, 1), batch["block_position"].flatten(0, 1)], 1)
+        turns = self._decoder_turns[positions]
+        mask = self.mask(batch)
+        window = self.model.config.decoder.window
+        assert window is not None
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = rotate(q, turns), rotate(k, turns)
+
+            def keys(rows: Tensor) -> Tensor:
+                prefix = tiles(rows[:, :TILE].reshape(count, length, *rows.shape[2:]), window).flatten(0, 1)
+                return torch.cat([prefix, rows[:, TILE:]], 1)
+
+            return dense(q, keys(k), keys(v), mask)
+
+        latent = torch.cat(
+            [batch["clean_latent"].view(count, -1, TILE), batch["block_latent"]], 2
+        ) + torch.arange(count)[:, None, None] * patches
+        index = latent.flatten()
+        source = decoder.patch_embedding_projection(latents.flatten(0, 1)).unflatten(-1, (decoder.k, -1))
+
+        def cross_attend(layer: int, q: Tensor) -> Tensor:
+            cross: CrossAttention = decoder.cross_attn_layers[layer]  # type: ignore[assignment]
+            k, v = cross.keys_values(source)
+            rows = gather(torch.cat([k.flatten(1), v.flatten(1)], 1), index)
+            k, v = rows.view(*q.shape[:2], 2, decoder.k, *k.shape[-2:]).unbind(2)
+            return latent_attention(q, k, v)
+
+        return decoder(x, attend, cross_attend)
+
+    def mask(self, batch: dict[str, Tensor]) -> Tensor:
+        """What each row sees, bool [N * S, TILE + BLOCK_ROWS, window + TILE + BLOCK_ROWS].
+
+        A clean row at p sees clean positions [p-W+1, p+1); a block row of a block at s sees clean positions
+        [max(0, s-W+1), s) and every row of its own block (digest §3.2, design §2.6).
+        """
+        window = self.model.config.decoder.window
+        assert window is not None
+        start = batch["block_start"].flatten(0, 1)
+        count = batch["ids"].shape[0]
+        position = self._positions.expand(count, -1, -1).flatten(0, 1)
+        low = torch.cat([position, start], 1) - window + 1
+        high = torch.cat([position + 1, start], 1)
+        keys = self._key_positions.expand(count, -1, -1).flatten(0, 1)[:, None]
+        clean = (keys >= low[..., None].clamp_min(0)) & (keys < high[..., None])
+        number = batch["block_number"].flatten(0, 1)
+        number = torch.cat([torch.full_like(position, -1), number], 1)
+        own = number[:, :, None] == number[:, None, TILE:]
+        return torch.cat([clean, own], 2)

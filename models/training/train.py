@@ -1,0 +1,161 @@
+"""Makes the shipped checkpoint from nothing: corpus, entropy model, threshold, BLT-D, evaluation, export.
+
+Each stage leaves its result in the working folder, and a command that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor
+
+from models.blt import Blt, Patcher
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.config import BltConfig
+from models.patching import PatchRule
+from models.training import corpus
+from models.training.data import load_array, save_corpus
+from models.training.entropy import EntropyTask, choose_threshold, measure, patch_starts
+from models.training.evaluate import evaluate, human_eval_lines, leak_check
+from models.training.layout import LayoutConfig
+from models.training.loop import LoopConfig, describe, fast_matmul, train, write_atomically
+from models.training.optimizer import OptimizerConfig
+from models.training.recipe import BltTask, shape
+
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fastblt train", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/blt"), help="working folder (default: %(default)s)")
+    parser.add_argument("--export", type=Path, help="folder of the finished checkpoint (default: WORK/checkpoint)")
+    parser.add_argument("--minutes", type=float, default=80.0, help="training time of the BLT-D")
+    parser.add_argument("--entropy-minutes", type=float, default=9.0, help="training time of the entropy model")
+    parser.add_argument("--steps", type=int, help="steps of the BLT-D instead of minutes: a repeatable run")
+    parser.add_argument("--entropy-steps", type=int, help="steps of the entropy model instead of minutes")
+    parser.add_argument("--bytes-per-patch", type=float, default=4.5, help="mean patch size the threshold aims at")
+    parser.add_argument("--max-patch-length", type=int, default=8)
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--masked-weight", type=float, default=0.5, help="weight of the diffusion loss")
+    parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
+    parser.add_argument("--no-human-eval", dest="human_eval", action="store_false", help="skip the HumanEval lines")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    console = Console()
+    torch.set_num_threads(args.threads)
+    fast_matmul()
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    prepare_corpus(work / "data", args.length, console)
+    config = shape(max_patch_length=args.max_patch_length, block_sizes=tuple(args.block_sizes))
+    optimizer = OptimizerConfig(muon_lr=args.muon_lr, lr=args.lr)
+    common = LoopConfig(
+        work, processes=args.processes, threads=args.threads, compile=args.compile, seed=args.seed, optimizer=optimizer
+    )
+    first = replace(common, folder=work / "entropy", minutes=args.entropy_minutes, steps=args.entropy_steps)
+    if not (work / "patching.json").is_file():
+        train(first, EntropyTask, config.patcher, work / "data", 2 * args.batch, args.seed)
+    patcher = weights(work / "entropy" / "state.safetensors")
+    patching = choose_patching(config, patcher, work, args.bytes_per_patch, console)
+    config = config.with_patching(threshold=patching["threshold"])
+    layout = LayoutConfig(patching["patches"], args.max_patch_length, config.block_sizes)
+    second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps)
+    snapshots = work / "snapshot"
+    make = (config, patcher, work / "data", layout, args.batch, args.masked_weight, args.seed, snapshots)
+    settings = {"entropy": describe(first), "blt": describe(second), "patching": patching, "command": vars(args)}
+    _write_json(work / "settings.json", json.loads(json.dumps(settings, default=str)))
+    train(second, BltTask, *make)
+    figures = finish(config, work, args.export or work / "checkpoint", human_eval=args.human_eval)
+    console.print_json(data=figures)
+    return 0
+
+
+def prepare_corpus(folder: Path, length: int, console: Console) -> None:
+    record = folder / "corpus.json"
+    if not record.is_file():
+        built = corpus.build(length=length)
+        save_corpus(folder, built)
+        _write_json(
+            record,
+            {
+                "sha256": built.sha256,
+                "train_bytes": built.train_bytes,
+                "held_out_bytes": built.held_out_bytes,
+                "train_chunks": len(built.train),
+                "held_out_chunks": len(built.held_out),
+            },
+        )
+    console.print(f"corpus {record.read_text()}")
+
+
+def choose_patching(
+    config: BltConfig, patcher: dict[str, Tensor], work: Path, bytes_per_patch: float, console: Console
+) -> dict[str, Any]:
+    """The threshold, and how many patches of a sequence training keeps: a quarter more than the mean, for one fixed shape."""
+    record = work / "patching.json"
+    if not record.is_file():
+        model = Patcher(config.patcher)
+        model.load_state_dict(patcher)
+        held_out = load_array(work / "data" / "held_out.npy")
+        entropy, bits = measure(model, config.patcher, held_out)
+        threshold = choose_threshold(entropy, bytes_per_patch, config.max_patch_length)
+        patches = -(-int(1.25 * held_out.shape[1] / bytes_per_patch) // 32) * 32
+        _write_json(record, {"threshold": threshold, "patches": patches, "patcher_bits_per_byte": round(bits, 4)})
+    console.print(f"patching {record.read_text()}")
+    return json.loads(record.read_text())
+
+
+def finish(config: BltConfig, work: Path, export: Path, *, human_eval: bool = True) -> dict[str, Any]:
+    """Export the trained weights in bf16, and measure what was exported."""
+    model = Blt(config)
+    state = weights(work / "blt" / "state.safetensors")
+    model.load_state_dict(state, strict=False)
+    save_checkpoint(model, export, torch.bfloat16)
+    return report(export, work / "data", work / "figures.json", human_eval=human_eval)
+
+
+def report(checkpoint: Path, data: Path, record: Path, *, human_eval: bool = True) -> dict[str, Any]:
+    """Figures of a checkpoint folder on the held-out chunks of a data folder, also written to `record`."""
+    model = load_checkpoint(checkpoint)
+    chunks = np.asarray(load_array(data / "held_out.npy"))
+    figures = evaluate(model, chunks)
+    entropy, _ = measure(model.patcher, model.config.patcher, chunks[:2])
+    starts = patch_starts(entropy, PatchRule(model.config.patching_threshold, model.config.max_patch_length))
+    figures["leak"] = max(leak_check(model, chunks[:2], starts, size) for size in model.config.block_sizes)
+    if human_eval:
+        lines = human_eval_lines(model)
+        figures["human_eval_lines"] = {"prompts": lines.prompts, "parsed": lines.parsed, "doctest": lines.doctest}
+    _write_json(record, figures)
+    return figures
+
+
+def weights(state: Path) -> dict[str, Tensor]:
+    """The model's weights in a loop's state file."""
+    with safe_open(state, "pt") as file:
+        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+        return {name.removeprefix("model."): file.get_tensor(name) for name in names}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, lambda to: to.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""Every error as OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from server.engine.client import EngineState, EngineUnavailableError
+from server.request import InvalidRequestError, QueueFullError
+
+#: Characters of a message; what a client sent may be quoted in it.
+MAX_MESSAGE = 500
+RETRY_AFTER_SECONDS = 1
+
+_TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class ApiError(Exception):
+    """An answer that is not 200. `code` is a short word for programs, and the cause under which metrics count it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+
+def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an error, of bounded size and free of what UTF-8 cannot carry."""
+    text = message.encode("utf-8", "backslashreplace").decode()
+    if len(text) > MAX_MESSAGE:
+        text = text[: MAX_MESSAGE - 3] + "..."
+    fallback = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": text, "type": _TYPES.get(status, fallback), "param": param, "code": code}}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told about any exception; an unforeseen one tells nothing of itself."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequestError():
+            return ApiError(400, str(error), code="invalid_value", param=error.param)
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+        case EngineUnavailableError(state=EngineState.DEAD):
+            # Asking again cannot help, and OpenAI's client would.
+            return ApiError(503, f"the engine is dead: {error}", code="dead", headers={"x-should-retry": "false"})
+        case EngineUnavailableError():
+            return ApiError(503, str(error), code=error.state, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+        case HTTPException():
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+            return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+        case _:
+            return ApiError(500, "the server failed to handle this request", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every exception with an error object, and count it."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)  # Nobody is there to read it.
+        problem = to_api_error(error)
+        if request.method == "POST":
+            request.app.state.metrics.rejected.labels(cause=problem.code).inc()
+        headers = dict(problem.headers)
+        if problem.status == 500 and (request_id := request.scope.get("request_id")):
+            # The handler of last resort answers outside of the middleware that sets it.
+            headers["x-request-id"] = request_id
+        content = error_object(problem.status, problem.message, problem.code, problem.param)
+        return JSONResponse(content, problem.status, headers)
+
+    for kind in (
+        ApiError,
+        InvalidRequestError,
+        QueueFullError,
+        EngineUnavailableError,
+        HTTPException,
+        ClientDisconnect,
+        Exception,
+    ):
+        app.add_exception_handler(kind, answer)

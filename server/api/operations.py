@@ -1,0 +1,82 @@
+"""What operators and their tools ask: health, readiness, models, version, metrics."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.api.errors import ApiError, error_object
+from server.engine.client import EngineClient, EngineState
+
+router = APIRouter()
+
+_STARTED = int(time.time())
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether this server is of use: 503 while it loads and once its engine is dead. The engine is not asked."""
+    client: EngineClient = request.app.state.client
+    return _state(client, client.state in (EngineState.READY, EngineState.DRAINING))
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether to send requests here: unlike health, not while draining."""
+    client: EngineClient = request.app.state.client
+    return _state(client, client.state is EngineState.READY)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(request.app.state.client)]})
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> Response:
+    card = _card(request.app.state.client)
+    if model != card["id"]:
+        raise ApiError(404, f"the model {model!r} is not served here", code="model_not_found", param="model")
+    return JSONResponse(card)
+
+
+@router.get("/version")
+async def server_version() -> Response:
+    try:
+        return JSONResponse({"version": version("fastblt")})
+    except PackageNotFoundError:
+        return JSONResponse({"version": "unknown"})  # Run from a tree that was never installed.
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _state(client: EngineClient, good: bool) -> Response:
+    if good:
+        return JSONResponse({"status": client.state})
+    # Answered and not raised: a probe is not a rejected request.
+    return JSONResponse(error_object(503, client.reason, client.state), 503)
+
+
+def _card(client: EngineClient) -> dict[str, Any]:
+    """OpenAI's model object, and what decides this server's output: the threshold decides every figure."""
+    config = client.config
+    return {
+        "id": client.model_name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "fastblt",
+        "root": client.model_name,
+        "parent": None,
+        "max_model_len": client.engine.max_model_len,
+        "patching_threshold": config.patching_threshold,
+        "max_patch_length": config.max_patch_length,
+        "block_sizes": list(config.block_sizes),
+    }

@@ -1,0 +1,170 @@
+"""From ids to the text that clients read: whole characters, OpenAI's logprobs, server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from models.vocabulary import BYTE_OFFSET, decode
+from server.request import ByteLogprobs
+
+#: What JSON cannot carry as -inf.
+MIN_LOGPROB = -9999.0
+DONE = b"data: [DONE]\n\n"
+
+_SPECIALS = ("<boe>", "<bos>", "<eos>", "<bpe>")
+
+T = TypeVar("T")
+
+
+def token_name(token: int) -> str:
+    """How logprobs name an id: ASCII as it is, other bytes as OpenAI names parts of characters, `<eos>` and the like.
+
+    Decoded alone, the bytes from 0x80 on would all become U+FFFD and collide as keys of `top_logprobs`.
+    """
+    if token < BYTE_OFFSET:
+        return _SPECIALS[token]
+    byte = token - BYTE_OFFSET
+    return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
+
+
+class TextDecoder:
+    """Bytes in, whole characters out: an incomplete tail of at most 3 bytes is held back.
+
+    A byte that can never become part of a character is U+FFFD at once. All pieces joined equal
+    `data.decode("utf-8", "replace")`. `completed` counts the characters that came out.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.completed = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last byte's character is not complete yet."""
+        return bool(self._decoder.getstate()[0])
+
+    def feed(self, data: bytes, *, final: bool = False) -> str:
+        """The characters that `data` completes; with `final`, an incomplete tail becomes U+FFFD."""
+        text = self._decoder.decode(data, final)
+        self.completed += len(text)
+        return text
+
+
+class LogprobsBuilder:
+    """Collects OpenAI's legacy `logprobs` object, `{text_offset, token_logprobs, tokens, top_logprobs}`.
+
+    A byte's offset is the number of characters before its own; all bytes of one character share it.
+    """
+
+    def __init__(self) -> None:
+        self._fields: dict[str, list[Any]] = {}
+        self._clear()
+
+    def add(self, token: int, value: ByteLogprobs, offset: int) -> None:
+        logprob = max(value.logprob, MIN_LOGPROB)
+        top = {token_name(other): max(other_logprob, MIN_LOGPROB) for other, other_logprob in value.top}
+        # Always there, and the very same number: whoever asks if the byte was the greedy one compares for equality.
+        top[token_name(token)] = logprob
+        self._fields["text_offset"].append(offset)
+        self._fields["token_logprobs"].append(logprob)
+        self._fields["tokens"].append(token_name(token))
+        self._fields["top_logprobs"].append(top)
+
+    def take(self) -> dict[str, list[Any]]:
+        """What was added since the last call."""
+        fields = self._fields
+        self._clear()
+        return fields
+
+    def _clear(self) -> None:
+        self._fields = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+
+
+class ChoiceText:
+    """The text of one choice as it grows, and its logprobs if they were asked for.
+
+    With `echo`, ids of the prompt, its text comes first, joined with the completion's even within a character.
+    """
+
+    def __init__(self, *, logprobs: bool, echo: Iterable[int] = ()) -> None:
+        self._decoder = TextDecoder()
+        self._logprobs = LogprobsBuilder() if logprobs else None
+        self._echo = self._decoder.feed(decode(echo))
+
+    def feed(self, ids: list[int], logprobs: list[ByteLogprobs] | None, *, final: bool) -> str:
+        """The text that `ids` complete; everything that was held back with `final`."""
+        text, self._echo = self._echo, ""
+        if self._logprobs is None or not logprobs:
+            return text + self._decoder.feed(decode(ids), final=final)
+        decoder = self._decoder
+        for token, value in zip(ids, logprobs, strict=True):
+            text += decoder.feed(decode([token]))
+            starts_next = decoder.pending or token < BYTE_OFFSET
+            self._logprobs.add(token, value, decoder.completed - (0 if starts_next else 1))
+        return text + decoder.feed(b"", final=final)
+
+    def take_logprobs(self) -> dict[str, list[Any]] | None:
+        """The logprobs of the bytes fed since the last call, or None where none were asked for."""
+        return self._logprobs.take() if self._logprobs is not None else None
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come, then calls `close`. A client that leaves ends it at once, whatever it waits for."""
+
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        # Without a length: the base class has counted an empty body.
+        del self.headers["content-length"]
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send(send))
+        except ClientDisconnect:
+            pass  # There is nobody to tell.
+        finally:
+            # Not left to the generator, which may never have begun.
+            self._close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for chunk in events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is canceled when the client leaves first: then raises ClientDisconnect."""
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    worker = asyncio.ensure_future(work)
+    listener = asyncio.ensure_future(listen())
+    try:
+        await asyncio.wait((worker, listener), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientDisconnect
+    finally:
+        worker.cancel()
+        listener.cancel()
+        await asyncio.gather(worker, listener, return_exceptions=True)

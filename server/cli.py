@@ -1,0 +1,297 @@
+"""The command `fastblt`. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from server.request import DecodingMethod, DecodingParams, SamplingParams, Unmasking
+from server.settings import PRETRAINED, EngineSettings
+
+app = typer.Typer(
+    name="fastblt",
+    help="An inference server for Byte Latent Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512MiB, 2GiB, 1.5G or 1073741824; units are binary. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 2GiB or a number of bytes")
+    return size
+
+
+_ENGINE = "Engine"
+_SAMPLING = "Sampling"
+_DEFAULTS = EngineSettings()
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=_ENGINE)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and caches.", rich_help_panel=_ENGINE)]
+CacheSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        help="Memory of all caches, such as 512MiB or 2GiB. Default: an eighth of the machine's.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+MaxModelLen = Annotated[
+    int, typer.Option(min=1, help="Bytes of prompt and completion together.", rich_help_panel=_ENGINE)
+]
+MaxPassRows = Annotated[
+    int, typer.Option(min=1, help="Rows of one pass; longer prompts go in chunks.", rich_help_panel=_ENGINE)
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Entropy, in nats, above which a patch starts. Default: the checkpoint's.", rich_help_panel=_ENGINE
+    ),
+]
+MaxPatchLength = Annotated[
+    int | None, typer.Option(min=0, help="Bytes; 0 is no maximum. Default: the checkpoint's.", rich_help_panel=_ENGINE)
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bytes in any batch, always.", rich_help_panel=_ENGINE)
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of arithmetic on CPUs. Default: one a core.", rich_help_panel=_ENGINE)
+]
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
+    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds running requests get at the end.")] = 30.0,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    method: Annotated[
+        DecodingMethod, typer.Option(help="Of requests that name none.", rich_help_panel=_ENGINE)
+    ] = DecodingMethod.AUTO,
+    revision: Revision = None,
+    device: Device = _DEFAULTS.device,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    cache_size: CacheSize = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests in a batch.", rich_help_panel=_ENGINE)
+    ] = _DEFAULTS.max_running,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests in the queue; more get 429.", rich_help_panel=_ENGINE)
+    ] = _DEFAULTS.max_waiting,
+    max_model_len: MaxModelLen = _DEFAULTS.max_model_len,
+    max_pass_rows: MaxPassRows = _DEFAULTS.max_pass_rows,
+    max_passes_per_beat: Annotated[
+        int, typer.Option(min=1, help="Decoder passes after one upstream pass.", rich_help_panel=_ENGINE)
+    ] = _DEFAULTS.max_passes_per_beat,
+    patching_threshold: Threshold = None,
+    max_patch_length: MaxPatchLength = None,
+    deterministic: Deterministic = False,
+    threads: Threads = None,
+) -> None:
+    """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
+    import asyncio
+
+    from server.api.serve import listen
+    from server.api.serve import serve as run
+    from server.engine.client import EngineClient, EngineUnavailableError
+
+    _quiet_openmp()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = EngineSettings(
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        cache_bytes=cache_size,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_model_len=max_model_len,
+        max_pass_rows=max_pass_rows,
+        max_passes_per_beat=max_passes_per_beat,
+        patching_threshold=patching_threshold,
+        max_patch_length=max_patch_length,
+        deterministic=deterministic,
+        threads=threads,
+        method=method,
+    )
+    try:
+        sock = listen(host, port)
+    except OSError as error:
+        _fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port")
+    try:
+        client = EngineClient(settings, name=served_model_name)
+        asyncio.run(run(client, sock, shutdown_seconds=shutdown_timeout, access_log=access_log))
+    except EngineUnavailableError as error:
+        _fail(f"cannot serve {model}: {error}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
+    max_tokens: Annotated[int, typer.Option(help="Bytes at most.", rich_help_panel=_SAMPLING)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is all.", rich_help_panel=_SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 0.0,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="May be given again.", rich_help_panel=_SAMPLING)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING)] = False,
+    method: Annotated[DecodingMethod, typer.Option(help="How to decode.")] = DecodingMethod.AUTO,
+    block_size: Annotated[int | None, typer.Option(help="Of blt-d and blt-dv, in bytes.")] = None,
+    draft_length: Annotated[int | None, typer.Option(help="Of blt-s, in bytes.")] = None,
+    unmasking: Annotated[Unmasking | None, typer.Option(help="Which positions of a block are filled first.")] = None,
+    confidence_threshold: Annotated[float | None, typer.Option(help="Of confidence unmasking.")] = None,
+    entropy_bound: Annotated[float | None, typer.Option(help="Of entropy unmasking, in nats.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and forward passes to stderr.")] = False,
+    revision: Revision = None,
+    device: Device = _DEFAULTS.device,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    cache_size: CacheSize = None,
+    max_model_len: MaxModelLen = _DEFAULTS.max_model_len,
+    max_pass_rows: MaxPassRows = _DEFAULTS.max_pass_rows,
+    patching_threshold: Threshold = None,
+    max_patch_length: MaxPatchLength = None,
+    deterministic: Deterministic = False,
+    threads: Threads = None,
+) -> None:
+    """Complete PROMPT on standard output, byte by byte as it comes."""
+    _quiet_openmp()
+    with _clean_errors():
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=tuple(s.encode("utf-8", "surrogateescape") for s in stop or ()),
+            ignore_eos=ignore_eos,
+            decoding=DecodingParams(
+                method=method,
+                block_size=block_size,
+                draft_length=draft_length,
+                unmasking=unmasking,
+                confidence_threshold=confidence_threshold,
+                entropy_bound=entropy_bound,
+            ),
+        )
+        from server.llm import LLM
+
+        llm = LLM(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            cache_bytes=cache_size,
+            max_running=1,
+            max_model_len=max_model_len,
+            max_pass_rows=max_pass_rows,
+            patching_threshold=patching_threshold,
+            max_patch_length=max_patch_length,
+            deterministic=deterministic,
+            threads=threads,
+        )
+        _print_stream(llm, prompt.encode("utf-8", "surrogateescape"), params, stats)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the official model.")],
+    entropy: Annotated[Path, typer.Argument(help="Folder of its entropy model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Turn the official repositories' checkpoints into one that can be served."""
+    with _clean_errors():
+        from models.convert import convert as run
+
+        run(source, entropy, output)
+        typer.echo(f"wrote {output}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train a model; `fastblt train --help` lists the options."""
+    _quiet_openmp()
+    from models.training.train import main as run
+
+    run(context.args)
+
+
+def main() -> None:
+    app()
+
+
+def _quiet_openmp() -> None:
+    # Must be set before torch is imported. Threads that spin while they wait cost their neighbors whole time slices.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _print_stream(llm: Any, prompt: bytes, params: SamplingParams, stats: bool) -> None:
+    import time
+
+    from models.vocabulary import decode
+    from server.request import FinishReason
+
+    start, count = time.perf_counter(), 0
+    for delta in llm.stream(prompt, params):
+        # Bytes and not text: a terminal puts characters together, and a file gets them exactly.
+        sys.stdout.buffer.write(decode(delta.ids))
+        sys.stdout.buffer.flush()
+        count += len(delta.ids)
+        if delta.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(delta.error)
+        if stats and delta.finish_reason is not None:
+            seconds = time.perf_counter() - start
+            typer.echo(f"\n{count} bytes in {seconds:.2f} s, {count / seconds:.1f} a second; {delta.ledger}", err=True)
+    if sys.stdout.isatty():
+        typer.echo()
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """What a user can cause ends in one line; what only a bug can cause keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"fastblt: {message}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""BLT-D: block diffusion in the local decoder, nothing verified (digest §4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from models.vocabulary import MASK_ID
+from server.decoding.method import Outcome, Plan, Progress, Unmask
+
+
+class BltD:
+    """A block a round: the previous block's bytes run causally, the open patch is closed for the new block, whose masks
+    are then filled in a few decoder passes."""
+
+    keeps_pending = False
+
+    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None) -> None:
+        self._size = block_size
+        self._unmask = unmask
+        self._max_steps = max_steps
+        self.reset()
+
+    def plan(self, known: int, left: int) -> Plan:
+        if not self._block:
+            start = known - self._pending
+            block = [MASK_ID] * self._size
+            return Plan(start, self._pending, block_ids=block, provisional=True, unmask=self._step())
+        return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=self._step())
+
+    def advance(self, plan: Plan, outcome: Outcome) -> Progress:
+        self._steps += 1
+        if not outcome.block_done:
+            self._block = outcome.block_ids
+            return Progress(steps=1)
+        self.reset()
+        self._pending = self._size
+        return Progress(commit=outcome.block_ids, steps=1, rounds=1)
+
+    def reset(self) -> None:
+        self._block: list[int] = []
+        self._steps = 0
+        # Bytes of the last block whose causal rows are still to be computed.
+        self._pending = 0
+
+    def _step(self) -> Unmask:
+        return replace(self._unmask, last_step=self._steps + 1 == self._max_steps)

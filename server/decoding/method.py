@@ -1,0 +1,90 @@
+"""What a decoding method says: the rows a request wants next, and what their results mean. It knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """How the masked positions of a block are chosen (design §2.7). `bound` is a probability or nats, by rule."""
+
+    rule: int
+    bound: float
+    last_step: bool = False
+
+
+@dataclass
+class Plan:
+    """Decoder rows of one pass, taken whole or not at all.
+
+    `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `select` of them each give a
+    byte. With `upstream` they first pass entropy model, encoder and the global transformer, and each reads its own
+    latent; without, they are draft rows on the newest closed latent. Then come `block` bidirectional rows at
+    [start + causal, ...) holding `block_ids`, on the newest latent or, with `provisional`, on that of the open patch
+    closed for them.
+    """
+
+    start: int
+    causal: int
+    upstream: bool = True
+    select: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    provisional: bool = False
+    unmask: Unmask | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.causal + len(self.block_ids)
+
+    @property
+    def end(self) -> int:
+        """The position after the last causal row."""
+        return self.start + self.causal
+
+
+@dataclass
+class Outcome:
+    """What the rows gave: the bytes of the selected causal rows, and the block after its step."""
+
+    ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    block_done: bool = False
+
+
+@dataclass
+class Progress:
+    """What a pass settled. `commit` are bytes now fixed; `draft` stands after them, to be taken back or verified.
+
+    `keep` is how many rows stay computed (positions 0..keep-1); None keeps all. `at` gives, for every committed byte,
+    the index of the outcome it came from (for log-probabilities); None is 0, 1, 2, ...
+    """
+
+    commit: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    keep: int | None = None
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    rounds: int = 0
+
+
+class Method(Protocol):
+    """One request's decoding method. `known` counts the request's fixed bytes, BOS included; `left` those it may
+    still produce."""
+
+    #: Rows that must be computed before the method's first plan: all known ones, or all but the newest.
+    keeps_pending: bool
+
+    def plan(self, known: int, left: int) -> Plan:
+        """The rows wanted next. Called once after each `advance`."""
+        ...
+
+    def advance(self, plan: Plan, outcome: Outcome) -> Progress:
+        """What the outcome of `plan` settles."""
+        ...
+
+    def reset(self) -> None:
+        """Forget drafts: the request was preempted."""
+        ...

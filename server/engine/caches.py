@@ -1,0 +1,205 @@
+"""The paged caches of an engine: four groups of keys and values, and two small stores (design §4).
+
+Every running request owns one *state row*: a row of each page table. State row 0 is the null row; its table points to
+the null page of every group.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.blt import Blt
+from models.config import StackConfig
+from server.engine.page_pool import PagePool
+from server.settings import EngineSettings
+
+
+class CacheGroup:
+    """Pages of one module over positions (bytes, or patches for the global transformer).
+
+    `layers` holds one tensor [slots, ...] a layer, slot = page * page_size + position % page_size. A request's pages
+    cover [first page, last page) of its positions; those that a window has left behind are given back.
+    """
+
+    def __init__(
+        self, name: str, pages: int, page_size: int, rows: int, max_length: int, shapes: list[tuple[int, ...]],
+        dtype: torch.dtype, device: torch.device, window: int | None,
+    ) -> None:
+        self.name = name
+        self.window = window
+        self.page_size = page_size
+        self.pool = PagePool(pages)
+        self.layers = [torch.empty((pages + 1) * page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+        for layer in self.layers:
+            layer[:page_size].zero_()
+        self.table = np.zeros((rows, -(-max_length // page_size)), dtype=np.int32)
+        self._first = [0] * rows
+        self._last = [0] * rows
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """The page table int32 [state rows, pages]; on a CPU the very memory of `table`."""
+        return torch.from_numpy(self.table).to(device)
+
+    def missing(self, row: int, length: int) -> int:
+        """Pages that covering positions below `length` would still take."""
+        return max(0, -(-length // self.page_size) - self._last[row])
+
+    def extend(self, row: int, length: int) -> None:
+        """Cover positions below `length`; `missing` pages must be free."""
+        for index in range(self._last[row], -(-length // self.page_size)):
+            self.table[row, index] = self.pool.take()
+            self._last[row] = index + 1
+
+    def cut(self, row: int, length: int) -> None:
+        """Give back the pages at and after `length`."""
+        keep = max(-(-length // self.page_size), self._first[row])
+        for index in range(keep, self._last[row]):
+            self._drop(row, index)
+        self._last[row] = min(self._last[row], keep)
+
+    def leave(self, row: int, position: int) -> None:
+        """Give back the pages that lie wholly before `position`."""
+        until = min(position // self.page_size, self._last[row])
+        for index in range(self._first[row], until):
+            self._drop(row, index)
+        self._first[row] = max(self._first[row], until)
+
+    def clear(self, row: int) -> None:
+        """Give back every page of a state row."""
+        for index in range(self._first[row], self._last[row]):
+            self._drop(row, index)
+        self._first[row] = self._last[row] = 0
+
+    def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64 slots of positions; `rows` broadcasts against them."""
+        return self.table[rows, positions // self.page_size].astype(np.int64) * self.page_size + (
+            positions % self.page_size
+        )
+
+    def _drop(self, row: int, index: int) -> None:
+        self.pool.give_back(int(self.table[row, index]))
+        self.table[row, index] = 0
+
+
+class Caches:
+    """All groups and stores of one engine.
+
+    Groups `patcher`, `encoder`, `decoder` count bytes, `global` counts patches; `states` keeps encoder states from the
+    open patch on. `latents` [slots, C, 2, k, Hkv, D] holds the decoder's keys and values of closed patches that a row
+    may still read; slot 0 is null.
+    """
+
+    def __init__(self, model: Blt, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> None:
+        config = model.config
+        page = settings.page_size
+        rows = settings.max_running + 1
+        wide = torch.finfo(dtype).bits // 8
+        stacks = {
+            "patcher": (config.patcher, torch.float32),
+            "encoder": (config.encoder, dtype),
+            "decoder": (config.decoder, dtype),
+            "global": (config.global_, dtype),
+        }
+        per_slot = {name: _slot_bytes(stack, torch.finfo(kind).bits // 8) for name, (stack, kind) in stacks.items()}
+        per_slot["states"] = config.encoder.hidden_size * wide
+        windows: dict[str, int | None] = {name: stack.window for name, (stack, _) in stacks.items()}
+        # Encoder states are read until their patch closes: a bounded stretch only where patches are bounded.
+        windows["states"] = config.max_patch_length
+        self.max_length, pages = _sizes(settings, windows, per_slot)
+        self.groups: dict[str, CacheGroup] = {}
+        for name, count in pages.items():
+            if name == "states":
+                shapes, kind = [(config.encoder.hidden_size,)], dtype
+            else:
+                stack, kind = stacks[name]
+                shapes = [(2, stack.num_kv_heads, stack.head_dim)] * stack.num_layers
+            self.groups[name] = CacheGroup(
+                name, count, page, rows, self.max_length, shapes, kind, device, windows[name]
+            )
+        self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
+        decoder = config.decoder
+        # A pass closes at most a patch a row, and every request keeps its newest latent and a provisional one.
+        self.latent_pool = PagePool(2 * rows + settings.max_pass_rows + 64)
+        self.latents = torch.zeros(
+            self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
+            decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
+        )  # fmt: skip
+        self._rows = list(range(rows - 1, 0, -1))
+        self._total_rows = rows - 1
+
+    def take_row(self) -> int | None:
+        """A free state row, or None."""
+        return self._rows.pop() if self._rows else None
+
+    def reserve(self, row: int, length: int, patches: int) -> bool:
+        """Cover `length` bytes in every byte group and `patches` patches: all of it, or nothing and False."""
+        wanted = [(group, length) for group in self.bytes_groups] + [(self.groups["global"], patches)]
+        if any(group.missing(row, upto) > group.pool.free for group, upto in wanted):
+            return False
+        for group, upto in wanted:
+            group.extend(row, upto)
+        return True
+
+    def settle(self, row: int, computed: int, patches: int, open_start: int) -> None:
+        """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
+        for group in self.bytes_groups:
+            if group.name == "states":
+                group.leave(row, min(open_start, computed))
+            elif group.window is not None:
+                group.leave(row, computed - group.window + 1)
+        self.groups["global"].cut(row, patches)
+
+    def release(self, row: int) -> None:
+        """Give back a state row with every page it owns."""
+        for group in self.groups.values():
+            group.clear(row)
+        self._rows.append(row)
+
+    def balanced(self) -> bool:
+        """Whether everything is free: true whenever no request is running."""
+        pages = all(group.pool.free == group.pool.size for group in self.groups.values())
+        return pages and self.latent_pool.free == self.latent_pool.size and len(self._rows) == self._total_rows
+
+
+def _slot_bytes(stack: StackConfig, wide: int) -> int:
+    return 2 * stack.num_kv_heads * stack.head_dim * stack.num_layers * wide
+
+
+def _sizes(
+    settings: EngineSettings, windows: dict[str, int | None], per_slot: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """The longest request that can always be served, and pages by group, for the settings' memory.
+
+    Windowed groups get what `max_running` requests can hold at most, within half of the memory; the others share the
+    rest in equal numbers of positions, since a patch may be a single byte.
+    """
+    page = settings.page_size
+    budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes()
+    longest = -(-settings.max_model_len // page)
+    chunk = -(-settings.max_pass_rows // page) + 2
+    pages: dict[str, int] = {}
+    windowed = {name: min(-(-w // page) + 2, longest) for name, w in windows.items() if w is not None}
+    for name, each in windowed.items():
+        pages[name] = settings.max_running * each + chunk
+    cost = sum(pages[name] * page * per_slot[name] for name in windowed)
+    if cost > budget // 2:
+        for name, each in windowed.items():
+            pages[name] = max(each + chunk, pages[name] * (budget // 2) // cost)
+        cost = sum(pages[name] * page * per_slot[name] for name in windowed)
+    unbounded = [name for name in windows if name not in windowed]
+    each_page = page * sum(per_slot[name] for name in unbounded)
+    count = min(max(budget - cost, 0) // each_page, settings.max_running * longest)
+    if count < chunk:
+        raise ValueError(f"cache_bytes = {budget} holds less than one request: give at least {cost + chunk * each_page}")
+    for name in unbounded:
+        pages[name] = count
+    # Whatever its patches, one request alone must fit: it can then always be finished.
+    return min(settings.max_model_len, count * page), pages
+
+
+def _default_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8

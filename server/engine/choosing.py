@@ -1,0 +1,243 @@
+"""From logits to bytes: gathers each request's parameters for the selection kernels, and sorts out what they chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.noise import mix_seed
+from kernels.selection import Selection, SelectionParams, select
+from kernels.unmasking import unmask
+from models.vocabulary import MASK_ID, VOCAB_SIZE
+from server.decoding.method import Outcome
+from server.engine.sequence import Sequence
+from server.request import ByteLogprobs
+
+
+@dataclass
+class Picks:
+    """Which decoder rows give bytes. `index` are their rows in the pass: first all causal ones, then all block rows.
+
+    `owners` are state rows, `positions` those of the produced bytes, `extra` the ids counted on top of the committed
+    ones, all in the order of `index`. `spans` gives each sequence its (first, count) of causal and of block picks.
+    """
+
+    index: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    forbid_eos: list[bool] = field(default_factory=list)
+    extra: list[list[int]] = field(default_factory=list)
+    causal: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.index)
+
+
+@dataclass
+class Result:
+    """Of one sequence's plan: the outcome for its method, log-probabilities where asked for, and whether it failed.
+
+    `logprobs` go with `outcome.ids`; a block's with the positions its step filled (None elsewhere).
+    """
+
+    outcome: Outcome
+    logprobs: list[ByteLogprobs] | None = None
+    block_logprobs: list[ByteLogprobs | None] | None = None
+    bad: bool = False
+
+
+class Chooser:
+    """Selection parameters of every state row, and the passes' choices."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._device = device
+        self._temperature = torch.zeros(rows)
+        self._top_k = torch.zeros(rows, dtype=torch.int64)
+        self._top_p = torch.ones(rows)
+        self._min_p = torch.zeros(rows)
+        self._seeds = torch.zeros(rows, dtype=torch.int64)
+        self._repetition = torch.ones(rows)
+        self._presence = torch.zeros(rows)
+        self._frequency = torch.zeros(rows)
+        self._bias = torch.zeros(rows, VOCAB_SIZE)
+        self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32)
+        self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Note the parameters of a sequence, and the bytes it has already produced."""
+        row, params = sequence.row, sequence.params
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seeds[row] = mix_seed(sequence.seed, sequence.request.choice)
+        self._repetition[row] = params.repetition_penalty
+        self._presence[row] = params.presence_penalty
+        self._frequency[row] = params.frequency_penalty
+        if params.penalizes:
+            self._bias[row] = 0.0
+            for token, value in params.logit_bias.items():
+                self._bias[row, token] = value
+            self._counts[row] = 0
+            self._prompt_seen[row] = False
+            self._prompt_seen[row, torch.tensor(sequence.ids[: sequence.prompt_length])] = True
+            self.commit(sequence, sequence.ids[sequence.prompt_length :])
+
+    def commit(self, sequence: Sequence, ids: list[int]) -> None:
+        """Count produced ids."""
+        if sequence.params.penalizes and ids:
+            self._counts[sequence.row] += torch.bincount(torch.tensor(ids), minlength=VOCAB_SIZE).int()
+
+    def picks(self, sequences: list[Sequence], spans: list[tuple[int, int]]) -> Picks:
+        """The rows of a pass that give bytes; `spans` are the sequences' (first, count) in the pass."""
+        picks = Picks()
+        for sequence, (first, _) in zip(sequences, spans, strict=True):
+            plan = sequence.plan
+            assert plan is not None
+            picks.causal.append((picks.count, plan.select))
+            for offset in range(plan.causal - plan.select, plan.causal):
+                position = plan.start + offset + 1
+                self._pick(picks, sequence, first + offset, position, sequence.draft[: position - sequence.known])
+        for sequence, (first, _) in zip(sequences, spans, strict=True):
+            plan = sequence.plan
+            assert plan is not None
+            picks.blocks.append((picks.count, len(plan.block_ids)))
+            filled = [i for i in plan.block_ids if i != MASK_ID]
+            for offset in range(len(plan.block_ids)):
+                self._pick(picks, sequence, first + plan.causal + offset, plan.end + offset, filled)
+        return picks
+
+    def _pick(self, picks: Picks, sequence: Sequence, row: int, position: int, extra: list[int]) -> None:
+        params = sequence.params
+        picks.index.append(row)
+        picks.owners.append(sequence.row)
+        picks.positions.append(position)
+        picks.forbid_eos.append(params.ignore_eos or position - sequence.prompt_length < params.min_tokens)
+        picks.extra.append(extra if params.penalizes else [])
+
+    def select(self, sequences: list[Sequence], picks: Picks, logits: Tensor) -> list[Result]:
+        """Choose a byte for every pick from logits fp32 [picks, 260], and fill the blocks."""
+        params = self._params(sequences, picks)
+        causal = picks.blocks[0][0]
+        results = [Result(Outcome()) for _ in sequences]
+        if causal:
+            some = params if causal == picks.count else _part(params, 0, causal)
+            self._take_causal(sequences, picks, logits[:causal], select(logits[:causal], some, need_statistics=False), results)
+        if causal < picks.count:
+            self._take_blocks(sequences, picks, logits[causal:], _part(params, causal, picks.count), results)
+        return results
+
+    def _params(self, sequences: list[Sequence], picks: Picks) -> SelectionParams:
+        owners = torch.tensor(picks.owners)
+        penalized = any(s.params.penalizes for s in sequences)
+        sampled = any(not s.params.greedy for s in sequences)
+        device = self._device
+        counts = prompt_seen = bias = None
+        if penalized:
+            counts, prompt_seen, bias = self._counts[owners], self._prompt_seen[owners], self._bias[owners]
+            for at, extra in enumerate(picks.extra):
+                if extra:
+                    counts[at] += torch.bincount(torch.tensor(extra), minlength=VOCAB_SIZE).int()
+            counts, prompt_seen, bias = counts.to(device), prompt_seen.to(device), bias.to(device)
+        return SelectionParams(
+            temperature=self._temperature[owners].to(device),
+            top_k=self._top_k[owners].to(device),
+            top_p=self._top_p[owners].to(device),
+            min_p=self._min_p[owners].to(device),
+            seeds=self._seeds[owners].to(device),
+            positions=torch.tensor(picks.positions, device=device),
+            forbid_eos=torch.tensor(picks.forbid_eos, device=device),
+            repetition=self._repetition[owners].to(device) if penalized else None,
+            presence=self._presence[owners].to(device) if penalized else None,
+            frequency=self._frequency[owners].to(device) if penalized else None,
+            counts=counts,
+            prompt_seen=prompt_seen,
+            bias=bias,
+            sampled=sampled,
+            truncated=any(s.params.truncates for s in sequences),
+            penalized=penalized,
+        )
+
+    def _take_causal(
+        self, sequences: list[Sequence], picks: Picks, logits: Tensor, chosen: Selection, results: list[Result]
+    ) -> None:
+        ids, bad = chosen.ids.tolist(), chosen.bad.tolist()
+        for sequence, (first, count), result in zip(sequences, picks.causal, results, strict=True):
+            result.outcome.ids = ids[first : first + count]
+            result.bad = any(bad[first : first + count])
+            if sequence.params.logprobs is not None and count and not result.bad:
+                span = slice(first, first + count)
+                result.logprobs = _logprobs(logits[span], result.outcome.ids, sequence.params.logprobs)
+
+    def _take_blocks(
+        self, sequences: list[Sequence], picks: Picks, logits: Tensor, params: SelectionParams, results: list[Result]
+    ) -> None:
+        """One unmasking step of every block in the pass, padded to the longest."""
+        base = picks.blocks[0][0]
+        blocks = [
+            (sequence, first - base, count, result)
+            for sequence, (first, count), result in zip(sequences, picks.blocks, results, strict=True)
+            if count
+        ]
+        widest = max(count for _, _, count, _ in blocks)
+        rows = np.zeros((len(blocks), widest), dtype=np.int64)
+        ids = np.zeros((len(blocks), widest), dtype=np.int64)
+        masked = np.zeros((len(blocks), widest), dtype=bool)
+        for at, (sequence, first, count, _) in enumerate(blocks):
+            plan = sequence.plan
+            assert plan is not None
+            rows[at, :count] = np.arange(first, first + count)
+            ids[at, :count] = plan.block_ids
+            masked[at, :count] = ids[at, :count] == MASK_ID
+        index = torch.from_numpy(rows.reshape(-1)).to(self._device)
+        unmasks = [sequence.plan.unmask for sequence, *_ in blocks if sequence.plan is not None]
+        step = unmask(
+            logits[index].view(len(blocks), widest, -1),
+            torch.from_numpy(masked).to(self._device),
+            torch.from_numpy(ids).to(self._device),
+            _at(params, index),
+            torch.tensor([u.rule for u in unmasks if u], device=self._device),
+            torch.tensor([u.bound for u in unmasks if u], device=self._device),
+            torch.tensor([u.last_step for u in unmasks if u], device=self._device),
+        )
+        new, done, bad = step.ids.tolist(), step.done.tolist(), step.bad.tolist()
+        left = step.masked.tolist()
+        for at, (sequence, first, count, result) in enumerate(blocks):
+            result.outcome.block_ids = [MASK_ID if left[at][i] else new[at][i] for i in range(count)]
+            result.outcome.block_done = done[at]
+            result.bad = result.bad or bad[at]
+            if sequence.params.logprobs is not None and not result.bad:
+                values = _logprobs(logits[first : first + count], new[at][:count], sequence.params.logprobs)
+                fixed = [masked[at, i] and not left[at][i] for i in range(count)]
+                result.block_logprobs = [v if f else None for v, f in zip(values, fixed, strict=True)]
+
+
+def _logprobs(logits: Tensor, ids: list[int], top: int) -> list[ByteLogprobs]:
+    """Log-softmax of raw logits [n, 260] at the chosen ids, with the `top` best alternatives."""
+    values = torch.log_softmax(logits, -1)
+    own = values[torch.arange(len(ids)), torch.tensor(ids)].tolist()
+    best = torch.topk(values, top, -1) if top else None
+    tops = [[] for _ in ids] if best is None else [
+        list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]  # fmt: skip
+    return [ByteLogprobs(value, alternatives) for value, alternatives in zip(own, tops, strict=True)]
+
+
+def _part(params: SelectionParams, start: int, end: int) -> SelectionParams:
+    return _map(params, lambda tensor: tensor[start:end])
+
+
+def _at(params: SelectionParams, index: Tensor) -> SelectionParams:
+    return _map(params, lambda tensor: tensor[index])
+
+
+def _map(params: SelectionParams, change) -> SelectionParams:  # type: ignore[no-untyped-def]
+    values = {
+        name: change(value) if isinstance(value, Tensor) else value for name, value in vars(params).items()
+    }
+    return SelectionParams(**values)

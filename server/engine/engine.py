@@ -1,0 +1,328 @@
+"""The engine: continuous batching in beats (design §3).
+
+A beat is one upstream pass over every patch that closed, then decoder passes in which every request that can go on takes
+part. `step` does one decoder pass, with the upstream pass before it where one is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from pathlib import Path
+
+import torch
+
+from models.blt import Blt
+from models.checkpoint import load_checkpoint
+from models.patching import PatchRule
+from server.decoding.choose import choose_method
+from server.decoding.method import Plan, Progress
+from server.engine.caches import Caches
+from server.engine.choosing import Result
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Patch, Sequence
+from server.engine.stats import EngineStats
+from server.request import (
+    MAX_BLOCK_SIZE,
+    ByteLogprobs,
+    DecodingMethod,
+    Delta,
+    FinishReason,
+    InvalidRequestError,
+    Request,
+)
+from server.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+#: Positions past the longest completion that a block or a draft may touch.
+_OVERSHOOT = MAX_BLOCK_SIZE + 1
+
+
+class Engine:
+    """Runs requests to their end. Confined to one thread, but for `stats`."""
+
+    def __init__(self, model: Blt, settings: EngineSettings, name: str = "blt") -> None:
+        config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
+        model.config = config
+        device = next(model.parameters()).device
+        dtype = model.lm_head.weight.dtype
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        if settings.deterministic and device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False
+        self.model_name = name
+        self.config = config
+        self.settings = settings
+        self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
+        self._caches = Caches(model, settings, device, dtype)
+        self._runner = Runner(model, self._caches, settings)
+        self._scheduler = Scheduler(self._caches, settings)
+        self._sequences: dict[str, Sequence] = {}
+        self._aborted: list[str] = []
+        self._passes = self._beats = self._passes_in_beat = 0
+        self._bytes_generated = self._bytes_prompt = 0
+
+    @classmethod
+    def load(cls, settings: EngineSettings) -> Engine:
+        """Load the checkpoint that the settings name. Raises CheckpointError or ConfigError."""
+        dtype = getattr(torch, settings.dtype)
+        model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=settings.device)
+        folder = Path(settings.model)
+        name = settings.model if not folder.exists() else f"fastblt-{folder.resolve().name}"
+        return cls(model, settings, name)
+
+    @property
+    def max_model_len(self) -> int:
+        """Bytes of prompt (BOS included) and completion together that one request may have."""
+        return self._caches.max_length - _OVERSHOOT
+
+    def add(self, request: Request) -> None:
+        """Accept a request, which then ends in exactly one terminal Delta.
+
+        Raises InvalidRequestError if it can never be served, QueueFullError if the queue is at its bound.
+        """
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        prompt, params = request.prompt_ids, request.params
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} bytes (with BOS) and max_tokens is {params.max_tokens}: together more "
+                f"than this server's {self.max_model_len}",
+                "prompt",
+            )
+        decoding = params.decoding
+        if decoding.method == DecodingMethod.AUTO and self.settings.method != DecodingMethod.AUTO:
+            decoding = type(decoding)(**{**vars(decoding), "method": DecodingMethod(self.settings.method)})
+        # The seed is drawn once and outlives preemption.
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        sequence = Sequence(request, choose_method(decoding, self.config), seed)
+        self._scheduler.enqueue(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its terminal Delta comes with the next step. Unknown ids are ignored."""
+        if request_id in self._sequences:
+            self._aborted.append(request_id)
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> list[Delta]:
+        """One decoder pass, and the upstream pass before it if it is due; what came of it, request by request."""
+        deltas: list[Delta] = []
+        for request_id in self._aborted:
+            if request_id in self._sequences:
+                deltas.append(self._finish(self._sequences[request_id], FinishReason.ABORT))
+        self._aborted.clear()
+        for sequence in self._scheduler.admit():
+            if sequence.timings.scheduled is None:
+                sequence.timings.scheduled = time.monotonic()
+                self._bytes_prompt += sequence.prompt_length
+            self._runner.admit(sequence)
+        running = self._scheduler.running
+        try:
+            batch = list(running)
+            self._ingest(self._plan())
+            waiting = [s for s in running if s.plan is not None and not s.ready]
+            ready = [s for s in running if s.ready]
+            if waiting and (not ready or self._upstream_due(waiting)):
+                batch = waiting
+                self._runner.upstream(waiting)
+                for sequence in waiting:
+                    sequence.ready = True
+                ready = [s for s in running if s.ready]
+                self._beats += 1
+                self._passes_in_beat = 0
+            batch = self._scheduler.fit(ready)
+            if not batch:
+                return deltas
+            results = self._runner.decode(batch)
+        except Exception as error:
+            # Whatever went wrong belongs to the requests of this pass; the others go on.
+            logger.exception("a pass failed; its %d requests end with an error", len(batch))
+            for sequence in batch:
+                if sequence.request.request_id in self._sequences:
+                    deltas.append(self._finish(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}"))
+            return deltas
+        self._passes += 1
+        self._passes_in_beat += 1
+        for sequence, result in zip(batch, results, strict=True):
+            delta = self._settle(sequence, result)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        groups = self._caches.groups
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            pages_total={name: group.pool.size for name, group in groups.items()},
+            pages_free={name: group.pool.free for name, group in groups.items()},
+            ledger=self._runner.ledger,
+            passes=self._passes,
+            beats=self._beats,
+            bytes_generated=self._bytes_generated,
+            bytes_prompt=self._bytes_prompt,
+            preemptions=self._scheduler.preemptions,
+        )
+
+    def balanced(self) -> bool:
+        """Whether every page, latent and state row is free: true whenever nothing runs (contract 3)."""
+        return self._caches.balanced()
+
+    # Before a pass
+
+    def _plan(self) -> list[Sequence]:
+        """Give a plan, with pages, to every running sequence that has none; those that got one."""
+        scheduler = self._scheduler
+        planned: list[Sequence] = []
+        budget = scheduler.prefill_budget()
+        for sequence in list(scheduler.running):
+            if sequence.plan is not None or sequence.row == 0:
+                continue
+            if sequence.prefilling:
+                rows = min(sequence.prefill_target - sequence.decoded, budget)
+                if rows == 0:
+                    continue
+                last = sequence.decoded + rows == sequence.known and sequence.method.keeps_pending
+                plan = Plan(sequence.decoded, rows, select=int(last))
+                budget -= rows
+            else:
+                plan = sequence.method.plan(sequence.known, sequence.left)
+            if scheduler.reserve(sequence, plan):
+                sequence.plan = plan
+                planned.append(sequence)
+        # A sequence planned early may have been preempted for a later one.
+        return [s for s in planned if s.plan is not None]
+
+    def _ingest(self, sequences: list[Sequence]) -> None:
+        """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
+        scan, encode = [], []
+        for sequence in sequences:
+            plan = sequence.plan
+            assert plan is not None
+            if plan.upstream and plan.end > sequence.scanned:
+                scan.append(sequence)
+            if plan.end > sequence.encoded and (plan.upstream or self.config.decoder_input == "encoder"):
+                encode.append(sequence)
+        if scan:
+            ends = [s.plan.end for s in scan if s.plan is not None]
+            for sequence, entropy in zip(scan, self._runner.scan(scan, ends), strict=True):
+                sequence.scan(entropy, self._rule)
+        if encode:
+            self._runner.encode(encode, [s.plan.end for s in encode if s.plan is not None])
+        for sequence in sequences:
+            plan = sequence.plan
+            assert plan is not None
+            if plan.upstream and plan.provisional and sequence.open_start < plan.end:
+                sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
+            sequence.ready = not (plan.upstream and sequence.pending_patches())
+
+    def _upstream_due(self, waiting: list[Sequence]) -> bool:
+        """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
+        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.prefilling for s in waiting)
+
+    # After a pass
+
+    def _settle(self, sequence: Sequence, result: Result) -> Delta | None:
+        """Apply what a pass gave one sequence; the news of it, if any."""
+        sequence.last_pass = self._passes
+        plan, prefilled = sequence.plan, sequence.prefilling
+        assert plan is not None
+        sequence.plan, sequence.ready = None, False
+        if result.bad:
+            return self._finish(sequence, FinishReason.ERROR, "the model produced NaN or infinity for this request")
+        if plan.upstream:
+            sequence.decoded = plan.end
+        if prefilled:
+            progress = Progress(commit=result.outcome.ids)
+        else:
+            progress = sequence.method.advance(plan, result.outcome)
+        if progress.keep is not None:
+            self._scheduler.free_latents(sequence.cut(progress.keep))
+        ledger = sequence.ledger
+        for total in (ledger, self._runner.ledger):
+            total.drafted += progress.drafted
+            total.accepted += progress.accepted
+            total.steps += progress.steps
+            total.rounds += progress.rounds
+        delta = self._commit(sequence, progress.commit, self._logprobs(sequence, plan, progress, result))
+        if delta is not None and delta.finish_reason is not None:
+            return delta
+        sequence.draft = progress.draft
+        self._runner.write_ids(sequence, sequence.known, progress.draft)
+        if progress.commit and sequence.provisional is not None:
+            self._scheduler.free_latents([sequence.provisional.slot])
+            sequence.provisional = None
+        self._scheduler.free_latents(sequence.forget_patches())
+        patches = sequence.closed + (sequence.provisional is not None)
+        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.open_start)
+        return delta
+
+    def _logprobs(
+        self, sequence: Sequence, plan: Plan, progress: Progress, result: Result
+    ) -> list[ByteLogprobs] | None:
+        """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
+        if sequence.params.logprobs is None:
+            return None
+        if result.block_logprobs is not None and plan.provisional:
+            for at, value in enumerate(result.block_logprobs):
+                if value is not None:
+                    sequence.block_logprobs[at] = value
+            if not progress.commit:
+                return []
+            values = [sequence.block_logprobs[at] for at in range(len(progress.commit))]
+            sequence.block_logprobs.clear()
+            return values
+        return (result.logprobs or [])[: len(progress.commit)]
+
+    def _commit(self, sequence: Sequence, ids: list[int], logprobs: list[ByteLogprobs] | None) -> Delta | None:
+        """Append fixed bytes; cut at the first end among them."""
+        if not ids:
+            return None
+        if sequence.timings.first_byte is None:
+            sequence.timings.first_byte = time.monotonic()
+        before = len(sequence.output.ids)
+        for at, token in enumerate(ids):
+            if sequence.output.append(token, logprobs[at] if logprobs else None):
+                for ledger in (sequence.ledger, self._runner.ledger):
+                    ledger.wasted += len(ids) - at - 1
+                self._bytes_generated += max(len(sequence.output.ids) - before, 0)
+                assert sequence.output.finish_reason is not None
+                return self._finish(sequence, sequence.output.finish_reason)
+        self._bytes_generated += len(ids)
+        self._runner.write_ids(sequence, sequence.known, ids)
+        sequence.ids += ids
+        self._runner.commit(sequence, ids)
+        released, values = sequence.output.release()
+        if not released:
+            return None
+        return Delta(sequence.request.request_id, released, values if logprobs is not None else None)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Delta:
+        """End a sequence, wherever it is, and free all it holds."""
+        if sequence.row:
+            self._scheduler.remove(sequence)
+        else:
+            self._scheduler.waiting.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        sequence.timings.finished = time.monotonic()
+        output = sequence.output
+        output.finish_reason = reason
+        released, values = output.release()
+        return Delta(
+            sequence.request.request_id,
+            released,
+            values if sequence.params.logprobs is not None else None,
+            finish_reason=reason,
+            stop_reason=output.stop_reason,
+            error=error,
+            ledger=sequence.ledger,
+            timings=sequence.timings,
+        )

@@ -1,0 +1,78 @@
+"""From fixed bytes to what may leave: EOS, stop ids, stop strings and the length, cut exactly."""
+
+from __future__ import annotations
+
+from models.vocabulary import BYTE_OFFSET, EOS_ID
+from server.request import ByteLogprobs, FinishReason, SamplingParams
+
+
+class Output:
+    """The completion of one request as it grows.
+
+    Bytes that could still turn out to be part of a stop string are held back. What lies after the end is dropped and
+    counted as wasted by the caller.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._stop_ids = set(params.stop_token_ids)
+        self._longest = max((len(stop) for stop in params.stop), default=0)
+        self._tail = b""
+        self.ids: list[int] = []
+        self.logprobs: list[ByteLogprobs] = []
+        self._released = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def append(self, token: int, logprob: ByteLogprobs | None) -> bool:
+        """Take one fixed id; True once the completion has ended with it. Must not be called after that."""
+        params = self._params
+        may_stop = len(self.ids) >= params.min_tokens
+        if token == EOS_ID and not params.ignore_eos:
+            return self._finish(FinishReason.STOP, None)
+        if token in self._stop_ids and may_stop:
+            if params.include_stop_str_in_output:
+                self._push(token, logprob)
+            return self._finish(FinishReason.STOP, token)
+        self._push(token, logprob)
+        if self._longest:
+            # An id that is no byte (EOS under ignore_eos) can be part of no stop string.
+            self._tail = self._tail + bytes((token - BYTE_OFFSET,)) if token >= BYTE_OFFSET else b""
+            self._tail = self._tail[-self._longest :]
+            if len(self.ids) >= params.min_tokens:
+                matches = [stop for stop in params.stop if self._tail.endswith(stop)]
+                if matches:
+                    # Of stops that end here the longest began first.
+                    stop = max(matches, key=len)
+                    if not params.include_stop_str_in_output:
+                        del self.ids[-len(stop) :]
+                        del self.logprobs[-len(stop) :]
+                    return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
+        if len(self.ids) >= params.max_tokens:
+            return self._finish(FinishReason.LENGTH, None)
+        return False
+
+    def release(self) -> tuple[list[int], list[ByteLogprobs]]:
+        """The ids (and logprobs, where asked for) that may leave now and have not left before."""
+        until = len(self.ids)
+        if self.finish_reason is None and self._longest and not self._params.include_stop_str_in_output:
+            until -= self._held()
+        start, self._released = self._released, max(self._released, until)
+        return self.ids[start : self._released], self.logprobs[start : self._released]
+
+    def _held(self) -> int:
+        """Length of the longest end of the output that begins a stop string."""
+        for size in range(min(len(self._tail), self._longest - 1), 0, -1):
+            end = self._tail[-size:]
+            if any(stop.startswith(end) for stop in self._params.stop):
+                return size
+        return 0
+
+    def _push(self, token: int, logprob: ByteLogprobs | None) -> None:
+        self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def _finish(self, reason: FinishReason, stop: str | int | None) -> bool:
+        self.finish_reason, self.stop_reason = reason, stop
+        return True

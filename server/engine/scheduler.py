@@ -1,0 +1,122 @@
+"""Who runs: the waiting queue, admission by pages, preemption by recompute, and the row budget of a pass.
+
+The scheduler knows rows, pages and ages; it knows no methods (design §3).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from server.decoding.method import Plan
+from server.engine.caches import Caches
+from server.engine.sequence import Sequence
+from server.request import QueueFullError
+from server.settings import EngineSettings
+
+#: Admission assumes this much more global cache than the running mean of patches per byte says.
+_MARGIN = 1.2
+
+
+class Scheduler:
+    def __init__(self, caches: Caches, settings: EngineSettings) -> None:
+        self._caches = caches
+        self._settings = settings
+        self.waiting: deque[Sequence] = deque()
+        #: Oldest first.
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._scanned = 0
+        self._closed = 0
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Raises QueueFullError at the bound of the waiting queue."""
+        if len(self.waiting) >= self._settings.max_waiting:
+            raise QueueFullError(f"{len(self.waiting)} requests are waiting already; try again later")
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Move waiting sequences to running, in order, while rows and pages are likely to suffice."""
+        admitted: list[Sequence] = []
+        while self.waiting and len(self.running) < self._settings.max_running:
+            sequence = self.waiting[0]
+            # One alone always fits; the others only where nobody is likely to be preempted for them at once.
+            if self.running and not self._likely_fits(sequence, admitted):
+                break
+            row = self._caches.take_row()
+            if row is None:
+                break
+            self.waiting.popleft()
+            sequence.row = row
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def reserve(self, sequence: Sequence, plan: Plan) -> bool:
+        """Pages for a plan, preempting the youngest others if need be. False: the sequence itself was preempted."""
+        length = plan.end + len(plan.block_ids)
+        # Every row may turn out to close a patch; what was not needed goes back after the pass.
+        unknown = max(plan.end - sequence.scanned, 0)
+        patches = sequence.closed + unknown + (1 if plan.provisional else 0)
+        while not self._caches.reserve(sequence.row, length, patches):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue, with nothing computed. Its bytes, its seed and its output stay."""
+        self.remove(sequence)
+        sequence.restart()
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a running sequence out and give back all that it holds."""
+        self._scanned += sequence.scanned
+        self._closed += sequence.closed
+        self.running.remove(sequence)
+        slots = [patch.slot for patch in sequence.patches]
+        if sequence.provisional is not None:
+            slots.append(sequence.provisional.slot)
+        self.free_latents(slots)
+        self._caches.release(sequence.row)
+        sequence.row = 0
+
+    def free_latents(self, slots: list[int]) -> None:
+        for slot in slots:
+            if slot:
+                self._caches.latent_pool.give_back(slot)
+
+    def fit(self, ready: list[Sequence]) -> list[Sequence]:
+        """The plans of one pass, within the row budget; whoever waited longest goes first."""
+        batch: list[Sequence] = []
+        rows = 0
+        for sequence in sorted(ready, key=lambda s: s.last_pass):
+            assert sequence.plan is not None
+            if batch and rows + sequence.plan.rows > self._settings.max_pass_rows:
+                continue
+            rows += sequence.plan.rows
+            batch.append(sequence)
+        return batch
+
+    def prefill_budget(self) -> int:
+        """Prompt rows that the next pass may take beside the decoding ones; a quarter of it is always theirs."""
+        total = self._settings.max_pass_rows
+        decoding = sum(s.plan.rows if s.plan else 1 for s in self.running)
+        return max(total - decoding, total // 4, 1)
+
+    def _likely_fits(self, sequence: Sequence, admitted: list[Sequence]) -> bool:
+        per_byte = (self._closed + 1) / (self._scanned + 1) if self._scanned else 0.5
+        for group in self._caches.groups.values():
+            needed = 0
+            for one in [sequence, *admitted]:
+                length = one.known
+                if group.name == "global":
+                    length = int(length * min(1.0, per_byte * _MARGIN))
+                elif group.window is not None:
+                    length = min(length, group.window + self._settings.max_pass_rows)
+                needed += length // group.page_size + 2
+            if needed > group.pool.free:
+                return False
+        return True

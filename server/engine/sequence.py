@@ -1,0 +1,129 @@
+"""A request inside the engine: its bytes, how far each module has come, and its patches."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from models.patching import PatchRule
+from server.decoding.method import Method, Plan
+from server.engine.output import Output
+from server.request import ByteLogprobs, Ledger, Request, Timings
+
+
+@dataclass(slots=True)
+class Patch:
+    """A closed patch over positions [start, end]; `slot` is its latent's, 0 until the global transformer has run."""
+
+    index: int
+    start: int
+    end: int
+    slot: int = 0
+
+
+class Sequence:
+    """State of one admitted request.
+
+    Between rounds it is a function of `ids` alone: rows 0..n-2 are computed and the newest byte is pending (design §3).
+    `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
+    """
+
+    def __init__(self, request: Request, method: Method, seed: int) -> None:
+        self.request = request
+        self.params = request.params
+        self.method = method
+        self.seed = seed
+        self.ids = list(request.prompt_ids)
+        self.prompt_length = len(self.ids)
+        self.output = Output(request.params)
+        self.ledger = Ledger()
+        self.timings = Timings(arrival=request.arrival)
+        self.row = 0
+        #: Number of the last pass that served it, for fairness under a row budget.
+        self.last_pass = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Nothing is computed any more: newly admitted, or preempted."""
+        self.scanned = self.encoded = self.decoded = 0
+        self.open_start = 0
+        self.closed = 0
+        #: Newest closed patches, oldest first: those that rows not yet decoded may read.
+        self.patches: deque[Patch] = deque()
+        self.provisional: Patch | None = None
+        #: Bytes after the known ones that may be taken back.
+        self.draft: list[int] = []
+        self.plan: Plan | None = None
+        self.ready = False
+        #: Of the block being filled, by offset.
+        self.block_logprobs: dict[int, ByteLogprobs] = {}
+        self.method.reset()
+
+    @property
+    def known(self) -> int:
+        return len(self.ids)
+
+    @property
+    def left(self) -> int:
+        return self.params.max_tokens - len(self.output.ids)
+
+    @property
+    def prefill_target(self) -> int:
+        """Rows to compute before the method takes over: the whole prompt at first, later what stands between rounds."""
+        if self.known == self.prompt_length or not self.method.keeps_pending:
+            return self.known
+        return self.known - 1
+
+    @property
+    def prefilling(self) -> bool:
+        return self.decoded < self.prefill_target
+
+    def scan(self, entropies: list[float], rule: PatchRule) -> None:
+        """Take the entropies (nats) of the next rows: patches close where the rule says so."""
+        for entropy in entropies:
+            position = self.scanned
+            self.scanned += 1
+            if rule.opens(position, entropy, position - self.open_start + 1):
+                self.patches.append(Patch(self.closed, self.open_start, position))
+                self.closed += 1
+                self.open_start = position + 1
+
+    def pending_patches(self) -> list[Patch]:
+        """Closed (or force-closed) patches whose latent is still to be computed."""
+        waiting = [patch for patch in self.patches if patch.slot == 0]
+        if self.provisional is not None and self.provisional.slot == 0:
+            waiting.append(self.provisional)
+        return waiting
+
+    def cut(self, keep: int) -> list[int]:
+        """Roll back to rows 0..keep-1; returns the latent slots that are free again.
+
+        A patch stays iff its last byte does. Refusing a tail changes nothing before it (design §3).
+        """
+        freed = []
+        while self.patches and self.patches[-1].end >= keep:
+            patch = self.patches.pop()
+            self.closed -= 1
+            self.open_start = patch.start
+            if patch.slot:
+                freed.append(patch.slot)
+        self.scanned = min(self.scanned, keep)
+        self.encoded = min(self.encoded, keep)
+        self.decoded = min(self.decoded, keep)
+        return freed
+
+    def forget_patches(self) -> list[int]:
+        """Drop patches that no row from `decoded` on reads; returns their latent slots. The newest always stays."""
+        freed = []
+        while len(self.patches) > 1 and self.patches[1].end <= self.decoded:
+            freed.append(self.patches.popleft().slot)
+        return freed
+
+    def latent_slot(self, position: int) -> int:
+        """Latent that the clean decoder row at `position` reads: the newest patch closed once its byte is known."""
+        slot = 0
+        for patch in self.patches:
+            if patch.end > position:
+                break
+            slot = patch.slot
+        return slot

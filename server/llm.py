@@ -1,0 +1,141 @@
+"""Completions without a server: `LLM().generate("...")`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.vocabulary import decode
+from server.engine.engine import Engine
+from server.request import (
+    ByteLogprobs,
+    Delta,
+    FinishReason,
+    InvalidRequestError,
+    Ledger,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    read_prompt,
+)
+from server.settings import EngineSettings
+
+Prompt = str | bytes | list[int]
+
+
+@dataclass
+class Completion:
+    """What one prompt gave. `ids` and `data` are the bytes exactly; `text` has U+FFFD where they are no UTF-8.
+
+    `error` says what happened where `finish_reason` is ERROR. `ledger` counts forward passes (design §6.6).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[ByteLogprobs] | None = None
+    error: str | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def data(self) -> bytes:
+        return decode(self.ids)
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
+
+
+class LLM:
+    """An engine in this thread. `settings` are the fields of EngineSettings.
+
+    Raises what loading raises: FileNotFoundError, ConfigError and the like.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        if model is not None:
+            settings["model"] = str(model)
+        self.engine = Engine.load(EngineSettings(**settings))
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """One completion a prompt, in order; a list of ids is one prompt. All are batched together.
+
+        Raises InvalidRequestError for a prompt or parameters that can never be served.
+        """
+        requests = self._requests(_as_list(prompts), params)
+        completions = {request.request_id: Completion() for request in requests}
+        for delta in self._run(requests):
+            _take(completions[delta.request_id], delta)
+        return list(completions.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The deltas of one completion as they come. Raises as `generate` does."""
+        return self._run(self._requests([prompt], params))
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequestError(f"{len(prompts)} prompts have {len(params)} sets of parameters", "params")
+        now = time.monotonic()
+        return [
+            Request(f"offline-{next(self._numbers)}", read_prompt(prompt), one, now)
+            for prompt, one in zip(prompts, params, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Delta]:
+        """All deltas of `requests`. Whatever ends this early aborts those that have not finished."""
+        engine = self.engine
+        queued = deque(requests)
+        unfinished: set[str] = set()
+        try:
+            while queued or unfinished:
+                try:
+                    while queued:
+                        engine.add(queued[0])
+                        unfinished.add(queued.popleft().request_id)
+                except QueueFullError:
+                    if not unfinished:
+                        raise
+                for delta in engine.step():
+                    if delta.finish_reason is not None:
+                        unfinished.discard(delta.request_id)
+                    yield delta
+        finally:
+            if unfinished:
+                for request_id in unfinished:
+                    engine.abort(request_id)
+                engine.step()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str | bytes):
+        return [prompts]
+    if prompts and all(isinstance(i, int) for i in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _take(completion: Completion, delta: Delta) -> None:
+    completion.ids += delta.ids
+    if delta.logprobs is not None:
+        completion.logprobs = completion.logprobs or []
+        completion.logprobs += delta.logprobs
+    if delta.finish_reason is not None:
+        completion.finish_reason = delta.finish_reason
+        completion.stop_reason = delta.stop_reason
+        completion.error = delta.error
+        completion.ledger = delta.ledger or completion.ledger

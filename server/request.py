@@ -1,0 +1,248 @@
+"""Requests, their parameters and their outputs: the words that every floor of the server shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from models.vocabulary import EOS_ID, VOCAB_SIZE, encode, with_bos
+
+#: Bounds of what one request may ask for.
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_BYTES = 1024
+MAX_DRAFT_LENGTH = 32
+MAX_BLOCK_SIZE = 32
+
+
+class InvalidRequestError(ValueError):
+    """A request that can never be served as it stands. `param` names the field; the message says what to do."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class QueueFullError(RuntimeError):
+    """The waiting queue is at its bound; try again later."""
+
+
+def _within(value: float | None, low: float, high: float, name: str, *, open_low: bool = False) -> None:
+    """Raise InvalidRequestError unless value is None or a finite number in [low, high] (or (low, high])."""
+    if value is None:
+        return
+    # An int may be too large for isfinite, never for the comparison below.
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+        raise InvalidRequestError(f"{name} must be a finite number", name)
+    if value > high or value < low or (open_low and value == low):
+        raise InvalidRequestError(f"{name} must be {'above' if open_low else 'at least'} {low} and at most {high}", name)
+
+
+class DecodingMethod(StrEnum):
+    BLT = "blt"
+    BLT_D = "blt-d"
+    BLT_S = "blt-s"
+    BLT_DV = "blt-dv"
+    AUTO = "auto"
+
+
+class Unmasking(StrEnum):
+    CONFIDENCE = "confidence"
+    ENTROPY = "entropy"
+    ONE_STEP = "one_step"
+
+
+class EntropyRule(StrEnum):
+    INCLUSIVE = "inclusive"
+    EXCLUSIVE_MAX = "exclusive_max"
+
+
+class FinishReason(StrEnum):
+    """Every accepted request ends in exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class DecodingParams:
+    """How to decode (design §8). None means the default of the method and the checkpoint.
+
+    `confidence_threshold` is a probability, `entropy_bound` is in nats, `block_size` and `draft_length` in bytes.
+    """
+
+    method: DecodingMethod = DecodingMethod.AUTO
+    block_size: int | None = None
+    draft_length: int | None = None
+    unmasking: Unmasking | None = None
+    confidence_threshold: float | None = None
+    entropy_bound: float | None = None
+    entropy_rule: EntropyRule = EntropyRule.INCLUSIVE
+    max_steps: int | None = None
+    align_blocks: bool | None = None
+    paper_accounting: bool = False
+
+    def __post_init__(self) -> None:
+        _within(self.block_size, 1, MAX_BLOCK_SIZE, "decoding.block_size")
+        _within(self.draft_length, 1, MAX_DRAFT_LENGTH, "decoding.draft_length")
+        _within(self.confidence_threshold, 0.0, 1.0, "decoding.confidence_threshold")
+        _within(self.entropy_bound, 0.0, 1e6, "decoding.entropy_bound")
+        _within(self.max_steps, 1, MAX_BLOCK_SIZE, "decoding.max_steps")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy; `top_k` 0 means all.
+
+    `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
+    the chosen byte (0: the chosen one only).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[bytes, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    decoding: DecodingParams = DecodingParams()
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str | bytes) else tuple(self.stop or ())
+        encoded = tuple(s.encode("utf-8", "surrogatepass") if isinstance(s, str) else s for s in stop)
+        object.__setattr__(self, "stop", encoded)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _within(self.max_tokens, 1, 2**31, "max_tokens")
+        _within(self.min_tokens, 0, self.max_tokens, "min_tokens")
+        _within(self.temperature, 0.0, 100.0, "temperature")
+        _within(self.top_k, 0, 2**31, "top_k")
+        _within(self.top_p, 0.0, 1.0, "top_p", open_low=True)
+        _within(self.min_p, 0.0, 1.0, "min_p")
+        _within(self.seed, -(2**63), 2**63 - 1, "seed")
+        _within(self.presence_penalty, -2.0, 2.0, "presence_penalty")
+        _within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")
+        _within(self.repetition_penalty, 0.0, 100.0, "repetition_penalty", open_low=True)
+        _within(self.logprobs, 0, MAX_LOGPROBS, "logprobs")
+        for key, value in self.logit_bias.items():
+            _within(key, 0, 259, "logit_bias")
+            _within(value, -100.0, 100.0, "logit_bias")
+        for token in self.stop_token_ids:
+            _within(token, 0, 259, "stop_token_ids")
+        if len(encoded) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"stop has {len(encoded)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        if any(not 1 <= len(s) <= MAX_STOP_BYTES for s in encoded):
+            raise InvalidRequestError(f"each stop string must have 1 to {MAX_STOP_BYTES} bytes", "stop")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def truncates(self) -> bool:
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @property
+    def penalizes(self) -> bool:
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+            or bool(self.logit_bias)
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and one completion. `prompt_ids` are what the model reads: BOS in front (see `with_bos`).
+
+    `choice` numbers the completions of one prompt and is mixed into the seed. `arrival` is `time.monotonic()`.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class ByteLogprobs:
+    """Log-softmax of the raw model at one produced byte: the chosen id's value and the `top` (id, value) pairs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Ledger:
+    """Network function evaluations by module, and what drafting did. Of one request, or of the engine (design §6.6)."""
+
+    patcher: int = 0
+    encoder: int = 0
+    global_: int = 0
+    decoder: int = 0
+    rounds: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    wasted: int = 0
+    patches: int = 0
+
+
+@dataclass
+class Timings:
+    """Monotonic seconds of a request's life; None for what never happened."""
+
+    arrival: float
+    scheduled: float | None = None
+    first_byte: float | None = None
+    finished: float | None = None
+
+
+@dataclass
+class Delta:
+    """News of one request: bytes that are verified and past every stop string that could still match.
+
+    `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger and the
+    timings. `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR.
+    """
+
+    request_id: str
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[ByteLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    ledger: Ledger | None = None
+    timings: Timings | None = None
+
+
+def read_prompt(prompt: str | bytes | list[int]) -> list[int]:
+    """What the model reads for a prompt: its ids, BOS in front. Raises InvalidRequestError."""
+    if isinstance(prompt, str):
+        prompt = prompt.encode("utf-8", "surrogatepass")
+    if isinstance(prompt, bytes):
+        ids = encode(prompt)
+    elif isinstance(prompt, list) and all(type(i) is int for i in prompt):
+        ids = prompt
+    else:
+        raise InvalidRequestError("a prompt must be a text or a list of byte ids", "prompt")
+    if not ids:
+        raise InvalidRequestError("the prompt is empty; [1], BOS alone, asks for an unconditional sample", "prompt")
+    if not all(0 <= i < VOCAB_SIZE for i in ids):
+        raise InvalidRequestError(f"prompt ids must be at least 0 and below {VOCAB_SIZE}", "prompt")
+    if EOS_ID in ids:
+        raise InvalidRequestError(f"a prompt must not contain EOS (id {EOS_ID})", "prompt")
+    return with_bos(ids)

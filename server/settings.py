@@ -1,0 +1,36 @@
+"""Settings of an engine, with defaults that suit the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The checkpoint that ships with the package.
+PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits and modes of one engine.
+
+    `cache_bytes` is the memory for all page groups together (None: an eighth of the machine's). `max_pass_rows` bounds
+    the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
+    passes after one upstream pass; 1 never holds. `deterministic` makes arithmetic independent of batching.
+    """
+
+    model: str = str(PRETRAINED)
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    cache_bytes: int | None = None
+    page_size: int = 64
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_model_len: int = 32768
+    max_pass_rows: int = 512
+    max_passes_per_beat: int = 8
+    patching_threshold: float | None = None
+    max_patch_length: int | None = None
+    deterministic: bool = False
+    threads: int | None = None
+    method: str = "auto"

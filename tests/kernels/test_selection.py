@@ -1,0 +1,410 @@
+"""Selection against the scalar oracle, the contract of row invariance, and the distribution of the draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels.selection
+from kernels.noise import gumbel, mix_seed
+from kernels.selection import SelectionParams, select, select_torch
+from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
+from tests.oracles import selection_oracle as oracle
+from tests.oracles.selection_oracle import Row
+
+DISTINCT = 2e-5
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def one(logits: np.ndarray | Tensor | list[float], row: Row) -> kernels.selection.Selection:
+    return select(torch.as_tensor(logits, dtype=torch.float32).view(1, 260), pack([row]), need_statistics=True)
+
+
+def flat(**scores: float) -> list[float]:
+    """Logits that are -inf but for the named ids, as in flat(_7=0.5)."""
+    logits = [float("-inf")] * 260
+    for name, score in scores.items():
+        logits[int(name[1:])] = score
+    return logits
+
+
+# --- Against the oracle ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_batches_equal_the_oracle(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(LOGITS, 8)
+    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    rows = [random_row(rng) for _ in kinds]
+    before = logits.clone()
+    result = select(logits, pack(rows), need_statistics=True)
+    assert torch.equal(logits.view(torch.int32), before.view(torch.int32))
+    assert result.confidence is not None and result.entropy is not None
+    for index, row in enumerate(rows):
+        expected = oracle.select(logits[index].tolist(), row)
+        assert bool(result.bad[index]) == expected.bad
+        if expected.bad:
+            assert result.ids[index] == 2
+            assert result.confidence[index].isnan() and result.entropy[index].isnan()
+            continue
+        np.testing.assert_allclose(result.confidence[index].item(), expected.confidence, rtol=3e-5, atol=1e-30)
+        np.testing.assert_allclose(result.entropy[index].item(), expected.entropy, rtol=1e-5, atol=1e-5)
+        if expected.margin > DISTINCT:
+            assert result.ids[index] == expected.id, (kinds[index], row)
+            np.testing.assert_allclose(result.logprobs[index].item(), expected.logprob, rtol=1e-6, atol=1e-5)
+
+
+def test_the_oracle_seldom_calls_a_row_too_close() -> None:
+    rng = np.random.default_rng(3)
+    rows = [random_row(rng) for _ in range(300)]
+    choices = [oracle.select(random_logits(rng, str(rng.choice(LOGITS[:2]))).tolist(), row) for row in rows]
+    assert sum(choice.margin <= DISTINCT for choice in choices) < 15
+
+
+# --- Written out ----------------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    for ids in ((200, 77, 259), (4, 5), (2, 258), (255, 256, 257, 258, 259)):
+        logits = torch.zeros(260)
+        logits[list(ids)] = 1.5
+        assert one(logits, Row()).ids.item() == min(ids)
+    assert one(torch.zeros(260), Row()).ids.item() == 2
+    assert one(torch.zeros(260), Row(forbid_eos=True)).ids.item() == 4
+
+
+def test_forbidden_ids_are_never_produced() -> None:
+    logits = np.zeros(260, dtype=np.float32)
+    logits[[0, 1, 3]] = 1e9
+    logits[2] = 100
+    assert one(logits, Row()).ids.item() == 2
+    assert one(logits, Row(forbid_eos=True)).ids.item() == 4
+    for temperature in (0.1, 1.0, 1e6):
+        rows = [Row(temperature=temperature, seed=5, position=p, forbid_eos=True) for p in range(2000)]
+        ids = select(torch.from_numpy(logits).expand(2000, 260), pack(rows), need_statistics=False).ids
+        assert ids.min() >= 4
+
+
+def test_statistics_come_before_truncation_and_ignore_what_is_forbidden() -> None:
+    logits = np.full(260, -np.inf, dtype=np.float32)
+    logits[[0, 1, 3]] = 50.0
+    logits[[10, 11, 12, 13]] = 1.0
+    result = one(logits, Row(temperature=1.0, top_k=1, top_p=0.1, min_p=1.0))
+    assert result.confidence is not None and result.entropy is not None
+    assert result.confidence.item() == 0.25
+    np.testing.assert_allclose(result.entropy.item(), np.log(4), rtol=1e-6)
+    # The logprob is the raw model's, forbidden ids included.
+    np.testing.assert_allclose(result.logprobs.item(), -49 - np.log(3), rtol=1e-6)
+
+
+def test_statistics_take_the_temperature() -> None:
+    logits = flat(_10=2.0, _20=0.0)
+    for temperature, divisor in ((0.0, 1.0), (2.0, 2.0), (0.5, 0.5)):
+        result = one(logits, Row(temperature=temperature))
+        p = 1 / (1 + np.exp(-2 / divisor))
+        assert result.confidence is not None and result.entropy is not None
+        np.testing.assert_allclose(result.confidence.item(), p, rtol=1e-6)
+        np.testing.assert_allclose(result.entropy.item(), -p * np.log(p) - (1 - p) * np.log1p(-p), rtol=1e-5)
+
+
+def test_statistics_of_a_certain_row() -> None:
+    for row in (Row(), Row(temperature=0.7, seed=3)):
+        result = one(flat(_77=-3.0), row)
+        assert result.confidence is not None and result.entropy is not None
+        assert (result.ids.item(), result.confidence.item(), result.entropy.item()) == (77, 1.0, 0.0)
+        assert result.logprobs.item() == 0.0 and not result.bad.item()
+
+
+def test_statistics_only_when_asked_for() -> None:
+    result = select(torch.zeros(2, 260), pack([Row(), Row()]), need_statistics=False)
+    assert result.confidence is None and result.entropy is None
+
+
+def test_penalties() -> None:
+    counts, seen = [0] * 260, [False] * 260
+    counts[10], counts[11], seen[12] = 3, 1, True
+    logits = flat(_10=4.0, _11=-2.0, _12=3.0, _13=1.0)
+    row = Row(repetition=2.0, presence=0.25, frequency=0.5, counts=counts, prompt_seen=seen)
+    # 10: 4 / 2 - 1.5 - 0.25 = 0.25; 11: -2 * 2 - 0.75 = -4.75; 12: 3 / 2; 13: 1.
+    result = one(logits, row)
+    scores = np.array([0.25, -4.75, 1.5, 1.0])
+    assert result.ids.item() == 12 and result.confidence is not None
+    np.testing.assert_allclose(result.confidence.item(), np.exp(1.5) / np.exp(scores).sum(), rtol=1e-6)
+    row.bias = [0.0] * 260
+    row.bias[12], row.bias[11] = -float("inf"), 10.0
+    assert one(logits, row).ids.item() == 11
+
+
+@pytest.mark.parametrize("name", ["repetition", "presence", "frequency", "counts", "prompt_seen", "bias"])
+def test_any_penalty_may_be_left_out(name: str) -> None:
+    rng = np.random.default_rng(5)
+    off = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
+    logits = torch.from_numpy(np.stack([random_logits(rng, "ties") for _ in range(16)]))
+    rows = [
+        Row(
+            repetition=1.3,
+            presence=0.5,
+            frequency=0.25,
+            counts=rng.poisson(1, 260).tolist(),
+            prompt_seen=(rng.random(260) < 0.3).tolist(),
+            bias=rng.normal(size=260).tolist(),
+        )
+        for _ in range(16)
+    ]
+    params = pack(rows)
+    setattr(params, name, None)
+    left_out = select(logits, params, need_statistics=True)
+    for row in rows:
+        setattr(row, name, off.get(name, [0] * 260))
+    assert torch.equal(bits(left_out), bits(select(logits, pack(rows, (False, False, True)), need_statistics=True)))
+
+
+def drawn(logits: list[float], row: Row, draws: int = 400) -> set[int]:
+    rows = [Row(**{**vars(row), "seed": 11, "position": position}) for position in range(draws)]
+    return set(select(torch.tensor(logits).expand(draws, 260), pack(rows), need_statistics=False).ids.tolist())
+
+
+def test_top_k_keeps_ties_at_the_boundary() -> None:
+    logits = flat(_9=1.0, _20=0.5, _30=0.5, _40=0.5, _50=0.25)
+    assert drawn(logits, Row(temperature=1.0, top_k=1)) == {9}
+    assert drawn(logits, Row(temperature=1.0, top_k=2)) == {9, 20, 30, 40}
+    assert drawn(logits, Row(temperature=1.0, top_k=4)) == {9, 20, 30, 40}
+    assert drawn(logits, Row(temperature=1.0, top_k=5)) == {9, 20, 30, 40, 50}
+    assert drawn(logits, Row(temperature=1.0, top_k=1000)) == {9, 20, 30, 40, 50}
+
+
+def test_top_p_keeps_the_lowest_ids_of_ties_and_stops_when_reached() -> None:
+    logits = flat(_9=1.0, _20=1.0, _30=1.0, _40=1.0)
+    assert drawn(logits, Row(temperature=1.0, top_p=0.0)) == {9}
+    assert drawn(logits, Row(temperature=1.0, top_p=0.2)) == {9}
+    assert drawn(logits, Row(temperature=1.0, top_p=0.25)) == {9}
+    assert drawn(logits, Row(temperature=1.0, top_p=0.26)) == {9, 20}
+    assert drawn(logits, Row(temperature=1.0, top_p=0.75)) == {9, 20, 30}
+    assert drawn(logits, Row(temperature=1.0, top_p=1.0)) == {9, 20, 30, 40}
+
+
+def test_top_p_is_renormalized_after_top_k() -> None:
+    logits = flat(_9=2.0, _20=1.0, _30=0.0, _40=-1.0)
+    # Of all four, 9 has 0.64; of the first two it has 0.73.
+    assert drawn(logits, Row(temperature=1.0, top_p=0.7)) == {9, 20}
+    assert drawn(logits, Row(temperature=1.0, top_p=0.7, top_k=2)) == {9}
+
+
+def test_min_p_is_relative_to_the_most_probable() -> None:
+    logits = flat(_9=2.0, _20=2.0, _30=1.0, _40=-1.0)
+    assert drawn(logits, Row(temperature=1.0, min_p=1.0)) == {9, 20}
+    assert drawn(logits, Row(temperature=1.0, min_p=0.37)) == {9, 20}
+    assert drawn(logits, Row(temperature=1.0, min_p=0.36)) == {9, 20, 30}
+    assert drawn(logits, Row(temperature=1.0, min_p=0.01)) == {9, 20, 30, 40}
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 4, 259])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_and_positive_infinity_make_a_row_bad(place: int, temperature: float) -> None:
+    for value in (float("nan"), float("inf")):
+        logits = torch.zeros(2, 260)
+        logits[0, place] = value
+        rows = [Row(temperature=temperature, top_k=3, forbid_eos=True)] * 2
+        result = select(logits, pack(rows), need_statistics=True)
+        assert result.bad.tolist() == [True, False]
+        assert result.ids[0] == 2 and result.ids[1] >= 4
+
+
+def test_rows_without_a_possible_id_are_bad() -> None:
+    only_eos = flat(_0=5.0, _1=5.0, _2=1.0, _3=9.0)
+    assert one(only_eos, Row()).bad.tolist() == [False]
+    assert one(only_eos, Row(forbid_eos=True)).bad.tolist() == [True]
+    assert one(only_eos, Row(forbid_eos=True, temperature=1.0)).bad.tolist() == [True]
+    assert one([0.0] * 260, Row(bias=[-float("inf")] * 260)).bad.tolist() == [True]
+
+
+def test_temperatures_at_the_ends_of_fp32() -> None:
+    logits = flat(_9=30.0, _20=29.0, _30=-40.0)
+    for temperature in (1e-30, 1e-6, 1e-3):
+        assert drawn(logits, Row(temperature=temperature)) == {9}
+    # Quotients beyond fp32 are its largest number: still no NaN, and never an impossible id.
+    assert drawn(logits, Row(temperature=1e-40)) == {9, 20}
+    assert drawn(logits, Row(temperature=1e30)) == {9, 20, 30}
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0)
+    params = SelectionParams(
+        empty, empty.long(), empty, empty, empty.long(), empty.long(), empty.bool(), sampled=True, truncated=True,
+        penalized=False,
+    )  # fmt: skip
+    result = select(torch.empty(0, 260), params, need_statistics=True)
+    assert result.ids.shape == (0,) and result.entropy is not None and result.entropy.shape == (0,)
+
+
+def test_logits_may_be_a_view_of_wider_rows() -> None:
+    rng = np.random.default_rng(4)
+    logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(20)]))
+    wide = torch.full((20, 512), float("nan"))
+    wide[:, 100:360] = logits
+    rows = [random_row(rng) for _ in range(20)]
+    expected = select(logits, pack(rows), need_statistics=True)
+    assert torch.equal(bits(select(wide[:, 100:360], pack(rows), need_statistics=True)), bits(expected))
+
+
+# --- Row invariance -------------------------------------------------------------------------------------------------
+
+
+def pool() -> tuple[Tensor, list[Row]]:
+    rng = np.random.default_rng(2)
+    kinds = [kind for kind in LOGITS for _ in range(2 if kind in LOGITS[-3:] else 12)]
+    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    return logits, [random_row(rng) for _ in kinds]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_bit_identical_in_any_batch(threads: int, two_threads: None) -> None:
+    """Alone with only the work it needs, or at any place among any rows with any work: the same bits."""
+    torch.set_num_threads(threads)
+    logits, rows = pool()
+    alone = torch.cat(
+        [bits(select(logits[i : i + 1], pack([row]), need_statistics=True)) for i, row in enumerate(rows)]
+    )
+    assert sum(not any(needs(row)) for row in rows) > 2
+    rng = np.random.default_rng(threads)
+    for size in [*range(1, 41), 127, 128, 260, 700]:
+        members = rng.integers(0, len(rows), size)
+        flags = (bool(rng.random() < 0.5), bool(rng.random() < 0.5), bool(rng.random() < 0.5))
+        params = pack([rows[member] for member in members], flags)
+        together = bits(select(logits[torch.from_numpy(members)], params, need_statistics=True))
+        assert torch.equal(together, alone[torch.from_numpy(members)]), size
+
+
+def test_statistics_change_nothing_else() -> None:
+    logits, rows = pool()
+    params = pack(rows)
+    with_them = select_torch(logits, params, need_statistics=True)
+    without = select_torch(logits, params, need_statistics=False)
+    assert torch.equal(with_them.ids, without.ids) and torch.equal(with_them.bad, without.bad)
+    assert torch.equal(with_them.logprobs.view(torch.int32), without.logprobs.view(torch.int32))
+
+
+# --- Distribution ---------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **settings: float) -> Tensor:
+    """One draw a row from the same logits [260]."""
+    row = Row(temperature=1.0, **settings)  # type: ignore[arg-type]
+    drawn = []
+    for seed, position in zip(seeds.split(4096), positions.split(4096), strict=True):
+        params = pack([row])
+        size = len(seed)
+        for name in ("temperature", "top_k", "top_p", "min_p", "forbid_eos"):
+            setattr(params, name, getattr(params, name).expand(size))
+        params.seeds, params.positions = seed, position
+        drawn.append(select_torch(logits.expand(size, 260), params, need_statistics=False).ids)
+    return torch.cat(drawn)
+
+
+def deviation(counts: Tensor, p: Tensor) -> float:
+    """Chi-square of the counts of possible ids, in standard deviations from its expectation."""
+    possible = p > 0
+    assert counts[~possible].sum() == 0
+    expected = p[possible] * counts.sum()
+    assert expected.min() > 10
+    freedom = int(possible.sum()) - 1
+    return float((((counts[possible] - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+def distribution() -> tuple[Tensor, Tensor]:
+    logits = torch.randn(260, generator=torch.Generator().manual_seed(8))
+    allowed = logits.double().clone()
+    allowed[[0, 1, 3]] = float("-inf")
+    return logits, allowed.softmax(0)
+
+
+DRAWS = 200_000
+
+
+def test_draws_follow_the_distribution_over_positions() -> None:
+    logits, p = distribution()
+    ids = sample(logits, torch.full((DRAWS,), mix_seed(1, 0)), torch.arange(DRAWS))
+    assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
+    # Neighboring positions are independent: the pairs of their ids, in 16 classes, fill all cells as they should.
+    classes = ids % 16
+    q = torch.zeros(16, dtype=torch.float64).index_add_(0, torch.arange(260) % 16, p)
+    pairs = torch.bincount(classes[:-1] * 16 + classes[1:], minlength=256)
+    assert abs(deviation(pairs, (q[:, None] * q).flatten())) < 4
+
+
+def test_draws_follow_the_distribution_over_seeds_and_choices() -> None:
+    logits, p = distribution()
+    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(DRAWS // 2)])
+    ids = sample(logits, seeds, torch.full_like(seeds, 17))
+    assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
+
+
+def test_truncated_draws_follow_the_renormalized_distribution() -> None:
+    logits, p = distribution()
+    ids = sample(logits, torch.full((40_000,), mix_seed(2, 0)), torch.arange(40_000), top_k=20)
+    kept = torch.zeros_like(p)
+    best = p.topk(20).indices
+    kept[best] = p[best] / p[best].sum()
+    assert abs(deviation(torch.bincount(ids, minlength=260), kept)) < 4
+
+
+def shared_words(seeds: Tensor, positions: Tensor) -> Tensor:
+    return gumbel(seeds, positions).view(-1, 65, 4)[..., :1].expand(-1, 65, 4).reshape(-1, 260)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda seeds, positions: gumbel(seeds, torch.zeros_like(positions)),
+        lambda seeds, positions: gumbel(seeds, positions >> 3),
+        lambda seeds, positions: gumbel(seeds, positions & 0xFF),
+        shared_words,
+        lambda seeds, positions: gumbel(seeds, positions) * 0.98,
+    ],
+    ids=["position ignored", "position repeated", "position short", "word shared", "noise too small"],
+)
+def test_wrong_noise_does_not_follow_it(
+    wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.selection, "gumbel", wrong)
+    logits, p = distribution()
+    ids = sample(logits, torch.full((DRAWS,), mix_seed(1, 0)), torch.arange(DRAWS))
+    assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda seeds, positions: gumbel(seeds & 0xFFFFFFFF, positions),
+        lambda seeds, positions: gumbel(seeds ^ positions, torch.zeros_like(positions)),
+        lambda seeds, positions: gumbel(seeds, positions).roll(1, -1),
+        lambda seeds, positions: gumbel(seeds, positions + 1),
+    ],
+    ids=["key cut", "position in the key", "ids shifted", "position shifted"],
+)
+def test_wrong_keys_and_counters_are_told_from_the_right_ones(
+    wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise that is good noise, but another one, passes a chi-square; the oracle tells it apart."""
+    rng = np.random.default_rng(6)
+    logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(40)]))
+    rows = [Row(temperature=2.0, seed=mix_seed(9, i), position=i) for i in range(40)]
+    expected = [oracle.select(row_logits.tolist(), row).id for row_logits, row in zip(logits, rows, strict=True)]
+    assert select(logits, pack(rows), need_statistics=False).ids.tolist() == expected
+    monkeypatch.setattr(kernels.selection, "gumbel", wrong)
+    assert select(logits, pack(rows), need_statistics=False).ids.tolist() != expected
