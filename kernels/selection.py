@@ -19,8 +19,8 @@ and `entropy` (nats) are those of softmax(s) after the temperature (t = 0 counts
 A row's result is bit-identical whatever the other rows, N and the three batch-wide booleans are. A vectorized loop and
 the scalar loop over its remainder may round a transcendental function differently, and where the remainder falls
 depends on N. So here exp and log appear only inside softmax and log_softmax over the last dimension, which handle each
-row alone, and in the noise, which is correctly rounded (see there). All the rest is IEEE arithmetic, comparison, sorting,
-or a sum along a row.
+row alone, and in the noise, which is correctly rounded (see there). All the rest is IEEE arithmetic, comparison,
+sorting, or a sum along a row.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Selection:
 
 @lru_cache(maxsize=16)
 def _allowances(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What is added to the scores [260], without and with EOS: built once a device, so that no pass copies from the host."""
+    """What is added to the scores [260], without and with EOS; built once a device, never copied within a pass."""
     with torch.inference_mode(False):
         without = torch.zeros(VOCABULARY)
-        without[list((*NEVER, EOS))] = -_INF
+        without[[*NEVER, EOS]] = -_INF
         with_eos = without.clone()
         with_eos[EOS] = 0.0
         return without.to(device), with_eos.to(device)

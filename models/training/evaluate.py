@@ -47,7 +47,9 @@ def evaluate(model: Blt, chunks: NDArray, batch: int = 4, seed: int = 0) -> dict
     runs += [(anywhere[size], LayoutConfig(patches, layout.max_patch_length, (), 1.0), size, 1.0) for size in anywhere]
     for first in range(0, len(chunks), batch):
         ids, begun = chunks[first : first + batch].astype(np.int64), starts[first : first + batch]
-        fixed = {"ids": torch.from_numpy(ids)} | {k: torch.from_numpy(v) for k, v in patch_arrays(begun, layout).items()}
+        fixed = {"ids": torch.from_numpy(ids)} | {
+            k: torch.from_numpy(v) for k, v in patch_arrays(begun, layout).items()
+        }
         latents = None
         for number, (tally, where, size, t) in enumerate(runs):
             rng = np.random.default_rng([seed, first, number])
@@ -70,7 +72,8 @@ def evaluate(model: Blt, chunks: NDArray, batch: int = 4, seed: int = 0) -> dict
         "patcher_bits_per_byte": round(patcher_bits, 4),
         "bytes_per_patch": round(starts[:, :-1].size / int(starts[:, :-1].sum()), 3),
         "masked_accuracy": {
-            f"B={size}": {f"t={t}": tallies[size, t].accuracy for t in NOISE_LEVELS} for size in model.config.block_sizes
+            f"B={size}": {f"t={t}": tallies[size, t].accuracy for t in NOISE_LEVELS}
+            for size in model.config.block_sizes
         },
         "by_position": {f"B={size}": tallies[size, 1.0].by_position for size in model.config.block_sizes},
         "leading_correct": {f"B={size}": tallies[size, 1.0].leading for size in model.config.block_sizes},
@@ -145,7 +148,9 @@ def block_logits(model: Blt, ids: Tensor, starts: NDArray[np.bool_], block: Tens
     out = model(ids[None], flags)
     newest = torch.cat([flags.long().cumsum(-1)[0, 1:], flags.sum()[None].expand(size)]) - 2
     kv = model.local_decoder.latent_keys_values(out.latents)[0, newest][None]
-    states = model.local_encoder(model.embed(model.windows(ids[None])), CausalAttention(model.config.encoder, known, ids.device))
+    states = model.local_encoder(
+        model.embed(model.windows(ids[None])), CausalAttention(model.config.encoder, known, ids.device)
+    )
     rows = torch.cat([model.decoder_rows(ids[None], states), model.local_decoder.embed_tokens(block[None])], 1)
     stack = model.config.decoder
     window = stack.window or known + size
@@ -188,7 +193,11 @@ def parses(prompt: str, line: str) -> bool:
     if not line.strip():
         return False
     indent = line[: len(line) - len(line.lstrip())]
-    for text in (prompt + line, f"{prompt}{line}\n{indent}    pass\n", f"{prompt}{line}\n{indent}    pass\n{indent}except: pass\n"):
+    for text in (
+        prompt + line,
+        f"{prompt}{line}\n{indent}    pass\n",
+        f"{prompt}{line}\n{indent}    pass\n{indent}except: pass\n",
+    ):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -61,7 +61,12 @@ def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
 
 
 def block_arrays(
-    ids: NDArray, starts: NDArray[np.bool_], noise: NDArray, sizes: NDArray, config: LayoutConfig, rng: np.random.Generator
+    ids: NDArray,
+    starts: NDArray[np.bool_],
+    noise: NDArray,
+    sizes: NDArray,
+    config: LayoutConfig,
+    rng: np.random.Generator,
 ) -> Arrays:
     """Blocks of ids [N, T] with noise t [N] and block sizes [N]. Of every block row, [N, T / TILE, BLOCK_ROWS]:
 

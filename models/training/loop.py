@@ -126,8 +126,13 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
     first = True
     sums: dict[str, float] = {}
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"), TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"), disable=rank != 0, refresh_per_second=1,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>5.1f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        disable=rank != 0,
+        refresh_per_second=1,
     ) as bar:
         line = bar.add_task(config.folder.name, total=1.0, figures="compiling" if config.compile else "")
         while (progress := _progress(config, step, seconds)) < 1.0:
@@ -153,7 +158,7 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
                 clock += min(time.monotonic() - began, STALL_SECONDS)
             first = False
             for name, value in {**figures, "loss": loss, "norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(value).detach())
             if rank == 0 and step % config.log_every == 0:
                 means = {name: round(value / config.log_every, 5) for name, value in sums.items()}
                 row = {"step": step, "seconds": round(seconds, 1), "progress": round(progress, 5), **means}

@@ -57,7 +57,12 @@ gather.register_autograd(_backward, setup_context=_keep)
 
 
 def make_batch(
-    ids: NDArray, starts: NDArray[np.bool_], noise: NDArray, sizes: NDArray, config: LayoutConfig, rng: np.random.Generator
+    ids: NDArray,
+    starts: NDArray[np.bool_],
+    noise: NDArray,
+    sizes: NDArray,
+    config: LayoutConfig,
+    rng: np.random.Generator,
 ) -> dict[str, Tensor]:
     """The tensors `Objective` reads, of ids [N, T], start flags [N, T + 1], noise t [N] and block sizes [N]."""
     arrays = {"ids": ids, **patch_arrays(starts, config), **block_arrays(ids, starts, noise, sizes, config, rng)}
@@ -71,11 +76,13 @@ class Objective:
         config = model.config
         self.model, self.masked_weight = model, masked_weight
         self._encoder_attend = WindowAttention(config.encoder, length)
-        self._global_turns = Rope(config.global_.head_dim, config.global_.rope_theta).at(
-            torch.arange(length), length
-        ).clone()
+        self._global_turns = (
+            Rope(config.global_.head_dim, config.global_.rope_theta).at(torch.arange(length), length).clone()
+        )
         last = length + 64  # blocks run past the end
-        self._decoder_turns = Rope(config.decoder.head_dim, config.decoder.rope_theta).at(torch.arange(last), last).clone()
+        self._decoder_turns = (
+            Rope(config.decoder.head_dim, config.decoder.rope_theta).at(torch.arange(last), last).clone()
+        )
         assert config.decoder.window is not None
         self._positions, self._key_positions = tile_positions(length, config.decoder.window)
 
@@ -163,7 +170,9 @@ class Objective:
         filled = gather(decoder.embed_tokens.weight, blocks.flatten()).view(*blocks.shape, -1)
         x = torch.cat([clean.reshape(-1, TILE, clean.shape[-1]), filled], 1)
 
-        positions = torch.cat([self._positions.expand(count, -1, -1).flatten(0, 1), batch["block_position"].flatten(0, 1)], 1)
+        positions = torch.cat(
+            [self._positions.expand(count, -1, -1).flatten(0, 1), batch["block_position"].flatten(0, 1)], 1
+        )
         turns = self._decoder_turns[positions]
         mask = self.mask(batch)
         window = self.model.config.decoder.window
@@ -178,9 +187,10 @@ class Objective:
 
             return dense(q, keys(k), keys(v), mask)
 
-        latent = torch.cat(
-            [batch["clean_latent"].view(count, -1, TILE), batch["block_latent"]], 2
-        ) + torch.arange(count)[:, None, None] * patches
+        latent = (
+            torch.cat([batch["clean_latent"].view(count, -1, TILE), batch["block_latent"]], 2)
+            + torch.arange(count)[:, None, None] * patches
+        )
         index = latent.flatten()
         source = decoder.patch_embedding_projection(latents.flatten(0, 1)).unflatten(-1, (decoder.k, -1))
 

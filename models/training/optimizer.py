@@ -122,10 +122,11 @@ def _shared(stack: Tensor) -> Tensor:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return orthogonalize(stack)
-    share = -(-len(stack) // world)
-    if share * world != len(stack):
-        stack = torch.cat([stack, stack.new_zeros(share * world - len(stack), *stack.shape[1:])])
+    count = len(stack)
+    share = -(-count // world)
+    if share * world != count:
+        stack = torch.cat([stack, stack.new_zeros(share * world - count, *stack.shape[1:])])
     mine = orthogonalize(stack[dist.get_rank() * share : (dist.get_rank() + 1) * share]).contiguous()
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine)
-    return torch.cat(parts)
+    return torch.cat(parts)[:count]

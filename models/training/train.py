@@ -22,6 +22,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.config import BltConfig
 from models.patching import PatchRule
 from models.training import corpus
+from models.training.card import model_card
 from models.training.data import load_array, save_corpus
 from models.training.entropy import EntropyTask, choose_threshold, measure, patch_starts
 from models.training.evaluate import evaluate, human_eval_lines, leak_check
@@ -29,7 +30,6 @@ from models.training.layout import LayoutConfig
 from models.training.loop import LoopConfig, describe, fast_matmul, train, write_atomically
 from models.training.optimizer import OptimizerConfig
 from models.training.recipe import BltTask, shape
-
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,12 +123,39 @@ def choose_patching(
 
 
 def finish(config: BltConfig, work: Path, export: Path, *, human_eval: bool = True) -> dict[str, Any]:
-    """Export the trained weights in bf16, and measure what was exported."""
+    """Export the trained weights in bf16 with a model card, and measure what was exported."""
     model = Blt(config)
-    state = weights(work / "blt" / "state.safetensors")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(weights(work / "blt" / "state.safetensors"), strict=False)
+    model.patcher.load_state_dict(weights(work / "entropy" / "state.safetensors"))
     save_checkpoint(model, export, torch.bfloat16)
-    return report(export, work / "data", work / "figures.json", human_eval=human_eval)
+    figures = report(export, work / "data", work / "figures.json", human_eval=human_eval)
+    card(work, export, figures)
+    return figures
+
+
+def card(work: Path, export: Path, figures: dict[str, Any]) -> None:
+    """Write README.md beside exported weights."""
+    model = load_checkpoint(export)
+    rows = json.loads((work / "data" / "corpus.json").read_text())
+    settings = json.loads((work / "settings.json").read_text())
+    last, last_entropy = (_last_row(work / stage / "curve.jsonl") for stage in ("blt", "entropy"))
+    length = load_array(work / "data" / "held_out.npy").shape[1]
+    step_bytes = settings["blt"]["processes"] * settings["command"]["batch"] * length
+    run = {
+        "minutes": last["seconds"] / 60,
+        "entropy_minutes": last_entropy["seconds"] / 60,
+        "steps": last["step"],
+        "megabytes": last["step"] * step_bytes / 1e6,
+        "sha256": rows["sha256"],
+        "held_out": rows["held_out_chunks"],
+        "length": length,
+    }
+    parameters = {
+        "all": sum(parameter.numel() for parameter in model.parameters()),
+        "tables": model.encoder_hash_tok_embedding.weight.numel(),
+    }
+    text = model_card(model.config, parameters, run, figures)
+    write_atomically(export / "README.md", lambda to: to.write_text(text))
 
 
 def report(checkpoint: Path, data: Path, record: Path, *, human_eval: bool = True) -> dict[str, Any]:
@@ -151,6 +178,10 @@ def weights(state: Path) -> dict[str, Tensor]:
     with safe_open(state, "pt") as file:
         names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
         return {name.removeprefix("model."): file.get_tensor(name) for name in names}
+
+
+def _last_row(curve: Path) -> dict[str, Any]:
+    return json.loads(curve.read_text().splitlines()[-1])
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

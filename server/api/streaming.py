@@ -55,6 +55,10 @@ class TextDecoder:
     def feed(self, data: bytes, *, final: bool = False) -> str:
         """The characters that `data` completes; with `final`, an incomplete tail becomes U+FFFD."""
         text = self._decoder.decode(data, final)
+        held = self._decoder.getstate()[0]
+        if held[:1] == b"\xed" and held[1:2] >= b"\xa0":
+            # Half of a surrogate: the library waits for its end, though no end makes it a character.
+            text += self._decoder.decode(b"", True)
         self.completed += len(text)
         return text
 

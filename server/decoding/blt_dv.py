@@ -40,9 +40,7 @@ class BltDV:
             return settle(draft, plan, outcome)
         self._steps += 1
         self._block = outcome.block_ids
-        if outcome.ids:
-            self._block[0] = outcome.ids[0]
-        self._drafted = MASK_ID not in self._block
+        self._drafted = outcome.block_done
         return Progress(draft=self._block if self._drafted else [], steps=1)
 
     def reset(self) -> None:

@@ -23,7 +23,7 @@ class Plan:
     byte. With `upstream` they first pass entropy model, encoder and the global transformer, and each reads its own
     latent; without, they are draft rows on the newest closed latent. Then come `block` bidirectional rows at
     [start + causal, ...) holding `block_ids`, on the newest latent or, with `provisional`, on that of the open patch
-    closed for them.
+    closed for them. Where a plan has both a selected row and a block, that row's byte is the block's first.
     """
 
     start: int

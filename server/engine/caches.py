@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.blt import Blt
-from models.config import StackConfig
+from models.config import BltConfig, StackConfig
 from server.engine.page_pool import PagePool
 from server.settings import EngineSettings
 
@@ -93,8 +93,9 @@ class Caches:
     may still read; slot 0 is null.
     """
 
-    def __init__(self, model: Blt, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> None:
-        config = model.config
+    def __init__(
+        self, model: Blt, config: BltConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype
+    ) -> None:
         page = settings.page_size
         rows = settings.max_running + 1
         wide = torch.finfo(dtype).bits // 8

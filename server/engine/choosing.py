@@ -194,6 +194,9 @@ class Chooser:
             rows[at, :count] = np.arange(first, first + count)
             ids[at, :count] = plan.block_ids
             masked[at, :count] = ids[at, :count] == MASK_ID
+            if plan.select:
+                # The causal row before the block gives its first byte.
+                masked[at, 0] = False
         index = torch.from_numpy(rows.reshape(-1)).to(self._device)
         unmasks = [sequence.plan.unmask for sequence, *_ in blocks if sequence.plan is not None]
         step = unmask(
@@ -209,6 +212,8 @@ class Chooser:
         left = step.masked.tolist()
         for at, (sequence, first, count, result) in enumerate(blocks):
             result.outcome.block_ids = [MASK_ID if left[at][i] else new[at][i] for i in range(count)]
+            if sequence.plan is not None and sequence.plan.select:
+                result.outcome.block_ids[0] = result.outcome.ids[-1]
             result.outcome.block_done = done[at]
             result.bad = result.bad or bad[at]
             if sequence.params.logprobs is not None and not result.bad:

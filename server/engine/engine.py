@@ -46,7 +46,6 @@ class Engine:
 
     def __init__(self, model: Blt, settings: EngineSettings, name: str = "blt") -> None:
         config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
-        model.config = config
         device = next(model.parameters()).device
         dtype = model.lm_head.weight.dtype
         if settings.threads:
@@ -57,7 +56,7 @@ class Engine:
         self.config = config
         self.settings = settings
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
-        self._caches = Caches(model, settings, device, dtype)
+        self._caches = Caches(model, config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
         self._scheduler = Scheduler(self._caches, settings)
         self._sequences: dict[str, Sequence] = {}
@@ -187,7 +186,7 @@ class Engine:
             if sequence.plan is not None or sequence.row == 0:
                 continue
             if sequence.prefilling:
-                rows = min(sequence.prefill_target - sequence.decoded, budget)
+                rows = min(sequence.prefill_end - sequence.decoded, budget)
                 if rows == 0:
                     continue
                 last = sequence.decoded + rows == sequence.known and sequence.method.keeps_pending

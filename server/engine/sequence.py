@@ -46,6 +46,9 @@ class Sequence:
     def restart(self) -> None:
         """Nothing is computed any more: newly admitted, or preempted."""
         self.scanned = self.encoded = self.decoded = 0
+        # Rows to compute before the method takes over: the whole prompt at first, later what stands between rounds.
+        fresh = self.known == self.prompt_length or not self.method.keeps_pending
+        self.prefill_end = self.known if fresh else self.known - 1
         self.open_start = 0
         self.closed = 0
         #: Newest closed patches, oldest first: those that rows not yet decoded may read.
@@ -68,15 +71,8 @@ class Sequence:
         return self.params.max_tokens - len(self.output.ids)
 
     @property
-    def prefill_target(self) -> int:
-        """Rows to compute before the method takes over: the whole prompt at first, later what stands between rounds."""
-        if self.known == self.prompt_length or not self.method.keeps_pending:
-            return self.known
-        return self.known - 1
-
-    @property
     def prefilling(self) -> bool:
-        return self.decoded < self.prefill_target
+        return self.decoded < self.prefill_end
 
     def scan(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""

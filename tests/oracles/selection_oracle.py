@@ -137,7 +137,7 @@ def truncate(scores: Sequence[float], row: Row) -> tuple[list[float], float]:
         for index in range(len(scores)):
             # The most probable id and its equals pass exactly.
             if kept[index] and p[index] < max(p):
-                margin = min(margin, abs(p[index] - floor) / max(p))
+                margin = min(margin, abs(p[index] / floor - 1))
                 kept[index] = p[index] >= floor
     return [score if keep else -INF for score, keep in zip(scores, kept, strict=True)], margin
 

@@ -1,0 +1,54 @@
+# `make serve` and `make test` need nothing but a Python: they build .venv first.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# More options for `make serve` and `make test`: make serve ARGS="--threads 4", make test ARGS="-k streaming".
+ARGS ?=
+# Test processes; arithmetic in each is single-threaded.
+WORKERS ?= 2
+
+# Waiting threads that spin would cost their neighbors whole time slices.
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format clean
+
+help:
+	@echo "make serve   serve the shipped checkpoint on $(HOST):$(PORT)"
+	@echo "make test    lint and test"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the tree"
+	@echo "make clean   remove .venv and all caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "installing into $(VENV) with $$($$python --version), which takes a minute or two"; \
+	    $$python -m venv $(VENV) && exit 0; \
+	  fi; \
+	done; echo "FastBLT needs Python 3.11 or later on the PATH" >&2; exit 1
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+serve: $(STAMP)
+	$(VENV)/bin/fastblt serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet . || { echo "run 'make format'" >&2; exit 1; }
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

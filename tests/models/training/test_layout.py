@@ -1,0 +1,90 @@
+"""Blocks, patches and noise as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.patching import PatchRule
+from models.training.attention import TILE
+from models.training.entropy import choose_threshold, patch_starts
+from models.training.layout import BLOCK_ROWS, LayoutConfig, block_arrays, draw_noise, patch_arrays
+from models.vocabulary import MASK_ID
+from tests.models.training.toys import LAYOUT, LENGTH, toy_sequences
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([4, 8, 16]), t=st.floats(0.1, 1.0))
+def test_block_rows(seed: int, size: int, t: float) -> None:
+    ids, starts = toy_sequences(1, seed)
+    rng = np.random.default_rng(seed)
+    arrays = block_arrays(ids, starts, np.array([t]), np.array([size]), LAYOUT, rng)
+    patch_of = starts[0].cumsum() - 1
+    for tile in range(LENGTH // TILE):
+        for row in range(BLOCK_ROWS):
+            cell = {name: int(array[0, tile, row]) for name, array in arrays.items()}
+            if not cell["block_valid"]:
+                assert cell["block_input"] == MASK_ID
+                assert not cell["block_masked"]
+                continue
+            start, place = cell["block_start"], cell["block_position"]
+            assert max(1, tile * TILE) <= start < (tile + 1) * TILE
+            assert place == start + row % size < LENGTH
+            assert cell["block_latent"] == patch_of[start] - 1
+            assert cell["block_target"] == ids[0, place]
+            assert cell["block_input"] == (MASK_ID if cell["block_masked"] else ids[0, place])
+
+
+def test_without_random_starts_blocks_begin_with_patches() -> None:
+    ids, starts = toy_sequences(2)
+    layout = LayoutConfig(LENGTH, 8, random_starts=0.0)
+    arrays = block_arrays(ids, starts, np.ones(2), np.array([8, 16]), layout, np.random.default_rng(0))
+    for sequence in range(2):
+        chosen = arrays["block_start"][sequence][arrays["block_valid"][sequence]]
+        assert starts[sequence][chosen].all()
+
+
+def test_patches_hold_their_bytes_and_rows_read_closed_ones() -> None:
+    _, starts = toy_sequences(2)
+    arrays = patch_arrays(starts, LAYOUT)
+    for sequence in range(2):
+        firsts = np.flatnonzero(starts[sequence, :LENGTH])
+        for patch, first in enumerate(firsts):
+            end = firsts[patch + 1] if patch + 1 < len(firsts) else LENGTH
+            held = arrays["pool_index"][sequence, patch][arrays["pool_inside"][sequence, patch]]
+            assert held.tolist() == list(range(first, end))
+        for place in range(LENGTH):
+            patch = arrays["clean_latent"][sequence, place]
+            closed = int(starts[sequence, : place + 2].sum()) - 1
+            assert patch == closed - 1
+
+
+def test_rows_beyond_the_kept_patches_have_no_loss() -> None:
+    ids, starts = toy_sequences(1)
+    layout = LayoutConfig(patches=20, max_patch_length=8)
+    arrays = patch_arrays(starts, layout)
+    assert arrays["clean_latent"].max() == 19
+    assert arrays["clean_valid"].sum() == np.flatnonzero(starts[0])[21] - 1
+    blocks = block_arrays(ids, starts, np.ones(1), np.array([4]), layout, np.random.default_rng(0))
+    assert blocks["block_start"][blocks["block_valid"]].max() < np.flatnonzero(starts[0])[21]
+
+
+def test_noise_is_stratified() -> None:
+    t = draw_noise(8, np.random.default_rng(0))
+    assert t.min() >= 0.1
+    assert sorted((t * 8).astype(int).tolist()) == list(range(8))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), longest=st.sampled_from([None, 1, 3, 8]), threshold=st.floats(0.2, 0.9))
+def test_vectorized_patch_rule(seed: int, longest: int | None, threshold: float) -> None:
+    entropy = np.random.default_rng(seed).random((2, 40)).astype(np.float32)
+    rule = PatchRule(threshold, longest)
+    assert patch_starts(entropy, rule).tolist() == [rule.starts(row) for row in entropy.tolist()]
+
+
+def test_threshold_gives_the_wanted_patches() -> None:
+    entropy = np.random.default_rng(0).exponential(1.0, (8, 512)).astype(np.float32)
+    starts = patch_starts(entropy, PatchRule(choose_threshold(entropy, 4.0, 8), 8))[:, :-1]
+    assert abs(starts.size / starts.sum() - 4.0) < 0.1

@@ -1,0 +1,106 @@
+"""The loop: repeatable, resumable after a kill, and its schedule and optimizer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.training.data import rows, save_array
+from models.training.loop import LoopConfig, train
+from models.training.optimizer import Optimizer, OptimizerConfig, orthogonalize
+from models.training.recipe import BltTask
+from tests.models.training.toys import LAYOUT, LENGTH, toy_config, toy_model
+
+ROOT = Path(__file__).parents[3]
+STEPS, SAVED = 6, 3
+
+
+class DyingTask(BltTask):
+    """Is killed, as if by the machine, right after a save."""
+
+    def checkpoint(self, step: int, progress: float) -> None:
+        if step == SAVED and "DIE" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder: Path, processes: int) -> None:
+    config = toy_config().with_patching(threshold=5.0)
+    patcher = toy_model().patcher.state_dict()
+    loop = LoopConfig(
+        folder / "run", steps=STEPS, warmup_steps=2, processes=processes, compile=False, log_every=1, save_steps=SAVED
+    )
+    train(loop, DyingTask, config, patcher, folder, LAYOUT, 1, 0.5, 0)
+
+
+def in_a_process(folder: Path, processes: int, **environment: str) -> int:
+    code = f"from pathlib import Path; from tests.models.training.test_loop import run; run(Path({str(folder)!r}), {processes})"
+    # Workers import this module again, so it must be a file's main part.
+    script = folder / "script.py"
+    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", **environment}
+    return subprocess.run([sys.executable, str(script)], env=path, cwd=ROOT, capture_output=True).returncode
+
+
+def prepare(folder: Path) -> None:
+    folder.mkdir()
+    save_array(folder / "train.npy", np.random.default_rng(0).integers(4, 260, (12, LENGTH)).astype(np.uint16))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, processes: int) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    prepare(killed)
+    prepare(whole)
+    assert in_a_process(killed, processes, DIE="1") == -signal.SIGKILL
+    assert in_a_process(killed, processes) == 0
+    assert in_a_process(whole, processes) == 0
+    one, other = (load_file(folder / "run" / "state.safetensors") for folder in (killed, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [
+        [line.split('"bits"')[1] for line in (folder / "run" / "curve.jsonl").read_text().splitlines()]
+        for folder in (killed, whole)
+    ]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+
+
+def test_schedule() -> None:
+    config = LoopConfig(Path(), warmup_steps=10, hold=0.5, final_scale=0.1)
+    assert config.scale(0, 0.0) == pytest.approx(0.1)
+    assert config.scale(9, 0.2) == 1.0
+    assert config.scale(100, 0.5) == 1.0
+    assert config.scale(100, 0.75) == pytest.approx(0.55)
+    assert config.scale(100, 1.0) == pytest.approx(0.1)
+    assert config.scale(100, 1.2) == pytest.approx(0.1)
+
+
+def test_every_epoch_reads_every_row_once() -> None:
+    seen = [row for step in range(6) for rank in range(2) for row in rows(12, step, rank, 2, 2, seed=0)]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (1, 32, 32)])
+def test_orthogonalize(shape: tuple[int, int, int]) -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+
+
+def test_every_parameter_is_updated() -> None:
+    model = toy_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0)
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.engine.client import EngineClient
+from tests.server.api.running import MODEL, RunningServer, save_tiny, tiny_settings
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(Path(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: str) -> Iterator[RunningServer]:
+    """One server for all tests that leave it as they found it."""
+    with RunningServer(EngineClient(tiny_settings(checkpoint, deterministic=True), name=MODEL)) as running:
+        yield running
+        running.assert_all_free()

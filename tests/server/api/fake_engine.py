@@ -1,0 +1,74 @@
+"""An engine without a model, for faults that a real one cannot be talked into."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from server.engine.stats import EngineStats
+from server.request import ByteLogprobs, Delta, FinishReason, InvalidRequestError, Ledger, QueueFullError, Request
+
+REPEATED = 97 + 4  # "a"
+
+
+@dataclass
+class FakeEngine:
+    """Gives every request one byte a step. `fail_at` is the step that raises; `pause` the seconds a step takes."""
+
+    model_name: str = "fake"
+    max_model_len: int = 1000
+    max_waiting: int = 1000
+    fail_at: int = -1
+    pause: float = 0.0
+    refuse: bool = False
+    error_for: str | None = None
+    steps: int = 0
+    threads: set[int] = field(default_factory=set)
+    live: dict[str, tuple[Request, int]] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+
+    def add(self, request: Request) -> None:
+        self.threads.add(threading.get_ident())
+        if self.refuse:
+            raise InvalidRequestError("refused", "prompt")
+        if len(self.live) >= self.max_waiting:
+            raise QueueFullError("full")
+        self.live[request.request_id] = (request, 0)
+
+    def abort(self, request_id: str) -> None:
+        self.threads.add(threading.get_ident())
+        self.aborted.append(request_id)
+
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def step(self) -> list[Delta]:
+        self.threads.add(threading.get_ident())
+        self.steps += 1
+        if self.steps == self.fail_at:
+            raise RuntimeError("a secret detail")
+        time.sleep(self.pause)
+        deltas = []
+        for request_id, (request, count) in list(self.live.items()):
+            delta = Delta(request_id)
+            if request_id in self.aborted:
+                delta.finish_reason = FinishReason.ABORT
+            elif self.error_for is not None and request_id.endswith(self.error_for) and count == 1:
+                delta.finish_reason, delta.error = FinishReason.ERROR, "no luck"
+            else:
+                delta.ids = [REPEATED]
+                if request.params.logprobs is not None:
+                    delta.logprobs = [ByteLogprobs(float("-inf"), [(REPEATED, -0.5)])]
+                if count + 1 == request.params.max_tokens:
+                    delta.finish_reason = FinishReason.LENGTH
+            if delta.finish_reason is not None:
+                delta.ledger = Ledger(decoder=count + 1)
+                del self.live[request_id]
+            else:
+                self.live[request_id] = (request, count + 1)
+            deltas.append(delta)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self.live))
