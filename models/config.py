@@ -100,8 +100,12 @@ class BltConfig:
             encoder_cross_attn_all_layers=bool(encoder.get("cross_attn_all_layers", False)),
             decoder_cross_attn_all_layers=bool(decoder.get("cross_attn_all_layers", True)),
             hash_group_sizes=tuple(raw.get("encoder_hash_byte_group_size") or (3, 4, 5, 6, 7, 8)),
-            hash_group_vocab=_positive(raw.get("encoder_hash_byte_group_vocab", 500002), "encoder_hash_byte_group_vocab"),
-            hash_functions=_positive(raw.get("encoder_hash_byte_group_nb_functions", 1), "encoder_hash_..._nb_functions"),
+            hash_group_vocab=_positive(
+                raw.get("encoder_hash_byte_group_vocab", 500002), "encoder_hash_byte_group_vocab"
+            ),
+            hash_functions=_positive(
+                raw.get("encoder_hash_byte_group_nb_functions", 1), "encoder_hash_..._nb_functions"
+            ),
             patching_threshold=float(raw.get("patching_threshold", 1.335442066192627)),
             max_patch_length=raw.get("max_patch_length"),
             decoder_input=raw.get("decoder_input", "encoder"),
@@ -168,7 +172,9 @@ def _require(condition: object, message: str) -> None:
 
 
 def _positive(value: Any, name: str) -> int:
-    _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1, f"{name} must be a positive integer")
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1, f"{name} must be a positive integer"
+    )
     return int(value)
 
 

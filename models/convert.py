@@ -140,6 +140,9 @@ class _Arguments:
         self._path = path
         self._raw = raw
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._raw
+
     def whole(self, name: str, default: int | None = None) -> int:
         value = self._raw.get(name)
         if value is None:
@@ -209,7 +212,7 @@ def _config(source: Path, entropy: Path, names: dict[str, tuple[TensorFiles, str
         return {**common, "cross_attn_k": k, "cross_attn_all_layers": every}
 
     wide, layers = args.whole("dim_global"), args.whole("n_layers_global")
-    window = small.get("sliding_window", _ENTROPY_WINDOW)
+    window = small.get("sliding_window") if "sliding_window" in small else _ENTROPY_WINDOW
     small_stack = (small.whole("dim"), small.whole("n_layers"), small.whole("n_heads"), _ENTROPY_THETA)
     return {
         "model_type": "blt",

@@ -24,6 +24,8 @@ from models.reference_selection import Row, SamplingOptions, Selected, select
 from models.vocabulary import EOS_ID, MASK_ID, with_bos
 
 METHODS = ("blt", "blt-d", "blt-s", "blt-dv")
+UNMASKINGS = ("confidence", "entropy", "one_step")
+ENTROPY_RULES = ("inclusive", "exclusive_max")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def generate(
     options = DecodingOptions(method=method) if isinstance(method, str) else method
     if options.method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, not {options.method!r}")
+    if options.unmasking not in UNMASKINGS or options.entropy_rule not in ENTROPY_RULES:
+        raise ValueError(f"unmasking must be one of {UNMASKINGS} and entropy_rule one of {ENTROPY_RULES}")
     if options.method in ("blt-d", "blt-dv") and not model.config.has_diffusion:
         raise ValueError(f"{options.method} needs a checkpoint with a diffusion head")
     decoder = _Decoder(model, list(prompt_ids), params or SamplingOptions(), options)
@@ -337,14 +341,12 @@ def unmask(rows: Mapping[int, Selected], options: DecodingOptions, *, last: bool
     if options.unmasking == "confidence":
         sure = [index for index in rows if rows[index].confidence > options.confidence_threshold]
         return sure or [min(rows, key=lambda index: (-rows[index].confidence, index))]
-    if options.unmasking != "entropy":
-        raise ValueError(f"unmasking must be confidence, entropy or one_step, not {options.unmasking!r}")
     ascending = sorted(rows, key=lambda index: (rows[index].entropy, index))
     count = 0
     for size in range(1, len(ascending) + 1):
         values = [rows[index].entropy for index in ascending[:size]]
-        spent = sum(values) if options.entropy_rule == "inclusive" else sum(values) - max(values)
-        if spent <= options.entropy_bound:
+        # The largest of an ascending run is its last.
+        if sum(values if options.entropy_rule == "inclusive" else values[:-1]) <= options.entropy_bound:
             count = size
     return ascending[: max(count, 1)]
 

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -152,14 +153,17 @@ def gumbel(seed: int, choice: int, position: int, i: int) -> float:
     return _gumbel_of(words[i % 4])
 
 
+@lru_cache(maxsize=4096)
 def gumbel_row(seed: int, choice: int, position: int) -> Row:
-    """The noise of all 260 ids at a position."""
+    """The noise of all 260 ids at a position; kept, since drafts and their verification ask for the same rows."""
     key = mixed_seed(seed, choice)
     noise: list[float] = []
     for block in range(VOCAB_SIZE // 4):
         words = philox4x32((block, 0, position & _WORD, position >> 32), (key & _WORD, key >> 32))
         noise.extend(_gumbel_of(word) for word in words)
-    return np.array(noise, dtype=np.float32)
+    row = np.array(noise, dtype=np.float32)
+    row.flags.writeable = False
+    return row
 
 
 def _gumbel_of(word: int) -> float:

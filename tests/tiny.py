@@ -53,7 +53,7 @@ def tiny_config(rng: random.Random | int, **overrides: Any) -> BltConfig:
     return BltConfig(**(fields | overrides))
 
 
-def tiny_model(seed: int, *, bytes_per_patch: float = 3.5, **overrides: Any) -> Blt:
+def tiny_model(seed: int, *, bytes_per_patch: float = 3.2, **overrides: Any) -> Blt:
     """A frozen random model of `tiny_config(seed, **overrides)`.
 
     Its heads are scaled so that some rows are confident and others are not, and its threshold is set (unless

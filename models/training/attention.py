@@ -1,4 +1,4 @@
-"""Windowed attention of whole training sequences, in tiles, so that its cost does not grow with the square of length."""
+"""Windowed attention of whole training sequences, in tiles: its cost does not grow with the square of length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TILE = 128
 
 
 def tiles(x: Tensor, window: int) -> Tensor:
-    """Keys or values [B, T, H, D] as each tile reads them: [B, T / TILE, window + TILE, H, D], zeros before the start."""
+    """Keys or values [B, T, H, D] as each tile reads them: [B, T / TILE, window + TILE, H, D], zeros in front."""
     padded = F.pad(x, (0, 0, 0, 0, window, 0))
     return padded.unfold(1, window + TILE, TILE).movedim(-1, 2)
 

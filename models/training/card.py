@@ -15,12 +15,13 @@ tags: [byte-latent-transformer, diffusion, python]
 ---
 # FastBLT: a small BLT-D for Python
 
-A Byte Latent Transformer with a diffusion head, {millions:.1f} million parameters ({tables:.1f} million of them hash tables), for
-trying out and testing FastBLT on any machine. It runs as `blt`, `blt-s`, `blt-d` and `blt-dv` (blocks of {blocks}). It
-completes Python in the manner of the standard library and repeats itself soon: an instrument, not an assistant.
+A Byte Latent Transformer with a diffusion head, {millions:.1f} million parameters ({tables:.1f} million of them hash
+tables), for trying out and testing FastBLT on any machine. It runs as `blt`, `blt-s`, `blt-d` and `blt-dv`
+(blocks of {blocks}). It completes Python in the manner of the standard library and repeats itself soon: an instrument,
+not an assistant.
 
-* **Made by** `fastblt train` (`docs/training.md`), from nothing, on two CPU cores, in {minutes:.0f} minutes after {entropy_minutes:.0f} for its entropy
-  model: {megabytes:.1f} MB of text in {steps} steps.
+* **Made by** `fastblt train` (`docs/training.md`), from nothing, on two CPU cores, in {minutes:.0f} minutes after
+  {entropy_minutes:.0f} for its entropy model: {megabytes:.1f} MB of text in {steps} steps.
 * **Trained on** the source of CPython 3.11's standard library and its tests, as installed with the interpreter
   (copyright Python Software Foundation, PSF License Version 2), and on nothing else. Digest of the prepared text:
   `{sha256}`.

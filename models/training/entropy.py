@@ -1,4 +1,4 @@
-"""First stage: the entropy model, the threshold that makes patches of the wanted size, and the patches of the corpus."""
+"""First stage: the entropy model, the threshold that makes patches of the wanted size, and the patches themselves."""
 
 from __future__ import annotations
 

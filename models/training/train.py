@@ -108,7 +108,10 @@ def prepare_corpus(folder: Path, length: int, console: Console) -> None:
 def choose_patching(
     config: BltConfig, patcher: dict[str, Tensor], work: Path, bytes_per_patch: float, console: Console
 ) -> dict[str, Any]:
-    """The threshold, and how many patches of a sequence training keeps: a quarter more than the mean, for one fixed shape."""
+    """The threshold, and how many patches of a sequence training keeps: a quarter more than the mean.
+
+    Their number is fixed so that one compiled graph takes every sequence; bytes that need a later patch have no loss.
+    """
     record = work / "patching.json"
     if not record.is_file():
         model = Patcher(config.patcher)

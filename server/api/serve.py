@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -14,12 +16,20 @@ from server.engine.client import EngineClient, EngineState, EngineUnavailableErr
 
 logger = logging.getLogger("fastblt")
 
+#: Seconds for last words: what was aborted still gets its end of stream.
+_LAST_WORDS = 5
+
 
 class _Server(uvicorn.Server):
+    """Ends in an orderly way after a signal, which it does not raise again. `on_signal` is called for each."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second stops at once. Neither is raised again: both ends are orderly."""
-        self.force_exit = self.should_exit
         self.should_exit = True
+        self._on_signal()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -31,7 +41,8 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(
     client: EngineClient, sock: socket.socket, *, shutdown_seconds: float = 30.0, access_log: bool = False
 ) -> None:
-    """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_seconds` to finish then.
+    """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_seconds` to finish then, or
+    until the next signal, and are aborted.
 
     Raises EngineUnavailableError when the engine cannot be loaded. Once an engine that was ready dies, the server stays
     and answers 503: whoever watches /health decides.
@@ -43,30 +54,30 @@ async def serve(
         lifespan="on",
         ws="none",
         server_header=False,
-        # Whole seconds only; at least one, since 0 would cancel answers that are being written.
-        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
+        timeout_graceful_shutdown=math.ceil(shutdown_seconds) + _LAST_WORDS,
     )
-    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Task[None]] = []
+
+    def on_signal() -> None:
+        again = len(tasks) > 1
+        tasks.append(loop.create_task(client.stop(0.0 if again else shutdown_seconds)))
+
+    server = _Server(config, lambda: loop.call_soon_threadsafe(on_signal))
     host, port = sock.getsockname()[:2]
-    logger.info(
-        "listening on http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, client.settings.model
-    )
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    loading = asyncio.create_task(client.ready())
-    failure: EngineUnavailableError | None = None
-    try:
-        await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            try:
-                loading.result()
-                logger.info("ready: %s", client.model_name)
-            except EngineUnavailableError as error:
-                failure = error if client.state is EngineState.DEAD else None
-                server.should_exit = True
-        await serving
-    finally:
-        loading.cancel()
-        # Already stopped, unless the server was made to leave at once.
-        await client.stop()
-    if failure is not None:
-        raise failure
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    logger.info("listening on http://%s, loading %s", where, client.settings.model)
+
+    async def announce() -> None:
+        try:
+            await client.ready()
+        except EngineUnavailableError:
+            server.should_exit = True
+        else:
+            logger.info("ready: %s", client.model_name)
+
+    tasks.append(asyncio.create_task(announce()))
+    await server.serve(sockets=[sock])
+    await asyncio.gather(*tasks)
+    if client.state is EngineState.DEAD and not client.loaded:
+        raise EngineUnavailableError(client.state, client.reason)

@@ -6,10 +6,8 @@ from server.decoding.method import Outcome, Plan, Progress
 
 
 class Blt:
-    keeps_pending = True
-
-    def plan(self, known: int, left: int) -> Plan:
-        return Plan(start=known - 1, causal=1, select=1)
+    def plan(self, known: int, computed: int, left: int) -> Plan:
+        return Plan(computed, known - computed, select=1)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         return Progress(commit=outcome.ids)

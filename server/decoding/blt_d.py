@@ -12,19 +12,16 @@ class BltD:
     """A block a round: the previous block's bytes run causally, the open patch is closed for the new block, whose masks
     are then filled in a few decoder passes."""
 
-    keeps_pending = False
-
     def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None) -> None:
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
         self.reset()
 
-    def plan(self, known: int, left: int) -> Plan:
+    def plan(self, known: int, computed: int, left: int) -> Plan:
         if not self._block:
-            start = known - self._pending
             block = [MASK_ID] * self._size
-            return Plan(start, self._pending, block_ids=block, provisional=True, unmask=self._step())
+            return Plan(computed, known - computed, block_ids=block, provisional=True, unmask=self._step())
         return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=self._step())
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
@@ -33,14 +30,11 @@ class BltD:
             self._block = outcome.block_ids
             return Progress(steps=1)
         self.reset()
-        self._pending = self._size
         return Progress(commit=outcome.block_ids, steps=1, rounds=1)
 
     def reset(self) -> None:
         self._block: list[int] = []
         self._steps = 0
-        # Bytes of the last block whose causal rows are still to be computed.
-        self._pending = 0
 
     def _step(self) -> Unmask:
         return replace(self._unmask, last_step=self._steps + 1 == self._max_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.vocabulary import MASK_ID
-from server.decoding.blt_s import settle, verify
+from server.decoding.blt_s import drafting, settle, verify
 from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
@@ -13,25 +13,23 @@ class BltDV:
     """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after it
     for the rest. Verify as BLT-S does."""
 
-    keeps_pending = True
-
     def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None) -> None:
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
         self.reset()
 
-    def plan(self, known: int, left: int) -> Plan:
+    def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
-            return verify(self._block, known)
+            return verify(self._block, known, computed)
         step = replace(self._unmask, last_step=self._steps + 1 == self._max_steps)
         if self._block:
             return Plan(known, 0, upstream=False, block_ids=self._block, unmask=step)
         # The verification gives a byte of its own, so the last one is never drafted.
         size = min(self._size, left - 1)
-        if size <= 0:
-            return verify([], known)
-        return Plan(known - 1, 1, upstream=False, select=1, block_ids=[MASK_ID] * size, unmask=step)
+        if not drafting(known, computed) or size <= 0:
+            return verify([], known, computed)
+        return Plan(computed, 1, upstream=False, select=1, block_ids=[MASK_ID] * size, unmask=step)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if plan.upstream:

@@ -13,10 +13,14 @@ def accepted_length(draft: list[int], targets: list[int]) -> int:
     return len(draft)
 
 
-def verify(draft: list[int], known: int) -> Plan:
-    """The verification pass: the pending byte and the draft through all modules, every row giving its byte."""
-    rows = len(draft) + 1
-    return Plan(start=known - 1, causal=rows, select=rows)
+def verify(draft: list[int], known: int, computed: int) -> Plan:
+    """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte."""
+    return Plan(computed, known - computed + len(draft), select=len(draft) + 1)
+
+
+def drafting(known: int, computed: int) -> bool:
+    """Whether only the newest byte is pending: the prompt's own pass drafts nothing, for no latent is there yet."""
+    return computed > 0 and known - computed == 1
 
 
 def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
@@ -24,7 +28,7 @@ def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
     accepted = accepted_length(draft, outcome.ids)
     return Progress(
         commit=outcome.ids[: accepted + 1],
-        keep=plan.start + 1 + accepted,
+        keep=plan.end - len(draft) + accepted,
         drafted=len(draft),
         accepted=accepted,
         rounds=1,
@@ -32,17 +36,16 @@ def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
 
 
 class BltS:
-    keeps_pending = True
-
     def __init__(self, draft_length: int) -> None:
         self._length = draft_length
         self._draft: list[int] = []
 
-    def plan(self, known: int, left: int) -> Plan:
+    def plan(self, known: int, computed: int, left: int) -> Plan:
         # The verification gives a byte of its own, so the last one is never drafted.
-        if len(self._draft) < min(self._length, left - 1):
-            return Plan(start=known - 1 + len(self._draft), causal=1, upstream=False, select=1)
-        return verify(self._draft, known)
+        wanted = min(self._length, left - 1)
+        if drafting(known, computed) and len(self._draft) < wanted:
+            return Plan(computed + len(self._draft), 1, upstream=False, select=1)
+        return verify(self._draft, known, computed)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.upstream:

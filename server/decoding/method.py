@@ -57,8 +57,7 @@ class Outcome:
 class Progress:
     """What a pass settled. `commit` are bytes now fixed; `draft` stands after them, to be taken back or verified.
 
-    `keep` is how many rows stay computed (positions 0..keep-1); None keeps all. `at` gives, for every committed byte,
-    the index of the outcome it came from (for log-probabilities); None is 0, 1, 2, ...
+    `keep` is how many rows stay computed (positions 0..keep-1); None keeps all.
     """
 
     commit: list[int] = field(default_factory=list)
@@ -71,13 +70,14 @@ class Progress:
 
 
 class Method(Protocol):
-    """One request's decoding method. `known` counts the request's fixed bytes, BOS included; `left` those it may
-    still produce."""
+    """One request's decoding method.
 
-    #: Rows that must be computed before the method's first plan: all known ones, or all but the newest.
-    keeps_pending: bool
+    `known` counts the request's fixed bytes, BOS included, of which the rows 0..computed-1 have been through all
+    modules; `left` is how many bytes it may still produce. The rows from `computed` on are at first the end of the
+    prompt, later what stands between rounds.
+    """
 
-    def plan(self, known: int, left: int) -> Plan:
+    def plan(self, known: int, computed: int, left: int) -> Plan:
         """The rows wanted next. Called once after each `advance`."""
         ...
 

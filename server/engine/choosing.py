@@ -79,12 +79,13 @@ class Chooser:
         self._repetition[row] = params.repetition_penalty
         self._presence[row] = params.presence_penalty
         self._frequency[row] = params.frequency_penalty
+        # Also for a sequence without penalties: another row of its pass may have some, and the row's last owner had.
+        self._bias[row] = 0.0
+        self._counts[row] = 0
+        self._prompt_seen[row] = False
         if params.penalizes:
-            self._bias[row] = 0.0
             for token, value in params.logit_bias.items():
                 self._bias[row, token] = value
-            self._counts[row] = 0
-            self._prompt_seen[row] = False
             self._prompt_seen[row, torch.tensor(sequence.ids[: sequence.prompt_length])] = True
             self.commit(sequence, sequence.ids[sequence.prompt_length :])
 
@@ -217,7 +218,9 @@ class Chooser:
             result.outcome.block_done = done[at]
             result.bad = result.bad or bad[at]
             if sequence.params.logprobs is not None and not result.bad:
-                values = _logprobs(logits[first : first + count], new[at][:count], sequence.params.logprobs)
+                # What is still masked has no byte to give a value for; any id will do.
+                ids_now = [i if i != MASK_ID else 0 for i in new[at][:count]]
+                values = _logprobs(logits[first : first + count], ids_now, sequence.params.logprobs)
                 fixed = [masked[at, i] and not left[at][i] for i in range(count)]
                 result.block_logprobs = [v if f else None for v, f in zip(values, fixed, strict=True)]
 

@@ -87,6 +87,11 @@ class EngineClient:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     @property
+    def loaded(self) -> bool:
+        """Whether the engine was ever ready."""
+        return self._engine is not None
+
+    @property
     def engine(self) -> Engine:
         """The loaded engine, for reading its facts. Raises EngineUnavailableError unless it is usable."""
         if self._engine is None or self.state not in (EngineState.READY, EngineState.DRAINING):

@@ -185,15 +185,17 @@ class Engine:
         for sequence in list(scheduler.running):
             if sequence.plan is not None or sequence.row == 0:
                 continue
-            if sequence.prefilling:
-                rows = min(sequence.prefill_end - sequence.decoded, budget)
-                if rows == 0:
-                    continue
-                last = sequence.decoded + rows == sequence.known and sequence.method.keeps_pending
-                plan = Plan(sequence.decoded, rows, select=int(last))
-                budget -= rows
+            pending = sequence.known - sequence.decoded
+            if sequence.prefilling and budget == 0:
+                continue
+            if sequence.prefilling and pending > budget:
+                plan = Plan(sequence.decoded, budget)
+                budget = 0
             else:
-                plan = sequence.method.plan(sequence.known, sequence.left)
+                plan = sequence.method.plan(sequence.known, sequence.decoded, sequence.left)
+                if sequence.prefilling:
+                    budget -= pending
+                    sequence.prefilling = False
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append(sequence)
@@ -225,24 +227,24 @@ class Engine:
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
-        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.prefilling for s in waiting)
+        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(
+            s.ledger.global_ == 0 for s in waiting
+        )
 
     # After a pass
 
     def _settle(self, sequence: Sequence, result: Result) -> Delta | None:
         """Apply what a pass gave one sequence; the news of it, if any."""
         sequence.last_pass = self._passes
-        plan, prefilled = sequence.plan, sequence.prefilling
+        plan = sequence.plan
         assert plan is not None
         sequence.plan, sequence.ready = None, False
         if result.bad:
             return self._finish(sequence, FinishReason.ERROR, "the model produced NaN or infinity for this request")
         if plan.upstream:
             sequence.decoded = plan.end
-        if prefilled:
-            progress = Progress(commit=result.outcome.ids)
-        else:
-            progress = sequence.method.advance(plan, result.outcome)
+        # A chunk of the prompt gives nothing that the method would know of.
+        progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result.outcome)
         if progress.keep is not None:
             self._scheduler.free_latents(sequence.cut(progress.keep))
         ledger = sequence.ledger

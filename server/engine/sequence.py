@@ -24,7 +24,7 @@ class Patch:
 class Sequence:
     """State of one admitted request.
 
-    Between rounds it is a function of `ids` alone: rows 0..n-2 are computed and the newest byte is pending (design §3).
+    Between rounds it is a function of `ids` and `decoded` alone: what drafts left behind is cut off (design §3).
     `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
     """
 
@@ -46,9 +46,8 @@ class Sequence:
     def restart(self) -> None:
         """Nothing is computed any more: newly admitted, or preempted."""
         self.scanned = self.encoded = self.decoded = 0
-        # Rows to compute before the method takes over: the whole prompt at first, later what stands between rounds.
-        fresh = self.known == self.prompt_length or not self.method.keeps_pending
-        self.prefill_end = self.known if fresh else self.known - 1
+        #: Until its method takes over, rows are computed in chunks.
+        self.prefilling = True
         self.open_start = 0
         self.closed = 0
         #: Newest closed patches, oldest first: those that rows not yet decoded may read.
@@ -69,10 +68,6 @@ class Sequence:
     @property
     def left(self) -> int:
         return self.params.max_tokens - len(self.output.ids)
-
-    @property
-    def prefilling(self) -> bool:
-        return self.decoded < self.prefill_end
 
     def scan(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""

@@ -80,6 +80,13 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
     assert one(torch.zeros(260), Row(forbid_eos=True)).ids.item() == 4
 
 
+def test_greedy_tells_scores_apart_that_log_softmax_rounds_to_one() -> None:
+    logits = torch.tensor(flat(_10=0.0, _20=1e-8, _30=-1.0)).view(1, 260)
+    assert logits.log_softmax(-1)[0, 10] == logits.log_softmax(-1)[0, 20]
+    for flags in ((False, False, False), (True, False, False), (True, True, True)):
+        assert select(logits, pack([Row()], flags), need_statistics=False).ids.item() == 20
+
+
 def test_forbidden_ids_are_never_produced() -> None:
     logits = np.zeros(260, dtype=np.float32)
     logits[[0, 1, 3]] = 1e9
@@ -188,6 +195,17 @@ def test_top_p_keeps_the_lowest_ids_of_ties_and_stops_when_reached() -> None:
     assert drawn(logits, Row(temperature=1.0, top_p=0.26)) == {9, 20}
     assert drawn(logits, Row(temperature=1.0, top_p=0.75)) == {9, 20, 30}
     assert drawn(logits, Row(temperature=1.0, top_p=1.0)) == {9, 20, 30, 40}
+
+
+def test_top_p_of_one_keeps_what_lies_beyond_a_rounded_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three thirds in fp32 sum to more than 1, before the improbable id.
+    logits = torch.tensor(flat(_9=0.0, _20=0.0, _30=0.0, _40=-30.0)).view(1, 260)
+    assert logits.softmax(-1).sum(dtype=torch.float64) > 1
+    noise = torch.zeros(1, 260)
+    noise[0, 40] = 50.0
+    monkeypatch.setattr(kernels.selection, "gumbel", lambda seeds, positions: noise)
+    params = pack([Row(temperature=1.0)], (True, True, False))
+    assert select(logits, params, need_statistics=False).ids.item() == 40
 
 
 def test_top_p_is_renormalized_after_top_k() -> None:

@@ -55,6 +55,9 @@ def test_entropy() -> None:
     assert pick([2.0, 2.0, 2.0], ENTROPY, 1.0, [False, True, True]) == [1]
     assert pick([0.0, 0.25, 0.0, 3.0], ENTROPY, 0.0, [False, True, True, True]) == [2]
     assert pick([0.0, 0.0, 0.0], ENTROPY, 0.0) == [0, 1, 2]
+    # Long enough that a sort which may exchange equals does.
+    assert pick([0.5, 0.25] * 64, ENTROPY, 10.0) == list(range(1, 80, 2))
+    assert pick([0.25] * 128, EXCLUSIVE_MAX, 10.0) == list(range(41))
 
 
 def test_one_step_and_nothing_masked() -> None:

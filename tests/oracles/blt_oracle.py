@@ -86,7 +86,7 @@ def embeddings(weights: Weights, config: Config, ids: list[int]) -> Array:
 
 
 def patch_lengths(entropies: Array, threshold: float, longest: int | None) -> list[int]:
-    """Lengths summing to T + 1: runs between the starts that entropy gives, then cut into chunks of at most `longest`."""
+    """Lengths summing to T + 1: runs between the starts that entropy gives, cut into chunks of at most `longest`."""
     starts = [0, 1] + [i + 1 for i in range(1, len(entropies)) if entropies[i] > threshold]
     lengths = []
     for start, end in zip(starts, [*starts[1:], len(entropies) + 1], strict=True):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from models.blt import Blt, init_weights
 from models.config import BltConfig, StackConfig
-from models.training.layout import LayoutConfig, block_arrays, patch_arrays
+from models.training.layout import LayoutConfig
 from models.training.objective import make_batch
 
 LENGTH = 256
@@ -67,17 +67,3 @@ def toy_batch(
 def with_ids(batch: dict[str, torch.Tensor], ids: NDArray) -> dict[str, torch.Tensor]:
     """The same batch over other clean ids; blocks show and ask what they did."""
     return {**batch, "ids": torch.from_numpy(ids)}
-
-
-__all__ = [
-    "LAYOUT",
-    "LENGTH",
-    "WINDOW",
-    "block_arrays",
-    "patch_arrays",
-    "toy_batch",
-    "toy_config",
-    "toy_model",
-    "toy_sequences",
-    "with_ids",
-]

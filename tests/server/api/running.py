@@ -31,7 +31,14 @@ def save_tiny(folder: Path) -> str:
 
 def tiny_settings(model: str, **more: Any) -> EngineSettings:
     return EngineSettings(
-        **{"model": model, "cache_bytes": 2**26, "max_model_len": MAX_MODEL_LEN, "threads": 1, "max_running": 16, **more}
+        **{
+            "model": model,
+            "cache_bytes": 2**26,
+            "max_model_len": MAX_MODEL_LEN,
+            "threads": 1,
+            "max_running": 16,
+            **more,
+        }
     )
 
 

@@ -81,7 +81,11 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("stream a number", {"stream": 1}, "stream"),
     ("stream_options without stream", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("stream_options a list", {"stream": True, "stream_options": []}, "stream_options"),
-    ("include_usage a string", {"stream": True, "stream_options": {"include_usage": "y"}}, "stream_options.include_usage"),
+    (
+        "include_usage a string",
+        {"stream": True, "stream_options": {"include_usage": "y"}},
+        "stream_options.include_usage",
+    ),
     ("model a number", {"model": 5}, "model"),
     ("unknown method", {"decoding": {"method": "magic"}}, "decoding.method"),
     ("method of another kind", {"decoding": {"method": 5}}, "decoding.method"),

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from server.engine.client import DeltaStream, EngineClient, EngineState, EngineUnavailableError
-from server.request import ByteLogprobs, Delta, FinishReason, InvalidRequestError, QueueFullError, Request, SamplingParams
+from server.request import (
+    ByteLogprobs,
+    Delta,
+    FinishReason,
+    InvalidRequestError,
+    QueueFullError,
+    Request,
+    SamplingParams,
+)
 from server.settings import EngineSettings
 from tests.server.api.fake_engine import REPEATED, FakeEngine
 

@@ -1,0 +1,140 @@
+"""Health, models, metrics, request ids: what operators and their tools see."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.api.metrics import Histogram
+from server.engine.client import EngineClient
+from server.settings import EngineSettings
+from tests.server.api.fake_engine import FakeEngine
+from tests.server.api.running import MODEL, RunningServer, until
+from tests.server.api.test_bad_requests import assert_error
+
+
+def test_health_and_readiness(server: RunningServer) -> None:
+    assert server.http.get("/health").json() == {"status": "ready"}
+    assert server.http.get("/ready").status_code == 200
+    assert server.http.get("/version").json()["version"]
+    assert server.http.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
+
+
+def test_while_loading() -> None:
+    loaded = threading.Event()
+
+    def load(_: EngineSettings) -> Any:
+        loaded.wait(10)
+        return FakeEngine()
+
+    with RunningServer(EngineClient(EngineSettings(), load=load), wait=False) as server:
+        for path in ("/health", "/ready", "/v1/models"):
+            assert assert_error(server.http.get(path), 503)["code"] == "loading"
+        response = server.http.post("/v1/completions", json={"prompt": "Hi"})
+        assert assert_error(response, 503)["code"] == "loading"
+        assert "retry-after" in response.headers and "x-should-retry" not in response.headers
+        assert server.http.get("/version").status_code == server.http.get("/metrics").status_code == 200
+        loaded.set()
+        until(lambda: server.http.get("/health").status_code == 200)
+        assert server.complete(prompt="Hi", max_tokens=1)["choices"][0]["text"] == "a"
+
+
+def test_when_the_engine_dies() -> None:
+    engine = FakeEngine(fail_at=3)
+    with RunningServer(EngineClient(EngineSettings(), load=lambda _: engine)) as server:  # type: ignore[arg-type,return-value]
+        events = server.events(prompt="Hi", max_tokens=100)
+        assert events[-1] == "[DONE]" and "RuntimeError" in events[-2]["error"]["message"]
+        for path in ("/health", "/ready", "/v1/models"):
+            assert assert_error(server.http.get(path), 503)["code"] == "dead"
+        response = server.http.post("/v1/completions", json={"prompt": "Hi"})
+        assert assert_error(response, 503)["code"] == "dead"
+        assert response.headers["x-should-retry"] == "false"
+        assert server.metric('fastblt_requests_rejected_total{cause="dead"}') == 1
+        assert server.metric('fastblt_request_success_total{finished_reason="error"}') == 1
+
+
+def test_an_unforeseen_error_is_a_500_that_tells_nothing() -> None:
+    class Broken(FakeEngine):
+        def add(self, request: Any) -> None:
+            raise KeyError("a secret detail")
+
+    with RunningServer(EngineClient(EngineSettings(), load=lambda _: Broken())) as server:  # type: ignore[arg-type,return-value]
+        response = server.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"x-request-id": "mine"})
+        assert "secret" not in assert_error(response, 500)["message"]
+        assert response.headers["x-request-id"] == "mine"
+        assert server.http.get("/health").status_code == 200
+
+
+def test_models(server: RunningServer) -> None:
+    answer = server.http.get("/v1/models").json()
+    assert answer["object"] == "list"
+    [card] = answer["data"]
+    assert card["id"] == MODEL and card["object"] == "model"
+    assert card["block_sizes"] == [4, 8] and card["patching_threshold"] > 0 and "max_patch_length" in card
+    assert server.http.get(f"/v1/models/{MODEL}").json() == card
+    # The limit that it states is the limit.
+    body = {"prompt": "x", "ignore_eos": True, "max_tokens": card["max_model_len"] - 2}
+    assert_error(server.http.post("/v1/completions", json=body | {"max_tokens": card["max_model_len"] - 1}), 400)
+    with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "echoed"),
+    [("abc-123", True), ("a" * 128, True), ("a" * 129, False), ("a b", False), ("<script>", False), ("", False)],
+)
+def test_request_ids(server: RunningServer, asked: str, echoed: bool) -> None:
+    for path in ("/health", "/nowhere"):
+        answer = server.http.get(path, headers={"x-request-id": asked}).headers["x-request-id"]
+        assert (answer == asked) == echoed and 1 <= len(answer) <= 128
+
+
+def test_metrics(server: RunningServer) -> None:
+    names = ("fastblt_generation_tokens_total", 'fastblt_nfe_total{module="decoder"}', "fastblt_passes_total")
+    before = [server.metric(name) for name in names]
+    gaps = server.metric("fastblt_inter_token_latency_seconds_count")
+    server.complete(prompt="Hello", max_tokens=10, n=3, ignore_eos=True)
+    after = [server.metric(name) for name in names]
+    assert after[0] - before[0] == 30
+    # A pass that three requests share counts once.
+    assert 10 <= after[1] - before[1] < 30 and after[2] > before[2]
+    # Every byte but the first of each.
+    assert server.metric("fastblt_inter_token_latency_seconds_count") - gaps == 27
+    response = server.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert all(name.startswith("fastblt_") for name in families)
+    expected = {
+        "num_requests_running": "gauge",
+        "num_requests_waiting": "gauge",
+        "cache_pages": "gauge",
+        "cache_pages_free": "gauge",
+        "kv_cache_usage_perc": "gauge",
+        "prompt_tokens": "counter",
+        "generation_tokens": "counter",
+        "nfe": "counter",
+        "passes": "counter",
+        "beats": "counter",
+        "num_preemptions": "counter",
+        "request_success": "counter",
+        "requests_rejected": "counter",
+        "time_to_first_token_seconds": "histogram",
+        "inter_token_latency_seconds": "histogram",
+        "e2e_request_latency_seconds": "histogram",
+    }
+    for name, kind in expected.items():
+        assert families[f"fastblt_{name}"].type == kind, name
+    assert {s.labels["module"] for s in families["fastblt_nfe"].samples} == {"patcher", "encoder", "global", "decoder"}
+
+
+def test_weighted_histogram() -> None:
+    histogram = Histogram("h_seconds", "of h", (0.1, 1.0))
+    histogram.observe(0.1)
+    histogram.observe(0.5, 3)
+    histogram.observe(7.0)
+    [family] = histogram.collect()
+    values = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
+    assert values == {"0.1": 1, "1.0": 4, "+Inf": 5, "h_seconds_count": 5, "h_seconds_sum": pytest.approx(8.6)}
