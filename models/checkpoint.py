@@ -32,6 +32,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Quantized floats (fp8 and the like) mean nothing without scales, which this layout does not have.
 _STORED_DTYPES = (*_DTYPES, torch.float64)
+_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_SAVE_AS = "save it as float32, float16 or bfloat16"
 _PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 _AGAIN = "; copy or download the checkpoint again"
 
@@ -184,8 +186,10 @@ class TensorFiles:
 
     def itemsize(self, name: str) -> int:
         """Bytes per element of a tensor."""
-        bits = re.sub(r"\D", "", str(self._open[self._file_of[name]].get_slice(name).get_dtype()))
-        return max(1, int(bits or 8) // 8)
+        kind = self._open[self._file_of[name]].get_slice(name).get_dtype()
+        if kind not in _ITEMSIZES:
+            raise CheckpointError(f"{self.path(name)}: tensor {name} is {kind}; {_SAVE_AS}")
+        return _ITEMSIZES[kind]
 
     def _names(self, file: str) -> list[str]:
         path = self.folder / file
@@ -296,7 +300,7 @@ def _check_names(expected: Mapping[str, object], files: TensorFiles) -> None:
 def _ready(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """`tensor` as `dtype`, once it is known to be what the model needs."""
     if tensor.dtype not in _STORED_DTYPES:
-        raise CheckpointError(f"tensor {name} is {tensor.dtype}; save it as float32, float16 or bfloat16")
+        raise CheckpointError(f"tensor {name} is {tensor.dtype}; {_SAVE_AS}")
     if tensor.shape != shape:
         raise CheckpointError(
             f"tensor {name} has shape {list(tensor.shape)}, but {CONFIG_FILE} makes it {list(shape)}; one of them is"

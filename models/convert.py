@@ -28,7 +28,7 @@ from models.checkpoint import (
 )
 from models.config import BltConfig
 
-#: Parts of names, official -> ours (hf_blt.md §3).
+#: Parts of names, official -> ours.
 RENAMES = {
     "attention": "self_attn",
     "feed_forward": "mlp",

@@ -10,9 +10,10 @@ from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 class BltD:
     """A block a round: the previous block's bytes run causally, the open patch is closed for the new block, whose masks
-    are then filled in a few decoder passes."""
+    are then filled in a few decoder passes. With `align_blocks`, causal bytes finish the open patch first."""
 
-    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None) -> None:
+    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None, align_blocks: bool = False) -> None:
+        self._align = align_blocks
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
@@ -20,11 +21,17 @@ class BltD:
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if not self._block:
+            rows = known - computed
+            finish = Plan(computed, rows, select=1) if self._align else None
             block = [MASK_ID] * self._size
-            return Plan(computed, known - computed, block_ids=block, provisional=True, unmask=self._step())
+            return Plan(
+                computed, rows, block_ids=block, provisional=True, unmask=self._step(), if_open=finish
+            )
         return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=self._step())
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
+        if not plan.block_ids:
+            return Progress(commit=outcome.ids)
         self._steps += 1
         if not outcome.block_done:
             self._block = outcome.block_ids

@@ -13,7 +13,10 @@ class BltDV:
     """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after it
     for the rest. Verify as BLT-S does."""
 
-    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None) -> None:
+    def __init__(
+        self, block_size: int, unmask: Unmask, max_steps: int | None, paper_accounting: bool = False
+    ) -> None:
+        self._paper = paper_accounting
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
@@ -21,18 +24,23 @@ class BltDV:
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
-            return verify(self._block, known, computed)
+            return verify(self._block, known, computed, paper=self._paper)
         step = replace(self._unmask, last_step=self._steps + 1 == self._max_steps)
         if self._block:
-            return Plan(known, 0, upstream=False, block_ids=self._block, unmask=step)
+            return Plan(
+                known, 0, upstream=False, draft=True, block_ids=self._block, provisional=self._paper, unmask=step
+            )
         # The verification gives a byte of its own, so the last one is never drafted.
-        size = min(self._size, left - 1)
+        size = self._size if self._paper else min(self._size, left - 1)
         if not drafting(known, computed) or size <= 0:
             return verify([], known, computed)
-        return Plan(computed, 1, upstream=False, select=1, block_ids=[MASK_ID] * size, unmask=step)
+        block = [MASK_ID] * size
+        return Plan(
+            computed, 1, upstream=self._paper, draft=True, select=1, block_ids=block, provisional=self._paper, unmask=step
+        )
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
-        if plan.upstream:
+        if not plan.draft:
             draft = self._block
             self.reset()
             return settle(draft, plan, outcome)

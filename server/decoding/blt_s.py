@@ -13,9 +13,13 @@ def accepted_length(draft: list[int], targets: list[int]) -> int:
     return len(draft)
 
 
-def verify(draft: list[int], known: int, computed: int) -> Plan:
-    """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte."""
-    return Plan(computed, known - computed + len(draft), select=len(draft) + 1)
+def verify(draft: list[int], known: int, computed: int, *, paper: bool = False) -> Plan:
+    """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte.
+
+    Under the paper's accounting the global transformer takes part even where no patch closed.
+    """
+    rows = known - computed + len(draft)
+    return Plan(computed, rows, select=len(draft) + 1, provisional=paper and bool(draft))
 
 
 def drafting(known: int, computed: int) -> bool:
@@ -36,19 +40,25 @@ def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
 
 
 class BltS:
-    def __init__(self, draft_length: int) -> None:
+    """`paper_accounting` drafts on the open patch's latent, at the price of an upstream pass of its own (design §2.8),
+    and does not shorten the last draft."""
+
+    def __init__(self, draft_length: int, paper_accounting: bool = False) -> None:
         self._length = draft_length
+        self._paper = paper_accounting
         self._draft: list[int] = []
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         # The verification gives a byte of its own, so the last one is never drafted.
-        wanted = min(self._length, left - 1)
+        wanted = self._length if self._paper else min(self._length, left - 1)
         if drafting(known, computed) and len(self._draft) < wanted:
-            return Plan(computed + len(self._draft), 1, upstream=False, select=1)
-        return verify(self._draft, known, computed)
+            upstream = self._paper and not self._draft
+            start = computed + len(self._draft)
+            return Plan(start, 1, upstream=upstream, draft=True, select=1, provisional=self._paper)
+        return verify(self._draft, known, computed, paper=self._paper)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
-        if not plan.upstream:
+        if plan.draft:
             self._draft += outcome.ids
             return Progress(draft=self._draft)
         draft, self._draft = self._draft, []

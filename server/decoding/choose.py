@@ -17,24 +17,17 @@ DEFAULT_ENTROPY = 0.8
 
 def choose_method(decoding: DecodingParams, config: BltConfig) -> Method:
     """The method object of one request. Raises InvalidRequestError where the checkpoint cannot do it."""
-    if decoding.paper_accounting:
-        raise InvalidRequestError(
-            "paper_accounting is for the reference decoders; the server pays one upstream pass a round",
-            "decoding.paper_accounting",
-        )
-    if decoding.align_blocks:
-        raise InvalidRequestError("align_blocks is not available: blocks start where the last ended", "decoding")
     method = decoding.method
     if method in (DecodingMethod.BLT, DecodingMethod.AUTO):
         return Blt()
     if method == DecodingMethod.BLT_S:
-        return BltS(decoding.draft_length or DEFAULT_DRAFT_LENGTH)
+        return BltS(decoding.draft_length or DEFAULT_DRAFT_LENGTH, decoding.paper_accounting)
     size = _block_size(decoding, config)
     default = Unmasking.ONE_STEP if method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
     unmask = _unmask(decoding, decoding.unmasking or default)
     if method == DecodingMethod.BLT_D:
-        return BltD(size, unmask, decoding.max_steps)
-    return BltDV(size, unmask, decoding.max_steps)
+        return BltD(size, unmask, decoding.max_steps, bool(decoding.align_blocks))
+    return BltDV(size, unmask, decoding.max_steps, decoding.paper_accounting)
 
 
 def _block_size(decoding: DecodingParams, config: BltConfig) -> int:

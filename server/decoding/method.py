@@ -20,19 +20,22 @@ class Plan:
     """Decoder rows of one pass, taken whole or not at all.
 
     `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `select` of them each give a
-    byte. With `upstream` they first pass entropy model, encoder and the global transformer, and each reads its own
-    latent; without, they are draft rows on the newest closed latent. Then come `block` bidirectional rows at
-    [start + causal, ...) holding `block_ids`, on the newest latent or, with `provisional`, on that of the open patch
-    closed for them. Where a plan has both a selected row and a block, that row's byte is the block's first.
+    byte. With `upstream` they first pass entropy model, encoder and, where patches close, the global transformer. Each
+    then reads its own latent and stays computed; with `draft` all read the newest one and none does. Then come
+    bidirectional rows for `block_ids`, on the newest latent; where a plan has both a selected row and a block, that
+    row's byte is the block's first. With `provisional` the newest latent is that of the open patch, closed for the
+    occasion. Where the patch is still open behind the causal rows, `if_open` is the plan instead.
     """
 
     start: int
     causal: int
     upstream: bool = True
+    draft: bool = False
     select: int = 0
     block_ids: list[int] = field(default_factory=list)
     provisional: bool = False
     unmask: Unmask | None = None
+    if_open: Plan | None = None
 
     @property
     def rows(self) -> int:

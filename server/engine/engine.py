@@ -221,9 +221,18 @@ class Engine:
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
-            if plan.upstream and plan.provisional and sequence.open_start < plan.end:
-                sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
+            if sequence.open_start < plan.end and plan.upstream:
+                if plan.if_open is not None:
+                    plan = sequence.plan = plan.if_open
+                if plan.provisional:
+                    self._drop_provisional(sequence)
+                    sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
             sequence.ready = not (plan.upstream and sequence.pending_patches())
+
+    def _drop_provisional(self, sequence: Sequence) -> None:
+        if sequence.provisional is not None:
+            self._scheduler.free_latents([sequence.provisional.slot])
+            sequence.provisional = None
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
@@ -241,7 +250,7 @@ class Engine:
         sequence.plan, sequence.ready = None, False
         if result.bad:
             return self._finish(sequence, FinishReason.ERROR, "the model produced NaN or infinity for this request")
-        if plan.upstream:
+        if plan.upstream and not plan.draft:
             sequence.decoded = plan.end
         # A chunk of the prompt gives nothing that the method would know of.
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result.outcome)
@@ -258,9 +267,8 @@ class Engine:
             return delta
         sequence.draft = progress.draft
         self._runner.write_ids(sequence, sequence.known, progress.draft)
-        if progress.commit and sequence.provisional is not None:
-            self._scheduler.free_latents([sequence.provisional.slot])
-            sequence.provisional = None
+        if progress.commit:
+            self._drop_provisional(sequence)
         self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
         self._caches.settle(sequence.row, sequence.decoded, patches, sequence.open_start)
@@ -272,7 +280,7 @@ class Engine:
         """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
         if sequence.params.logprobs is None:
             return None
-        if result.block_logprobs is not None and plan.provisional:
+        if result.block_logprobs is not None and not plan.draft:
             for at, value in enumerate(result.block_logprobs):
                 if value is not None:
                     sequence.block_logprobs[at] = value

@@ -224,16 +224,16 @@ class Runner:
             plan = sequence.plan
             assert plan is not None
             newest = sequence.patches[-1].slot if sequence.patches else 0
-            if count == 1 and not plan.block_ids:
+            if plan.provisional and sequence.provisional is not None:
+                slots[first : first + count] = sequence.provisional.slot
+            else:
+                slots[first : first + count] = newest
+            if not plan.draft and plan.causal == 1:
                 slots[first] = newest
-                continue
-            slots[first : first + count] = newest
-            if plan.upstream:
+            elif not plan.draft and plan.causal > 1:
                 ends = [patch.end for patch in sequence.patches]
                 own = np.searchsorted(ends, rows.positions[first : first + plan.causal], side="right") - 1
                 slots[first : first + plan.causal] = np.array([patch.slot for patch in sequence.patches])[own]
-            if plan.block_ids and plan.provisional and sequence.provisional is not None:
-                slots[first + plan.causal : first + count] = sequence.provisional.slot
         return slots
 
 

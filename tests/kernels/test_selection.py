@@ -312,9 +312,9 @@ def test_statistics_change_nothing_else() -> None:
 # --- Distribution ---------------------------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **settings: float) -> Tensor:
+def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **truncation: float) -> Tensor:
     """One draw a row from the same logits [260]."""
-    row = Row(temperature=1.0, **settings)  # type: ignore[arg-type]
+    row = Row(temperature=1.0, **truncation)  # type: ignore[arg-type]
     drawn = []
     for seed, position in zip(seeds.split(256), positions.split(256), strict=True):
         params = pack([row])

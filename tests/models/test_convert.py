@@ -17,7 +17,7 @@ from models.config import BltConfig
 from models.convert import convert
 from tests.tiny import random_ids, tiny_model
 
-# Ours -> official, longest first, as hf_blt.md §3 lists them.
+# Ours -> official.
 PARTS = [
     (".self_attn.", ".attention."),
     (".mlp.", ".feed_forward."),
@@ -193,6 +193,10 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     tensors = load_file(source / WEIGHTS_FILE)
     save_file({**tensors, "local_encoder.pos_embeddings.weight": torch.zeros(2)}, source / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"tensor local_encoder\.pos_embeddings\.weight has no place"):
+        convert(source, entropy, tmp_path / "out")
+    name = "local_encoder.layers.0.attention.wq.weight"
+    save_file({**tensors, name: tensors[name].int()}, source / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"attention\.wq\.weight is I32; save it as"):
         convert(source, entropy, tmp_path / "out")
     save_file(tensors, source / WEIGHTS_FILE)
     (entropy / WEIGHTS_FILE).rename(entropy / "consolidated.pth")

@@ -181,7 +181,7 @@ def test_transformers_runs_what_we_save(block_sizes: tuple[int, ...], tmp_path: 
 
 @pytest.mark.parametrize("longest", [2, 5])
 def test_maximum_patch_length_on_all_but_the_last_row(longest: int, tmp_path: Path) -> None:
-    # Their last row drops the patch that the next byte would start, so it cannot be compared (hf_blt.md §6c).
+    # Their last row drops the patch that the next byte would start, so it cannot be compared.
     theirs, window = make_theirs(4)
     theirs.config.max_patch_length = longest
     theirs.save_pretrained(tmp_path)

@@ -54,13 +54,13 @@ def test_drafts_never_change_a_byte(seed: int, decoder_input: str, params: Sampl
     prompt = random_ids(seed, 17)
     plain = generate(model, prompt, params)
     assert len(plain.ids) == 24 or plain.finish_reason == "stop"
+    # Seeds where no decision is nearer than rounding.
+    assert min(*plain.margins, *patch_margins(model, prompt + list(plain.ids))) > 1e-4
     accepted = 0
     for options in DRAFTERS:
         found = generate(model, prompt, params, options)
-        # Equality is certain only where no decision is nearer than rounding.
-        if min(*plain.margins, *patch_margins(model, prompt + list(plain.ids))) > 1e-4:
-            assert (found.ids, found.finish_reason) == (plain.ids, plain.finish_reason), options
-            assert np.allclose(found.logprobs, plain.logprobs, atol=1e-4)
+        assert (found.ids, found.finish_reason) == (plain.ids, plain.finish_reason), options
+        assert np.allclose(found.logprobs, plain.logprobs, atol=1e-4)
         assert found.accepted <= found.drafted
         accepted += found.accepted
     assert accepted > 0
@@ -159,6 +159,17 @@ def test_blt_d_counts(size: int) -> None:
     assert set(generate(model, random_ids(6, 15), params, short).steps) == {min(2, size)}
     slow = DecodingOptions("blt-d", block_size=size, confidence_threshold=1.0)
     assert set(generate(model, random_ids(6, 15), params, slow).steps) == {size}
+
+
+def test_penalties_reach_into_blocks() -> None:
+    model = diffusion_model(39)
+    params = replace(GREEDY, max_tokens=16, presence_penalty=100.0)
+    # One position a step: every byte knows those that were filled before it, on either side.
+    found = generate(model, random_ids(6, 15), params, DecodingOptions("blt-d", confidence_threshold=1.0))
+    assert len(set(found.ids)) == 16
+    # Positions of one step do not see each other.
+    again = generate(model, random_ids(6, 15), params, DecodingOptions("blt-d", unmasking="one_step"))
+    assert len(set(again.ids)) < 16 and not set(again.ids[:8]) & set(again.ids[8:])
 
 
 def test_aligned_blocks_start_patches() -> None:

@@ -1,7 +1,7 @@
 """The published BLT restated plainly in float64 numpy, one sequence and one query row at a time.
 
-Written from the numeric description of the network (hf_blt.md §1, §4, §5) and independent of `models`: it takes the
-tensors of a checkpoint by their file names and the plain `config.json`.
+Written from a numeric description of the published network and independent of `models`: it takes the tensors of a
+checkpoint by their file names and the plain `config.json`.
 """
 
 from __future__ import annotations

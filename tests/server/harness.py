@@ -121,7 +121,7 @@ def random_decoding(rng: random.Random) -> DecodingParams:
     if method == "blt":
         return DecodingParams(DecodingMethod.BLT)
     if method == "blt-s":
-        return DecodingParams(DecodingMethod.BLT_S, draft_length=rng.choice((1, 4, 8, 16, 32)))
+        return DecodingParams(DecodingMethod.BLT_S, draft_length=rng.choice((1, 4, 8, 16, 32)), paper_accounting=rng.random() < 0.2)
     return DecodingParams(
         DecodingMethod(method),
         block_size=rng.choice((4, 8)),
@@ -129,6 +129,8 @@ def random_decoding(rng: random.Random) -> DecodingParams:
         confidence_threshold=rng.choice((0.05, 0.3, 0.7)),
         entropy_bound=rng.choice((0.8, 4.0, 12.0)),
         max_steps=rng.choice((None, None, 1, 3)),
+        align_blocks=method == "blt-d" and rng.random() < 0.3,
+        paper_accounting=method == "blt-dv" and rng.random() < 0.3,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import server
 from models.vocabulary import decode, encode
 from server import LLM, DecodingParams, SamplingParams
+from server.llm import Prompt
 from server.request import DecodingMethod, FinishReason, InvalidRequestError
 from tests.server.api.running import save_tiny
 
@@ -37,7 +38,8 @@ def test_one_prompt(llm: LLM) -> None:
 
 def test_prompts_of_every_kind_in_order_and_beyond_the_queue(llm: LLM) -> None:
     texts = ["Hello", "Bye", "Hello there", "x", "y", "z", "Hello"]
-    completions = llm.generate([texts[0], texts[1].encode(), encode(texts[2].encode()), *texts[3:]], GREEDY)
+    prompts: list[Prompt] = [texts[0], texts[1].encode(), encode(texts[2].encode()), *texts[3:]]
+    completions = llm.generate(prompts, GREEDY)
     assert [c.ids for c in completions] == [llm.generate(text, GREEDY)[0].ids for text in texts]
     assert_idle(llm)
 

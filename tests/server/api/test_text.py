@@ -6,7 +6,7 @@ import codecs
 import json
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.vocabulary import EOS_ID, decode, encode
@@ -24,11 +24,16 @@ pieces = st.one_of(
 raw_bytes = st.lists(pieces, max_size=12).map(b"".join)
 
 
+# A busy machine is no failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     ends = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     return [data[start:end] for start, end in pairwise(ends)]
 
 
+@unhurried
 @given(raw_bytes, st.lists(st.integers(0, 10**6), max_size=20))
 def test_pieces_join_to_the_whole_text_and_split_no_character(data: bytes, cuts: list[int]) -> None:
     decoder, text, fed = TextDecoder(), "", b""
@@ -65,6 +70,7 @@ def test_a_hopeless_byte_comes_out_at_once() -> None:
     assert decoder.feed(b"\xa0") == "\ufffd\ufffd"  # A surrogate: no text.
 
 
+@unhurried
 @given(raw_bytes, st.lists(st.integers(0, 10**6), max_size=20), raw_bytes)
 def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt: bytes) -> None:
     choice = ChoiceText(logprobs=True, echo=[1, *encode(prompt)])
@@ -86,6 +92,7 @@ def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt
     assert tokens == [token_name(i) for i in encode(data)]
 
 
+@unhurried
 @given(st.text(max_size=12))
 def test_offsets_count_characters(text: str) -> None:
     choice = ChoiceText(logprobs=True)

@@ -20,7 +20,8 @@ NEAR = 1e-4
 
 METHODS: dict[str, list[DecodingParams]] = {
     "blt": [DecodingParams(DecodingMethod.BLT)],
-    "blt-s": [DecodingParams(DecodingMethod.BLT_S, draft_length=k) for k in (1, 4, 8, 16)],
+    "blt-s": [DecodingParams(DecodingMethod.BLT_S, draft_length=k) for k in (1, 4, 8, 16)]
+    + [DecodingParams(DecodingMethod.BLT_S, draft_length=k, paper_accounting=True) for k in (1, 5)],
     "blt-d": [
         DecodingParams(DecodingMethod.BLT_D, 4, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1),
         DecodingParams(DecodingMethod.BLT_D, 8, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.5),
@@ -31,11 +32,18 @@ METHODS: dict[str, list[DecodingParams]] = {
         ),
         DecodingParams(DecodingMethod.BLT_D, 8, unmasking=Unmasking.ONE_STEP),
         DecodingParams(DecodingMethod.BLT_D, 8, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.9, max_steps=3),
+        DecodingParams(
+            DecodingMethod.BLT_D, 4, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.3, align_blocks=True
+        ),
     ],
     "blt-dv": [
         DecodingParams(DecodingMethod.BLT_DV, 4),
         DecodingParams(DecodingMethod.BLT_DV, 8, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1),
         DecodingParams(DecodingMethod.BLT_DV, 8, unmasking=Unmasking.ENTROPY, entropy_bound=9.0),
+        DecodingParams(DecodingMethod.BLT_DV, 8, paper_accounting=True),
+        DecodingParams(
+            DecodingMethod.BLT_DV, 4, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1, paper_accounting=True
+        ),
     ],
 }  # fmt: skip
 
@@ -62,6 +70,8 @@ def reference(request: Request, which: int) -> ReferenceOutput:
         entropy_bound=decoding.entropy_bound or 0.8,
         entropy_rule=decoding.entropy_rule.value,
         max_steps=decoding.max_steps,
+        align_blocks=bool(decoding.align_blocks),
+        paper_accounting=decoding.paper_accounting,
     )
     return generate(model(which), request.prompt_ids, options, method)
 
