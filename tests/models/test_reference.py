@@ -246,6 +246,22 @@ def test_what_rows_see(window: int | None) -> None:
         assert seen[row].tolist() == [low <= key < high for key in range(clean + block)]
 
 
+def test_the_pending_byte_gives_the_first_drafted_one() -> None:
+    model = diffusion_model(45)
+    prompt = random_ids(11, 18)
+    own = []
+    for length in range(4, len(prompt)):
+        decoder = _Decoder(model, prompt[:length], GREEDY, DecodingOptions("blt-dv", unmasking="one_step"))
+        with torch.no_grad():
+            block, alone = decoder._draft_block(4), decoder._draft_alone(1)
+            latents = decoder._draft_latents()
+            masked = decoder._denoise(latents + [latents[-1]] * 4, 4, first_is_next_byte=False)
+        assert block[0] == alone[0]
+        assert block[1:] == [selected.id for selected in masked[1:]]
+        own.append(masked[0].id == block[0])
+    assert not all(own)
+
+
 def test_draft_latents() -> None:
     # Ours: the newest patch closed without the pending byte. The paper's: the last one with it, open or not.
     model = diffusion_model(43, max_patch_length=None)

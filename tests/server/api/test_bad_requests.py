@@ -97,7 +97,7 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("draft_length zero", {"decoding": {"method": "blt-s", "draft_length": 0}}, "decoding.draft_length"),
     ("confidence out of range", {"decoding": {"confidence_threshold": 1.5}}, "decoding.confidence_threshold"),
     ("unmasking unknown", {"decoding": {"unmasking": "guess"}}, "decoding.unmasking"),
-    ("paper_accounting", {"decoding": {"paper_accounting": True}}, "decoding.paper_accounting"),
+    ("paper_accounting a string", {"decoding": {"paper_accounting": "yes"}}, "decoding.paper_accounting"),
     ("half a surrogate pair", {"prompt": "a\ud800b"}, None),
     ("half a pair in stop", {"stop": "\udfff"}, None),
     ("half a pair in model", {"model": "\ud800"}, None),

@@ -1,0 +1,177 @@
+"""The engine against a bare loop, and its cost against the length of the context.
+
+    python -m benchmarks.engine overhead    one request and 32, engine and bare loop in alternation
+    python -m benchmarks.engine context     time per byte at 1,000, 4,000 and 16,000 bytes of context, batch 1 and 16
+    python -m benchmarks.engine modes       how often the default mode's bytes differ from a request's solo run
+
+Each prints what it measured as ratios of one run, and as JSON with --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bare_loop import BareLoop
+from benchmarks.prompts import prompt_ids
+from models.checkpoint import load_checkpoint
+from server.engine.engine import Engine
+from server.request import DecodingMethod, DecodingParams, Request, SamplingParams
+from server.settings import PRETRAINED, EngineSettings
+
+BLT = DecodingParams(DecodingMethod.BLT)
+
+
+def start(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
+    """Submit prompts and run until every one has given its first byte."""
+    for index, ids in enumerate(prompts):
+        engine.add(Request(f"r{index}-{time.monotonic_ns()}", ids, params, time.monotonic()))
+    begun = engine.stats().bytes_generated
+    while engine.stats().bytes_generated < begun + 2 * len(prompts):
+        engine.step()
+
+
+def bytes_per_second(engine: Engine, count: int) -> float:
+    """Run until `count` more bytes are there."""
+    begun, clock = engine.stats().bytes_generated, time.perf_counter()
+    while (made := engine.stats().bytes_generated - begun) < count:
+        engine.step()
+    return made / (time.perf_counter() - clock)
+
+
+def drain(engine: Engine) -> None:
+    while engine.has_work():
+        engine.step()
+
+
+def overhead(model: str, rounds: int) -> dict[str, Any]:
+    """Engine and bare loop in alternating stretches of one run; medians of their ratios."""
+    blt = load_checkpoint(model)
+    result: dict[str, Any] = {}
+    for batch, stretch in ((1, 100), (32, 40)):
+        prompts = prompt_ids(batch, 300)
+        engine = Engine(blt, EngineSettings(model=model, max_running=batch))
+        loop = BareLoop(blt, prompts, 300 + (rounds + 1) * stretch + 8)
+        start(engine, prompts, SamplingParams(max_tokens=10_000, temperature=0, ignore_eos=True, decoding=BLT))
+        pairs = []
+        for _ in range(rounds):
+            served = bytes_per_second(engine, batch * stretch)
+            clock = time.perf_counter()
+            for _ in range(stretch):
+                loop.step()
+            pairs.append((served, batch * stretch / (time.perf_counter() - clock)))
+        ratio = statistics.median(served / bare for served, bare in pairs)
+        result[f"batch_{batch}"] = {
+            "engine_bytes_per_second": statistics.median(served for served, _ in pairs),
+            "bare_bytes_per_second": statistics.median(bare for _, bare in pairs),
+            "engine_over_bare": ratio,
+        }
+        print(f"batch {batch:2}: engine {pairs[-1][0]:.0f} B/s, bare loop {pairs[-1][1]:.0f} B/s, ratio {ratio:.2f}")
+    one, many = (result[f"batch_{b}"]["engine_bytes_per_second"] for b in (1, 32))
+    result["time_per_byte_over_bare_batch_1"] = 1 / result["batch_1"]["engine_over_bare"]
+    result["batch_32_over_batch_1"] = many / one
+    print(f"one request: {result['time_per_byte_over_bare_batch_1']:.2f} times the bare loop's time per byte")
+    print(f"32 requests: {result['batch_32_over_batch_1']:.2f} times the bytes per second of one")
+    return result
+
+
+def context(model: str, rounds: int) -> dict[str, Any]:
+    """Time per byte at growing contexts, ending with the share of the global transformer."""
+    lengths = (1000, 4000, 16000)
+    blt = load_checkpoint(model)
+    result: dict[str, Any] = {}
+    for batch in (1, 16):
+        engines = {}
+        for length in lengths:
+            engine = Engine(blt, EngineSettings(model=model, max_running=batch, max_model_len=length + 4096))
+            params = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True, decoding=BLT)
+            start(engine, prompt_ids(batch, length), params)
+            engines[length] = engine
+        times: dict[int, list[float]] = {length: [] for length in lengths}
+        for _ in range(rounds):
+            for length, engine in engines.items():
+                times[length].append(1 / bytes_per_second(engine, 64 * batch))
+        base = statistics.median(times[1000])
+        for length in lengths:
+            ratios = [t / b for t, b in zip(times[length], times[1000], strict=True)]
+            share = upstream_share(engines[length], 64 * batch)
+            result[f"batch_{batch}_context_{length}"] = {
+                "seconds_per_byte": statistics.median(times[length]),
+                "over_1000": statistics.median(ratios),
+                "global_share": share,
+            }
+            print(
+                f"batch {batch:2}, context {length:5}: {statistics.median(times[length]) * 1e3:.3f} ms a byte, "
+                f"{statistics.median(ratios):.2f} times that at 1,000 ({base * 1e3:.3f}), global share {share:.0%}"
+            )
+    return result
+
+
+def upstream_share(engine: Engine, count: int) -> float:
+    """Share of the time that goes to pooling and the global transformer."""
+    runner = engine._runner
+    real, spent = runner.upstream, 0.0
+
+    def timed(sequences: list) -> None:  # type: ignore[type-arg]
+        nonlocal spent
+        clock = time.perf_counter()
+        real(sequences)
+        spent += time.perf_counter() - clock
+
+    runner.upstream = timed  # type: ignore[method-assign]
+    clock = time.perf_counter()
+    bytes_per_second(engine, count)
+    runner.upstream = real  # type: ignore[method-assign]
+    return spent / (time.perf_counter() - clock)
+
+
+def modes(model: str, rounds: int) -> dict[str, Any]:
+    """Default mode: bytes of batched runs that differ from the same request alone."""
+    blt = load_checkpoint(model)
+    requests = differing = 0
+    for round_ in range(rounds):
+        for temperature in (0.0, 0.8):
+            params = SamplingParams(max_tokens=256, temperature=temperature, seed=round_, ignore_eos=True, decoding=BLT)
+            prompts = prompt_ids(32, 200 + 37 * round_)
+            together = outputs(blt, model, prompts, params, 32)
+            alone = [outputs(blt, model, [ids], params, 1)[0] for ids in prompts]
+            requests += len(prompts)
+            differing += sum(a != b for a, b in zip(together, alone, strict=True))
+    print(f"default mode: {differing} of {requests} requests of 256 bytes differ from their solo run")
+    return {"requests": requests, "differing": differing, "rate": differing / requests}
+
+
+def outputs(blt: Any, model: str, prompts: list[list[int]], params: SamplingParams, running: int) -> list[list[int]]:
+    engine = Engine(blt, EngineSettings(model=model, max_running=running))
+    made: dict[str, list[int]] = {}
+    for index, ids in enumerate(prompts):
+        made[str(index)] = []
+        engine.add(Request(str(index), ids, replace(params), time.monotonic()))
+    while engine.has_work():
+        for delta in engine.step():
+            made[delta.request_id] += delta.ids
+    return list(made.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overhead", "context", "modes"))
+    parser.add_argument("--model", default=str(PRETRAINED))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    measure = {"overhead": overhead, "context": context, "modes": modes}[args.what]
+    result = {"what": args.what, "threads": torch.get_num_threads(), **measure(args.model, args.rounds)}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
