@@ -5,7 +5,7 @@ Each of N rows belongs to a request (a row of the page table), has a position, a
 these two integers (design §3). In order: every row's key is rotated and written with its value into the slot of its
 position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
 
-Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; cache
+Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; store
 [slots, 2, Hkv, D], keys then values, slot = page * page_size + position % page_size; table int32 [requests, pages],
 entry p // page_size is the page of position p; rows, positions, lows, highs int32 [N]. Returns [N, H, D].
 """
@@ -13,7 +13,9 @@ entry p // page_size is the page of position p; rows, positions, lows, highs int
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,42 +42,54 @@ class RaggedRows:
 
 
 def paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows, *, tiled: bool = False
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
     """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
-    if q.device.type == "cpu" and q.dtype == torch.float32 and cache.dtype == torch.float32:
-        native = library("paged_attention")
+    if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
+        native = _entry()
         if native is not None:
-            return _native(native, q, k, v, turns, cache, at)
-    return paged_attention_torch(q, k, v, turns, cache, at, tiled=tiled)
+            return _native(native, q, k, v, turns, store, at)
+    return paged_attention_torch(q, k, v, turns, store, at, tiled=tiled)
+
+
+@cache
+def _entry() -> Callable[..., int] | None:
+    """The C function, with its argument types said once."""
+    native = library("paged_attention")
+    if native is None:
+        return None
+    function = native.fastblt_paged_attention
+    pointers = [ctypes.c_void_p] * 6
+    function.argtypes = [*pointers, ctypes.c_int64, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
 
 
 def _native(
-    native: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows
+    function: Callable[..., int], q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows
 ) -> Tensor:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     n, heads, dim = q.shape
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    failed = native.fastblt_paged_attention(
-        pointer(q.data_ptr()),
-        pointer(k.data_ptr()),
-        pointer(v.data_ptr()),
-        pointer(turns.data_ptr()),
-        pointer(cache.data_ptr()),
-        pointer(at.table.data_ptr()),
-        size(at.table.stride(0)),
-        pointer(at.rows.data_ptr()),
-        pointer(at.positions.data_ptr()),
-        pointer(at.lows.data_ptr()),
-        pointer(at.highs.data_ptr()),
-        size(n),
-        size(heads),
-        size(k.shape[1]),
-        size(dim),
-        size(at.page_size),
-        ctypes.c_int(torch.get_num_threads()),
-        pointer(out.data_ptr()),
+    failed = function(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        turns.data_ptr(),
+        store.data_ptr(),
+        at.table.data_ptr(),
+        at.table.stride(0),
+        at.rows.data_ptr(),
+        at.positions.data_ptr(),
+        at.lows.data_ptr(),
+        at.highs.data_ptr(),
+        n,
+        heads,
+        k.shape[1],
+        dim,
+        at.page_size,
+        torch.get_num_threads(),
+        out.data_ptr(),
     )
     if failed:
         raise MemoryError("paged attention could not allocate its scratch space")
@@ -83,7 +97,7 @@ def _native(
 
 
 def paged_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, cache: Tensor, at: RaggedRows, *, tiled: bool = False
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
     """The same in torch: for devices and dtypes without a kernel. Gathers the pages of each request."""
     page = at.page_size
@@ -91,21 +105,21 @@ def paged_attention_torch(
     own = turns[positions]
     q, k = _rotate(q, own), _rotate(k, own)
     slots = at.table[at.rows.long(), positions // page].long() * page + positions % page
-    cache.index_copy_(0, slots, torch.stack((k, v), 1).to(cache.dtype))
+    store.index_copy_(0, slots, torch.stack((k, v), 1).to(store.dtype))
     out = torch.empty_like(q)
     # Single rows share one batch; each longer run of rows is a batch of its own, over one copy of its keys.
     single = [first for first, count in at.spans if count == 1]
     if single:
         index = torch.tensor(single, device=q.device)
-        out[index] = _attend(q[index, None], index, cache, at, tiled)[:, 0]
+        out[index] = _attend(q[index, None], index, store, at, tiled)[:, 0]
     for first, count in at.spans:
         if count > 1:
             index = torch.arange(first, first + count, device=q.device)
-            out[index] = _attend(q[None, index], index[None], cache, at, tiled)[0]
+            out[index] = _attend(q[None, index], index[None], store, at, tiled)[0]
     return out
 
 
-def _attend(q: Tensor, index: Tensor, cache: Tensor, at: RaggedRows, tiled: bool) -> Tensor:
+def _attend(q: Tensor, index: Tensor, store: Tensor, at: RaggedRows, tiled: bool) -> Tensor:
     """q [R, Q, H, D] of the pass's rows `index` ([R] or [1, Q]), all of one request along Q."""
     index = index.view(q.shape[0], q.shape[1])
     lows, highs = at.lows[index], at.highs[index]
@@ -114,7 +128,7 @@ def _attend(q: Tensor, index: Tensor, cache: Tensor, at: RaggedRows, tiled: bool
     span = -(-span // TILE) * TILE
     keys = base[:, None] + torch.arange(span, device=q.device)
     pages = at.table[at.rows[index[:, 0]].long()[:, None], (keys // at.page_size).clamp_max(at.table.shape[1] - 1)]
-    both = cache[pages.long() * at.page_size + keys % at.page_size]
+    both = store[pages.long() * at.page_size + keys % at.page_size]
     mask = (keys[:, None] >= lows[..., None]) & (keys[:, None] < highs[..., None])
     # What lies outside every row's range may be memory nobody wrote; zero times NaN would reach the sums.
     both = both.masked_fill(~mask.any(1)[..., None, None, None], 0.0)
