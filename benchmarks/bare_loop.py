@@ -93,9 +93,7 @@ class BareLoop:
         entropy = entropies(model.patcher(window[:, -1], self._patcher.at(at))).tolist()
         states = model.local_encoder(model.embed(window), self._encoder.at(at))
         self._states[:, at] = states
-        closing = [
-            row for row in range(self._batch) if self._rule.opens(at, entropy[row], at - self._open[row] + 1)
-        ]
+        closing = [row for row in range(self._batch) if self._rule.opens(at, entropy[row], at - self._open[row] + 1)]
         if closing:
             self._close(closing)
         assert self._latents is not None

@@ -11,7 +11,16 @@ from models.vocabulary import encode, with_bos
 def library_text() -> bytes:
     """Source of a few standard library modules, in a fixed order."""
     folder = Path(sysconfig.get_path("stdlib"))
-    names = ("argparse.py", "ast.py", "calendar.py", "csv.py", "dataclasses.py", "datetime.py", "difflib.py", "inspect.py")
+    names = (
+        "argparse.py",
+        "ast.py",
+        "calendar.py",
+        "csv.py",
+        "dataclasses.py",
+        "datetime.py",
+        "difflib.py",
+        "inspect.py",
+    )
     return b"\n".join((folder / name).read_bytes() for name in names)
 
 

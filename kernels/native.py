@@ -51,7 +51,10 @@ def library(name: str) -> ctypes.CDLL | None:
                 built = Path(scratch) / target.name
                 compiler = os.environ.get("CC", "cc")
                 subprocess.run(
-                    [compiler, *flags, "-o", str(built), str(source), "-lm"], check=True, capture_output=True, timeout=120
+                    [compiler, *flags, "-o", str(built), str(source), "-lm"],
+                    check=True,
+                    capture_output=True,
+                    timeout=120,
                 )
                 built.replace(target)
         return ctypes.CDLL(str(target))

@@ -7,6 +7,7 @@ cache: it is what training and the reference decoders build on, and what parity 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +75,13 @@ class LocalEncoder(nn.Module):
     def pool(self, states: Tensor, inside: Tensor, *, tiled: bool = False) -> Tensor:
         """Patch vectors [P, k*d] from padded byte states [P, L, d] and their mask `inside` bool [P, L].
 
-        The maximum over a patch's last-layer states asks k queries of exactly its own bytes (digest §1.3.3). Where every
-        layer has a cross-attention, the published code overwrites all but the last.
+        The maximum over a patch's last-layer states asks k queries of exactly its own bytes (digest §1.3.3). Where
+        every layer has a cross-attention, the published code overwrites all but the last.
         """
         patches, _, size = states.shape
         peak = states.masked_fill(~inside[..., None], float("-inf")).amax(1)
         queries = self.patch_embedding_projection(peak).view(patches * self.k, size)
-        cross = self.cross_attn_layers[-1]
+        cross = cast(CrossAttention, self.cross_attn_layers[-1])
         k, v = cross.keys_values(states)
 
         def attend(layer: int, q: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class LocalDecoder(nn.Module):
         source = self.patch_embedding_projection(latents).unflatten(-1, (self.k, -1))
         layers: list[Tensor] = []
         for cross in self.cross_attn_layers:
-            layers.append(torch.stack(cross.keys_values(source), dim=-4))
+            layers.append(torch.stack(cast(CrossAttention, cross).keys_values(source), dim=-4))
         return torch.stack(layers, dim=-5)
 
     def forward(self, x: Tensor, attend: SelfAttend, cross_attend: CrossAttend) -> Tensor:
@@ -164,6 +165,9 @@ class BltOutput:
 class Blt(nn.Module):
     """All modules under the names of the published checkpoint (`lm_head` beside the `model.*` ones)."""
 
+    _hash_powers: Tensor
+    _hash_offsets: Tensor
+
     def __init__(self, config: BltConfig) -> None:
         super().__init__()
         self.config = config
@@ -192,7 +196,7 @@ class Blt(nn.Module):
     def embed(self, windows: Tensor) -> Tensor:
         """Byte plus hash n-gram embeddings [..., d] of int64 windows [..., hash_window], the row's own id last.
 
-        hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod the table (digest §1.3.2).
+        hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table (digest §1.3.2).
         """
         embedded = self.local_encoder.embed_tokens(windows[..., -1])
         if self.config.num_hash_tables == 0:
@@ -229,7 +233,7 @@ class Blt(nn.Module):
 
     def latents(self, states: Tensor, starts: Tensor) -> Tensor:
         """Latents [B, P, dg] of every patch, the open one included, from byte states [B, T, d]."""
-        batch, length, size = states.shape
+        batch, length, _ = states.shape
         ids = starts[:, :length].long().cumsum(-1) - 1
         count = int(ids.max()) + 1
         lengths = torch.zeros(batch, count, dtype=torch.long, device=states.device)

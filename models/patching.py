@@ -19,7 +19,7 @@ def entropies(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PatchRule:
-    """Position p+1 opens a patch iff p = 0, the entropy at p exceeds the threshold (nats, strict) or the run is full."""
+    """Position p+1 opens a patch iff p = 0, the entropy at p is above the threshold (nats) or the run is full."""
 
     threshold: float
     max_patch_length: int | None = None

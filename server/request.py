@@ -36,7 +36,9 @@ def _within(value: float | None, low: float, high: float, name: str, *, open_low
     if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         raise InvalidRequestError(f"{name} must be a finite number", name)
     if value > high or value < low or (open_low and value == low):
-        raise InvalidRequestError(f"{name} must be {'above' if open_low else 'at least'} {low} and at most {high}", name)
+        raise InvalidRequestError(
+            f"{name} must be {'above' if open_low else 'at least'} {low} and at most {high}", name
+        )
 
 
 class DecodingMethod(StrEnum):
@@ -141,7 +143,9 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _within(token, 0, 259, "stop_token_ids")
         if len(encoded) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(f"stop has {len(encoded)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+            raise InvalidRequestError(
+                f"stop has {len(encoded)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
+            )
         if any(not 1 <= len(s) <= MAX_STOP_BYTES for s in encoded):
             raise InvalidRequestError(f"each stop string must have 1 to {MAX_STOP_BYTES} bytes", "stop")
 

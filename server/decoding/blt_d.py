@@ -17,16 +17,15 @@ class BltD:
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
-        self.reset()
+        self._block: list[int] = []
+        self._steps = 0
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if not self._block:
             rows = known - computed
             finish = Plan(computed, rows, select=1) if self._align else None
             block = [MASK_ID] * self._size
-            return Plan(
-                computed, rows, block_ids=block, provisional=True, unmask=self._step(), if_open=finish
-            )
+            return Plan(computed, rows, block_ids=block, provisional=True, unmask=self._step(), if_open=finish)
         return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=self._step())
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
@@ -40,7 +39,7 @@ class BltD:
         return Progress(commit=outcome.block_ids, steps=1, rounds=1)
 
     def reset(self) -> None:
-        self._block: list[int] = []
+        self._block = []
         self._steps = 0
 
     def _step(self) -> Unmask:

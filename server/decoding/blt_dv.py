@@ -10,17 +10,17 @@ from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
 class BltDV:
-    """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after it
-    for the rest. Verify as BLT-S does."""
+    """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after
+    it for the rest. Verify as BLT-S does."""
 
-    def __init__(
-        self, block_size: int, unmask: Unmask, max_steps: int | None, paper_accounting: bool = False
-    ) -> None:
+    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None, paper_accounting: bool = False) -> None:
         self._paper = paper_accounting
         self._size = block_size
         self._unmask = unmask
         self._max_steps = max_steps
-        self.reset()
+        self._block: list[int] = []
+        self._steps = 0
+        self._drafted = False
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
@@ -36,7 +36,14 @@ class BltDV:
             return verify([], known, computed)
         block = [MASK_ID] * size
         return Plan(
-            computed, 1, upstream=self._paper, draft=True, select=1, block_ids=block, provisional=self._paper, unmask=step
+            computed,
+            1,
+            upstream=self._paper,
+            draft=True,
+            select=1,
+            block_ids=block,
+            provisional=self._paper,
+            unmask=step,
         )
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
@@ -50,6 +57,6 @@ class BltDV:
         return Progress(draft=self._block if self._drafted else [], steps=1)
 
     def reset(self) -> None:
-        self._block: list[int] = []
+        self._block = []
         self._steps = 0
         self._drafted = False

@@ -34,7 +34,8 @@ def _block_size(decoding: DecodingParams, config: BltConfig) -> int:
     trained = config.block_sizes
     if not trained:
         raise InvalidRequestError(
-            f"this checkpoint has no diffusion head, so {decoding.method} cannot run; use blt or blt-s", "decoding.method"
+            f"this checkpoint has no diffusion head, so {decoding.method} cannot run; use blt or blt-s",
+            "decoding.method",
         )
     size = decoding.block_size if decoding.block_size is not None else (8 if 8 in trained else trained[0])
     if size not in trained:

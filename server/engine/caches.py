@@ -15,6 +15,7 @@ from torch import Tensor
 from models.blt import Blt
 from models.config import BltConfig, StackConfig
 from server.engine.page_pool import PagePool
+from server.request import MAX_DRAFT_LENGTH
 from server.settings import EngineSettings
 
 
@@ -26,8 +27,16 @@ class CacheGroup:
     """
 
     def __init__(
-        self, name: str, pages: int, page_size: int, rows: int, max_length: int, shapes: list[tuple[int, ...]],
-        dtype: torch.dtype, device: torch.device, window: int | None,
+        self,
+        name: str,
+        pages: int,
+        page_size: int,
+        rows: int,
+        max_length: int,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None,
     ) -> None:
         self.name = name
         self.window = window
@@ -113,9 +122,9 @@ class Caches:
         self.max_length, pages = _sizes(settings, windows, per_slot)
         self.groups: dict[str, CacheGroup] = {}
         for name, count in pages.items():
-            if name == "states":
-                shapes, kind = [(config.encoder.hidden_size,)], dtype
-            else:
+            shapes: list[tuple[int, ...]] = [(config.encoder.hidden_size,)]
+            kind = dtype
+            if name != "states":
                 stack, kind = stacks[name]
                 shapes = [(2, stack.num_kv_heads, stack.head_dim)] * stack.num_layers
             self.groups[name] = CacheGroup(
@@ -123,8 +132,8 @@ class Caches:
             )
         self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
         decoder = config.decoder
-        # A pass closes at most a patch a row, and every request keeps its newest latent and a provisional one.
-        self.latent_pool = PagePool(2 * rows + settings.max_pass_rows + 64)
+        # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
+        self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
         self.latents = torch.zeros(
             self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
             decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
@@ -195,7 +204,9 @@ def _sizes(
     each_page = page * sum(per_slot[name] for name in unbounded)
     count = min(max(budget - cost, 0) // each_page, settings.max_running * longest)
     if count < chunk:
-        raise ValueError(f"cache_bytes = {budget} holds less than one request: give at least {cost + chunk * each_page}")
+        raise ValueError(
+            f"cache_bytes = {budget} holds less than one request: give at least {cost + chunk * each_page}"
+        )
     for name in unbounded:
         pages[name] = count
     # Whatever its patches, one request alone must fit: it can then always be finished.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -128,7 +129,9 @@ class Chooser:
         results = [Result(Outcome()) for _ in sequences]
         if causal:
             some = params if causal == picks.count else _part(params, 0, causal)
-            self._take_causal(sequences, picks, logits[:causal], select(logits[:causal], some, need_statistics=False), results)
+            self._take_causal(
+                sequences, picks, logits[:causal], select(logits[:causal], some, need_statistics=False), results
+            )
         if causal < picks.count:
             self._take_blocks(sequences, picks, logits[causal:], _part(params, causal, picks.count), results)
         return results
@@ -244,8 +247,6 @@ def _at(params: SelectionParams, index: Tensor) -> SelectionParams:
     return _map(params, lambda tensor: tensor[index])
 
 
-def _map(params: SelectionParams, change) -> SelectionParams:  # type: ignore[no-untyped-def]
-    values = {
-        name: change(value) if isinstance(value, Tensor) else value for name, value in vars(params).items()
-    }
-    return SelectionParams(**values)
+def _map(params: SelectionParams, change: Callable[[Tensor], Tensor]) -> SelectionParams:
+    tensors = {name: change(value) for name, value in vars(params).items() if isinstance(value, Tensor)}
+    return replace(params, **tensors)

@@ -1,7 +1,7 @@
 """The engine: continuous batching in beats (design §3).
 
-A beat is one upstream pass over every patch that closed, then decoder passes in which every request that can go on takes
-part. `step` does one decoder pass, with the upstream pass before it where one is due.
+A beat is one upstream pass over every patch that closed, then decoder passes in which every request that can go on
+takes part. `step` does one decoder pass, with the upstream pass before it where one is due.
 """
 
 from __future__ import annotations
@@ -236,9 +236,7 @@ class Engine:
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
-        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(
-            s.ledger.global_ == 0 for s in waiting
-        )
+        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.ledger.global_ == 0 for s in waiting)
 
     # After a pass
 

@@ -132,10 +132,9 @@ class Runner:
         plans = [sequence.plan for sequence in sequences]
         assert all(plan is not None for plan in plans)
         rows = self._rows(sequences, [(plan.start, plan.rows) for plan in plans if plan is not None])
-        blocks = any(plan is not None and plan.block_ids for plan in plans)
-        if blocks:
+        if any(plan is not None and plan.block_ids for plan in plans):
             self._open_blocks(sequences, rows)
-        x = self._decoder_input(rows, blocks)
+        x = self._decoder_input(rows)
         latents = self._caches.latents[torch.from_numpy(self._latent_slots(sequences, rows)).to(self._device)]
         hidden = self._model.local_decoder(x, self._groups["decoder"].attend(rows), LatentRows(latents))
         self.ledger.decoder += 1
@@ -173,7 +172,9 @@ class Runner:
         return _Rows(owners, positions, spans, total)
 
     def _global_rows(self, work: list[tuple[Sequence, list[Patch]]], padding: int) -> _Rows:
-        owners, positions, spans = [], [], []
+        owners: list[int] = []
+        positions: list[int] = []
+        spans: list[tuple[int, int]] = []
         for sequence, waiting in work:
             spans.append((len(owners), len(waiting)))
             owners += [sequence.row] * len(waiting)
@@ -203,20 +204,20 @@ class Runner:
                 rows.block[begin : first + count] = plan.block_ids
                 rows.ranges[begin : first + count] = (plan.end, plan.end + len(plan.block_ids))
 
-    def _decoder_input(self, rows: _Rows, blocks: bool) -> Tensor:
+    def _decoder_input(self, rows: _Rows) -> Tensor:
         decoder = self._model.local_decoder
         if self._config.decoder_input == "encoder":
             store = self._caches.groups["states"]
             x = store.layers[0][self._slots(store, rows)]
-            if blocks:
-                mask = torch.from_numpy(rows.block >= 0).to(self._device)
-                ids = torch.from_numpy(np.where(rows.block >= 0, rows.block, MASK_ID)).to(self._device)
-                x = torch.where(mask[:, None], decoder.embed_tokens(ids), x)
-            return x
-        ids = self._tokens[rows.rows, rows.positions + self._pad]
-        if blocks:
-            ids = np.where(rows.block >= 0, rows.block, ids)
-        return decoder.embed_tokens(torch.from_numpy(ids).to(self._device))
+            if rows.block is None:
+                return x
+            inside = rows.block >= 0
+            ids = torch.from_numpy(np.where(inside, rows.block, MASK_ID)).to(self._device)
+            return torch.where(torch.from_numpy(inside).to(self._device)[:, None], decoder.embed_tokens(ids), x)
+        known: np.ndarray = self._tokens[rows.rows, rows.positions + self._pad]
+        if rows.block is not None:
+            known = np.where(rows.block >= 0, rows.block, known)
+        return decoder.embed_tokens(torch.from_numpy(known).to(self._device))
 
     def _latent_slots(self, sequences: list[Sequence], rows: _Rows) -> np.ndarray:
         slots = np.zeros(len(rows.rows), dtype=np.int64)

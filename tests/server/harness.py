@@ -36,7 +36,7 @@ def settings(**overrides: Any) -> EngineSettings:
 
 
 def least_memory(which: int, length: int, **overrides: Any) -> int:
-    """About the fewest cache bytes with which one request of `length` bytes is taken: two of them do not fit together."""
+    """About the fewest cache bytes with which one request of `length` bytes is taken: two of them do not fit."""
     low = 1 << 14
     while True:
         try:
@@ -121,7 +121,9 @@ def random_decoding(rng: random.Random) -> DecodingParams:
     if method == "blt":
         return DecodingParams(DecodingMethod.BLT)
     if method == "blt-s":
-        return DecodingParams(DecodingMethod.BLT_S, draft_length=rng.choice((1, 4, 8, 16, 32)), paper_accounting=rng.random() < 0.2)
+        return DecodingParams(
+            DecodingMethod.BLT_S, draft_length=rng.choice((1, 4, 8, 16, 32)), paper_accounting=rng.random() < 0.2
+        )
     return DecodingParams(
         DecodingMethod(method),
         block_size=rng.choice((4, 8)),

@@ -105,7 +105,11 @@ def test_engine_equals_reference(method: str, sampled: bool) -> None:
     for which in MODELS:
         requests = []
         for index, decoding in enumerate(METHODS[method]):
-            chosen = {"temperature": rng.choice((0.5, 1.0, 1.5)) if sampled else 0.0, "max_tokens": 24, "min_tokens": rng.choice((0, 9))}
+            chosen = {
+                "temperature": rng.choice((0.5, 1.0, 1.5)) if sampled else 0.0,
+                "max_tokens": 24,
+                "min_tokens": rng.choice((0, 9)),
+            }
             params = random_params(rng, decoding=decoding, stop=(), logprobs=0, **chosen)
             requests.append(random_request(rng, f"r{index}", params))
         done = run(Engine(model(which), settings(max_pass_rows=2048)), requests)

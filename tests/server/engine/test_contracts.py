@@ -144,7 +144,9 @@ def test_a_failing_pass_ends_its_requests_only(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_long_run_without_a_maximum_is_one_patch() -> None:
     """3,000 zeros under a threshold that nothing exceeds: the open patch outlives every window."""
-    engine = Engine(model(0), settings(max_model_len=4096, patching_threshold=1e9, max_patch_length=0, max_pass_rows=512))
+    engine = Engine(
+        model(0), settings(max_model_len=4096, patching_threshold=1e9, max_patch_length=0, max_pass_rows=512)
+    )
     request = random_request(random.Random(1), "zeros", random_params(random.Random(1), max_tokens=20, min_tokens=20))
     request = replace(request, prompt_ids=[1] + [4] * 3000)
     done = run(engine, [request])["zeros"]
