@@ -1,9 +1,9 @@
 """Rotate, write and attend: the self-attention of every layer over paged caches.
 
-Each of N rows belongs to a request (a row of the page table), has a position, and sees the keys of one contiguous range
-[lo, hi) of its own request's positions: causal rows, tentative rows and the bidirectional rows of a block differ in
-these two integers only (design §3). In order: every row's key is rotated and written with its value into the slot of its
-position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
+Each of N rows belongs to a request (a row of the page table), has a position, and sees the keys of one contiguous
+range [lo, hi) of its own request's positions: causal rows, tentative rows and the bidirectional rows of a block differ
+in these two integers only (design §3). In order: every row's key is rotated and written with its value into the slot of
+its position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
 
 Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; store
 [slots, 2, Hkv, D], keys then values, slot = page * page_size + position % page_size; table int32 [requests, pages],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -248,5 +249,5 @@ def _at(params: SelectionParams, index: Tensor) -> SelectionParams:
 
 
 def _map(params: SelectionParams, change: Callable[[Tensor], Tensor]) -> SelectionParams:
-    tensors = {name: change(value) for name, value in vars(params).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: change(value) for name, value in vars(params).items() if isinstance(value, Tensor)}
     return replace(params, **tensors)
