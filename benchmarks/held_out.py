@@ -1,0 +1,49 @@
+"""Prompts of text that the shipped checkpoint was not trained on: the held-out files of its corpus."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+from models.training.corpus import Source, collect, standard_library
+from models.vocabulary import encode, with_bos
+
+#: What a prompt does not begin with: it starts at a statement on the left margin.
+_NO_STATEMENT = b" \t\n#)]}\"'"
+
+
+def held_out_prompts(count: int, prompt_length: int, seed: int = 0) -> list[list[int]]:
+    """`count` prompts of BOS and `prompt_length` bytes each, from as many files as there are; no two overlap.
+
+    The same on every machine with the same Python release. Raises ValueError where the files have too little text.
+    """
+    rng = random.Random(seed)
+    files = [(source.data, _starts(source.data, prompt_length, rng)) for source in held_out_sources()]
+    rng.shuffle(files)
+    prompts: list[list[int]] = []
+    depth = 0
+    while len(prompts) < count:
+        found = [(data, starts[depth]) for data, starts in files if depth < len(starts)]
+        if not found:
+            raise ValueError(f"the held-out files have text for {len(prompts)} prompts of {prompt_length} bytes only")
+        prompts += [with_bos(encode(data[start : start + prompt_length])) for data, start in found]
+        depth += 1
+    return prompts[:count]
+
+
+@lru_cache(maxsize=1)
+def held_out_sources() -> tuple[Source, ...]:
+    """The held-out files. Raises CorpusError where the interpreter's library cannot serve as a corpus."""
+    return tuple(source for source in collect(standard_library()) if source.held_out)
+
+
+def _starts(data: bytes, length: int, rng: random.Random) -> list[int]:
+    """Statement starts with `length` bytes after them, in random order, none within another's bytes."""
+    begins = [0] + [at + 1 for at, byte in enumerate(data) if byte == ord("\n")]
+    begins = [at for at in begins if at + length <= len(data) and data[at] not in _NO_STATEMENT]
+    rng.shuffle(begins)
+    taken: list[int] = []
+    for at in begins:
+        if all(abs(at - other) >= length for other in taken):
+            taken.append(at)
+    return taken
