@@ -8,7 +8,7 @@ from functools import lru_cache
 from models.training.corpus import Source, collect, standard_library
 from models.vocabulary import encode, with_bos
 
-#: What a prompt does not begin with: it starts at a statement on the left margin.
+#: Bytes that begin no statement on the left margin.
 _NO_STATEMENT = b" \t\n#)]}\"'"
 
 
@@ -38,12 +38,12 @@ def held_out_sources() -> tuple[Source, ...]:
 
 
 def _starts(data: bytes, length: int, rng: random.Random) -> list[int]:
-    """Statement starts with `length` bytes after them, in random order, none within another's bytes."""
-    begins = [0] + [at + 1 for at, byte in enumerate(data) if byte == ord("\n")]
-    begins = [at for at in begins if at + length <= len(data) and data[at] not in _NO_STATEMENT]
-    rng.shuffle(begins)
+    """Where prompts begin, none within another's bytes: statements on the left margin first, then other lines."""
+    lines = [0] + [at + 1 for at, byte in enumerate(data) if byte == ord("\n")]
+    lines = [at for at in lines if at + length <= len(data)]
+    rng.shuffle(lines)
     taken: list[int] = []
-    for at in begins:
+    for at in sorted(lines, key=lambda at: data[at] in _NO_STATEMENT):
         if all(abs(at - other) >= length for other in taken):
             taken.append(at)
     return taken
