@@ -33,9 +33,9 @@ def start(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> N
     """Submit prompts and run until every one has given its first byte."""
     for index, ids in enumerate(prompts):
         engine.add(Request(f"r{index}-{time.monotonic_ns()}", ids, params, time.monotonic()))
-    begun = engine.stats().bytes_generated
-    while engine.stats().bytes_generated < begun + 2 * len(prompts):
-        engine.step()
+    begun: set[str] = set()
+    while len(begun) < len(prompts):
+        begun.update(delta.request_id for delta in engine.step())
 
 
 def bytes_per_second(engine: Engine, count: int) -> float:

@@ -41,14 +41,68 @@ struct layout {
     int64_t heads, kv_heads, dim, page;
 };
 
+/* Eight floats; compilers map them to whatever vectors the machine has. */
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+
+static inline v8 load(const float *x) {
+    v8 out;
+    memcpy(&out, x, sizeof out);
+    return out;
+}
+
+/* The sums of eight vectors as one: pairs, then fours, then halves. */
+static inline v8 sums(const v8 *a) {
+#define PAIR(x, y) (__builtin_shuffle(x, y, (i8){0, 8, 2, 10, 4, 12, 6, 14}) + \
+                    __builtin_shuffle(x, y, (i8){1, 9, 3, 11, 5, 13, 7, 15}))
+#define FOUR(x, y) (__builtin_shuffle(x, y, (i8){0, 1, 8, 9, 4, 5, 12, 13}) + \
+                    __builtin_shuffle(x, y, (i8){2, 3, 10, 11, 6, 7, 14, 15}))
+    v8 low = FOUR(PAIR(a[0], a[1]), PAIR(a[2], a[3])), high = FOUR(PAIR(a[4], a[5]), PAIR(a[6], a[7]));
+    return __builtin_shuffle(low, high, (i8){0, 1, 2, 3, 8, 9, 10, 11}) +
+           __builtin_shuffle(low, high, (i8){4, 5, 6, 7, 12, 13, 14, 15});
+#undef PAIR
+#undef FOUR
+}
+
+/* scores[j] = query . keys[j] for a whole tile; `dim` is a constant where this is inlined. What lies past `count` is
+ * filled from the last key and never read. */
+static inline __attribute__((always_inline)) void score_tile(const float *query, const float *const *keys,
+                                                             int64_t offset, int64_t count, int64_t dim,
+                                                             float *scores) {
+    for (int64_t j = 0; j < count; j += 8) {
+        v8 parts[8];
+        for (int64_t i = 0; i < 8; i++) {
+            const float *key = keys[j + i < count ? j + i : count - 1] + offset;
+            v8 part = load(query) * load(key);
+            for (int64_t d = 8; d < dim; d += 8) part += load(query + d) * load(key + d);
+            parts[i] = part;
+        }
+        v8 eight = sums(parts);
+        memcpy(scores + j, &eight, sizeof eight);
+    }
+}
+
+/* out += sum of weights[j] * values[j], 32 numbers of `dim` at a time so that they stay in registers. */
+static inline __attribute__((always_inline)) void mix_tile(const float *weights, const float *const *values,
+                                                           int64_t offset, int64_t count, int64_t dim, float *out) {
+    for (int64_t d = 0; d < dim; d += 32) {
+        int64_t vectors = dim - d < 32 ? (dim - d) / 8 : 4;
+        v8 kept[4];
+        for (int64_t i = 0; i < vectors; i++) kept[i] = load(out + d + 8 * i);
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t i = 0; i < vectors; i++) kept[i] += weights[j] * load(values[j] + offset + d + 8 * i);
+        memcpy(out + d, kept, sizeof(v8) * vectors);
+    }
+}
+
 /* One row over its keys [lo, hi). `q` is rotated and scaled; `scores` has TILE, `best` and `total` one float a head.
- * `dim` and `groups` repeat the layout's, as constants where the caller knows them. */
+ * `dim` repeats the layout's, as a constant where the caller knows it. */
 static inline __attribute__((always_inline)) void attend(const float *restrict q, const float *cache,
                                                          const int32_t *pages, int64_t lo, int64_t hi,
-                                                         struct layout at, int64_t dim, int64_t groups,
-                                                         float *restrict scores, float *restrict best,
-                                                         float *restrict total, float *restrict out) {
-    int64_t stride = 2 * at.kv_heads * dim;
+                                                         struct layout at, int64_t dim, float *restrict scores,
+                                                         float *restrict best, float *restrict total,
+                                                         float *restrict out) {
+    int64_t stride = 2 * at.kv_heads * dim, groups = at.heads / at.kv_heads;
     for (int64_t h = 0; h < at.heads; h++) best[h] = -INFINITY, total[h] = 0.0f;
     memset(out, 0, sizeof(float) * at.heads * dim);
     for (int64_t base = lo; base < hi;) {
@@ -62,17 +116,8 @@ static inline __attribute__((always_inline)) void attend(const float *restrict q
             int64_t stop = (p / at.page + 1) * at.page;
             for (stop = stop < end ? stop : end; p < stop; p++, slot += stride) slots[p - base] = slot;
         }
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t g = 0; g < at.kv_heads; g++) {
-                const float *key = slots[j] + g * dim;
-                for (int64_t i = 0; i < groups; i++) {
-                    const float *query = q + (g * groups + i) * dim;
-                    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                    for (int64_t d = 0; d < dim; d++) sum += query[d] * key[d];
-                    scores[(g * groups + i) * TILE + j] = sum;
-                }
-            }
+        for (int64_t h = 0; h < at.heads; h++)
+            score_tile(q + h * dim, slots, h / groups * dim, count, dim, scores + h * TILE);
         for (int64_t h = 0; h < at.heads; h++) {
             float *score = scores + h * TILE, peak = best[h], sum = 0.0f;
 #pragma omp simd reduction(max : peak)
@@ -87,19 +132,9 @@ static inline __attribute__((always_inline)) void attend(const float *restrict q
             }
             total[h] = total[h] * shrink + sum;
             best[h] = peak;
-            if (shrink != 1.0f)
-                for (int64_t d = 0; d < dim; d++) out[h * dim + d] *= shrink;
+            for (int64_t d = 0; d < dim; d++) out[h * dim + d] *= shrink;
+            mix_tile(score, slots, (at.kv_heads + h / groups) * dim, count, dim, out + h * dim);
         }
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t g = 0; g < at.kv_heads; g++) {
-                const float *value = slots[j] + (at.kv_heads + g) * dim;
-                for (int64_t i = 0; i < groups; i++) {
-                    float weight = scores[(g * groups + i) * TILE + j];
-                    float *o = out + (g * groups + i) * dim;
-#pragma omp simd
-                    for (int64_t d = 0; d < dim; d++) o[d] += weight * value[d];
-                }
-            }
         base = end;
     }
     for (int64_t h = 0; h < at.heads; h++) {
@@ -110,11 +145,10 @@ static inline __attribute__((always_inline)) void attend(const float *restrict q
 
 static void attend_row(const float *q, const float *cache, const int32_t *pages, int64_t lo, int64_t hi,
                        struct layout at, float *scores, float *best, float *total, float *out) {
-    int64_t groups = at.heads / at.kv_heads;
-#define CASE(D, G) \
-    if (at.dim == D && groups == G) { attend(q, cache, pages, lo, hi, at, D, G, scores, best, total, out); return; }
-    CASE(32, 1) CASE(32, 4) CASE(64, 1) CASE(64, 3) CASE(128, 1) CASE(128, 3)
-    attend(q, cache, pages, lo, hi, at, at.dim, groups, scores, best, total, out);
+#define CASE(D) \
+    case D: attend(q, cache, pages, lo, hi, at, D, scores, best, total, out); return;
+    switch (at.dim) { CASE(16) CASE(32) CASE(64) CASE(128) }
+    attend(q, cache, pages, lo, hi, at, at.dim, scores, best, total, out);
 }
 
 /* All keys and values are written before any row attends. Returns 0, or 1 when memory ran out. */

@@ -46,7 +46,8 @@ def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
     """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
-    if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
+    whole = q.shape[-1] % 8 == 0  # the native path counts in vectors of eight
+    if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32 and whole:
         native = _entry()
         if native is not None:
             return _native(native, q, k, v, turns, store, at)
