@@ -31,6 +31,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
 from kernels.noise import VOCABULARY, gumbel
 
 EOS = 2
@@ -165,4 +166,8 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
 
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
     """The launcher: picks the implementation for the logits' device. See `select_torch`."""
+    if use_triton(logits.device):
+        from kernels.selection_triton import select_triton
+
+        return select_triton(logits, params, need_statistics=need_statistics)
     return select_torch(logits, params, need_statistics=need_statistics)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
 from kernels.selection import SelectionParams, select
 
 CONFIDENCE = 0
@@ -113,4 +114,8 @@ def unmask(
     everything: bool = False,
 ) -> Unmasked:
     """The launcher: picks the implementation for the logits' device. See `unmask_torch`."""
+    if use_triton(logits.device):
+        from kernels.unmasking_triton import unmask_triton
+
+        return unmask_triton(logits, masked, ids, params, rule, bound, last_step)
     return unmask_torch(logits, masked, ids, params, rule, bound, last_step, everything=everything)

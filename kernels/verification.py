@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
+
 
 def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(accepted, next_id), int64 [R], of targets int64 [R, K + 1], drafts int64 [R, K] and lengths int64 [R]."""
@@ -25,4 +27,8 @@ def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tens
 
 def verify(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The launcher: picks the implementation for the tensors' device. See `verify_torch`."""
+    if use_triton(targets.device):
+        from kernels.verification_triton import verify_triton
+
+        return verify_triton(targets, drafts, lengths)
     return verify_torch(targets, drafts, lengths)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from server.request import DecodingMethod, DecodingParams, SamplingParams, Unmasking
+from server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
 from server.settings import PRETRAINED, EngineSettings
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ def parse_size(text: str) -> int:
 
 _ENGINE = "Engine"
 _SAMPLING = "Sampling"
+_DECODING = "Decoding"
 _DEFAULTS = EngineSettings()
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=_ENGINE)]
@@ -80,6 +81,24 @@ Deterministic = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Of arithmetic on CPUs. Default: one a core.", rich_help_panel=_ENGINE)
 ]
+BlockSize = Annotated[int | None, typer.Option(help="Of blt-d and blt-dv, in bytes.", rich_help_panel=_DECODING)]
+DraftLength = Annotated[int | None, typer.Option(help="Of blt-s, in bytes.", rich_help_panel=_DECODING)]
+UnmaskingOption = Annotated[
+    Unmasking | None,
+    typer.Option("--unmasking", help="Which positions of a block are filled first.", rich_help_panel=_DECODING),
+]
+Confidence = Annotated[float | None, typer.Option(help="Of confidence unmasking.", rich_help_panel=_DECODING)]
+EntropyBound = Annotated[float | None, typer.Option(help="Of entropy unmasking, in nats.", rich_help_panel=_DECODING)]
+EntropyRuleOption = Annotated[
+    EntropyRule | None, typer.Option("--entropy-rule", help="Of entropy unmasking.", rich_help_panel=_DECODING)
+]
+MaxSteps = Annotated[int | None, typer.Option(help="Denoising steps of a block.", rich_help_panel=_DECODING)]
+UntrainedBlockSize = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untrained-block-size", help="Take block sizes that were not trained.", rich_help_panel=_DECODING
+    ),
+]
 
 
 @app.command()
@@ -91,8 +110,17 @@ def serve(
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds running requests get at the end.")] = 30.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
     method: Annotated[
-        DecodingMethod, typer.Option(help="Of requests that name none.", rich_help_panel=_ENGINE)
+        DecodingMethod,
+        typer.Option(help="Of requests that name none, as are the others here.", rich_help_panel=_DECODING),
     ] = DecodingMethod.AUTO,
+    block_size: BlockSize = None,
+    draft_length: DraftLength = None,
+    unmasking: UnmaskingOption = None,
+    confidence_threshold: Confidence = None,
+    entropy_bound: EntropyBound = None,
+    entropy_rule: EntropyRuleOption = None,
+    max_steps: MaxSteps = None,
+    allow_untrained_block_size: UntrainedBlockSize = False,
     revision: Revision = None,
     device: Device = _DEFAULTS.device,
     dtype: DtypeOption = Dtype.FLOAT32,
@@ -122,6 +150,17 @@ def serve(
 
     _quiet_openmp()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _clean_errors():
+        decoding = DecodingParams(
+            method=method,
+            block_size=block_size,
+            draft_length=draft_length,
+            unmasking=unmasking,
+            confidence_threshold=confidence_threshold,
+            entropy_bound=entropy_bound,
+            entropy_rule=entropy_rule,
+            max_steps=max_steps,
+        )
     settings = EngineSettings(
         model=model,
         revision=revision,
@@ -137,7 +176,8 @@ def serve(
         max_patch_length=max_patch_length,
         deterministic=deterministic,
         threads=threads,
-        method=method,
+        decoding=decoding,
+        allow_untrained_block_size=allow_untrained_block_size,
     )
     try:
         sock = listen(host, port)
@@ -162,12 +202,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="May be given again.", rich_help_panel=_SAMPLING)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING)] = False,
-    method: Annotated[DecodingMethod, typer.Option(help="How to decode.")] = DecodingMethod.AUTO,
-    block_size: Annotated[int | None, typer.Option(help="Of blt-d and blt-dv, in bytes.")] = None,
-    draft_length: Annotated[int | None, typer.Option(help="Of blt-s, in bytes.")] = None,
-    unmasking: Annotated[Unmasking | None, typer.Option(help="Which positions of a block are filled first.")] = None,
-    confidence_threshold: Annotated[float | None, typer.Option(help="Of confidence unmasking.")] = None,
-    entropy_bound: Annotated[float | None, typer.Option(help="Of entropy unmasking, in nats.")] = None,
+    method: Annotated[
+        DecodingMethod, typer.Option(help="How to decode.", rich_help_panel=_DECODING)
+    ] = DecodingMethod.AUTO,
+    block_size: BlockSize = None,
+    draft_length: DraftLength = None,
+    unmasking: UnmaskingOption = None,
+    confidence_threshold: Confidence = None,
+    entropy_bound: EntropyBound = None,
+    entropy_rule: EntropyRuleOption = None,
+    max_steps: MaxSteps = None,
+    allow_untrained_block_size: UntrainedBlockSize = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and forward passes to stderr.")] = False,
     revision: Revision = None,
     device: Device = _DEFAULTS.device,
@@ -199,6 +244,8 @@ def generate(
                 unmasking=unmasking,
                 confidence_threshold=confidence_threshold,
                 entropy_bound=entropy_bound,
+                entropy_rule=entropy_rule,
+                max_steps=max_steps,
             ),
         )
         from server.llm import LLM
@@ -216,6 +263,7 @@ def generate(
             max_patch_length=max_patch_length,
             deterministic=deterministic,
             threads=threads,
+            allow_untrained_block_size=allow_untrained_block_size,
         )
         _print_stream(llm, prompt.encode("utf-8", "surrogateescape"), params, stats)
 

@@ -13,10 +13,12 @@ from models.vocabulary import decode
 from server.engine.engine import Engine
 from server.request import (
     ByteLogprobs,
+    DecodingParams,
     Delta,
     FinishReason,
     InvalidRequestError,
     Ledger,
+    PatchReport,
     QueueFullError,
     Request,
     SamplingParams,
@@ -31,7 +33,8 @@ Prompt = str | bytes | list[int]
 class Completion:
     """What one prompt gave. `ids` and `data` are the bytes exactly; `text` has U+FFFD where they are no UTF-8.
 
-    `error` says what happened where `finish_reason` is ERROR. `ledger` counts forward passes (design §6.6).
+    `error` says what happened where `finish_reason` is ERROR. `ledger` counts forward passes (design §6.6), and
+    `decoding` has the method and settings that really ran.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -40,6 +43,8 @@ class Completion:
     logprobs: list[ByteLogprobs] | None = None
     error: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    decoding: DecodingParams | None = None
+    patches: PatchReport | None = None
 
     @property
     def data(self) -> bytes:
@@ -139,3 +144,5 @@ def _take(completion: Completion, delta: Delta) -> None:
         completion.stop_reason = delta.stop_reason
         completion.error = delta.error
         completion.ledger = delta.ledger or completion.ledger
+        completion.decoding = delta.decoding
+        completion.patches = delta.patches

@@ -71,21 +71,21 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class DecodingParams:
-    """How to decode (design §8). None means the default of the method and the checkpoint.
+    """How to decode (design §8). None leaves a field to the server's default, and that to the method's.
 
     `confidence_threshold` is a probability, `entropy_bound` is in nats, `block_size` and `draft_length` in bytes.
     """
 
-    method: DecodingMethod = DecodingMethod.AUTO
+    method: DecodingMethod | None = None
     block_size: int | None = None
     draft_length: int | None = None
     unmasking: Unmasking | None = None
     confidence_threshold: float | None = None
     entropy_bound: float | None = None
-    entropy_rule: EntropyRule = EntropyRule.INCLUSIVE
+    entropy_rule: EntropyRule | None = None
     max_steps: int | None = None
     align_blocks: bool | None = None
-    paper_accounting: bool = False
+    paper_accounting: bool | None = None
 
     def __post_init__(self) -> None:
         _within(self.block_size, 1, MAX_BLOCK_SIZE, "decoding.block_size")
@@ -100,7 +100,7 @@ class SamplingParams:
     """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy; `top_k` 0 means all.
 
     `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
-    the chosen byte (0: the chosen one only).
+    the chosen byte (0: the chosen one only), `return_patches` for a PatchReport at the end.
     """
 
     max_tokens: int = 16
@@ -119,6 +119,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    return_patches: bool = False
     decoding: DecodingParams = DecodingParams()
 
     def __post_init__(self) -> None:
@@ -189,9 +190,30 @@ class ByteLogprobs:
     top: list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class PatchReport:
+    """Where the patches of a completion begin, and why; offsets count its bytes.
+
+    `entropies` (nats) are those of the rows before each byte, which decide whether it starts a patch. `steps` has the
+    denoising step, counted from 1 in its block, that fixed each byte; 1 for bytes that a causal row gave. The last
+    block of BLT-D never runs causally: no starts are known there, and its entropies, but for the first, are None.
+    """
+
+    starts: list[int]
+    entropies: list[float | None]
+    steps: list[int]
+
+
 @dataclass
 class Ledger:
-    """Network function evaluations by module, and what drafting did. Of one request, or of the engine (design §6.6)."""
+    """Network function evaluations by module, and what drafting did. Of one request, or of the engine (design §6.6).
+
+    `rounds` are drafts with their verification, or blocks; `steps` are denoising steps. `drafted` and `accepted` bytes
+    are those of verified drafts; `kept` ones of them are in the output, and `wasted` bytes of any kind were fixed
+    beyond its end. The last five are known when a request has ended: `bytes` of output; `patches` that began among the
+    `patched_bytes` of them of which that is known (all, but for the last block of BLT-D); gigabytes of weights read,
+    by the paper's estimate and by all passes.
+    """
 
     patcher: int = 0
     encoder: int = 0
@@ -201,8 +223,23 @@ class Ledger:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    kept: int = 0
     wasted: int = 0
+    bytes: int = 0
+    patched_bytes: int = 0
     patches: int = 0
+    gb_paper: float = 0.0
+    gb: float = 0.0
+
+    @property
+    def bytes_per_patch(self) -> float | None:
+        """Of the output; None where no patch began."""
+        return self.patched_bytes / self.patches if self.patches else None
+
+    def add(self, other: Ledger) -> None:
+        """Add another ledger's counts to these."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass
@@ -219,8 +256,9 @@ class Timings:
 class Delta:
     """News of one request: bytes that are verified and past every stop string that could still match.
 
-    `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger and the
-    timings. `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR.
+    `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger, the
+    timings, the decoding that really ran (every setting that its method has), and the patches where asked for.
+    `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR.
     """
 
     request_id: str
@@ -231,6 +269,8 @@ class Delta:
     error: str | None = None
     ledger: Ledger | None = None
     timings: Timings | None = None
+    decoding: DecodingParams | None = None
+    patches: PatchReport | None = None
 
 
 def read_prompt(prompt: str | bytes | list[int]) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from server.request import DecodingParams
 
 #: The checkpoint that ships with the package.
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
@@ -16,6 +18,8 @@ class EngineSettings:
     `cache_bytes` is the memory for all page groups together (None: an eighth of the machine's). `max_pass_rows` bounds
     the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
     passes after one upstream pass; 1 never holds. `deterministic` makes arithmetic independent of batching.
+    `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
+    diffusion head.
     """
 
     model: str = str(PRETRAINED)
@@ -33,4 +37,5 @@ class EngineSettings:
     max_patch_length: int | None = None
     deterministic: bool = False
     threads: int | None = None
-    method: str = "auto"
+    decoding: DecodingParams = field(default_factory=DecodingParams)
+    allow_untrained_block_size: bool = False

@@ -170,7 +170,7 @@ def report(checkpoint: Path, data: Path, record: Path, *, human_eval: bool = Tru
     starts = patch_starts(entropy, PatchRule(model.config.patching_threshold, model.config.max_patch_length))
     figures["leak"] = max(leak_check(model, chunks[:2], starts, size) for size in model.config.block_sizes)
     if human_eval:
-        lines = human_eval_lines(model)
+        lines = human_eval_lines(model, every=4)
         figures["human_eval_lines"] = {"prompts": lines.prompts, "parsed": lines.parsed, "doctest": lines.doctest}
     _write_json(record, figures)
     return figures

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from server.api.errors import ApiError, error_object
 from server.api.schemas import MAX_BODY_BYTES, CompletionRequest, parse_completion
 from server.api.streaming import DONE, ChoiceText, EventStream, event, until_disconnect
 from server.engine.client import DeltaStream, EngineClient
-from server.request import Delta, FinishReason, Ledger
+from server.request import DecodingParams, Delta, FinishReason, Ledger, PatchReport
 from server.request import Request as EngineRequest
 
 #: Seconds a client has to send its body.
@@ -78,6 +78,7 @@ class _Choice:
     ids: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    patches: PatchReport | None = None
 
 
 class _Completion:
@@ -91,6 +92,7 @@ class _Completion:
         self._choices = [self._choice(request) for request in self.requests]
         self._index = {request.request_id: index for index, request in enumerate(self.requests)}
         self._ledger = Ledger()
+        self._decoding = DecodingParams()
 
     async def answer(self, stream: DeltaStream) -> dict[str, Any]:
         """The whole response. Raises ApiError when a choice failed."""
@@ -101,7 +103,7 @@ class _Completion:
                     raise ApiError(500, _failure(delta), code="engine_error")
                 texts[self._index[delta.request_id]].append(self._feed(delta))
         choices = [self._rendered(index, "".join(text)) for index, text in enumerate(texts)]
-        return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": _efficiency(self._ledger)}
+        return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
 
     async def events(self, stream: DeltaStream) -> AsyncGenerator[bytes]:
         """The response as server-sent events; one item holds all events that one step made."""
@@ -122,7 +124,7 @@ class _Completion:
             if chunks:
                 yield b"".join(chunks)
         if usage:
-            last = {"choices": [], "usage": self._usage(), "efficiency": _efficiency(self._ledger)}
+            last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
             yield event({**self._head, **last})
         yield DONE
 
@@ -136,19 +138,22 @@ class _Completion:
         choice.ids += len(delta.ids)
         choice.finish_reason = delta.finish_reason
         choice.stop_reason = delta.stop_reason
+        choice.patches = delta.patches
         if delta.ledger is not None:
-            _add(self._ledger, delta.ledger)
+            self._ledger.add(delta.ledger)
+        self._decoding = delta.decoding or self._decoding
         return choice.text.feed(delta.ids, delta.logprobs, final=delta.finish_reason is not None)
 
     def _rendered(self, index: int, text: str) -> dict[str, Any]:
         choice = self._choices[index]
-        return {
+        rendered = {
             "index": index,
             "text": text,
             "logprobs": choice.text.take_logprobs(),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
+        return rendered if choice.patches is None else rendered | {"patches": asdict(choice.patches)}
 
     def _usage(self) -> dict[str, Any]:
         # BOS stands in front of every prompt and is not the user's.
@@ -159,34 +164,35 @@ class _Completion:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "completion_tokens_details": {
-                "accepted_prediction_tokens": self._ledger.accepted,
-                "rejected_prediction_tokens": self._ledger.drafted - self._ledger.accepted,
+                "accepted_prediction_tokens": self._ledger.kept,
+                "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,
             },
+        }
+
+    def _efficiency(self) -> dict[str, Any]:
+        """What the choices cost, as if each had run alone, and the decoding that really ran."""
+        ledger = self._ledger
+        settings = {name: value for name, value in vars(self._decoding).items() if value is not None}
+        return {
+            "method": settings.pop("method", None),
+            "settings": settings,
+            "nfe": {
+                "patcher": ledger.patcher,
+                "encoder": ledger.encoder,
+                "global": ledger.global_,
+                "decoder": ledger.decoder,
+            },
+            "rounds": ledger.rounds,
+            "denoising_steps": ledger.steps,
+            "drafted": ledger.drafted,
+            "accepted": ledger.accepted,
+            "wasted": ledger.wasted,
+            "patches": ledger.patches,
+            "bytes_per_patch": ledger.bytes_per_patch,
+            "gb_paper": ledger.gb_paper,
+            "gb": ledger.gb,
         }
 
 
 def _failure(delta: Delta) -> str:
     return delta.error or "the request failed"
-
-
-def _add(total: Ledger, part: Ledger) -> None:
-    for field in fields(Ledger):
-        setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
-
-
-def _efficiency(ledger: Ledger) -> dict[str, Any]:
-    """What the choices cost: forward passes by module, and what drafting did. Counts as if each had run alone."""
-    return {
-        "nfe": {
-            "patcher": ledger.patcher,
-            "encoder": ledger.encoder,
-            "global": ledger.global_,
-            "decoder": ledger.decoder,
-        },
-        "rounds": ledger.rounds,
-        "steps": ledger.steps,
-        "drafted": ledger.drafted,
-        "accepted": ledger.accepted,
-        "wasted": ledger.wasted,
-        "patches": ledger.patches,
-    }

@@ -117,10 +117,22 @@ class _EngineCollector(Collector):
             "decoder": ledger.decoder,
         }
         yield _labeled(counter("fastblt_nfe", "Forward passes by module, shared ones once", labels=["module"]), modules)
-        yield counter("fastblt_patches", "Patches closed", value=ledger.patches)
-        yield counter("fastblt_spec_decode_num_drafts", "Draft rounds", value=ledger.rounds)
+        yield counter("fastblt_rounds", "Drafts with their verification, and blocks", value=ledger.rounds)
+        yield counter("fastblt_denoising_steps", "Denoising steps of blocks", value=ledger.steps)
+        yield counter("fastblt_patches", "Patches begun in the output of ended requests", value=ledger.patches)
+        yield counter("fastblt_patched_tokens", "Bytes of that output in known patches", value=ledger.patched_bytes)
+        yield counter("fastblt_spec_decode_num_drafts", "Verified drafts", value=stats.drafts)
         yield counter("fastblt_spec_decode_num_draft_tokens", "Drafted bytes", value=ledger.drafted)
         yield counter("fastblt_spec_decode_num_accepted_tokens", "Drafted bytes accepted", value=ledger.accepted)
+        positions = {str(position): count for position, count in enumerate(stats.accepted_by_position)}
+        yield _labeled(
+            counter(
+                "fastblt_spec_decode_num_accepted_tokens_per_pos",
+                "Drafted bytes accepted, by their position in the draft",
+                labels=["position"],
+            ),
+            positions,
+        )
         yield counter("fastblt_wasted_tokens", "Bytes decoded past a request's end", value=ledger.wasted)
 
 

@@ -75,20 +75,20 @@ Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
 class DecodingOptions(BaseModel):
-    """How to decode; absent or null fields take the method's and the checkpoint's defaults."""
+    """How to decode; absent or null fields take the server's defaults, and those the method's."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    method: Annotated[DecodingMethod, Field(strict=False)] = DecodingMethod.AUTO
+    method: Annotated[DecodingMethod, Field(strict=False)] | None = None
     block_size: Int64 | None = None
     draft_length: Int64 | None = None
     unmasking: Annotated[Unmasking, Field(strict=False)] | None = None
     confidence_threshold: float | None = None
     entropy_bound: float | None = None
-    entropy_rule: Annotated[EntropyRule, Field(strict=False)] = EntropyRule.INCLUSIVE
+    entropy_rule: Annotated[EntropyRule, Field(strict=False)] | None = None
     max_steps: Int64 | None = None
     align_blocks: bool | None = None
-    paper_accounting: bool = False
+    paper_accounting: bool | None = None
 
 
 class StreamOptions(BaseModel):
@@ -126,6 +126,7 @@ class CompletionRequest(BaseModel):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: Int64 | None = None
+    return_patches: bool = False
     decoding: Annotated[DecodingOptions, BeforeValidator(_bounded_object)] = DecodingOptions()
 
     def sampling(self) -> SamplingParams:
@@ -147,6 +148,7 @@ class CompletionRequest(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            return_patches=self.return_patches,
             decoding=DecodingParams(**dict(self.decoding)),
         )
 

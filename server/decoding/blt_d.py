@@ -19,6 +19,8 @@ class BltD:
         self._max_steps = max_steps
         self._block: list[int] = []
         self._steps = 0
+        #: The step that fixed each byte of the block; 0 where it is still masked.
+        self._fixed: list[int] = []
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if not self._block:
@@ -32,15 +34,18 @@ class BltD:
         if not plan.block_ids:
             return Progress(commit=outcome.ids)
         self._steps += 1
+        now = [0 if token == MASK_ID else self._steps for token in outcome.block_ids]
+        fixed = self._fixed = [earlier or at for earlier, at in zip(self._fixed or [0] * len(now), now, strict=True)]
         if not outcome.block_done:
             self._block = outcome.block_ids
             return Progress(steps=1)
         self.reset()
-        return Progress(commit=outcome.block_ids, steps=1, rounds=1)
+        return Progress(commit=outcome.block_ids, commit_steps=fixed, steps=1, rounds=1)
 
     def reset(self) -> None:
         self._block = []
         self._steps = 0
+        self._fixed = []
 
     def _step(self) -> Unmask:
         return replace(self._unmask, last_step=self._steps + 1 == self._max_steps)

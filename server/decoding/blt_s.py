@@ -35,7 +35,7 @@ def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
         keep=plan.end - len(draft) + accepted,
         drafted=len(draft),
         accepted=accepted,
-        rounds=1,
+        rounds=1 if draft else 0,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from models.config import BltConfig
 from server.decoding.blt import Blt
 from server.decoding.blt_d import BltD
@@ -10,48 +12,135 @@ from server.decoding.blt_s import BltS
 from server.decoding.method import Method, Unmask
 from server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
 
+#: What `auto` runs: the lossless method that measured fastest. Where it needs a diffusion head that the checkpoint has
+#: not, `auto` is plain BLT.
+AUTO = DecodingParams(DecodingMethod.BLT)
+
 DEFAULT_DRAFT_LENGTH = 8
+DEFAULT_BLOCK_SIZE = 8
 DEFAULT_CONFIDENCE = 0.7
 DEFAULT_ENTROPY = 0.8
 
+_DIFFUSION = (DecodingMethod.BLT_D, DecodingMethod.BLT_DV)
+_OF_METHOD = {
+    DecodingMethod.BLT: (),
+    DecodingMethod.BLT_S: ("draft_length", "paper_accounting"),
+    DecodingMethod.BLT_D: ("block_size", "unmasking", "align_blocks"),
+    DecodingMethod.BLT_DV: ("block_size", "unmasking", "paper_accounting"),
+}
+_OF_UNMASKING = {
+    None: (),
+    Unmasking.CONFIDENCE: ("confidence_threshold", "max_steps"),
+    Unmasking.ENTROPY: ("entropy_bound", "entropy_rule", "max_steps"),
+    Unmasking.ONE_STEP: (),
+}
 
-def choose_method(decoding: DecodingParams, config: BltConfig) -> Method:
-    """The method object of one request. Raises InvalidRequestError where the checkpoint cannot do it."""
+
+def resolve(
+    asked: DecodingParams, defaults: DecodingParams, config: BltConfig, *, untrained_sizes: bool = False
+) -> DecodingParams:
+    """The decoding that really runs: every setting that its method has, and None for those that it has not.
+
+    A field comes from the request, else from the server's `defaults` where it applies, else from the method. Raises
+    InvalidRequestError where the request sets what its method has not, or the checkpoint cannot do it.
+    """
+    method = asked.method or defaults.method or DecodingMethod.AUTO
+    auto = DecodingParams()
+    if method == DecodingMethod.AUTO:
+        auto = AUTO if config.has_diffusion or AUTO.method not in _DIFFUSION else DecodingParams(DecodingMethod.BLT)
+        assert auto.method is not None
+        method = auto.method
+    unmasking = None
+    if method in _DIFFUSION:
+        built_in = Unmasking.ONE_STEP if method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
+        unmasking = _asked_unmasking(asked) or defaults.unmasking or auto.unmasking or built_in
+    names = (*_OF_METHOD[method], *_OF_UNMASKING[unmasking])
+    _refuse_others(asked, method, unmasking, names)
+    # A setting of another rule than the one that runs is no default for it, and the rule itself is decided.
+    sources = [vars(asked), vars(defaults), vars(auto), _built_in(config)]
+    values = {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
+    values |= {"unmasking": unmasking} if unmasking else {}
+    if method in _DIFFUSION:
+        check_block_size(values["block_size"], method, config, untrained_sizes=untrained_sizes)
+    return DecodingParams(method, **values)
+
+
+def make_method(decoding: DecodingParams) -> Method:
+    """The method object of one request, from its resolved decoding."""
     method = decoding.method
-    if method in (DecodingMethod.BLT, DecodingMethod.AUTO):
+    if method == DecodingMethod.BLT:
         return Blt()
     if method == DecodingMethod.BLT_S:
-        return BltS(decoding.draft_length or DEFAULT_DRAFT_LENGTH, decoding.paper_accounting)
-    size = _block_size(decoding, config)
-    default = Unmasking.ONE_STEP if method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
-    unmask = _unmask(decoding, decoding.unmasking or default)
+        assert decoding.draft_length is not None
+        return BltS(decoding.draft_length, bool(decoding.paper_accounting))
+    assert decoding.block_size is not None
     if method == DecodingMethod.BLT_D:
-        return BltD(size, unmask, decoding.max_steps, bool(decoding.align_blocks))
-    return BltDV(size, unmask, decoding.max_steps, decoding.paper_accounting)
+        return BltD(decoding.block_size, _unmask(decoding), decoding.max_steps, bool(decoding.align_blocks))
+    return BltDV(decoding.block_size, _unmask(decoding), decoding.max_steps, bool(decoding.paper_accounting))
 
 
-def _block_size(decoding: DecodingParams, config: BltConfig) -> int:
+def check_block_size(
+    size: int | None, method: DecodingMethod, config: BltConfig, *, untrained_sizes: bool = False
+) -> None:
+    """Raises InvalidRequestError where the checkpoint has no diffusion head, or was not trained for this size."""
     trained = config.block_sizes
     if not trained:
         raise InvalidRequestError(
-            f"this checkpoint has no diffusion head, so {decoding.method} cannot run; use blt or blt-s",
-            "decoding.method",
+            f"this checkpoint has no diffusion head, so {method} cannot run; use blt or blt-s", "decoding.method"
         )
-    size = decoding.block_size if decoding.block_size is not None else (8 if 8 in trained else trained[0])
-    if size not in trained:
+    if size not in trained and not untrained_sizes:
         raise InvalidRequestError(
             f"block_size {size} was not trained; this checkpoint has {', '.join(map(str, trained))}",
             "decoding.block_size",
         )
-    return size
 
 
-def _unmask(decoding: DecodingParams, unmasking: Unmasking) -> Unmask:
-    if unmasking == Unmasking.ONE_STEP:
-        return Unmask(rule=3, bound=0.0)
-    if unmasking == Unmasking.CONFIDENCE:
-        alpha = decoding.confidence_threshold
-        return Unmask(rule=0, bound=DEFAULT_CONFIDENCE if alpha is None else alpha)
-    gamma = decoding.entropy_bound
-    rule = 1 if decoding.entropy_rule == EntropyRule.INCLUSIVE else 2
-    return Unmask(rule=rule, bound=DEFAULT_ENTROPY if gamma is None else gamma)
+def _built_in(config: BltConfig) -> dict[str, Any]:
+    trained = config.block_sizes
+    return {
+        "draft_length": DEFAULT_DRAFT_LENGTH,
+        "block_size": DEFAULT_BLOCK_SIZE if DEFAULT_BLOCK_SIZE in trained or not trained else trained[0],
+        "confidence_threshold": DEFAULT_CONFIDENCE,
+        "entropy_bound": DEFAULT_ENTROPY,
+        "entropy_rule": EntropyRule.INCLUSIVE,
+        "align_blocks": False,
+        "paper_accounting": False,
+    }
+
+
+def _asked_unmasking(asked: DecodingParams) -> Unmasking | None:
+    """The rule that a request names, or means by setting only that rule's bound."""
+    if asked.unmasking is not None:
+        return asked.unmasking
+    if asked.confidence_threshold is not None:
+        return Unmasking.CONFIDENCE
+    if asked.entropy_bound is not None or asked.entropy_rule is not None:
+        return Unmasking.ENTROPY
+    return None
+
+
+def _refuse_others(
+    asked: DecodingParams, method: DecodingMethod, unmasking: Unmasking | None, names: tuple[str, ...]
+) -> None:
+    for name, value in vars(asked).items():
+        # False is what every method does anyway.
+        if name == "method" or value is None or value is False or name in names:
+            continue
+        rules = [str(rule) for rule, settings in _OF_UNMASKING.items() if name in settings]
+        if unmasking is not None and rules:
+            reason = f"{name} belongs to unmasking {' or '.join(rules)}, and this request's is {unmasking}"
+        else:
+            owners = [str(m) for m, settings in _OF_METHOD.items() if name in settings or (rules and m in _DIFFUSION)]
+            chosen = "" if asked.method == method else ", which this server chose; name a method"
+            reason = f"{name} belongs to {' and '.join(owners)}, and this request runs {method}{chosen}"
+        raise InvalidRequestError(reason, f"decoding.{name}")
+
+
+def _unmask(decoding: DecodingParams) -> Unmask:
+    if decoding.unmasking == Unmasking.CONFIDENCE:
+        assert decoding.confidence_threshold is not None
+        return Unmask(rule=0, bound=decoding.confidence_threshold)
+    if decoding.unmasking == Unmasking.ENTROPY:
+        assert decoding.entropy_bound is not None
+        return Unmask(rule=1 if decoding.entropy_rule == EntropyRule.INCLUSIVE else 2, bound=decoding.entropy_bound)
+    return Unmask(rule=3, bound=0.0)

@@ -60,10 +60,12 @@ class Outcome:
 class Progress:
     """What a pass settled. `commit` are bytes now fixed; `draft` stands after them, to be taken back or verified.
 
-    `keep` is how many rows stay computed (positions 0..keep-1); None keeps all.
+    `commit_steps` are the denoising steps, from 1, that fixed them (empty: causal rows did). `keep` is how many rows
+    stay computed (positions 0..keep-1); None keeps all.
     """
 
     commit: list[int] = field(default_factory=list)
+    commit_steps: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     keep: int | None = None
     drafted: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,22 +18,25 @@ from server.decoding.method import Outcome
 from server.engine.sequence import Sequence
 from server.request import ByteLogprobs
 
+#: A position that no request reaches.
+_NEVER = 2**62
+
 
 @dataclass
 class Picks:
-    """Which decoder rows give bytes. `index` are their rows in the pass: first all causal ones, then all block rows.
+    """Which decoder rows give bytes: first those of all causal rows, then those of all block rows.
 
-    `owners` are state rows, `positions` those of the produced bytes, `extra` the ids counted on top of the committed
-    ones, all in the order of `index`. `spans` gives each sequence its (first, count) of causal and of block picks.
+    Arrays over the picks: `index` is the row in the pass, `owners` the state row, `positions` the produced byte's.
+    `extra` has the ids that penalties count on top of the committed ones, by pick. `causal` and `blocks` give each
+    sequence its (first, count) of picks.
     """
 
-    index: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    forbid_eos: list[bool] = field(default_factory=list)
-    extra: list[list[int]] = field(default_factory=list)
-    causal: list[tuple[int, int]] = field(default_factory=list)
-    blocks: list[tuple[int, int]] = field(default_factory=list)
+    index: np.ndarray
+    owners: np.ndarray
+    positions: np.ndarray
+    extra: dict[int, list[int]]
+    causal: list[tuple[int, int]]
+    blocks: list[tuple[int, int]]
 
     @property
     def count(self) -> int:
@@ -69,10 +72,18 @@ class Chooser:
         self._bias = torch.zeros(rows, VOCAB_SIZE)
         self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32)
         self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool)
+        # What a pass must know of its rows without asking every request: which work they need, and from which position
+        # on EOS may stand.
+        self._samples, self._truncates, self._penalizes = (np.zeros(rows, dtype=bool) for _ in range(3))
+        self._eos_from = np.zeros(rows, dtype=np.int64)
 
     def admit(self, sequence: Sequence) -> None:
         """Note the parameters of a sequence, and the bytes it has already produced."""
         row, params = sequence.row, sequence.params
+        self._samples[row] = not params.greedy
+        self._truncates[row] = params.truncates
+        self._penalizes[row] = params.penalizes
+        self._eos_from[row] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
         self._temperature[row] = params.temperature
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
@@ -98,34 +109,45 @@ class Chooser:
 
     def picks(self, sequences: list[Sequence], spans: list[tuple[int, int]]) -> Picks:
         """The rows of a pass that give bytes; `spans` are the sequences' (first, count) in the pass."""
-        picks = Picks()
+        extra: dict[int, list[int]] = {}
+        causal: list[tuple[int, int]] = []
+        blocks: list[tuple[int, int]] = []
+        # Stretches of picks: state row, first row in the pass, first position, count.
+        stretches: list[tuple[int, int, int, int]] = []
+        total = 0
         for sequence, (first, _) in zip(sequences, spans, strict=True):
             plan = sequence.plan
             assert plan is not None
-            picks.causal.append((picks.count, plan.select))
-            for offset in range(plan.causal - plan.select, plan.causal):
-                position = plan.start + offset + 1
-                self._pick(picks, sequence, first + offset, position, sequence.draft[: position - sequence.known])
+            causal.append((total, plan.select))
+            if plan.select:
+                skip = plan.causal - plan.select
+                stretches.append((sequence.row, first + skip, plan.start + skip + 1, plan.select))
+                if sequence.draft and sequence.params.penalizes:
+                    # Row i of a verification counts the drafted bytes before its own.
+                    extra |= {total + i: sequence.draft[:i] for i in range(1, plan.select)}
+                    if plan.draft:
+                        extra[total] = sequence.draft
+            total += plan.select
         for sequence, (first, _) in zip(sequences, spans, strict=True):
             plan = sequence.plan
             assert plan is not None
-            picks.blocks.append((picks.count, len(plan.block_ids)))
-            filled = [i for i in plan.block_ids if i != MASK_ID]
-            for offset in range(len(plan.block_ids)):
-                self._pick(picks, sequence, first + plan.causal + offset, plan.end + offset, filled)
-        return picks
-
-    def _pick(self, picks: Picks, sequence: Sequence, row: int, position: int, extra: list[int]) -> None:
-        params = sequence.params
-        picks.index.append(row)
-        picks.owners.append(sequence.row)
-        picks.positions.append(position)
-        picks.forbid_eos.append(params.ignore_eos or position - sequence.prompt_length < params.min_tokens)
-        picks.extra.append(extra if params.penalizes else [])
+            size = len(plan.block_ids)
+            blocks.append((total, size))
+            if size:
+                stretches.append((sequence.row, first + plan.causal, plan.end, size))
+                if sequence.params.penalizes:
+                    filled = [i for i in plan.block_ids if i != MASK_ID]
+                    extra |= {total + i: filled for i in range(size)}
+            total += size
+        table = np.array(stretches, dtype=np.int64).reshape(-1, 4)
+        counts = table[:, 3]
+        owners, rows, positions = np.repeat(table[:, :3], counts, axis=0).T
+        offsets = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
+        return Picks(rows + offsets, owners, positions + offsets, extra, causal, blocks)
 
     def select(self, sequences: list[Sequence], picks: Picks, logits: Tensor) -> list[Result]:
         """Choose a byte for every pick from logits fp32 [picks, 260], and fill the blocks."""
-        params = self._params(sequences, picks)
+        params = self._params(picks)
         causal = picks.blocks[0][0]
         results = [Result(Outcome()) for _ in sequences]
         if causal:
@@ -137,15 +159,15 @@ class Chooser:
             self._take_blocks(sequences, picks, logits[causal:], _part(params, causal, picks.count), results)
         return results
 
-    def _params(self, sequences: list[Sequence], picks: Picks) -> SelectionParams:
-        owners = torch.tensor(picks.owners)
-        penalized = any(s.params.penalizes for s in sequences)
-        sampled = any(not s.params.greedy for s in sequences)
+    def _params(self, picks: Picks) -> SelectionParams:
+        owners = torch.from_numpy(picks.owners)
+        penalized = bool(self._penalizes[picks.owners].any())
+        forbid_eos = picks.positions < self._eos_from[picks.owners]
         device = self._device
         counts = prompt_seen = bias = None
         if penalized:
             counts, prompt_seen, bias = self._counts[owners], self._prompt_seen[owners], self._bias[owners]
-            for at, extra in enumerate(picks.extra):
+            for at, extra in picks.extra.items():
                 if extra:
                     counts[at] += torch.bincount(torch.tensor(extra), minlength=VOCAB_SIZE).int()
             counts, prompt_seen, bias = counts.to(device), prompt_seen.to(device), bias.to(device)
@@ -155,16 +177,16 @@ class Chooser:
             top_p=self._top_p[owners].to(device),
             min_p=self._min_p[owners].to(device),
             seeds=self._seeds[owners].to(device),
-            positions=torch.tensor(picks.positions, device=device),
-            forbid_eos=torch.tensor(picks.forbid_eos, device=device),
+            positions=torch.from_numpy(picks.positions).to(device),
+            forbid_eos=torch.from_numpy(forbid_eos).to(device),
             repetition=self._repetition[owners].to(device) if penalized else None,
             presence=self._presence[owners].to(device) if penalized else None,
             frequency=self._frequency[owners].to(device) if penalized else None,
             counts=counts,
             prompt_seen=prompt_seen,
             bias=bias,
-            sampled=sampled,
-            truncated=any(s.params.truncates for s in sequences),
+            sampled=bool(self._samples[picks.owners].any()),
+            truncated=bool(self._truncates[picks.owners].any()),
             penalized=penalized,
         )
 

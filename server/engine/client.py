@@ -355,6 +355,8 @@ def _merge(earlier: Delta, later: Delta) -> Delta:
     earlier.error = later.error
     earlier.ledger = later.ledger
     earlier.timings = later.timings
+    earlier.decoding = later.decoding
+    earlier.patches = later.patches
     return earlier
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
+from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
 from models.patching import PatchRule
-from server.decoding.choose import choose_method
+from server.decoding.choose import check_block_size, make_method, resolve
 from server.decoding.method import Plan, Progress
 from server.engine.caches import Caches
 from server.engine.choosing import Result
@@ -26,19 +29,24 @@ from server.engine.sequence import Patch, Sequence
 from server.engine.stats import EngineStats
 from server.request import (
     MAX_BLOCK_SIZE,
+    MAX_DRAFT_LENGTH,
     ByteLogprobs,
     DecodingMethod,
+    DecodingParams,
     Delta,
     FinishReason,
     InvalidRequestError,
+    Ledger,
     Request,
 )
-from server.settings import EngineSettings
+from server.settings import PRETRAINED, EngineSettings
 
 logger = logging.getLogger(__name__)
 
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Engine:
@@ -55,6 +63,9 @@ class Engine:
         self.model_name = name
         self.config = config
         self.settings = settings
+        self._check_defaults()
+        self._parameters = ModuleParameters.of(model)
+        self._bytes_per_weight = dtype.itemsize
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
         self._caches = Caches(model, config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
@@ -63,14 +74,22 @@ class Engine:
         self._aborted: list[str] = []
         self._passes = self._beats = self._passes_in_beat = 0
         self._bytes_generated = self._bytes_prompt = 0
+        # Verified drafts by their length, and by how much of it was accepted.
+        self._drafts = [0] * (MAX_DRAFT_LENGTH + 1)
+        self._accepted = [0] * (MAX_DRAFT_LENGTH + 1)
 
     @classmethod
     def load(cls, settings: EngineSettings) -> Engine:
-        """Load the checkpoint that the settings name. Raises CheckpointError or ConfigError."""
-        dtype = getattr(torch, settings.dtype)
+        """Load the checkpoint that the settings name. Raises CheckpointError, ConfigError or ValueError."""
+        if settings.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be {', '.join(_DTYPES)}, not {settings.dtype!r}")
+        dtype = _DTYPES[settings.dtype]
         model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=settings.device)
         folder = Path(settings.model)
-        name = settings.model if not folder.exists() else f"fastblt-{folder.resolve().name}"
+        name = settings.model
+        if folder.exists():
+            folder = folder.resolve()
+            name = "fastblt-python" if folder == PRETRAINED else f"fastblt-{folder.name}"
         return cls(model, settings, name)
 
     @property
@@ -94,12 +113,10 @@ class Engine:
                 f"than this server's {self.max_model_len}",
                 "prompt",
             )
-        decoding = params.decoding
-        if decoding.method == DecodingMethod.AUTO and self.settings.method != DecodingMethod.AUTO:
-            decoding = type(decoding)(**{**vars(decoding), "method": DecodingMethod(self.settings.method)})
+        decoding = self._resolve(params.decoding)
         # The seed is drawn once and outlives preemption.
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        sequence = Sequence(request, choose_method(decoding, self.config), seed)
+        sequence = Sequence(request, decoding, make_method(decoding), seed)
         self._scheduler.enqueue(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -121,7 +138,7 @@ class Engine:
         for sequence in self._scheduler.admit():
             if sequence.timings.scheduled is None:
                 sequence.timings.scheduled = time.monotonic()
-                self._bytes_prompt += sequence.prompt_length
+                self._bytes_prompt += sequence.prompt_length - 1
             self._runner.admit(sequence)
         running = self._scheduler.running
         try:
@@ -158,12 +175,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         groups = self._caches.groups
+        ledger = replace(self._runner.ledger)
+        self._add_traffic(ledger)
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             pages_total={name: group.pool.size for name, group in groups.items()},
             pages_free={name: group.pool.free for name, group in groups.items()},
-            ledger=self._runner.ledger,
+            ledger=ledger,
+            drafted_by_position=_at_least(self._drafts),
+            accepted_by_position=_at_least(self._accepted),
+            drafts=sum(self._drafts),
             passes=self._passes,
             beats=self._beats,
             bytes_generated=self._bytes_generated,
@@ -174,6 +196,22 @@ class Engine:
     def balanced(self) -> bool:
         """Whether every page, latent and state row is free: true whenever nothing runs (contract 3)."""
         return self._caches.balanced()
+
+    def _resolve(self, asked: DecodingParams) -> DecodingParams:
+        settings = self.settings
+        return resolve(asked, settings.decoding, self.config, untrained_sizes=settings.allow_untrained_block_size)
+
+    def _check_defaults(self) -> None:
+        """Raises InvalidRequestError for defaults that no request could run with."""
+        self._resolve(DecodingParams())
+        size = self.settings.decoding.block_size
+        if size is not None:
+            allowed = self.settings.allow_untrained_block_size
+            check_block_size(size, DecodingMethod.BLT_D, self.config, untrained_sizes=allowed)
+
+    def _add_traffic(self, ledger: Ledger) -> None:
+        ledger.gb_paper = gb_paper(self._parameters, ledger.decoder, ledger.global_)
+        ledger.gb = gb(self._parameters, ledger, self._bytes_per_weight)
 
     # Before a pass
 
@@ -260,7 +298,17 @@ class Engine:
             total.accepted += progress.accepted
             total.steps += progress.steps
             total.rounds += progress.rounds
+        if progress.drafted:
+            self._drafts[progress.drafted] += 1
+            self._accepted[progress.accepted] += 1
+        if sequence.params.return_patches:
+            sequence.steps += progress.commit_steps or [1] * len(progress.commit)
+        before = len(sequence.output.ids)
         delta = self._commit(sequence, progress.commit, self._logprobs(sequence, plan, progress, result))
+        # Less than none where a stop string takes back what earlier rounds gave.
+        kept = max(min(progress.accepted, len(sequence.output.ids) - before), -ledger.kept)
+        ledger.kept += kept
+        self._runner.ledger.kept += kept
         if delta is not None and delta.finish_reason is not None:
             return delta
         sequence.draft = progress.draft
@@ -320,6 +368,12 @@ class Engine:
             self._scheduler.waiting.remove(sequence)
         del self._sequences[sequence.request.request_id]
         sequence.timings.finished = time.monotonic()
+        ledger, total = sequence.ledger, self._runner.ledger
+        sequence.count_patches()
+        total.bytes += ledger.bytes
+        total.patched_bytes += ledger.patched_bytes
+        total.patches += ledger.patches
+        self._add_traffic(ledger)
         output = sequence.output
         output.finish_reason = reason
         released, values = output.release()
@@ -330,6 +384,13 @@ class Engine:
             finish_reason=reason,
             stop_reason=output.stop_reason,
             error=error,
-            ledger=sequence.ledger,
+            ledger=ledger,
             timings=sequence.timings,
+            decoding=sequence.decoding,
+            patches=sequence.report(),
         )
+
+
+def _at_least(counts: list[int]) -> list[int]:
+    """From counts of lengths 0, 1, ...: how many have a position 0, a position 1, ..."""
+    return list(accumulate(reversed(counts[1:])))[::-1]

@@ -121,10 +121,8 @@ class Runner:
         targets = torch.tensor([p.slot for _, p in patches] + [null.slot] * padding, device=self._device)
         self._caches.latents.index_copy_(0, targets, kv)
         self.ledger.global_ += 1
-        self.ledger.patches += len(patches)
-        for sequence, waiting in work:
+        for sequence in sequences:
             sequence.ledger.global_ += 1
-            sequence.ledger.patches += sum(patch is not sequence.provisional for patch in waiting)
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> list[Result]:
@@ -143,9 +141,9 @@ class Runner:
         picks = self._chooser.picks(sequences, rows.spans)
         if picks.count == 0:
             return [Result(Outcome()) for _ in sequences]
-        index = picks.index + [0] * self._padding(len(picks.index))
-        if len(index) != hidden.shape[0] or index != list(range(len(index))):
-            hidden = hidden[torch.tensor(index, device=self._device)]
+        if not np.array_equal(picks.index, np.arange(len(rows.rows))):
+            index = np.concatenate((picks.index, np.zeros(self._padding(picks.count), dtype=np.int64)))
+            hidden = hidden[torch.from_numpy(index).to(self._device)]
         logits = self._model.lm_head(hidden).float()[: picks.count]
         return self._chooser.select(sequences, picks, logits)
 

@@ -40,7 +40,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self._settings.max_running:
             sequence = self.waiting[0]
             # One alone always fits; the others only where nobody is likely to be preempted for them at once.
-            if self.running and not self._likely_fits(sequence, admitted):
+            if self.running and not self._likely_fits(sequence):
                 break
             row = self._caches.take_row()
             if row is None:
@@ -106,16 +106,18 @@ class Scheduler:
         decoding = sum(s.plan.rows if s.plan else 1 for s in self.running)
         return max(total - decoding, total // 4, 1)
 
-    def _likely_fits(self, sequence: Sequence, admitted: list[Sequence]) -> bool:
+    def _likely_fits(self, sequence: Sequence) -> bool:
+        """Whether the free pages should do for it and for what the running prompts are still to take."""
         per_byte = (self._closed + 1) / (self._scanned + 1) if self._scanned else 0.5
+        arriving = [sequence, *(s for s in self.running if s.prefilling)]
         for group in self._caches.groups.values():
             needed = 0
-            for one in [sequence, *admitted]:
-                length = one.known
+            for one in arriving:
+                length = one.known - one.decoded
                 if group.name == "global":
                     length = int(length * min(1.0, per_byte * _MARGIN))
                 elif group.window is not None:
-                    length = min(length, group.window + self._settings.max_pass_rows)
+                    length = min(length, group.window)
                 needed += length // group.page_size + 2
             if needed > group.pool.free:
                 return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
 from models.patching import PatchRule
 from server.decoding.method import Method, Plan
 from server.engine.output import Output
-from server.request import ByteLogprobs, Ledger, Request, Timings
+from server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Timings
 
 
 @dataclass(slots=True)
@@ -28,14 +29,17 @@ class Sequence:
     `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
     """
 
-    def __init__(self, request: Request, method: Method, seed: int) -> None:
+    def __init__(self, request: Request, decoding: DecodingParams, method: Method, seed: int) -> None:
         self.request = request
         self.params = request.params
+        self.decoding = decoding
         self.method = method
         self.seed = seed
         self.ids = list(request.prompt_ids)
         self.prompt_length = len(self.ids)
         self.output = Output(request.params)
+        #: The denoising step of every produced byte, where patches are asked for.
+        self.steps: list[int] = []
         self.ledger = Ledger()
         self.timings = Timings(arrival=request.arrival)
         self.row = 0
@@ -50,6 +54,10 @@ class Sequence:
         self.prefilling = True
         self.open_start = 0
         self.closed = 0
+        #: Positions behind the prompt that start a patch; some may be those of drafted bytes.
+        self.starts: list[int] = []
+        #: Of the rows from the prompt's last on, where patches are asked for.
+        self.entropies: list[float] = []
         #: Newest closed patches, oldest first: those that rows not yet decoded may read.
         self.patches: deque[Patch] = deque()
         self.provisional: Patch | None = None
@@ -71,6 +79,8 @@ class Sequence:
 
     def scan(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
+        if self.params.return_patches:
+            self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
         for entropy in entropies:
             position = self.scanned
             self.scanned += 1
@@ -78,6 +88,8 @@ class Sequence:
                 self.patches.append(Patch(self.closed, self.open_start, position))
                 self.closed += 1
                 self.open_start = position + 1
+                if self.open_start >= self.prompt_length:
+                    self.starts.append(self.open_start)
 
     def pending_patches(self) -> list[Patch]:
         """Closed (or force-closed) patches whose latent is still to be computed."""
@@ -98,10 +110,33 @@ class Sequence:
             self.open_start = patch.start
             if patch.slot:
                 freed.append(patch.slot)
+        while self.starts and self.starts[-1] > keep:
+            self.starts.pop()
+        del self.entropies[max(keep - self.prompt_length + 1, 0) :]
         self.scanned = min(self.scanned, keep)
         self.encoded = min(self.encoded, keep)
         self.decoded = min(self.decoded, keep)
         return freed
+
+    def count_patches(self) -> None:
+        """Bytes and patches of the output into the ledger. What a draft left behind the output is not counted."""
+        ledger, end = self.ledger, self.prompt_length + len(self.output.ids)
+        ledger.bytes = len(self.output.ids)
+        # Whether a byte starts a patch is known once the row before it is scanned.
+        ledger.patched_bytes = max(min(self.scanned + 1, end) - self.prompt_length, 0)
+        ledger.patches = bisect_left(self.starts, end)
+
+    def report(self) -> PatchReport | None:
+        """The patches of the output, if they were asked for."""
+        if not self.params.return_patches:
+            return None
+        count = len(self.output.ids)
+        known: list[float | None] = [*self.entropies[:count]]
+        return PatchReport(
+            starts=[start - self.prompt_length for start in self.starts[: self.ledger.patches]],
+            entropies=known + [None] * (count - len(known)),
+            steps=self.steps[:count],
+        )
 
     def forget_patches(self) -> list[int]:
         """Drop patches that no row from `decoded` on reads; returns their latent slots. The newest always stays."""

@@ -9,13 +9,20 @@ from server.request import Ledger
 
 @dataclass
 class EngineStats:
-    """A snapshot. `ledger` is the engine ledger: a pass counts once, however many requests share it (design §6.6)."""
+    """A snapshot. `ledger` is the engine ledger: a pass counts once, however many requests share it (design §6.6).
+
+    Its `bytes` and `patches` are those of requests that have ended. `drafted_by_position` and `accepted_by_position`
+    count verified drafts that had, and kept, a byte at each position. `bytes_prompt` is without BOS.
+    """
 
     running: int = 0
     waiting: int = 0
     pages_total: dict[str, int] = field(default_factory=dict)
     pages_free: dict[str, int] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    drafted_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+    drafts: int = 0
     passes: int = 0
     beats: int = 0
     bytes_generated: int = 0

@@ -343,7 +343,8 @@ def distribution() -> tuple[Tensor, Tensor]:
     return logits, allowed.softmax(0)
 
 
-DRAWS = 200_000
+DRAWS = 1_000_000
+FEWER = 50_000
 
 
 def test_draws_follow_the_distribution_over_positions() -> None:
@@ -359,14 +360,14 @@ def test_draws_follow_the_distribution_over_positions() -> None:
 
 def test_draws_follow_the_distribution_over_seeds_and_choices() -> None:
     logits, p = distribution()
-    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(DRAWS // 4)])
+    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(FEWER)])
     ids = sample(logits, seeds, torch.full_like(seeds, 17))
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
 
 
 def test_truncated_draws_follow_the_renormalized_distribution() -> None:
     logits, p = distribution()
-    ids = sample(logits, torch.full((40_000,), mix_seed(2, 0)), torch.arange(40_000), top_k=20)
+    ids = sample(logits, torch.full((FEWER,), mix_seed(2, 0)), torch.arange(FEWER), top_k=20)
     kept = torch.zeros_like(p)
     best = p.topk(20).indices
     kept[best] = p[best] / p[best].sum()
@@ -393,7 +394,7 @@ def test_wrong_noise_does_not_follow_it(
 ) -> None:
     monkeypatch.setattr(kernels.selection, "gumbel", wrong)
     logits, p = distribution()
-    ids = sample(logits, torch.full((DRAWS // 4,), mix_seed(1, 0)), torch.arange(DRAWS // 4))
+    ids = sample(logits, torch.full((FEWER,), mix_seed(1, 0)), torch.arange(FEWER))
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
 
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from models.blt import Blt
 from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Delta, Ledger, Request, SamplingParams, Unmasking
+from server.request import (
+    DecodingMethod,
+    DecodingParams,
+    Delta,
+    EntropyRule,
+    Ledger,
+    PatchReport,
+    Request,
+    SamplingParams,
+    Unmasking,
+)
 from server.settings import EngineSettings
 from tests.tiny import tiny_model
 
@@ -56,6 +66,12 @@ class Finished:
     error: str | None
     ledger: Ledger
     deltas: list[Delta]
+
+    @property
+    def patches(self) -> PatchReport:
+        report = self.deltas[-1].patches
+        assert report is not None, "patches were not asked for"
+        return report
 
 
 def run(
@@ -124,15 +140,24 @@ def random_decoding(rng: random.Random) -> DecodingParams:
         return DecodingParams(
             DecodingMethod.BLT_S, draft_length=rng.choice((1, 4, 8, 16, 32)), paper_accounting=rng.random() < 0.2
         )
+    unmasking = rng.choice(list(Unmasking))
+    of_rule: dict[Unmasking, dict[str, Any]] = {
+        Unmasking.CONFIDENCE: {"confidence_threshold": rng.choice((0.05, 0.3, 0.7))},
+        Unmasking.ENTROPY: {
+            "entropy_bound": rng.choice((0.8, 4.0, 12.0)),
+            "entropy_rule": rng.choice(list(EntropyRule)),
+        },
+        Unmasking.ONE_STEP: {},
+    }
+    if unmasking != Unmasking.ONE_STEP:
+        of_rule[unmasking]["max_steps"] = rng.choice((None, None, 1, 3))
     return DecodingParams(
         DecodingMethod(method),
         block_size=rng.choice((4, 8)),
-        unmasking=rng.choice(list(Unmasking)),
-        confidence_threshold=rng.choice((0.05, 0.3, 0.7)),
-        entropy_bound=rng.choice((0.8, 4.0, 12.0)),
-        max_steps=rng.choice((None, None, 1, 3)),
+        unmasking=unmasking,
         align_blocks=method == "blt-d" and rng.random() < 0.3,
         paper_accounting=method == "blt-dv" and rng.random() < 0.3,
+        **of_rule[unmasking],
     )
 
 

@@ -75,9 +75,17 @@ def serving(tmp_path: Path, *args: str) -> Iterator[Served]:
 
 
 def test_serve_answers_drains_and_exits_with_zero(checkpoint: str, tmp_path: Path) -> None:
-    with serving(tmp_path, checkpoint, *SMALL, "--served-model-name", "mine", "--method", "blt-s") as served:
+    decoding = ("--method", "blt-s", "--draft-length", "3", "--block-size", "5", "--allow-untrained-block-size")
+    with serving(tmp_path, checkpoint, *SMALL, "--served-model-name", "mine", *decoding) as served:
         until(lambda: served.status() == 200, 60)
         assert served.http.get("/v1/models").json()["data"][0]["id"] == "mine"
+        for asked, runs in (
+            ({}, {"draft_length": 3, "paper_accounting": False}),
+            ({"draft_length": 4}, {"draft_length": 4, "paper_accounting": False}),
+            ({"method": "blt-dv"}, {"block_size": 5, "unmasking": "one_step", "paper_accounting": False}),
+        ):
+            answer = served.http.post("/v1/completions", json={"prompt": "Hi", "decoding": asked}).json()
+            assert answer["efficiency"]["settings"] == runs
         body = {"model": "mine", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with served.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
@@ -125,6 +133,20 @@ def test_serve_says_what_is_wrong_with_a_checkpoint(tmp_path: Path) -> None:
         last = served.log().splitlines()[-1]
         assert last.startswith("fastblt: cannot serve") and "config.json" in last
         assert "Traceback" not in served.log()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--draft-length", "0"), "fastblt: decoding.draft_length must be at least 1"),
+        (("--block-size", "5"), "block_size 5 was not trained; this checkpoint has 4, 8"),
+        (("--dtype", "float16", "--block-size", "99"), "decoding.block_size must be"),
+    ],
+)
+def test_serve_says_what_is_wrong_with_its_defaults(checkpoint: str, args: tuple[str, ...], message: str) -> None:
+    result = run("serve", checkpoint, *SMALL, "--port", "0", *args)
+    assert result.returncode == 1
+    assert message in result.stderr.decode() and b"Traceback" not in result.stderr
 
 
 def test_serve_says_that_a_port_is_taken() -> None:

@@ -11,7 +11,7 @@ import pytest
 from models.vocabulary import decode, encode
 from server.engine.client import EngineClient
 from server.llm import LLM
-from server.request import DecodingParams, SamplingParams
+from server.request import DecodingMethod, DecodingParams, SamplingParams
 from tests.server.api.fake_engine import FakeEngine
 from tests.server.api.running import MAX_MODEL_LEN, MODEL, RunningServer, parse_events, tiny_settings
 from tests.server.api.test_bad_requests import assert_error
@@ -53,7 +53,13 @@ def test_the_answer_has_openai_s_shape(server: RunningServer) -> None:
         "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     efficiency = answer["efficiency"]
-    assert efficiency.keys() == {"nfe", "rounds", "steps", "drafted", "accepted", "wasted", "patches"}
+    assert efficiency.keys() == {
+        "method", "settings", "nfe", "rounds", "denoising_steps", "drafted", "accepted", "wasted", "patches",
+        "bytes_per_patch", "gb_paper", "gb",
+    }  # fmt: skip
+    assert (efficiency["method"], efficiency["settings"]) == ("blt", {})
+    assert efficiency["bytes_per_patch"] == 24 / efficiency["patches"]
+    assert 0 < efficiency["gb_paper"] < efficiency["gb"]
     assert efficiency["nfe"].keys() == {"patcher", "encoder", "global", "decoder"}
     assert efficiency["nfe"]["decoder"] >= 24 > efficiency["nfe"]["global"] > 0
 
@@ -178,6 +184,52 @@ def test_greedy_bytes_are_the_top_by_equality(server: RunningServer) -> None:
     for value, top in zip(choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True):
         # BOE, BOS and BPE may be likelier, and are never produced.
         assert value == max(v for name, v in top.items() if name not in ("<boe>", "<bos>", "<bpe>", "<eos>"))
+
+
+def test_patches(server: RunningServer, reference: LLM) -> None:
+    params = SamplingParams(max_tokens=24, seed=1, ignore_eos=True, return_patches=True)
+    [offline] = reference.generate("Hello", params)
+    assert offline.patches is not None and offline.patches.starts
+    body = {**GOOD, "return_patches": True}
+    for method in METHODS:
+        asked = {**body, "decoding": {"method": method}}
+        answer = server.complete(**asked)
+        [choice] = answer["choices"]
+        patches = choice["patches"]
+        assert patches.keys() == {"starts", "entropies", "steps"}
+        assert len(patches["entropies"]) == len(patches["steps"]) == 24
+        assert len(patches["starts"]) == answer["efficiency"]["patches"]
+        if method != "blt-d":
+            assert patches["starts"] == offline.patches.starts
+            assert patches["entropies"] == pytest.approx(offline.patches.entropies, abs=1e-4)
+        # Streamed, they come with the end.
+        chunks = [event["choices"][0] for event in server.events(**asked)[:-1]]
+        assert ["patches" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert chunks[-1]["patches"] == patches
+    assert "patches" not in server.complete(**GOOD)["choices"][0]
+
+
+def test_efficiency_tells_what_really_ran(server: RunningServer, reference: LLM) -> None:
+    asked = {"method": "blt-dv", "confidence_threshold": 0.2, "block_size": 4}
+    answer = server.complete(**GOOD, decoding=asked, n=2)
+    efficiency = answer["efficiency"]
+    assert efficiency["method"] == "blt-dv"
+    assert efficiency["settings"] == {
+        "block_size": 4, "unmasking": "confidence", "confidence_threshold": 0.2, "paper_accounting": False,
+    }  # fmt: skip
+    # Two choices cost what two requests cost.
+    alone = server.complete(**GOOD, decoding=asked)["efficiency"]
+    assert efficiency["nfe"]["decoder"] > alone["nfe"]["decoder"] and efficiency["gb"] > alone["gb"]
+    assert alone["denoising_steps"] >= alone["rounds"] > 0
+    params = SamplingParams(
+        max_tokens=24,
+        seed=1,
+        ignore_eos=True,
+        decoding=DecodingParams(DecodingMethod.BLT_DV, block_size=4, confidence_threshold=0.2),
+    )
+    [offline] = reference.generate("Hello", params)
+    assert (alone["gb"], alone["gb_paper"]) == (offline.ledger.gb, offline.ledger.gb_paper)
+    assert offline.decoding is not None and offline.decoding.confidence_threshold == 0.2
 
 
 def test_zero_logprobs_gives_the_chosen_byte(server: RunningServer) -> None:

@@ -119,6 +119,14 @@ def test_metrics(server: RunningServer) -> None:
         "passes": "counter",
         "beats": "counter",
         "num_preemptions": "counter",
+        "rounds": "counter",
+        "denoising_steps": "counter",
+        "patches": "counter",
+        "wasted_tokens": "counter",
+        "spec_decode_num_drafts": "counter",
+        "spec_decode_num_draft_tokens": "counter",
+        "spec_decode_num_accepted_tokens": "counter",
+        "spec_decode_num_accepted_tokens_per_pos": "counter",
         "request_success": "counter",
         "requests_rejected": "counter",
         "time_to_first_token_seconds": "histogram",
@@ -128,6 +136,31 @@ def test_metrics(server: RunningServer) -> None:
     for name, kind in expected.items():
         assert families[f"fastblt_{name}"].type == kind, name
     assert {s.labels["module"] for s in families["fastblt_nfe"].samples} == {"patcher", "encoder", "global", "decoder"}
+
+
+def test_metrics_of_drafts(server: RunningServer) -> None:
+    def values() -> dict[str, float]:
+        stem = "fastblt_spec_decode_num"
+        names = [f"{stem}_drafts_total", f"{stem}_draft_tokens_total", f"{stem}_accepted_tokens_total"]
+        names += [f'{stem}_accepted_tokens_per_pos_total{{position="{position}"}}' for position in range(32)]
+        names += ["fastblt_denoising_steps_total", "fastblt_rounds_total", "fastblt_patches_total"]
+        return {name.removeprefix(f"{stem}_"): server.metric(name) for name in names}
+
+    body = {"prompt": "Hello", "max_tokens": 60, "ignore_eos": True, "seed": 3}
+    before = values()
+    server.complete(**body, decoding={"method": "blt-d"})
+    after = values()
+    # Blocks are no drafts.
+    assert after["drafts_total"] == before["drafts_total"]
+    assert after["fastblt_denoising_steps_total"] > before["fastblt_denoising_steps_total"]
+    spent = server.complete(**body, decoding={"method": "blt-s", "draft_length": 4})["efficiency"]
+    grown = {name: value - after[name] for name, value in values().items()}
+    assert grown["drafts_total"] == grown["fastblt_rounds_total"] == spent["rounds"] > 0
+    assert grown["draft_tokens_total"] == spent["drafted"]
+    positions = [value for name, value in grown.items() if "per_pos" in name]
+    assert sum(positions) == grown["accepted_tokens_total"] == spent["accepted"]
+    assert positions == sorted(positions, reverse=True) and not any(positions[4:])
+    assert grown["fastblt_patches_total"] == spent["patches"] > 0
 
 
 def test_weighted_histogram() -> None:

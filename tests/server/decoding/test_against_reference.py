@@ -68,10 +68,10 @@ def reference(request: Request, which: int) -> ReferenceOutput:
         unmasking=(decoding.unmasking or default).value,
         confidence_threshold=decoding.confidence_threshold or 0.7,
         entropy_bound=decoding.entropy_bound or 0.8,
-        entropy_rule=decoding.entropy_rule.value,
+        entropy_rule=(decoding.entropy_rule or EntropyRule.INCLUSIVE).value,
         max_steps=decoding.max_steps,
         align_blocks=bool(decoding.align_blocks),
-        paper_accounting=decoding.paper_accounting,
+        paper_accounting=bool(decoding.paper_accounting),
     )
     return generate(model(which), request.prompt_ids, options, method)
 
@@ -92,6 +92,10 @@ def assert_equal(request: Request, ours: Finished, expected: ReferenceOutput, wh
     assert passes == (nfe.entropy, nfe.encoder, nfe.global_, nfe.decoder)
     if request.params.decoding.method in (DecodingMethod.BLT_D, DecodingMethod.BLT_DV):
         assert ours.ledger.steps == sum(expected.steps)
+    assert ours.ledger.drafted == expected.drafted
+    if ours.reason == "length":
+        # The reference looks at nothing behind EOS.
+        assert (ours.ledger.accepted, ours.ledger.wasted) == (expected.accepted, expected.wasted)
     values = [value.logprob for delta in ours.deltas for value in delta.logprobs or []]
     assert values == pytest.approx(expected.logprobs, abs=1e-3)
     return True

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import time
+
+from benchmarks.host_time import Timer, measure, module_time
+from models.blt import Blt
+from server.engine import choosing, runner
+from tests.tiny import random_ids
+
+
+def _work(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_call_within_another_counts_once() -> None:
+    timer = Timer()
+    inner = timer.around(lambda: _work(0.02))
+
+    def outer() -> None:
+        inner()
+        _work(0.02)
+
+    timer.around(outer)()
+    assert 0.04 <= timer.seconds < 0.06
+    inner()
+    assert timer.seconds >= 0.06
+
+
+def test_module_time_leaves_nothing_behind(model: Blt) -> None:
+    before = (runner.entropies, choosing.select, choosing.unmask)
+    with module_time(model):
+        assert choosing.select is not before[1] and "forward" in vars(model.local_decoder)
+    assert (runner.entropies, choosing.select, choosing.unmask) == before
+    for module in model.modules():
+        assert not {"forward", "embed", "pool", "latent_keys_values"} & set(vars(module))
+
+
+def test_host_time_of_every_method(model: Blt) -> None:
+    rows = measure(model, [random_ids(seed, 24) for seed in range(4)], 20, (1, 4))
+    assert len(rows) == 8
+    for name, row in rows.items():
+        assert 0 < row["host_share"] < 1.2, name
+        assert 0 < row["host_us_per_request"] <= row["host_us_per_pass"]
+        assert row["requests_per_pass"] <= row["requests"]
+    assert rows["blt, 1"]["requests_per_pass"] == 1

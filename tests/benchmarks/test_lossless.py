@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import lossless
+from benchmarks.lossless import GREEDY, SAMPLED, compare, drafting_settings
+from models.blt import Blt
+from server.decoding import blt_s
+
+
+@pytest.mark.parametrize("parameters", [GREEDY, {name: SAMPLED[name] for name in ("penalties", "ends")}])
+def test_drafting_equals_blt(model: Blt, prompts: list[list[int]], parameters: dict[str, dict[str, Any]]) -> None:
+    tallies = compare(model, dict(enumerate(prompts[:2])), 12, parameters)
+    assert list(tallies) == list(drafting_settings(model.config.block_sizes))
+    for name, tally in tallies.items():
+        assert not tally.differences, name
+        assert tally.outputs == 2 * len(parameters)
+    if parameters is GREEDY:
+        assert {tally.bytes for tally in tallies.values()} == {24}
+
+
+def test_a_method_that_takes_every_draft_is_found_out(
+    model: Blt, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept_all(plan: Any, draft: list[int], outcome: Any) -> int:
+        return len(draft)
+
+    monkeypatch.setattr(blt_s, "accepted_length", lambda draft, targets: len(draft))
+    # The bytes committed are the verification's own, each right only where those before it were.
+    tallies = compare(model, dict(enumerate(prompts)), 16, GREEDY)
+    assert sum(len(tally.differences) for tally in tallies.values()) > 10
+    assert all(0 < one.position < 16 for tally in tallies.values() for one in tally.differences)
+
+
+def test_an_error_is_a_difference() -> None:
+    jobs = [(0, "greedy", "blt"), (0, "greedy", "blt-s k4"), (0, "greedy", "blt-s k8")]
+    ends: list[tuple[str, object]] = [("length", None), ("length", None), ("error", "broken")]
+    tallies = lossless._compare(["blt", "blt-s k4", "blt-s k8"], jobs, [[5, 6]] * 3, ends)
+    assert [len(tally.differences) for tally in tallies.values()] == [0, 1]
+
+
+def test_the_command(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "lossless.json"
+    sizes = ["--prompts", "2", "--sampled", "0", "--prompt-length", "24", "--bytes", "8", "--processes", "1"]
+    monkeypatch.setattr("sys.argv", ["lossless", "--model", checkpoint, *sizes, "--json", str(file)])
+    with pytest.raises(SystemExit) as end:
+        lossless.main()
+    assert not end.value.code
+    rows = json.loads(file.read_text())["greedy"]
+    assert rows["blt-dv-8 1step"] == {"outputs": 2, "bytes": 16, "differences": []}

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import methods
+from benchmarks.methods import measure, paper_settings
+from models.blt import Blt
+
+
+def test_the_papers_settings() -> None:
+    names = list(paper_settings((4, 8, 16)))
+    assert len(names) == 1 + 6 + 15 + 24
+    assert {"blt-s k16 paper", "blt-d-8 a0.7 aligned", "blt-dv-16 g2.0"} < set(names)
+    assert len(paper_settings(())) == 7
+
+
+def test_figures_of_every_method(model: Blt, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ("blt", "blt-s k4", "blt-s k4 paper", "blt-d-4 a0.7", "blt-dv-4 1step", "blt-dv-4 1step paper")
+    settings = {name: s for name, s in paper_settings((4,)).items() if name in wanted}
+    result = measure(model, prompts, 40, settings=settings)
+    rows = result["settings"]
+    assert list(rows) == list(settings)
+    assert all(name in capsys.readouterr().out for name in ("blt-d-4 a0.7",))
+    plain = rows["blt"]
+    assert plain["gb_saved"] == plain["gb_paper_saved"] == 0 and plain["decoder_per_byte"] == 1
+    assert plain["acceptance"] is None and plain["bytes_a_round"] is None
+    assert plain["leading_equal"] == plain["equal_positions"] == 1
+    for name in ("blt-s k4", "blt-dv-4 1step"):
+        # Near ties aside, which the default mode may break differently.
+        assert rows[name]["leading_equal"] > 0.7 and 0 <= rows[name]["acceptance"] <= 1
+        assert 1 <= rows[name]["bytes_a_round"] <= 5
+        assert rows[f"{name} paper"]["upstream_per_byte"] > rows[name]["upstream_per_byte"]
+        assert rows[f"{name} paper"]["gb_paper_saved"] < rows[name]["gb_paper_saved"]
+    assert rows["blt-d-4 a0.7"]["upstream_per_byte"] == pytest.approx(0.25)
+    assert rows["blt-d-4 a0.7"]["bytes_a_round"] == 4
+    latents = result["draft_latent"]
+    assert list(latents) == ["blt-s k4", "blt-dv-4 1step"]
+    for row in latents.values():
+        assert row["difference"] == pytest.approx(row["closed"] - row["forced"])
+
+
+def test_sampled_methods_share_seeds(model: Blt, prompts: list[list[int]]) -> None:
+    settings = {name: s for name, s in paper_settings((4,)).items() if name in ("blt", "blt-s k8")}
+    rows = measure(model, prompts, 24, temperature=0.8, settings=settings)["settings"]
+    assert rows["blt-s k8"]["leading_equal"] > 0.7
+
+
+def test_the_command(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "methods.json"
+    sizes = ["--prompts", "2", "--prompt-length", "24", "--bytes", "8", "--only", "blt-s k4"]
+    monkeypatch.setattr("sys.argv", ["methods", "--model", checkpoint, *sizes, "--json", str(file)])
+    methods.main()
+    result = json.loads(file.read_text())
+    assert list(result["settings"]) == ["blt", "blt-s k4", "blt-s k4 paper"]
+    assert result["run"]["bytes"] == 8

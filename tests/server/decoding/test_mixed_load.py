@@ -1,0 +1,96 @@
+"""64 requests of all methods at once through the client: each ends once, as it would have ended alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+from server.engine.client import EngineClient
+from server.engine.engine import Engine
+from server.request import DecodingMethod, Delta, FinishReason, Request
+from tests.server.harness import least_memory, model, random_params, random_request, run, settings
+from tests.server.harness import random_decoding as draw
+
+WHICH = 1
+REQUESTS = 64
+#: Streams are read as they come; what is not streamed is read when it is over.
+STREAMED = range(0, REQUESTS, 2)
+LEFT = range(0, REQUESTS, 8)
+ABORTED = range(2, REQUESTS, 8)
+
+
+class Ends:
+    """Observer that counts the terminal events and joins the bytes of every request."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = defaultdict(list)
+        self.reasons: dict[str, FinishReason] = {}
+        self.terminal: Counter[str] = Counter()
+
+    def __call__(self, request: Request, delta: Delta, since: float, now: float) -> None:
+        assert not self.terminal[request.request_id], "news after the terminal event"
+        self.ids[request.request_id] += delta.ids
+        if delta.finish_reason is not None:
+            self.terminal[request.request_id] += 1
+            self.reasons[request.request_id] = delta.finish_reason
+
+
+def test_mixed_load() -> None:
+    rng = random.Random(64)
+    requests = [random_request(rng, f"r{i}", random_params(rng, decoding=draw(rng))) for i in range(REQUESTS)]
+    for index in range(0, REQUESTS, 2):
+        # Long enough to be cut off in the middle, and for pages to run out.
+        params = replace(requests[index].params, max_tokens=100, min_tokens=100, stop=(), ignore_eos=True)
+        requests[index] = replace(requests[index], params=params)
+    assert {request.params.decoding.method for request in requests} == set(DecodingMethod) - {DecodingMethod.AUTO}
+    running = {"max_running": 48, "max_pass_rows": 96}
+    # For a few of those that would run at once: some are preempted.
+    tight = settings(**running, max_waiting=REQUESTS, cache_bytes=4 * least_memory(WHICH, 300, **running))
+    engine = Engine(model(WHICH), tight)
+    ends = Ends()
+    read = asyncio.run(_serve(EngineClient(tight, load=lambda _: engine, observer=ends), requests))
+    assert engine.balanced() and not engine.has_work()
+    assert ends.terminal == Counter({request.request_id: 1 for request in requests})
+    for index, request in enumerate(requests):
+        name = request.request_id
+        alone = run(Engine(model(WHICH), settings()), [request])[name]
+        if ends.reasons[name] == FinishReason.ABORT:
+            assert index in LEFT or index in ABORTED
+            assert ends.ids[name] == alone.ids[: len(ends.ids[name])]
+            assert 20 < len(read[name]) < 100 and read[name] == ends.ids[name][: len(read[name])]
+        else:
+            assert (ends.ids[name], str(ends.reasons[name])) == (alone.ids, alone.reason), request.params
+            assert read[name] == alone.ids[: len(read[name])] and (index in LEFT or read[name] == alone.ids)
+    # Some may have come to their end before the word to end reached the engine.
+    assert FinishReason.ABORT in ends.reasons.values()
+    assert engine.stats().preemptions > 0
+
+
+async def _serve(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:
+    """What the readers of all requests have read."""
+    await client.start()
+    await client.ready()
+    read = await asyncio.gather(*(_read(client, index, request) for index, request in enumerate(requests)))
+    await client.stop(30.0)
+    return {request.request_id: ids for request, ids in zip(requests, read, strict=True)}
+
+
+async def _read(client: EngineClient, index: int, request: Request) -> list[int]:
+    stream = await client.submit(request)
+    ids: list[int] = []
+    if index not in STREAMED:
+        # The news merge until they are read.
+        await asyncio.sleep(0.5)
+    try:
+        async for news in stream:
+            for delta in news:
+                ids += delta.ids
+                if len(ids) > 20 and index in LEFT:
+                    return ids
+                if len(ids) > 20 and index in ABORTED:
+                    client.abort(request.request_id)
+    finally:
+        stream.close()
+    return ids
