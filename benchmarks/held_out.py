@@ -13,22 +13,24 @@ _NO_STATEMENT = b" \t\n#)]}\"'"
 
 
 def held_out_prompts(count: int, prompt_length: int, seed: int = 0) -> list[list[int]]:
-    """`count` prompts of BOS and `prompt_length` bytes each, from as many files as there are; no two overlap.
+    """`count` prompts of BOS and `prompt_length` bytes each, from as many files as there are.
 
-    The same on every machine with the same Python release. Raises ValueError where the files have too little text.
+    No two overlap or are the same, and every machine with the same Python release gets the same ones. Raises ValueError
+    where the files have too little text.
     """
     rng = random.Random(seed)
     files = [(source.data, _starts(source.data, prompt_length, rng)) for source in held_out_sources()]
     rng.shuffle(files)
-    prompts: list[list[int]] = []
+    # Files repeat themselves: a text is taken once.
+    texts: dict[bytes, None] = {}
     depth = 0
-    while len(prompts) < count:
-        found = [(data, starts[depth]) for data, starts in files if depth < len(starts)]
+    while len(texts) < count:
+        found = [data[starts[depth] :][:prompt_length] for data, starts in files if depth < len(starts)]
         if not found:
-            raise ValueError(f"the held-out files have text for {len(prompts)} prompts of {prompt_length} bytes only")
-        prompts += [with_bos(encode(data[start : start + prompt_length])) for data, start in found]
+            raise ValueError(f"the held-out files have text for {len(texts)} prompts of {prompt_length} bytes only")
+        texts.update(dict.fromkeys(found))
         depth += 1
-    return prompts[:count]
+    return [with_bos(encode(text)) for text in texts][:count]
 
 
 @lru_cache(maxsize=1)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.attention import TILE, masked_attention
+from kernels.backend import use_triton
 from kernels.native import library
 
 
@@ -40,12 +41,18 @@ class RaggedRows:
     spans: list[tuple[int, int]]
     length: int
     page_size: int
+    #: The Triton path's cuts of the spans, made once a pass for all layers.
+    tilings: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
     """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
+    if use_triton(q.device):
+        from kernels.paged_attention_triton import paged_attention_triton
+
+        return paged_attention_triton(q, k, v, turns, store, at, tiled=tiled)
     whole = q.shape[-1] % 8 == 0  # the native path counts in vectors of eight
     if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32 and whole:
         native = _entry()

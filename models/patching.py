@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,27 @@ class PatchRule:
     def opens(self, position: int, entropy: float, run: int) -> bool:
         """Whether position + 1 opens a patch. `run` is the length of position's patch so far, its own byte included."""
         return position == 0 or entropy > self.threshold or run == self.max_patch_length
+
+    def ends(self, position: int, entropy: list[float], open_start: int) -> list[int]:
+        """Where patches end among the rows at `position`, position + 1, ... with these entropies (nats).
+
+        `open_start` is where the open patch began. The same rule as `opens`, by patches instead of bytes.
+        """
+        if len(entropy) == 1:
+            return [position] if self.opens(position, entropy[0], position - open_start + 1) else []
+        over = np.flatnonzero(np.array(entropy) > self.threshold) + position
+        if position == 0 and (not len(over) or over[0] > 0):
+            over = np.concatenate(([0], over))
+        ends: list[int] = []
+        start = open_start
+        for end in (*over.tolist(), position + len(entropy)):
+            while self.max_patch_length is not None and end - start >= self.max_patch_length:
+                start += self.max_patch_length
+                ends.append(start - 1)
+            if start <= end < position + len(entropy):
+                ends.append(end)
+                start = end + 1
+        return ends
 
     def starts(self, entropy: list[float]) -> list[bool]:
         """Start flags for positions 0..T of a sequence whose rows have these T entropies."""

@@ -252,7 +252,7 @@ class Timings:
     finished: float | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """News of one request: bytes that are verified and past every stop string that could still match.
 

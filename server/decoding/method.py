@@ -15,7 +15,7 @@ class Unmask:
     last_step: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Plan:
     """Decoder rows of one pass, taken whole or not at all.
 
@@ -47,7 +47,7 @@ class Plan:
         return self.start + self.causal
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What the rows gave: the bytes of the selected causal rows, and the block after its step."""
 
@@ -56,7 +56,7 @@ class Outcome:
     block_done: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
     """What a pass settled. `commit` are bytes now fixed; `draft` stands after them, to be taken back or verified.
 

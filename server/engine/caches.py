@@ -46,12 +46,17 @@ class CacheGroup:
         for layer in self.layers:
             layer[:page_size].zero_()
         self.table = np.zeros((rows, -(-max_length // page_size)), dtype=np.int32)
+        self._table = torch.from_numpy(self.table)
         self._first = [0] * rows
         self._last = [0] * rows
 
     def table_on(self, device: torch.device) -> Tensor:
         """The page table int32 [state rows, pages]; on a CPU the very memory of `table`."""
-        return torch.from_numpy(self.table).to(device)
+        return self._table.to(device)
+
+    def covers(self, row: int, length: int) -> bool:
+        """Whether positions below `length` have their pages."""
+        return length <= self._last[row] * self.page_size
 
     def missing(self, row: int, length: int) -> int:
         """Pages that covering positions below `length` would still take."""
@@ -66,9 +71,11 @@ class CacheGroup:
     def cut(self, row: int, length: int) -> None:
         """Give back the pages at and after `length`."""
         keep = max(-(-length // self.page_size), self._first[row])
+        if keep >= self._last[row]:
+            return
         for index in range(keep, self._last[row]):
             self._drop(row, index)
-        self._last[row] = min(self._last[row], keep)
+        self._last[row] = keep
 
     def leave(self, row: int, position: int) -> None:
         """Give back the pages that lie wholly before `position`."""
@@ -131,6 +138,7 @@ class Caches:
                 name, count, page, rows, self.max_length, shapes, kind, device, windows[name]
             )
         self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
+        self._global = self.groups["global"]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
         self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
@@ -139,6 +147,8 @@ class Caches:
             decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
         )  # fmt: skip
         self._rows = list(range(rows - 1, 0, -1))
+        self._page_size = page
+        self._reached = [(0, 0)] * rows
         self._total_rows = rows - 1
 
     def take_row(self) -> int | None:
@@ -147,7 +157,10 @@ class Caches:
 
     def reserve(self, row: int, length: int, patches: int) -> bool:
         """Cover `length` bytes in every byte group and `patches` patches: all of it, or nothing and False."""
-        wanted = [(group, length) for group in self.bytes_groups] + [(self.groups["global"], patches)]
+        # Mostly the pages are there already. Byte groups grow together, so one answers for all.
+        if self.bytes_groups[0].covers(row, length) and self._global.covers(row, patches):
+            return True
+        wanted = [(group, length) for group in self.bytes_groups] + [(self._global, patches)]
         if any(group.missing(row, upto) > group.pool.free for group, upto in wanted):
             return False
         for group, upto in wanted:
@@ -156,17 +169,23 @@ class Caches:
 
     def settle(self, row: int, computed: int, patches: int, open_start: int) -> None:
         """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
+        self._global.cut(row, patches)
+        # Nothing can be left behind before `computed` or the open patch enters another page.
+        reached = (computed // self._page_size, open_start // self._page_size)
+        if self._reached[row] == reached:
+            return
+        self._reached[row] = reached
         for group in self.bytes_groups:
             if group.name == "states":
                 group.leave(row, min(open_start, computed))
             elif group.window is not None:
                 group.leave(row, computed - group.window + 1)
-        self.groups["global"].cut(row, patches)
 
     def release(self, row: int) -> None:
         """Give back a state row with every page it owns."""
         for group in self.groups.values():
             group.clear(row)
+        self._reached[row] = (0, 0)
         self._rows.append(row)
 
     def balanced(self) -> bool:

@@ -43,7 +43,7 @@ class Picks:
         return len(self.index)
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     """Of one sequence's plan: the outcome for its method, log-probabilities where asked for, and whether it failed.
 
@@ -161,6 +161,7 @@ class Chooser:
 
     def _params(self, picks: Picks) -> SelectionParams:
         owners = torch.from_numpy(picks.owners)
+        sampled = bool(self._samples[picks.owners].any())
         penalized = bool(self._penalizes[picks.owners].any())
         forbid_eos = picks.positions < self._eos_from[picks.owners]
         device = self._device
@@ -185,7 +186,7 @@ class Chooser:
             counts=counts,
             prompt_seen=prompt_seen,
             bias=bias,
-            sampled=bool(self._samples[picks.owners].any()),
+            sampled=sampled,
             truncated=bool(self._truncates[picks.owners].any()),
             penalized=penalized,
         )

@@ -293,11 +293,12 @@ class Engine:
         if progress.keep is not None:
             self._scheduler.free_latents(sequence.cut(progress.keep))
         ledger = sequence.ledger
-        for total in (ledger, self._runner.ledger):
-            total.drafted += progress.drafted
-            total.accepted += progress.accepted
-            total.steps += progress.steps
-            total.rounds += progress.rounds
+        if progress.steps or progress.rounds:
+            for total in (ledger, self._runner.ledger):
+                total.drafted += progress.drafted
+                total.accepted += progress.accepted
+                total.steps += progress.steps
+                total.rounds += progress.rounds
         if progress.drafted:
             self._drafts[progress.drafted] += 1
             self._accepted[progress.accepted] += 1
@@ -305,14 +306,16 @@ class Engine:
             sequence.steps += progress.commit_steps or [1] * len(progress.commit)
         before = len(sequence.output.ids)
         delta = self._commit(sequence, progress.commit, self._logprobs(sequence, plan, progress, result))
-        # Less than none where a stop string takes back what earlier rounds gave.
-        kept = max(min(progress.accepted, len(sequence.output.ids) - before), -ledger.kept)
-        ledger.kept += kept
-        self._runner.ledger.kept += kept
+        if progress.accepted or ledger.kept:
+            # Less than none where a stop string takes back what earlier rounds gave.
+            kept = max(min(progress.accepted, len(sequence.output.ids) - before), -ledger.kept)
+            ledger.kept += kept
+            self._runner.ledger.kept += kept
         if delta is not None and delta.finish_reason is not None:
             return delta
         sequence.draft = progress.draft
-        self._runner.write_ids(sequence, sequence.known, progress.draft)
+        if progress.draft:
+            self._runner.write_ids(sequence, sequence.known, progress.draft)
         if progress.commit:
             self._drop_provisional(sequence)
         self._scheduler.free_latents(sequence.forget_patches())

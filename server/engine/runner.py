@@ -8,6 +8,7 @@ result for one row does not depend on the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,7 +62,10 @@ class Runner:
     def write_ids(self, sequence: Sequence, position: int, ids: list[int]) -> None:
         """Store known or drafted ids from `position` on."""
         begin = self._pad + position
-        self._tokens[sequence.row, begin : begin + len(ids)] = ids
+        if len(ids) == 1:
+            self._tokens[sequence.row, begin] = ids[0]
+        elif ids:
+            self._tokens[sequence.row, begin : begin + len(ids)] = ids
 
     def commit(self, sequence: Sequence, ids: list[int]) -> None:
         """Count fixed ids for penalties."""
@@ -218,22 +222,25 @@ class Runner:
         return decoder.embed_tokens(torch.from_numpy(known).to(self._device))
 
     def _latent_slots(self, sequences: list[Sequence], rows: _Rows) -> np.ndarray:
-        slots = np.zeros(len(rows.rows), dtype=np.int64)
-        for sequence, (first, count) in zip(sequences, rows.spans, strict=True):
+        """Slot of the latent that every row reads: draft and block rows the newest, clean rows each its own."""
+        slots: list[int] = []
+        for sequence, (first, _) in zip(sequences, rows.spans, strict=True):
             plan = sequence.plan
             assert plan is not None
-            newest = sequence.patches[-1].slot if sequence.patches else 0
+            closed = sequence.patches[-1].slot if sequence.patches else 0
+            newest = closed
             if plan.provisional and sequence.provisional is not None:
-                slots[first : first + count] = sequence.provisional.slot
-            else:
-                slots[first : first + count] = newest
-            if not plan.draft and plan.causal == 1:
-                slots[first] = newest
-            elif not plan.draft and plan.causal > 1:
+                newest = sequence.provisional.slot
+            if plan.draft:
+                slots += [newest] * plan.causal
+            elif plan.causal == 1:
+                slots.append(closed)
+            elif plan.causal > 1:
                 ends = [patch.end for patch in sequence.patches]
                 own = np.searchsorted(ends, rows.positions[first : first + plan.causal], side="right") - 1
-                slots[first : first + plan.causal] = np.array([patch.slot for patch in sequence.patches])[own]
-        return slots
+                slots += np.array([patch.slot for patch in sequence.patches])[own].tolist()
+            slots += [newest] * len(plan.block_ids)
+        return np.array(slots + [0] * (len(rows.rows) - len(slots)))
 
 
 @dataclass
@@ -249,6 +256,15 @@ class _Rows:
     count: int
     block: np.ndarray | None = None
     ranges: np.ndarray | None = None
+
+    @property
+    def padded(self) -> bool:
+        return self.count < len(self.rows)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """State rows and positions, int32 [N], on the host."""
+        return torch.from_numpy(self.rows), torch.from_numpy(self.positions)
 
 
 class _Group:
@@ -273,13 +289,14 @@ class _Group:
             lows = np.where(inside, first, lows)
             highs = np.where(inside, rows.ranges[:, 1], highs)
         device = self._device
+        owners, positions = rows.tensors
         at = RaggedRows(
             table=self._cache.table_on(device),
-            rows=torch.from_numpy(rows.rows).to(device),
-            positions=torch.from_numpy(rows.positions).to(device),
+            rows=owners.to(device),
+            positions=positions.to(device),
             lows=torch.from_numpy(lows).to(device),
             highs=torch.from_numpy(highs).to(device),
-            spans=rows.spans + [(i, 1) for i in range(rows.count, len(rows.rows))],
+            spans=rows.spans + [(i, 1) for i in range(rows.count, len(rows.rows))] if rows.padded else rows.spans,
             length=self._length,
             page_size=self._cache.page_size,
         )

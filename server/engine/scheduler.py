@@ -90,6 +90,8 @@ class Scheduler:
 
     def fit(self, ready: list[Sequence]) -> list[Sequence]:
         """The plans of one pass, within the row budget; whoever waited longest goes first."""
+        if sum(s.plan.rows for s in ready if s.plan) <= self._settings.max_pass_rows:
+            return ready
         batch: list[Sequence] = []
         rows = 0
         for sequence in sorted(ready, key=lambda s: s.last_pass):

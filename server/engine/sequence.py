@@ -81,15 +81,13 @@ class Sequence:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
         if self.params.return_patches:
             self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
-        for entropy in entropies:
-            position = self.scanned
-            self.scanned += 1
-            if rule.opens(position, entropy, position - self.open_start + 1):
-                self.patches.append(Patch(self.closed, self.open_start, position))
-                self.closed += 1
-                self.open_start = position + 1
-                if self.open_start >= self.prompt_length:
-                    self.starts.append(self.open_start)
+        for end in rule.ends(self.scanned, entropies, self.open_start):
+            self.patches.append(Patch(self.closed, self.open_start, end))
+            self.closed += 1
+            self.open_start = end + 1
+            if self.open_start >= self.prompt_length:
+                self.starts.append(self.open_start)
+        self.scanned += len(entropies)
 
     def pending_patches(self) -> list[Patch]:
         """Closed (or force-closed) patches whose latent is still to be computed."""
@@ -144,12 +142,3 @@ class Sequence:
         while len(self.patches) > 1 and self.patches[1].end <= self.decoded:
             freed.append(self.patches.popleft().slot)
         return freed
-
-    def latent_slot(self, position: int) -> int:
-        """Latent that the clean decoder row at `position` reads: the newest patch closed once its byte is known."""
-        slot = 0
-        for patch in self.patches:
-            if patch.end > position:
-                break
-            slot = patch.slot
-        return slot

@@ -26,9 +26,6 @@ def test_drafting_equals_blt(model: Blt, prompts: list[list[int]], parameters: d
 def test_a_method_that_takes_every_draft_is_found_out(
     model: Blt, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def accept_all(plan: Any, draft: list[int], outcome: Any) -> int:
-        return len(draft)
-
     monkeypatch.setattr(blt_s, "accepted_length", lambda draft, targets: len(draft))
     # The bytes committed are the verification's own, each right only where those before it were.
     tallies = compare(model, dict(enumerate(prompts)), 16, GREEDY)

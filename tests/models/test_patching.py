@@ -62,3 +62,16 @@ def test_entropies_in_nats() -> None:
     logits[1, 7] = 100.0
     logits[2, :2] = 60.0
     assert entropies(logits).tolist() == pytest.approx([math.log(260), 0.0, math.log(2)], abs=1e-5)
+
+
+@given(VALUES, LONGEST, st.lists(st.integers(1, 40), max_size=5))
+def test_ends_by_patches_are_those_by_bytes(values: list[float], longest: int | None, cuts: list[int]) -> None:
+    """However a sequence is cut into chunks."""
+    rule = PatchRule(1.0, longest)
+    ends: list[int] = []
+    position = 0
+    for stop in sorted({min(cut, len(values)) for cut in cuts} | {len(values)}):
+        if stop > position:
+            ends += rule.ends(position, values[position:stop], ends[-1] + 1 if ends else 0)
+            position = stop
+    assert ends == [p for p, starts in enumerate(rule.starts(values)[1:]) if starts]

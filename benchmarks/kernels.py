@@ -1,0 +1,248 @@
+"""The Triton kernels without a GPU: what they compile to, and how many bytes they move.
+
+    python -m benchmarks.kernels --compile [--targets sm_90,gfx942]
+    python -m benchmarks.kernels --traffic
+    python -m benchmarks.kernels --cpu
+
+`--compile` builds every kernel ahead of time and prints registers, spills, shared memory, an estimate of the occupancy
+and the instructions that must be there; it exits 1 on a spill or where one is missing. `--traffic` counts the bytes
+that each kernel loads and stores under the interpreter, beside the least possible and beside what the torch path's
+separate operations move. `--cpu` times the torch path of unmasking and verification against a decoder pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Bytes of shared memory of one multiprocessor.
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
+
+_COLUMNS = {
+    "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32",
+    "seeds": "*i64", "positions": "*i64", "forbid_eos": "*i1", "repetition": "*fp32", "presence": "*fp32",
+    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "bads": "*i1", "confidences": "*fp32",
+    "entropies": "*fp32",
+}  # fmt: skip
+_SELECT = _COLUMNS | {"ids": "*i64", "logprobs": "*fp32"}
+_UNMASK = _COLUMNS | {
+    "size": "i32", "masked": "*i1", "ids": "*i64", "rules": "*i64", "bounds": "*fp32", "last_steps": "*i1",
+    "chosen_ids": "*i64", "chosen_logprobs": "*fp32", "arrivals": "*i32", "new_ids": "*i64", "new_masked": "*i1",
+    "fixed": "*i64", "done": "*i1", "new_logprobs": "*fp32", "block_bad": "*i1",
+}  # fmt: skip
+_VERIFY = {
+    "targets": "*i64", "drafts": "*i64", "lengths": "*i64", "target_stride": "i32", "draft_stride": "i32",
+    "accepted": "*i64", "next_ids": "*i64",
+}  # fmt: skip
+_ROWS = {
+    "turns": "*fp32", "table": "*i32", "rows": "*i32", "positions": "*i32", "table_stride": "i32", "lows": "*i32",
+    "highs": "*i32", "tiles": "*i32", "part_out": "*fp32", "part_peak": "*fp32", "part_total": "*fp32", "span": "i32",
+    "scale": "fp32",
+}  # fmt: skip
+_HASH = {"windows": "*i64", "powers": "*i64", "vocab": "i32", "dim": "i32"}
+#: Integers that are multiples of 16 where the kernels run, as the runtime would find out.
+_SIXTEEN = {"span", "dim", "stride"}
+
+
+#: (heads, key heads, head size, longest span) of attention, by storage type.
+SHAPES = {
+    "fp32": ((8, 4, 32, 1), (16, 16, 64, 1), (16, 4, 128, 1)),
+    "fp16": ((16, 16, 64, 1),),
+    "bf16": ((8, 4, 32, 1), (16, 16, 64, 1), (16, 16, 64, 64), (16, 4, 128, 1), (16, 4, 128, 64)),
+}
+
+
+@dataclass
+class Variant:
+    """One kernel as it is launched: argument types, compile-time constants, options, and what its code must hold."""
+
+    name: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    matrix: bool = False
+
+
+def variants(target: str) -> list[Variant]:
+    """What the shipped and the published shapes launch on a target."""
+    import torch
+    import triton.language as tl
+
+    from kernels.attention import TILE
+    from kernels.paged_attention_triton import MOST_PARTS, attention_shape
+    from kernels.selection_triton import TILE as LOGITS
+    from kernels.selection_triton import WARPS
+
+    found = []
+    exact = {"num_warps": WARPS, "enable_fp_fusion": False}
+    amd = target.startswith("gfx")
+    for name, flags in (("greedy", (0, 0, 0)), ("everything", (1, 1, 1))):
+        booleans = dict(zip(("SAMPLED", "TRUNCATED", "PENALIZED"), map(bool, flags), strict=True)) | {"TILE": LOGITS}
+        found.append(Variant(f"select {name}", "selection_triton.select_kernel", _SELECT, booleans, exact))
+        blocks = booleans | {"BLOCK": 32}
+        found.append(Variant(f"unmask {name}", "unmasking_triton.unmask_kernel", _UNMASK, blocks, exact))
+    found.append(Variant("verify", "verification_triton.verify_kernel", _VERIFY, {"TILE": 64}, {"num_warps": 1}))
+    for dtype, short in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        types = _ROWS | {name: f"*{short}" for name in ("q", "k", "v", "store", "out")}
+        for heads, kv_heads, dim, longest in SHAPES[short]:
+            shape = attention_shape(heads, kv_heads, dim, dtype, longest, amd)
+            if amd and longest > 1:
+                continue  # the same code as for single rows
+            options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+            label = f"{short} D={dim} M={shape['BLOCK']}"
+            constants = {"PAGE": 64, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "KEYS": TILE} | shape
+            constants |= {"PARTS": 1 if dim == 32 else MOST_PARTS, "DOT": getattr(tl, str(dtype)[6:])}
+            attend = "paged_attention_triton.attend_kernel"
+            found.append(Variant(f"attend {label}", attend, types, constants, options, short != "fp32"))
+    # `types` are those of bf16 now: the other types differ in their conversions only.
+    constants = {"PAGE": 64, "WIDTH": 16 * 64, "DIM": 64, "PAIRS": 8 * 64}
+    found.append(Variant("write bf16", "paged_attention_triton.write_kernel", types, constants))
+    constants = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "BLOCK": 16, "PARTS": MOST_PARTS}
+    found.append(Variant("merge bf16", "paged_attention_triton.merge_kernel", types, constants))
+    types = _HASH | {name: "*bf16" for name in ("byte_table", "hash_table", "out")}
+    constants = {"WINDOW": 8, "TABLES": 6, "WINDOW_TILE": 8, "TABLE_TILE": 8, "BLOCK": 256}
+    found.append(Variant("hash bf16", "hash_embedding_triton.hash_kernel", types, constants, {"num_warps": 2}))
+    return found
+
+
+def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
+    """Compile for a target that need not be here, and read the code."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = variant.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
+    signature = {arg: "constexpr" if arg in variant.constants else variant.types[arg] for arg in kernel.arg_names}
+    # Without these the compiler must assume unaligned rows, and neither vectors nor asynchronous copies appear.
+    aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind[0] == "*" or arg in _SIXTEEN]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    source = ASTSource(kernel, signature, constexprs=variant.constants, attrs=attrs)
+    built = triton.compile(source, target=gpu, options={"num_warps": 4, **variant.options})
+    warps, shared = variant.options.get("num_warps", 4), int(built.metadata.shared)
+    if gpu.backend == "hip":
+        text = built.asm["amdgcn"]
+        numbers = {key: int(value) for key, value in re.findall(r"\.(\w+_count|private_segment\w+): *(\d+)", text)}
+        registers, spills = numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        resident = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        most = 32
+    else:
+        registers, spills, text = _cuda(built.asm["cubin"], Path(triton.__file__).parent)
+        resident = 65536 // (-(-registers // 8) * 8 * 32)
+        most = 64
+    blocks = min(resident // warps, SHARED[target] // max(shared, 1), 32)
+    return {
+        "kernel": variant.name,
+        "target": target,
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "occupancy": round(min(blocks * warps, most) / most, 2),
+        "matrix": dict(sorted(_count(MATRIX.findall(text)).items())),
+        "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)", text)),
+        "matrix_wanted": variant.matrix,
+    }
+
+
+def _cuda(cubin: bytes, package: Path) -> tuple[int, int, str]:
+    """Registers, spilling instructions and code of a cubin, read with the tools that come with Triton."""
+    tools = package / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    registers = max(int(value) for value in re.findall(r"REG:(\d+)", usage))
+    return registers, len(re.findall(r"\b(?:STL|LDL)\b", code)), code
+
+
+def _count(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in set(names)}
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What is wrong with one compiled kernel."""
+    wrong = ["spills"] if result["spills"] else []
+    if result["shared"] > SHARED[result["target"]]:
+        wrong.append("too much shared memory")
+    if result["matrix_wanted"] and not result["matrix"]:
+        wrong.append("no matrix instructions")
+    if result["matrix_wanted"] and result["target"].startswith("sm_") and not result["async_copies"]:
+        wrong.append("no asynchronous copies")
+    return wrong
+
+
+def compile_all(targets: list[str]) -> list[dict[str, Any]]:
+    """Every variant for every target, two targets at a time, each in a process that the interpreter cannot reach."""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTBLT_KERNELS"}
+    environment |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+
+    def one(target: str) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as cache:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.kernels", "--worker", target],
+                env=environment | {"TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+            )
+        if done.returncode:
+            raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        return [result for results in pool.map(one, targets) for result in results]
+
+
+def report_compile(targets: list[str]) -> int:
+    begun = time.perf_counter()
+    results = compile_all(targets)
+    print(
+        f"{'kernel':24} {'target':7} {'registers':>9} {'spills':>6} {'shared':>7} {'occupancy':>9} {'async':>5}  matrix"
+    )
+    bad = 0
+    for r in results:
+        wrong = faults(r)
+        bad += bool(wrong)
+        matrix = " ".join(f"{name}:{count}" for name, count in r["matrix"].items())
+        print(
+            f"{r['kernel']:24} {r['target']:7} {r['registers']:9} {r['spills']:6} {r['shared']:7} {r['occupancy']:9.0%} "
+            f"{r['async_copies']:5}  {matrix} {', '.join(wrong)}".rstrip()
+        )
+    print(f"{len(results)} kernels in {time.perf_counter() - begun:.1f} s, {bad} with faults")
+    return 1 if bad else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        json.dump([compile_variant(variant, options.worker) for variant in variants(options.worker)], sys.stdout)
+        return 0
+    if options.compile:
+        return report_compile(options.targets.split(","))
+    parser.error("nothing to do")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

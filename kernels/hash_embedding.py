@@ -1,0 +1,41 @@
+"""Byte embeddings plus hashed n-gram embeddings, all tables in one pass.
+
+A row's window holds its last W ids, its own last (what lies before the start of the text is id 0). With E the byte
+table, T the stacked hash tables of V rows each and m_t the multipliers of table t, zero where its n-gram does not
+reach,
+
+    h_t = (sum_j window[j] m_t[j])  in wrapping int64,  floor-mod V         out = E[window[-1]] + sum_t T[t V + h_t]
+
+Shapes: windows int64 [..., W], powers int64 [tables, W], offsets int64 [tables] (t V), E [260, d], T [tables V, d].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from kernels.backend import use_triton
+
+
+def hash_embedding_torch(
+    windows: Tensor, powers: Tensor, offsets: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
+) -> Tensor:
+    """Embeddings [..., d]; see the module for shapes. Differentiable in both tables."""
+    embedded = embedding(windows[..., -1], byte_table)
+    if len(powers) == 0:
+        return embedded
+    hashes = (windows.unsqueeze(-2) * powers).sum(-1) % vocab
+    return embedded + embedding(hashes + offsets, hash_table).sum(-2)
+
+
+def hash_embedding(
+    windows: Tensor, powers: Tensor, offsets: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
+) -> Tensor:
+    """The launcher: picks the implementation for the tensors' device. See `hash_embedding_torch`."""
+    learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
+    if use_triton(windows.device) and not learning and len(powers):
+        from kernels.hash_embedding_triton import hash_embedding_triton
+
+        return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
+    return hash_embedding_torch(windows, powers, offsets, vocab, byte_table, hash_table)
