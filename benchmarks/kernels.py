@@ -28,7 +28,8 @@ from typing import Any
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Bytes of shared memory of one multiprocessor.
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
-MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
+MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma\w*)")
+ASYNC = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)")
 
 _COLUMNS = {
     "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32",
@@ -143,7 +144,8 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
         resident = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
         most = 32
     else:
-        registers, spills, text = _cuda(built.asm["cubin"], Path(triton.__file__).parent)
+        text = built.asm["ptx"]
+        registers, spills = _cuda(built.asm["cubin"], Path(triton.__file__).parent)
         resident = 65536 // (-(-registers // 8) * 8 * 32)
         most = 64
     blocks = min(resident // warps, SHARED[target] // max(shared, 1), 32)
@@ -155,23 +157,20 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
         "shared": shared,
         "occupancy": round(min(blocks * warps, most) / most, 2),
         "matrix": dict(sorted(_count(MATRIX.findall(text)).items())),
-        "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)", text)),
+        "async_copies": len(ASYNC.findall(text)),
         "matrix_wanted": variant.matrix,
     }
 
 
-def _cuda(cubin: bytes, package: Path) -> tuple[int, int, str]:
-    """Registers, spilling instructions and code of a cubin, read with the tools that come with Triton."""
-    tools = package / "backends" / "nvidia" / "bin"
+def _cuda(cubin: bytes, package: Path) -> tuple[int, int]:
+    """Registers, and the bytes of local memory a thread spills to, as the tool that comes with Triton reads them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    registers = max(int(value) for value in re.findall(r"REG:(\d+)", usage))
-    return registers, len(re.findall(r"\b(?:STL|LDL)\b", code)), code
+        tool = package / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
 
 
 def _count(names: list[str]) -> dict[str, int]:

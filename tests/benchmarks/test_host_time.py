@@ -42,6 +42,6 @@ def test_host_time_of_every_method(model: Blt) -> None:
     assert len(rows) == 8
     for name, row in rows.items():
         assert 0 < row["host_share"] < 1.2, name
-        assert 0 < row["host_us_per_request"] <= row["host_us_per_pass"]
+        assert 0 < row["host_us_per_request"] <= row["host_us_per_pass"] * 1.001
         assert row["requests_per_pass"] <= row["requests"]
     assert rows["blt, 1"]["requests_per_pass"] == 1

@@ -59,6 +59,12 @@ def test_pages_balance_over_random_use(seed: int) -> None:
     assert store.balanced()
 
 
+def test_few_and_short_requests_need_no_room_for_a_whole_pass() -> None:
+    blt = model(3)
+    small = settings(max_running=1, max_model_len=100, max_pass_rows=4096, cache_bytes=None)
+    assert Caches(blt, blt.config, small, torch.device("cpu"), torch.float32).max_length == 100
+
+
 def test_too_little_memory_says_how_much_is_needed() -> None:
     with pytest.raises(ValueError, match="give at least"):
         caches(cache_bytes=1000)

@@ -1,0 +1,43 @@
+"""The Triton kernels under their interpreter, in processes of their own: it must be chosen before triton is imported.
+
+By hand: FASTBLT_KERNELS=triton python -m pytest tests/kernels/triton_cases/selection_cases.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).parent / "triton_cases"
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
+
+
+def run(*names: str) -> None:
+    environment = os.environ | {"FASTBLT_KERNELS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # The outer run's plugin settings are not for the inner one.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--durations=5"]
+    done = subprocess.run(
+        [*command, *(str(CASES / f"{name}_cases.py") for name in names)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_selection_unmasking_and_verification() -> None:
+    run("selection", "unmasking", "verification")
+
+
+def test_attention_and_hash_embedding() -> None:
+    run("attention", "hash_embedding")
