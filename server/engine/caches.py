@@ -222,9 +222,10 @@ def _sizes(
     unbounded = [name for name in windows if name not in windowed]
     each_page = page * sum(per_slot[name] for name in unbounded)
     count = min(max(budget - cost, 0) // each_page, settings.max_running * longest)
-    if count < chunk:
+    least = min(chunk, longest)
+    if count < least:
         raise ValueError(
-            f"cache_bytes = {budget} holds less than one request: give at least {cost + chunk * each_page}"
+            f"cache_bytes = {budget} holds less than one request: give at least {cost + least * each_page}"
         )
     for name in unbounded:
         pages[name] = count
