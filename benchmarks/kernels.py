@@ -7,7 +7,8 @@
 `--compile` builds every kernel ahead of time and prints registers, spills, shared memory, an estimate of the occupancy
 and the instructions that must be there; it exits 1 on a spill or where one is missing. `--traffic` counts the bytes
 that each kernel loads and stores under the interpreter, beside the least possible and beside what the torch path's
-separate operations move. `--cpu` times the torch path of unmasking and verification against a decoder pass.
+separate operations move. `--cpu` times the torch path of unmasking and verification against a decoder pass, and exits 1
+where greedy unmasking or verification takes more than a tenth of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +36,8 @@ ASYNC = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)")
 _COLUMNS = {
     "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32",
     "seeds": "*i64", "positions": "*i64", "forbid_eos": "*i1", "repetition": "*fp32", "presence": "*fp32",
-    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "bads": "*i1", "confidences": "*fp32",
-    "entropies": "*fp32",
+    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "bads": "*i1",
+    "confidences": "*fp32", "entropies": "*fp32",
 }  # fmt: skip
 _SELECT = _COLUMNS | {"ids": "*i64", "logprobs": "*fp32"}
 _UNMASK = _COLUMNS | {
@@ -54,7 +56,7 @@ _ROWS = {
 }  # fmt: skip
 _HASH = {"windows": "*i64", "powers": "*i64", "vocab": "i32", "dim": "i32"}
 #: Integers that are multiples of 16 where the kernels run, as the runtime would find out.
-_SIXTEEN = {"span", "dim", "stride"}
+_SIXTEEN = {"span", "dim"}
 
 
 #: (heads, key heads, head size, longest span) of attention, by storage type.
@@ -97,7 +99,7 @@ def variants(target: str) -> list[Variant]:
         found.append(Variant(f"unmask {name}", "unmasking_triton.unmask_kernel", _UNMASK, blocks, exact))
     found.append(Variant("verify", "verification_triton.verify_kernel", _VERIFY, {"TILE": 64}, {"num_warps": 1}))
     for dtype, short in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-        types = _ROWS | {name: f"*{short}" for name in ("q", "k", "v", "store", "out")}
+        types = _ROWS | dict.fromkeys(("q", "k", "v", "store", "out"), f"*{short}")
         for heads, kv_heads, dim, longest in SHAPES[short]:
             shape = attention_shape(heads, kv_heads, dim, dtype, longest, amd)
             if amd and longest > 1:
@@ -113,7 +115,7 @@ def variants(target: str) -> list[Variant]:
     found.append(Variant("write bf16", "paged_attention_triton.write_kernel", types, constants))
     constants = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "BLOCK": 16, "PARTS": MOST_PARTS}
     found.append(Variant("merge bf16", "paged_attention_triton.merge_kernel", types, constants))
-    types = _HASH | {name: "*bf16" for name in ("byte_table", "hash_table", "out")}
+    types = _HASH | dict.fromkeys(("byte_table", "hash_table", "out"), "*bf16")
     constants = {"WINDOW": 8, "TABLES": 6, "WINDOW_TILE": 8, "TABLE_TILE": 8, "BLOCK": 256}
     found.append(Variant("hash bf16", "hash_embedding_triton.hash_kernel", types, constants, {"num_warps": 2}))
     return found
@@ -222,17 +224,121 @@ def report_compile(targets: list[str]) -> int:
         bad += bool(wrong)
         matrix = " ".join(f"{name}:{count}" for name, count in r["matrix"].items())
         print(
-            f"{r['kernel']:24} {r['target']:7} {r['registers']:9} {r['spills']:6} {r['shared']:7} {r['occupancy']:9.0%} "
-            f"{r['async_copies']:5}  {matrix} {', '.join(wrong)}".rstrip()
+            f"{r['kernel']:24} {r['target']:7} {r['registers']:9} {r['spills']:6} {r['shared']:7} "
+            f"{r['occupancy']:9.0%} {r['async_copies']:5}  {matrix} {', '.join(wrong)}".rstrip()
         )
     print(f"{len(results)} kernels in {time.perf_counter() - begun:.1f} s, {bad} with faults")
     return 1 if bad else 0
+
+
+class Meter:
+    """Counts what the interpreter's kernels load and store: an address once a load or store of a program."""
+
+    def __init__(self, inner: Any, interface: list[Any]) -> None:
+        self._inner = inner
+        self._ranges = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in interface]
+        self._seen: list[Any] = []
+        self.loaded = self.stored = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self.loaded += self._count(pointers, mask, dtype.itemsize)
+        return self._inner.load(pointers, mask, other, dtype)
+
+    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
+        self.stored += self._count(pointers, mask, value.dtype.itemsize)
+        return self._inner.store(pointers, value, mask)
+
+    def _count(self, pointers: Any, mask: Any, size: int) -> int:
+        import numpy as np
+
+        addresses = np.unique(pointers[mask])
+        self._seen.append((addresses[:, None] + np.arange(size, dtype=addresses.dtype)).ravel())
+        return addresses.size * size
+
+    def least(self) -> int:
+        """The bytes of the operation's own arguments and results that were touched, each counted once."""
+        import numpy as np
+
+        touched = np.unique(np.concatenate(self._seen))
+        inside = np.zeros(touched.shape, dtype=bool)
+        for begin, length in dict.fromkeys(self._ranges):
+            inside |= (touched >= begin) & (touched < begin + length)
+        return int(inside.sum())
+
+
+def torch_bytes(call: Callable[[], Any]) -> int:
+    """What the operations of a torch function read and write, each its arguments and its result; views are free."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten
+
+    total = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal total
+            out = func(*args, **(kwargs or {}))
+            name = func._schema.name.removeprefix("aten::")
+            given, made = (
+                [t for t in tree_flatten(x)[0] if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out)
+            )
+            if func.is_view or name.startswith("empty"):
+                return out
+            if name in ("embedding", "index", "index_select", "gather"):
+                given = given[1:] + made  # of the table only what is taken
+            elif name == "index_copy_":
+                given, made = given[1:], given[-1:]
+            total += sum(t.numel() * t.element_size() for t in given + made)
+            return out
+
+    with Counting():
+        call()
+    return total
+
+
+def report_traffic() -> int:
+    import triton.runtime.interpreter as interpreter
+
+    from benchmarks.kernel_cases import cases
+
+    print(f"{'operation':34} {'loaded':>9} {'stored':>9} {'least':>9} {'ratio':>6} {'torch':>10} {'ratio':>6}")
+    for case in cases():
+        meter = Meter(interpreter._interpreter, case.arguments)
+        interpreter._interpreter = meter
+        try:
+            results = case.fused()
+        finally:
+            interpreter._interpreter = meter._inner
+        meter._ranges += Meter(None, results)._ranges
+        moved, least, apart = meter.loaded + meter.stored, meter.least(), torch_bytes(case.unfused)
+        print(
+            f"{case.name:34} {meter.loaded:9,} {meter.stored:9,} {least:9,} {moved / least:6.2f} {apart:10,} "
+            f"{apart / least:6.1f}"
+        )
+    return 0
+
+
+def report_cpu() -> int:
+    from benchmarks.kernel_cases import cpu_shares
+
+    shares = {}
+    for name, share, milliseconds in cpu_shares():
+        shares[name] = share
+        print(f"{name:38} {milliseconds:8.2f} ms {share:7.1%} of a decoder pass")
+    # Noise and sorting cost what they cost; the bound is for choosing positions and greedy bytes, and for verifying.
+    bounded = [share for name, share in shares.items() if name.endswith("greedy") or name.startswith("verification")]
+    return 1 if max(bounded) > 0.1 else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--traffic", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -240,6 +346,15 @@ def main() -> int:
         return 0
     if options.compile:
         return report_compile(options.targets.split(","))
+    if options.traffic:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Chosen before triton is imported, so in a fresh process.
+            return subprocess.run(
+                [sys.executable, *sys.orig_argv[1:]], env=os.environ | {"TRITON_INTERPRET": "1"}
+            ).returncode
+        return report_traffic()
+    if options.cpu:
+        return report_cpu()
     parser.error("nothing to do")
 
 

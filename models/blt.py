@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import latent_attention, masked_attention
+from kernels.hash_embedding import hash_embedding
 from models.config import BltConfig, StackConfig
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, Rope, SelfAttend, rotate
 from models.patching import PatchRule, entropies
@@ -198,11 +199,14 @@ class Blt(nn.Module):
 
         hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table (digest §1.3.2).
         """
-        embedded = self.local_encoder.embed_tokens(windows[..., -1])
-        if self.config.num_hash_tables == 0:
-            return embedded
-        hashes = (windows.unsqueeze(-2) * self._hash_powers).sum(-1) % self.config.hash_group_vocab
-        return embedded + self.encoder_hash_tok_embedding(hashes + self._hash_offsets).sum(-2)
+        return hash_embedding(
+            windows,
+            self._hash_powers,
+            self._hash_offsets,
+            self.config.hash_group_vocab,
+            self.local_encoder.embed_tokens.weight,
+            self.encoder_hash_tok_embedding.weight,
+        )
 
     def decoder_rows(self, ids: Tensor, states: Tensor) -> Tensor:
         """What clean decoder rows start from: encoder states, or a lookup of ids [...] (design §2.4)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels.noise import mix_seed
 from kernels.selection import Selection, SelectionParams, select
-from kernels.unmasking import unmask
+from kernels.unmasking import ONE_STEP, unmask
 from models.vocabulary import MASK_ID, VOCAB_SIZE
 from server.decoding.method import Outcome
 from server.engine.sequence import Sequence
@@ -172,12 +173,17 @@ class Chooser:
                 if extra:
                     counts[at] += torch.bincount(torch.tensor(extra), minlength=VOCAB_SIZE).int()
             counts, prompt_seen, bias = counts.to(device), prompt_seen.to(device), bias.to(device)
+
+        def drawing(values: Tensor) -> Tensor:
+            # A greedy pass reads none of these: the null row's stand for all.
+            return (values[owners] if sampled else values[:1].expand(len(owners))).to(device)
+
         return SelectionParams(
-            temperature=self._temperature[owners].to(device),
-            top_k=self._top_k[owners].to(device),
-            top_p=self._top_p[owners].to(device),
-            min_p=self._min_p[owners].to(device),
-            seeds=self._seeds[owners].to(device),
+            temperature=drawing(self._temperature),
+            top_k=drawing(self._top_k),
+            top_p=drawing(self._top_p),
+            min_p=drawing(self._min_p),
+            seeds=drawing(self._seeds),
             positions=torch.from_numpy(picks.positions).to(device),
             forbid_eos=torch.from_numpy(forbid_eos).to(device),
             repetition=self._repetition[owners].to(device) if penalized else None,
@@ -195,9 +201,10 @@ class Chooser:
         self, sequences: list[Sequence], picks: Picks, logits: Tensor, chosen: Selection, results: list[Result]
     ) -> None:
         ids, bad = chosen.ids.tolist(), chosen.bad.tolist()
+        healthy = True not in bad
         for sequence, (first, count), result in zip(sequences, picks.causal, results, strict=True):
             result.outcome.ids = ids[first : first + count]
-            result.bad = any(bad[first : first + count])
+            result.bad = not healthy and any(bad[first : first + count])
             if sequence.params.logprobs is not None and count and not result.bad:
                 span = slice(first, first + count)
                 result.logprobs = _logprobs(logits[span], result.outcome.ids, sequence.params.logprobs)
@@ -212,43 +219,46 @@ class Chooser:
             for sequence, (first, count), result in zip(sequences, picks.blocks, results, strict=True)
             if count
         ]
-        widest = max(count for _, _, count, _ in blocks)
-        rows = np.zeros((len(blocks), widest), dtype=np.int64)
-        ids = np.zeros((len(blocks), widest), dtype=np.int64)
-        masked = np.zeros((len(blocks), widest), dtype=bool)
-        for at, (sequence, first, count, _) in enumerate(blocks):
-            plan = sequence.plan
-            assert plan is not None
-            rows[at, :count] = np.arange(first, first + count)
-            ids[at, :count] = plan.block_ids
-            masked[at, :count] = ids[at, :count] == MASK_ID
-            if plan.select:
-                # The causal row before the block gives its first byte.
-                masked[at, 0] = False
-        index = torch.from_numpy(rows.reshape(-1)).to(self._device)
-        unmasks = [sequence.plan.unmask for sequence, *_ in blocks if sequence.plan is not None]
+        plans = [sequence.plan for sequence, *_ in blocks if sequence.plan is not None]
+        counts = np.array([count for _, _, count, _ in blocks])
+        widest = int(counts.max())
+        inside = np.arange(widest) < counts[:, None]
+        ids = np.zeros(inside.shape, dtype=np.int64)
+        ids[inside] = list(chain.from_iterable(plan.block_ids for plan in plans))
+        masked = ids == MASK_ID
+        # Where a causal row goes before the block, it gives the first byte.
+        masked[[plan.select > 0 for plan in plans], 0] = False
+        if not inside.all():
+            rows = np.where(inside, (counts.cumsum() - counts)[:, None] + np.arange(widest), 0)
+            index = torch.from_numpy(rows.reshape(-1)).to(self._device)
+            padded, params = logits[index], _at(params, index)
+        else:
+            padded = logits
+        unmasks = [plan.unmask for plan in plans if plan.unmask is not None]
         step = unmask(
-            logits[index].view(len(blocks), widest, -1),
+            padded.view(len(blocks), widest, -1),
             torch.from_numpy(masked).to(self._device),
             torch.from_numpy(ids).to(self._device),
-            _at(params, index),
-            torch.tensor([u.rule for u in unmasks if u], device=self._device),
-            torch.tensor([u.bound for u in unmasks if u], device=self._device),
-            torch.tensor([u.last_step for u in unmasks if u], device=self._device),
+            params,
+            torch.tensor([u.rule for u in unmasks], device=self._device),
+            torch.tensor([u.bound for u in unmasks], device=self._device),
+            torch.tensor([u.last_step for u in unmasks], device=self._device),
+            everything=all(u.last_step or u.rule == ONE_STEP for u in unmasks),
         )
         new, done, bad = step.ids.tolist(), step.done.tolist(), step.bad.tolist()
-        left = step.masked.tolist()
         for at, (sequence, first, count, result) in enumerate(blocks):
-            result.outcome.block_ids = [MASK_ID if left[at][i] else new[at][i] for i in range(count)]
-            if sequence.plan is not None and sequence.plan.select:
-                result.outcome.block_ids[0] = result.outcome.ids[-1]
-            result.outcome.block_done = done[at]
+            outcome = result.outcome
+            # What is still masked has kept its id, [MASK].
+            outcome.block_ids = new[at][:count]
+            if plans[at].select:
+                outcome.block_ids[0] = outcome.ids[-1]
+            outcome.block_done = done[at]
             result.bad = result.bad or bad[at]
             if sequence.params.logprobs is not None and not result.bad:
+                fixed = masked[at, :count] & (np.array(new[at][:count]) != MASK_ID)
                 # What is still masked has no byte to give a value for; any id will do.
-                ids_now = [i if i != MASK_ID else 0 for i in new[at][:count]]
-                values = _logprobs(logits[first : first + count], ids_now, sequence.params.logprobs)
-                fixed = [masked[at, i] and not left[at][i] for i in range(count)]
+                given = [token if token != MASK_ID else 0 for token in new[at][:count]]
+                values = _logprobs(logits[first : first + count], given, sequence.params.logprobs)
                 result.block_logprobs = [v if f else None for v, f in zip(values, fixed, strict=True)]
 
 

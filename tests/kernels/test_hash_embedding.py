@@ -15,9 +15,7 @@ SHAPES = [((3, 4, 5, 6, 7, 8), 1, 509, 48), ((3, 5), 3, 61, 300), ((2, 3, 4), 2,
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
-def test_random_windows(
-    shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_random_windows(shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     sizes, functions, vocab, dim = shape
     generator = torch.Generator().manual_seed(vocab)
     tables = len(sizes) * functions

@@ -41,3 +41,7 @@ def test_selection_unmasking_and_verification() -> None:
 
 def test_attention_and_hash_embedding() -> None:
     run("attention", "hash_embedding")
+
+
+def test_the_whole_engine() -> None:
+    run("engine")
