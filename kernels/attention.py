@@ -59,17 +59,3 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         out = out + (weight[..., None] * tile).sum(2)
     out = out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     return out.view(requests, queries, heads, dim).to(q.dtype)
-
-
-def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each row's queries over its own few keys: q [..., H, D], k and v [..., K, Hkv, D] -> [..., H, D].
-
-    The decoder's cross-attention: K is the latents per patch, 1 to 4, so plain products beat any fused kernel.
-    """
-    heads, dim = q.shape[-2:]
-    kv_heads = k.shape[-2]
-    if heads != kv_heads:
-        k = k.repeat_interleave(heads // kv_heads, dim=-2)
-        v = v.repeat_interleave(heads // kv_heads, dim=-2)
-    weights = torch.softmax((q.unsqueeze(-3) * k).sum(-1).float() * dim**-0.5, dim=-2).to(q.dtype)
-    return (weights.unsqueeze(-1) * v).sum(-3)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import latent_attention, masked_attention
+from kernels.attention import masked_attention
 from kernels.hash_embedding import hash_embedding
+from kernels.latent_attention import latent_attention
 from models.config import BltConfig, StackConfig
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, Rope, SelfAttend, rotate
 from models.patching import PatchRule, entropies

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention import latent_attention
+from kernels.latent_attention import latent_attention
 from models.blt import Blt
 from models.layers import CrossAttention, Rope, rotate
 from models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles

@@ -8,15 +8,16 @@ result for one row does not depend on the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention import TILE
+from kernels.latent_attention import stored_latent_attention
 from kernels.paged_attention import RaggedRows, paged_attention
-from models.blt import Blt, LatentRows
+from models.blt import Blt
 from models.config import StackConfig
 from models.layers import Rope
 from models.patching import entropies
@@ -137,8 +138,9 @@ class Runner:
         if any(plan is not None and plan.block_ids for plan in plans):
             self._open_blocks(sequences, rows)
         x = self._decoder_input(rows)
-        latents = self._caches.latents[torch.from_numpy(self._latent_slots(sequences, rows)).to(self._device)]
-        hidden = self._model.local_decoder(x, self._groups["decoder"].attend(rows), LatentRows(latents))
+        slots = torch.from_numpy(self._latent_slots(sequences, rows)).to(self._device)
+        read = partial(_read_latents, self._caches.latents, slots)
+        hidden = self._model.local_decoder(x, self._groups["decoder"].attend(rows), read)
         self.ledger.decoder += 1
         for sequence in sequences:
             sequence.ledger.decoder += 1
@@ -240,7 +242,12 @@ class Runner:
                 own = np.searchsorted(ends, rows.positions[first : first + plan.causal], side="right") - 1
                 slots += np.array([patch.slot for patch in sequence.patches])[own].tolist()
             slots += [newest] * len(plan.block_ids)
-        return np.array(slots + [0] * (len(rows.rows) - len(slots)))
+        return np.array(slots + [0] * (len(rows.rows) - len(slots)), dtype=np.int64)
+
+
+def _read_latents(store: Tensor, slots: Tensor, layer: int, q: Tensor) -> Tensor:
+    """The decoder's cross-attention for one pass, every row over the latent at its slot."""
+    return stored_latent_attention(q, store, layer, slots)
 
 
 @dataclass
