@@ -41,6 +41,16 @@ def _within(value: float | None, low: float, high: float, name: str, *, open_low
         )
 
 
+def _member(value: str | None, kind: type[StrEnum], name: str) -> StrEnum | None:
+    """A member of `kind` from its name, or None. Raises InvalidRequestError with the names there are."""
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequestError(f"{name} must be one of {', '.join(kind)}, not {value!r}", name) from None
+
+
 class DecodingMethod(StrEnum):
     BLT = "blt"
     BLT_D = "blt-d"
@@ -88,6 +98,8 @@ class DecodingParams:
     paper_accounting: bool | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("method", DecodingMethod), ("unmasking", Unmasking), ("entropy_rule", EntropyRule)):
+            object.__setattr__(self, name, _member(getattr(self, name), kind, f"decoding.{name}"))
         _within(self.block_size, 1, MAX_BLOCK_SIZE, "decoding.block_size")
         _within(self.draft_length, 1, MAX_DRAFT_LENGTH, "decoding.draft_length")
         _within(self.confidence_threshold, 0.0, 1.0, "decoding.confidence_threshold")

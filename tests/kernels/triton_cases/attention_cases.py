@@ -14,19 +14,20 @@ SHAPES = [(4, 4, 16, 16), (4, 2, 32, 64), (6, 2, 64, 64), (2, 1, 128, 32), (3, 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("least_part", [512, 64])
+@pytest.mark.parametrize("least_part", [512, 128, 64])
 def test_chunks_blocks_windows_and_rewrites(
     shape: tuple[int, int, int, int], least_part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Causal, windowed, tentative and block rows in one launch; with short parts every request has several."""
+    """Causal, windowed, tentative and block rows in one launch, in one part, in parts of two tiles, and of one."""
     monkeypatch.setattr(kernels.paged_attention_triton, "LEAST_PART", least_part)
     world = World(sum(shape), shape)
-    rest = 70 if least_part == 64 else 9
-    world.check(paged_attention, world.rows([(0, 0, rest), (1, 0, 1), (2, 0, 5), (3, 0, 12)]), 2e-5)
-    # A causal row, its newest slot written again, a block that sees past itself, a window, and a row with its block.
-    spans = [(0, rest, 1), (1, 0, 1), (2, 5, 4), (3, 12, 1), (0, rest + 1, 3)]
-    ranges = [(0, rest + 1), (0, 1), *[(2, 9)] * 4, (7, 13), (3, rest + 2), *[(4, rest + 4)] * 2]
+    world.check(paged_attention_torch, world.rows([(0, 0, 150), (1, 0, 90), (2, 0, 5)]), 2e-5)
+    # A chunk, a first row, a block that sees past itself, a windowed row, and a row with its block.
+    spans = [(1, 90, 9), (3, 0, 1), (2, 5, 4), (0, 150, 4)]
+    ranges = [*[(0, p + 1) for p in range(90, 99)], (0, 1), *[(2, 9)] * 4, (70, 151), *[(71, 154)] * 3]
     world.check(paged_attention, world.rows(spans, ranges), 2e-5)
+    # A slot written again.
+    world.check(paged_attention, world.rows([(0, 150, 1), (3, 0, 1)]), 2e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.004), (torch.bfloat16, 0.03)])
@@ -66,13 +67,19 @@ def test_a_row_does_not_depend_on_its_batch(least_part: int, monkeypatch: pytest
     for page in (16, 64):
         world = World(7, (2, 1, 16, page))
         q, k, v = world.random(2 * 72)
-        whole = world.rows([(0, 0, 72), (1, 0, 72)])
+        # One request is causal, the other has a window: where its rows begin, its tiles of keys do not.
+        windowed = [max(0, p - 39) for p in range(72)]
+        whole = world.rows(
+            [(0, 0, 72), (1, 0, 72)], [(0, p + 1) for p in range(72)] + [(windowed[p], p + 1) for p in range(72)]
+        )
         outs.append(paged_attention(q, k, v, world.turns, world.store, whole, tiled=True))
         world.store.fill_(float("nan"))
         parts = torch.empty_like(q)
         for first, count in ((0, 67), (67, 4), (71, 1)):
             index = torch.cat([torch.arange(first, first + count), torch.arange(72 + first, 72 + first + count)])
-            at = world.rows([(0, first, count), (1, first, count)])
+            some = range(first, first + count)
+            ranges = [(0, p + 1) for p in some] + [(windowed[p], p + 1) for p in some]
+            at = world.rows([(0, first, count), (1, first, count)], ranges)
             parts[index] = paged_attention(q[index], k[index], v[index], world.turns, world.store, at, tiled=True)
         outs.append(parts)
     for other in outs[1:]:

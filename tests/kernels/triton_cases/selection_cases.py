@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from kernels.noise import gumbel
-from kernels.selection import select, select_torch
-from kernels.selection_triton import gumbel_row
+from kernels.selection import _truncated, select, select_torch
+from kernels.selection_triton import _keys, _truncate, gumbel_row
 from tests.kernels.rows import LOGITS, bits, pack, random_logits, random_row
 from tests.kernels.test_selection import (  # noqa: F401
     DISTINCT,
     flat,
-    test_forbidden_ids_are_never_produced,
     test_greedy_takes_the_lowest_of_equals,
     test_greedy_tells_scores_apart_that_log_softmax_rounds_to_one,
     test_nan_and_positive_infinity_make_a_row_bad,
@@ -32,8 +31,6 @@ from tests.kernels.test_selection import (  # noqa: F401
 )
 from tests.oracles import selection_oracle as oracle
 from tests.oracles.selection_oracle import Row
-
-del test_forbidden_ids_are_never_produced  # thousands of rows
 
 
 @triton.jit
@@ -81,6 +78,37 @@ def test_random_rows(dtype: torch.dtype, written: Callable[[Any], None]) -> None
             np.testing.assert_allclose(result.logprobs[index].item(), expected.logprob, rtol=1e-6, atol=1e-5)
             torch.testing.assert_close(result.logprobs[index], plain.logprobs[index], rtol=1e-6, atol=1e-6)
     assert close < 5
+
+
+@triton.jit
+def _truncate_kernel(scores, top_k, top_p, min_p, out):
+    row = tl.program_id(0)
+    lanes = tl.arange(0, 512)
+    inside = lanes < 260
+    values = tl.load(scores + row * 260 + lanes, mask=inside, other=float("-inf"))
+    e = tl.exp(values - tl.max(values, 0))
+    stays = _truncate(_keys(values, lanes), e, tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row))
+    tl.store(out + row * 260 + lanes, stays, mask=inside)
+
+
+def test_what_truncation_keeps() -> None:
+    """The kept ids themselves: a draw seldom falls on the one at the boundary."""
+    rng = np.random.default_rng(3)
+    kinds = rng.choice(["normal", "ties", "constant", "sparse", "alone"], 40)
+    scores = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    rows = [random_row(rng) for _ in kinds]
+    for index in (0, 1):
+        # Four quarters: the bounds are met exactly.
+        scores[index] = torch.tensor(flat(_9=0.0, _20=0.0, _30=0.0, _40=0.0))
+        rows[index] = Row(top_p=(0.25, 0.75)[index])
+    params = pack(rows, (True, True, False))
+    out = torch.empty(40, 260, dtype=torch.bool)
+    _truncate_kernel[(40,)](scores, params.top_k, params.top_p, params.min_p, out)
+    expected = _truncated(scores, params)
+    possible = scores > float("-inf")
+    assert torch.equal(out & possible, expected > float("-inf"))
+    kept = (out & possible).sum(1)
+    assert kept[:2].tolist() == [1, 3] and len(kept.unique()) > 8
 
 
 def test_truncation_at_ties() -> None:

@@ -1,0 +1,53 @@
+"""Parameters are checked where they are made, whoever makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.request import DecodingMethod, DecodingParams, InvalidRequestError, SamplingParams, Unmasking
+
+
+def test_names_become_members() -> None:
+    params = DecodingParams("blt-dv", unmasking="one_step")  # type: ignore[arg-type]
+    assert params.method is DecodingMethod.BLT_DV and params.unmasking is Unmasking.ONE_STEP
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"method": "nope"}, "decoding.method"),
+        ({"unmasking": "x"}, "decoding.unmasking"),
+        ({"entropy_rule": 3}, "decoding.entropy_rule"),
+        ({"block_size": 33}, "decoding.block_size"),
+        ({"draft_length": 0}, "decoding.draft_length"),
+        ({"confidence_threshold": float("nan")}, "decoding.confidence_threshold"),
+    ],
+)
+def test_wrong_decoding_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        DecodingParams(**fields)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 2**63}, "seed"),
+        ({"logit_bias": {260: 1.0}}, "logit_bias"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"stop_token_ids": [300]}, "stop_token_ids"),
+    ],
+)
+def test_wrong_sampling_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        SamplingParams(**fields)
+    assert refused.value.param == param
