@@ -145,14 +145,13 @@ def select_row(
     wanted = scores
     if SAMPLED:
         drawn = x
-        mass = total
         if TRUNCATED:
             keys = _keys(scaled, lanes)
             stays = _truncate(keys, e, tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row))
             drawn = tl.where(stays, x, float("-inf"))
-            mass = tl.sum(tl.where(stays, e, 0.0), 0)
         noise = gumbel_row(tl.load(seeds + row), tl.load(positions + row), lanes)
-        noisy = tl.where(inside, drawn - tl.log(mass) + noise, float("-inf"))
+        # Renormalizing after truncation would move all of them alike.
+        noisy = tl.where(inside, drawn - tl.log(total) + noise, float("-inf"))
         wanted = tl.where(heat > 0, noisy, scores)
     best = tl.max(wanted, 0)
     chosen = tl.min(tl.where(wanted == best, lanes, TILE), 0)

@@ -18,7 +18,7 @@ def verify_kernel(targets, drafts, lengths, target_stride, draft_stride, accepte
     draft = tl.load(drafts + request * draft_stride + i, mask=drafted, other=0)
     target = tl.load(targets + request * target_stride + i, mask=drafted, other=0)
     # The first place that has no agreeing draft: the length itself where all agree.
-    agreed = tl.minimum(tl.min(tl.where(drafted & (draft == target), TILE, i), 0), length)
+    agreed = tl.min(tl.where(drafted & (draft == target), TILE, i), 0)
     tl.store(accepted + request, agreed.to(tl.int64))
     tl.store(next_ids + request, tl.load(targets + request * target_stride + agreed))
 

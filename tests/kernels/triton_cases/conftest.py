@@ -15,7 +15,7 @@ from kernels.backend import interpreted, use_triton
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert interpreted() and use_triton(torch.device("cpu")), "run by tests/kernels/test_triton.py"
+    assert interpreted() and use_triton(torch.device("cpu")), "run by tests/kernels/test_triton_kernels.py"
     # numpy speaks up where a GPU would not.
     warnings.simplefilter("ignore", RuntimeWarning)
 

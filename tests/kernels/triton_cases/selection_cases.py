@@ -101,6 +101,9 @@ def test_what_truncation_keeps() -> None:
         # Four quarters: the bounds are met exactly.
         scores[index] = torch.tensor(flat(_9=0.0, _20=0.0, _30=0.0, _40=0.0))
         rows[index] = Row(top_p=(0.25, 0.75)[index])
+    for index, k in enumerate((1, 2, 5, 40, 259, 260), 2):
+        scores[index] = torch.from_numpy(random_logits(rng, "normal"))
+        rows[index] = Row(top_k=k)
     params = pack(rows, (True, True, False))
     out = torch.empty(40, 260, dtype=torch.bool)
     _truncate_kernel[(40,)](scores, params.top_k, params.top_p, params.min_p, out)
@@ -108,7 +111,7 @@ def test_what_truncation_keeps() -> None:
     possible = scores > float("-inf")
     assert torch.equal(out & possible, expected > float("-inf"))
     kept = (out & possible).sum(1)
-    assert kept[:2].tolist() == [1, 3] and len(kept.unique()) > 8
+    assert kept[:8].tolist() == [1, 3, 1, 2, 5, 40, 259, 260] and len(kept.unique()) > 8
 
 
 def test_truncation_at_ties() -> None:
