@@ -244,6 +244,8 @@ def write_checkpoint(
         tensors = {name: read(name).contiguous() for name in names}
         with _placed(folder / file) as path:
             save_file(tensors, path, metadata={"format": "pt"})
+            # safetensors writes for its user alone; a checkpoint is read by others too, as the folder allows.
+            path.chmod(folder.stat().st_mode & 0o666)
     for pattern in ("model-*.safetensors", WEIGHTS_FILE, INDEX_FILE):
         for path in folder.glob(pattern):
             if path.name not in files:

@@ -57,7 +57,8 @@ class LoopConfig:
 class Task(Protocol):
     """What a stage trains: a model, batches as a function of the step alone, a loss, and named figures of it."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]: ...
 
@@ -140,7 +141,7 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
             batch = task.batch(step, rank, config.processes)
             loss, figures = loss_function(batch)
             loss.backward()
-            torch._foreach_copy_(views, [parameter.grad for parameter in parameters])
+            torch._foreach_copy_(views, [parameter.grad for parameter in parameters if parameter.grad is not None])
             # Everybody follows the first process's clock, which travels with the gradients.
             gradients[-1] = clock if rank == 0 else 0.0
             if config.processes > 1:

@@ -43,12 +43,12 @@ def _(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return rows.new_empty(size, rows.shape[1])
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.size = inputs[0].shape[0]
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     (index,) = ctx.saved_tensors
     return scatter(gradient.contiguous(), index, ctx.size), None
 

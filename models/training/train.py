@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     fast_matmul()
     work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
-    prepare_corpus(work / "data", args.length, console)
+    try:
+        prepare_corpus(work / "data", args.length, console)
+    except corpus.CorpusError as error:
+        raise SystemExit(f"fastblt train: {error}") from error
     config = shape(max_patch_length=args.max_patch_length, block_sizes=tuple(args.block_sizes))
     optimizer = OptimizerConfig(muon_lr=args.muon_lr, lr=args.lr)
     common = LoopConfig(
@@ -141,14 +144,14 @@ def card(work: Path, export: Path, figures: dict[str, Any]) -> None:
     model = load_checkpoint(export)
     rows = json.loads((work / "data" / "corpus.json").read_text())
     settings = json.loads((work / "settings.json").read_text())
-    last, last_entropy = (_last_row(work / stage / "curve.jsonl") for stage in ("blt", "entropy"))
+    last, last_entropy = (length_of_run(work / stage / "state.safetensors") for stage in ("blt", "entropy"))
     length = load_array(work / "data" / "held_out.npy").shape[1]
     step_bytes = settings["blt"]["processes"] * settings["command"]["batch"] * length
     run = {
-        "minutes": last["seconds"] / 60,
-        "entropy_minutes": last_entropy["seconds"] / 60,
-        "steps": last["step"],
-        "megabytes": last["step"] * step_bytes / 1e6,
+        "minutes": last[1] / 60,
+        "entropy_minutes": last_entropy[1] / 60,
+        "steps": last[0],
+        "megabytes": last[0] * step_bytes / 1e6,
         "sha256": rows["sha256"],
         "held_out": rows["held_out_chunks"],
         "length": length,
@@ -183,8 +186,11 @@ def weights(state: Path) -> dict[str, Tensor]:
         return {name.removeprefix("model."): file.get_tensor(name) for name in names}
 
 
-def _last_row(curve: Path) -> dict[str, Any]:
-    return json.loads(curve.read_text().splitlines()[-1])
+def length_of_run(state: Path) -> tuple[int, float]:
+    """Steps and seconds of training in a loop's state file."""
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    return int(metadata["step"]), float(metadata["seconds"])
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

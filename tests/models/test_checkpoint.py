@@ -71,6 +71,12 @@ def test_round_trip(overrides: dict[str, Any], tmp_path: Path) -> None:
     assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
 
 
+def test_others_may_read_what_the_folder_lets_them(model: Blt, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    save_checkpoint(model, tmp_path)
+    assert (tmp_path / WEIGHTS_FILE).stat().st_mode & 0o777 == 0o644
+
+
 def test_shards(model: Blt, tmp_path: Path) -> None:
     save_checkpoint(model, tmp_path, max_shard_bytes=50_000)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
