@@ -32,7 +32,7 @@ class EngineSettings:
     max_waiting: int = 1024
     max_model_len: int = 32768
     max_pass_rows: int = 512
-    max_passes_per_beat: int = 8
+    max_passes_per_beat: int = 64
     patching_threshold: float | None = None
     max_patch_length: int | None = None
     deterministic: bool = False

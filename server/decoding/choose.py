@@ -12,9 +12,9 @@ from server.decoding.blt_s import BltS
 from server.decoding.method import Method, Unmask
 from server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
 
-#: What `auto` runs: the lossless method that measured fastest. Where it needs a diffusion head that the checkpoint has
-#: not, `auto` is plain BLT.
-AUTO = DecodingParams(DecodingMethod.BLT)
+#: What `auto` runs: the lossless method that measured fastest on the shipped checkpoint (docs/benchmarks.md). Where it
+#: needs a diffusion head that a checkpoint has not, `auto` is plain BLT.
+AUTO = DecodingParams(DecodingMethod.BLT_S, draft_length=8)
 
 DEFAULT_DRAFT_LENGTH = 8
 DEFAULT_BLOCK_SIZE = 8
