@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from models.config import StackConfig
 from models.layers import Rope
 from models.patching import entropies
 from models.vocabulary import MASK_ID
-from server.decoding.method import Outcome
+from server.decoding.method import Outcome, Plan
 from server.engine.caches import CacheGroup, Caches
 from server.engine.choosing import Chooser, Result
 from server.engine.sequence import Patch, Sequence
@@ -132,11 +133,10 @@ class Runner:
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> list[Result]:
         """One decoder pass over the plans of ready sequences, and the choice of their bytes."""
-        plans = [sequence.plan for sequence in sequences]
-        assert all(plan is not None for plan in plans)
-        rows = self._rows(sequences, [(plan.start, plan.rows) for plan in plans if plan is not None])
-        if any(plan is not None and plan.block_ids for plan in plans):
-            self._open_blocks(sequences, rows)
+        plans = [sequence.plan for sequence in sequences if sequence.plan is not None]
+        rows = self._rows(sequences, [(plan.start, plan.rows) for plan in plans])
+        if any(plan.block_ids for plan in plans):
+            self._open_blocks(plans, rows)
         x = self._decoder_input(rows)
         slots = torch.from_numpy(self._latent_slots(sequences, rows)).to(self._device)
         read = partial(_read_latents, self._caches.latents, slots)
@@ -156,24 +156,21 @@ class Runner:
     # Rows
 
     def _rows(self, sequences: list[Sequence], ranges: list[tuple[int, int]]) -> _Rows:
-        counts = [count for _, count in ranges]
-        total = sum(counts)
+        """Rows (first position, count) of every sequence, one after another."""
+        starts = np.array([start for start, _ in ranges], dtype=np.int32)
+        counts = np.array([count for _, count in ranges])
+        rows = np.array([sequence.row for sequence in sequences], dtype=np.int32)
+        ends = counts.cumsum()
+        total = int(ends[-1])
+        if total > len(counts):
+            rows = rows.repeat(counts)
+            starts = (starts + counts - ends).repeat(counts).astype(np.int32) + np.arange(total, dtype=np.int32)
         padding = self._padding(total)
-        size = total + padding
-        owners = np.zeros(size, dtype=np.int32)
-        positions = np.zeros(size, dtype=np.int32)
-        if total == len(counts):
-            owners[:total] = [sequence.row for sequence in sequences]
-            positions[:total] = [start for start, _ in ranges]
-            spans = [(i, 1) for i in range(total)]
-        else:
-            spans, first = [], 0
-            for sequence, (start, count) in zip(sequences, ranges, strict=True):
-                owners[first : first + count] = sequence.row
-                positions[first : first + count] = np.arange(start, start + count)
-                spans.append((first, count))
-                first += count
-        return _Rows(owners, positions, spans, total)
+        if padding:
+            null = np.zeros(padding, dtype=np.int32)
+            rows, starts = np.concatenate((rows, null)), np.concatenate((starts, null))
+        spans = list(zip((ends - counts).tolist(), counts.tolist(), strict=True))
+        return _Rows(rows, starts, spans, total)
 
     def _global_rows(self, work: list[tuple[Sequence, list[Patch]]], padding: int) -> _Rows:
         owners: list[int] = []
@@ -197,16 +194,21 @@ class Runner:
     def _slots(self, group: CacheGroup, rows: _Rows) -> Tensor:
         return torch.from_numpy(group.slots(rows.rows, rows.positions)).to(self._device)
 
-    def _open_blocks(self, sequences: list[Sequence], rows: _Rows) -> None:
+    def _open_blocks(self, plans: list[Plan], rows: _Rows) -> None:
         """Give block rows their shared range and their ids."""
-        rows.block = np.full(len(rows.rows), -1, dtype=np.int64)
-        rows.ranges = np.zeros((len(rows.rows), 2), dtype=np.int32)
-        for sequence, (first, count) in zip(sequences, rows.spans, strict=True):
-            plan = sequence.plan
-            if plan is not None and plan.block_ids:
-                begin = first + plan.causal
-                rows.block[begin : first + count] = plan.block_ids
-                rows.ranges[begin : first + count] = (plan.end, plan.end + len(plan.block_ids))
+        size = len(rows.rows)
+        rows.block = np.full(size, -1, dtype=np.int64)
+        rows.ranges = np.zeros((size, 2), dtype=np.int32)
+        blocks = [
+            (first + plan.causal, len(plan.block_ids), plan.end)
+            for plan, (first, _) in zip(plans, rows.spans, strict=True)
+            if plan.block_ids
+        ]
+        firsts, counts, starts = np.array(blocks).T
+        inside = (firsts - counts.cumsum() + counts).repeat(counts) + np.arange(counts.sum())
+        rows.block[inside] = list(chain.from_iterable(plan.block_ids for plan in plans))
+        rows.ranges[inside, 0] = starts.repeat(counts)
+        rows.ranges[inside, 1] = (starts + counts).repeat(counts)
 
     def _decoder_input(self, rows: _Rows) -> Tensor:
         decoder = self._model.local_decoder

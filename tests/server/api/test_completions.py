@@ -39,7 +39,7 @@ def joined(events: list[Any]) -> dict[int, str]:
 
 
 def test_the_answer_has_openai_s_shape(server: RunningServer) -> None:
-    answer = server.complete(**GOOD)
+    answer = server.complete(**GOOD, decoding={"method": "blt"})
     assert answer.keys() == {"id", "object", "created", "model", "choices", "usage", "efficiency"}
     assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion" and answer["model"] == MODEL
     assert isinstance(answer["created"], int)

@@ -127,7 +127,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "blt-d", "unmasking": "confidence", "entropy_rule": "inclusive"}, "entropy_rule", "entropy"),
         ({"method": "blt-dv", "unmasking": "one_step", "max_steps": 2}, "max_steps", "confidence or entropy"),
         ({"method": "blt-dv", "max_steps": 2}, "max_steps", "this request's is one_step"),
-        ({"draft_length": 4}, "draft_length", "which this server chose; name a method"),
+        ({"block_size": 4}, "block_size", "which this server chose; name a method"),
         ({"method": "blt-d", "block_size": 5}, "block_size", "was not trained; this checkpoint has 4, 8"),
     ],
 )
