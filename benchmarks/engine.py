@@ -3,6 +3,8 @@
     python -m benchmarks.engine overhead    one request and 32, engine and bare loop in alternation
     python -m benchmarks.engine context     time per byte at 1,000, 4,000 and 16,000 bytes of context, batch 1 and 16
     python -m benchmarks.engine modes       how often the default mode's bytes differ from a request's solo run
+    python -m benchmarks.engine auto        bytes per second of BLT and of the drafting methods at 1, 8 and 32 requests
+    python -m benchmarks.engine threads     BLT at 1, 8 and 32 requests with one torch thread and with two
 
 Each prints what it measured as ratios of one run, and as JSON with --json FILE.
 """
@@ -20,6 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.bare_loop import BareLoop
+from benchmarks.held_out import held_out_prompts
+from benchmarks.methods import diffusion, speculation
 from benchmarks.prompts import prompt_ids
 from models.checkpoint import load_checkpoint
 from server.engine.engine import Engine
@@ -148,6 +152,49 @@ def modes(model: str, rounds: int) -> dict[str, Any]:
     return {"requests": requests, "differing": differing, "rate": differing / requests}
 
 
+def auto(model: str, rounds: int) -> dict[str, Any]:
+    """What the choice of `auto` rests on: mean bytes per second over `rounds` sets of held-out prompts."""
+    candidates = {
+        "blt": BLT,
+        **{f"blt-s k{k}": speculation(k) for k in (4, 8, 16)},
+        **{f"blt-dv-{b} 1step": diffusion(DecodingMethod.BLT_DV, b, "1step") for b in (4, 8)},
+        "blt-d-8 a0.7": diffusion(DecodingMethod.BLT_D, 8, "a0.7"),
+    }
+    blt = load_checkpoint(model)
+    result: dict[str, Any] = {}
+    for batch in (1, 8, 32):
+        for temperature in (0.0, 0.8):
+            speeds = {}
+            for name, decoding in candidates.items():
+                params = SamplingParams(
+                    max_tokens=10_000, temperature=temperature, seed=3, ignore_eos=True, decoding=decoding
+                )
+                measured = []
+                for seed in range(rounds):
+                    engine = Engine(blt, EngineSettings(model=model, max_running=batch))
+                    start(engine, held_out_prompts(batch, 256, seed=seed), params)
+                    measured.append(bytes_per_second(engine, batch * (80 if batch > 1 else 200)))
+                speeds[name] = round(statistics.mean(measured))
+            print(f"{batch} requests, temperature {temperature}: {speeds}")
+            result[f"batch_{batch}_temperature_{temperature}"] = speeds
+    return result
+
+
+def threads(model: str, rounds: int) -> dict[str, Any]:
+    """What the default number of threads rests on: median bytes per second of plain BLT."""
+    blt = load_checkpoint(model)
+    result: dict[str, Any] = {}
+    params = SamplingParams(max_tokens=10_000, temperature=0, ignore_eos=True, decoding=BLT)
+    for count in (1, 2):
+        for batch in (1, 8, 32):
+            engine = Engine(blt, EngineSettings(model=model, max_running=batch, threads=count))
+            start(engine, prompt_ids(batch, 300), params)
+            speed = statistics.median(bytes_per_second(engine, 60 * batch) for _ in range(rounds))
+            print(f"{count} threads, {batch} requests: {speed:.0f} B/s")
+            result[f"threads_{count}_batch_{batch}"] = speed
+    return result
+
+
 def outputs(blt: Any, model: str, prompts: list[list[int]], params: SamplingParams, running: int) -> list[list[int]]:
     engine = Engine(blt, EngineSettings(model=model, max_running=running))
     made: dict[str, list[int]] = {}
@@ -160,15 +207,17 @@ def outputs(blt: Any, model: str, prompts: list[list[int]], params: SamplingPara
     return list(made.values())
 
 
+MEASURES = {"overhead": overhead, "context": context, "modes": modes, "auto": auto, "threads": threads}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "context", "modes"))
+    parser.add_argument("what", choices=tuple(MEASURES))
     parser.add_argument("--model", default=str(PRETRAINED))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    measure = {"overhead": overhead, "context": context, "modes": modes}[args.what]
-    result = {"what": args.what, "threads": torch.get_num_threads(), **measure(args.model, args.rounds)}
+    result = {"what": args.what, **MEASURES[args.what](args.model, args.rounds), "threads": torch.get_num_threads()}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
