@@ -32,7 +32,8 @@ class FakeEngine:
         self.threads.add(threading.get_ident())
         if self.refuse:
             raise InvalidRequestError("refused", "prompt")
-        if len(self.live) >= self.max_waiting:
+        # As in the real engine, what was aborted has left the queue at once.
+        if len(self.live.keys() - set(self.aborted)) >= self.max_waiting:
             raise QueueFullError("full")
         self.live[request.request_id] = (request, 0)
 
