@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -14,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from server import logs
+from server.logs import LogSettings
 from server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
 from server.settings import PRETRAINED, EngineSettings
 
@@ -148,8 +149,8 @@ def serve(
     from server.api.serve import serve as run
     from server.engine.client import EngineClient, EngineUnavailableError
 
-    _quiet_openmp()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log = LogSettings()
+    logs.configure(log)
     with _clean_errors():
         decoding = DecodingParams(
             method=method,
@@ -184,7 +185,7 @@ def serve(
     except OSError as error:
         _fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port")
     try:
-        client = EngineClient(settings, name=served_model_name)
+        client = EngineClient(settings, name=served_model_name, log=log)
         asyncio.run(run(client, sock, shutdown_seconds=shutdown_timeout, access_log=access_log))
     except EngineUnavailableError as error:
         _fail(f"cannot serve {model}: {error}")

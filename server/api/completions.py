@@ -15,7 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from server.api.errors import ApiError, error_object
 from server.api.schemas import MAX_BODY_BYTES, CompletionRequest, parse_completion
 from server.api.streaming import DONE, ChoiceText, EventStream, event, until_disconnect
-from server.engine.client import DeltaStream, EngineClient
+from server.engine.client import EngineClient
+from server.engine.stream import DeltaStream
 from server.request import DecodingParams, Delta, FinishReason, Ledger, PatchReport
 from server.request import Request as EngineRequest
 
@@ -41,7 +42,7 @@ async def create_completion(request: Request) -> Response:
     body = parse_completion(await _read_body(request))
     if body.model is not None and body.model != model:
         raise ApiError(404, f"the model {body.model!r} is not served here", code="model_not_found", param="model")
-    completion = _Completion(body, model, client.engine.max_model_len)
+    completion = _Completion(body, model, client.max_model_len)
     stream = await client.submit(*completion.requests)
     if body.stream:
         return EventStream(completion.events(stream), stream.close)

@@ -75,7 +75,7 @@ def _card(client: EngineClient) -> dict[str, Any]:
         "owned_by": "fastblt",
         "root": client.model_name,
         "parent": None,
-        "max_model_len": client.engine.max_model_len,
+        "max_model_len": client.max_model_len,
         "patching_threshold": config.patching_threshold,
         "max_patch_length": config.max_patch_length,
         "block_sizes": list(config.block_sizes),

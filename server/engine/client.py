@@ -1,36 +1,33 @@
-"""Runs an engine in a thread of its own and speaks to it from an event loop.
+"""Speaks to the engine process from an event loop, and keeps the requests that are alive in it.
 
-The engine belongs to its thread: it is loaded, fed and stepped there and nowhere else. The loop sends it commands
-through an inbox (an idle engine blocks on it) and hears back through one `call_soon_threadsafe` a step. All other state
-here belongs to the loop.
+All state belongs to the loop. Nothing here waits for a pass, and nothing is done for single bytes: what a pass gave
+comes in one frame, and each request's part of it goes to the stream of whoever asked for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from models.config import BltConfig
+from server.engine.channel import Abort, Add, Failed, Loaded, News, Pong, Problem, Report, Start, Stop, Verdict
+from server.engine.link import ENGINE_COMMAND, EngineLink
+from server.engine.stats import EngineStats
+from server.engine.stream import DeltaStream
+from server.logs import LogSettings
 from server.request import Delta, FinishReason, InvalidRequestError, QueueFullError, Request
 from server.settings import EngineSettings
 
-if TYPE_CHECKING:
-    # At run time the engine is imported in its thread: importing torch takes seconds.
-    from models.config import BltConfig
-    from server.engine.engine import Engine
-    from server.engine.stats import EngineStats
-
 logger = logging.getLogger("fastblt.engine")
 
-#: Seconds that a stopping engine may take to end a pass, or to finish loading.
-JOIN_SECONDS = 30.0
+#: Seconds that a stopping engine has for the last news, and again to exit.
+LAST_WORDS_SECONDS = 5.0
 
 
 class EngineState(StrEnum):
@@ -58,9 +55,9 @@ class Observer(Protocol):
 
 
 class EngineClient:
-    """One engine, its thread, and the requests alive in it.
+    """One engine process, and the requests alive in it.
 
-    `name` is the model's id for users, the engine's own by default. `load` makes the engine, in its thread.
+    `name` is the model's id for users, the engine's own by default. `command` starts the process.
     """
 
     def __init__(
@@ -68,7 +65,8 @@ class EngineClient:
         settings: EngineSettings,
         *,
         name: str | None = None,
-        load: Callable[[EngineSettings], Engine] | None = None,
+        command: Sequence[str] = ENGINE_COMMAND,
+        log: LogSettings | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.settings = settings
@@ -76,46 +74,57 @@ class EngineClient:
         self.state = EngineState.LOADING
         self.reason = "the model is loading"
         self._name = name
-        self._load = load or _load_engine
-        self._engine: Engine | None = None
-        self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._command = command
+        self._log = log or LogSettings()
+        self._link: EngineLink | None = None
+        self._facts: Loaded | None = None
+        self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
-        self._verdicts: dict[asyncio.Future[None], Sequence[Request]] = {}
+        self._verdicts: dict[int, _Verdict] = {}
+        self._numbers = itertools.count()
         self._changed = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # A daemon, so that a pass that never ends cannot keep a stopped process alive.
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._stopping = asyncio.Lock()
 
     @property
     def loaded(self) -> bool:
         """Whether the engine was ever ready."""
-        return self._engine is not None
+        return self._facts is not None
 
     @property
-    def engine(self) -> Engine:
-        """The loaded engine, for reading its facts. Raises EngineUnavailableError unless it is usable."""
-        if self._engine is None or self.state not in (EngineState.READY, EngineState.DRAINING):
-            raise EngineUnavailableError(self.state, self.reason)
-        return self._engine
+    def pid(self) -> int | None:
+        """The engine process's id."""
+        return self._link.pid if self._link is not None else None
 
     @property
     def model_name(self) -> str:
-        return self._name or self.engine.model_name
+        """Raises EngineUnavailableError, as the other facts do, unless the engine is usable."""
+        return self._name or self._usable().model_name
 
     @property
     def config(self) -> BltConfig:
-        return self.engine.config
+        return self._usable().config
+
+    @property
+    def max_model_len(self) -> int:
+        """Bytes of prompt (BOS included) and completion together that one request may have."""
+        return self._usable().max_model_len
 
     def stats(self) -> EngineStats:
-        """A snapshot of the engine's counters. Raises EngineUnavailableError before it is loaded."""
-        if self._engine is None:
+        """The engine's counters as it last told them. Raises EngineUnavailableError before it is loaded."""
+        if self._facts is None:
             raise EngineUnavailableError(self.state, self.reason)
-        return self._engine.stats()
+        return self._stats
 
     async def start(self) -> None:
-        """Begin to load, in the engine's thread; returns at once."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Start the process, which begins to load; returns at once."""
+        self._link = EngineLink(self._hear, self._end)
+        try:
+            await self._link.start(self._command)
+        except OSError as error:
+            self._link = None
+            self._die(f"the engine process cannot be started: {error}")
+            return
+        self._link.send(Start(self.settings, self._log))
 
     async def ready(self) -> None:
         """Wait until the engine is loaded. Raises EngineUnavailableError if it cannot be, or was stopped."""
@@ -130,22 +139,23 @@ class EngineClient:
         Raises InvalidRequestError or QueueFullError when the engine refuses one of them, EngineUnavailableError when it
         is not ready.
         """
-        if self.state is not EngineState.READY:
+        if self.state is not EngineState.READY or self._link is None:
             raise EngineUnavailableError(self.state, self.reason)
         bound = self.settings.max_waiting
         if len(requests) > bound:
             raise InvalidRequestError(f"{len(requests)} completions were asked for; the queue holds {bound}", "n")
-        undecided = sum(len(waiting) for waiting in self._verdicts.values())
+        undecided = sum(len(verdict.requests) for verdict in self._verdicts.values())
         if undecided + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
         stream = DeltaStream(self.abort, requests)
         for request in requests:
             self._live[request.request_id] = _Live(request, stream, request.arrival)
-        verdict: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._verdicts[verdict] = requests
-        self._inbox.put(partial(self._admit, requests, verdict))
+        number = next(self._numbers)
+        verdict = _Verdict(requests, asyncio.get_running_loop().create_future())
+        self._verdicts[number] = verdict
+        self._link.send(Add(number, list(requests)))
         try:
-            await verdict
+            await verdict.future
         except asyncio.CancelledError:
             stream.close()
             raise
@@ -153,94 +163,76 @@ class EngineClient:
 
     def abort(self, request_id: str) -> None:
         """Ask the engine to end a request; its stream ends with FinishReason.ABORT. Unknown ids are ignored."""
-        self._inbox.put(lambda engine: engine.abort(request_id))
+        if self._link is not None and request_id in self._live:
+            self._link.send(Abort([request_id]))
 
     async def stop(self, timeout: float = 0.0) -> None:
-        """Take no more requests, give those that run `timeout` seconds, abort what is left, and end the thread."""
-        if self.state in (EngineState.LOADING, EngineState.READY):
+        """Take no more requests, give those that run `timeout` seconds, abort what is left, and end the process.
+
+        A second call, while the first still waits, ends the waiting.
+        """
+        if self.state is EngineState.READY:
             self._become(EngineState.DRAINING, "the server is shutting down")
             await self._drain(timeout)
-            for request_id in self._live:
-                self.abort(request_id)
-        self._inbox.put(None)
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+        elif self.state is EngineState.LOADING:
+            self._become(EngineState.DRAINING, "the server is shutting down")
+            if self._link is not None:
+                self._link.kill()
+        async with self._stopping:
+            await self._finish()
+
+    async def _finish(self) -> None:
+        if self._link is not None:
+            if self._live:
+                self._link.send(Abort(list(self._live)))
+                await self._drain(LAST_WORDS_SECONDS)
+            self._link.send(Stop())
+            await self._link.ended(LAST_WORDS_SECONDS)
         if self.state is not EngineState.DEAD:
             self._become(EngineState.STOPPED, "the server has shut down")
         self._fail_all(FinishReason.ABORT, "the server has shut down")
 
-    # --- in the engine's thread -------------------------------------------------------------------------------------
+    # --- what the engine says ---------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        try:
-            engine = self._load(self.settings)
-        except BaseException as error:
-            logger.debug("loading failed", exc_info=True)
-            self._post(self._die, f"{error or type(error).__name__}")
+    def _hear(self, report: Report) -> None:
+        match report:
+            case News():
+                if report.stats is not None:
+                    self._stats = report.stats
+                self._deliver(report.deltas)
+            case Verdict():
+                self._decide(report.number, _refusal(report.problem))
+            case Pong():
+                self._stats = report.stats
+            case Loaded():
+                self._facts = report
+                if self.state is EngineState.LOADING:
+                    self._become(EngineState.READY, "")
+            case Failed():
+                self._die(report.reason)
+
+    def _end(self, how: str) -> None:
+        """The process has ended, wanted or not."""
+        if self.state is EngineState.DRAINING:
+            self._fail_all(FinishReason.ERROR, how)
+        elif self.state not in (EngineState.STOPPED, EngineState.DEAD):
+            logger.error("%s", how)
+            self._die(how)
+
+    def _decide(self, number: int, problem: Exception | None) -> None:
+        verdict = self._verdicts.pop(number, None)
+        if verdict is None:
             return
-        self._post(self._loaded, engine)
-        try:
-            while self._obey(engine):
-                deltas = engine.step()
-                if deltas:
-                    self._post(self._deliver, deltas)
-        except BaseException as error:
-            logger.exception("the engine failed")
-            self._post(self._die, f"the engine failed: {type(error).__name__}")
-
-    def _obey(self, engine: Engine) -> bool:
-        """Carry out the commands that wait, or the next one if there is no work. False: stop."""
-        while True:
-            try:
-                command = self._inbox.get(block=not engine.has_work())
-            except queue.Empty:
-                return True
-            if command is None:
-                # What was aborted just before still has its last deltas to come.
-                if engine.has_work() and (deltas := engine.step()):
-                    self._post(self._deliver, deltas)
-                return False
-            command(engine)
-
-    def _admit(self, requests: Sequence[Request], verdict: asyncio.Future[None], engine: Engine) -> None:
-        problem: Exception | None = None
-        for done, request in enumerate(requests):
-            try:
-                engine.add(request)
-            except Exception as error:
-                if not isinstance(error, InvalidRequestError | QueueFullError):
-                    logger.exception("a request could not be added")
-                for earlier in requests[:done]:
-                    engine.abort(earlier.request_id)
-                problem = error
-                break
-        self._post(self._decide, verdict, problem)
-
-    def _post(self, callback: Callable[..., None], *args: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:
-            logger.debug("the event loop is closed; nobody hears the engine")
-
-    # --- in the event loop ------------------------------------------------------------------------------------------
-
-    def _loaded(self, engine: Engine) -> None:
-        self._engine = engine
-        if self.state is EngineState.LOADING:
-            self._become(EngineState.READY, "")
-
-    def _decide(self, verdict: asyncio.Future[None], problem: Exception | None) -> None:
-        requests = self._verdicts.pop(verdict, ())
         if problem is not None:
-            for request in requests:
+            for request in verdict.requests:
                 self._live.pop(request.request_id, None)
-        if verdict.done():
+            self._changed.set()
+        if verdict.future.done():
             return
         if problem is None:
-            verdict.set_result(None)
+            verdict.future.set_result(None)
         else:
-            verdict.set_exception(problem)
+            verdict.future.set_exception(problem)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         now = time.monotonic()
@@ -266,9 +258,14 @@ class EngineClient:
 
     def _fail_all(self, finish: FinishReason, reason: str) -> None:
         """Give every request that still waits for the engine its last word."""
-        for verdict in list(self._verdicts):
-            self._decide(verdict, EngineUnavailableError(self.state, reason))
+        for number in list(self._verdicts):
+            self._decide(number, EngineUnavailableError(self.state, reason))
         self._deliver([Delta(request_id, finish_reason=finish, error=reason) for request_id in self._live])
+
+    def _usable(self) -> Loaded:
+        if self._facts is None or self.state not in (EngineState.READY, EngineState.DRAINING):
+            raise EngineUnavailableError(self.state, self.reason)
+        return self._facts
 
     def _become(self, state: EngineState, reason: str) -> None:
         self.state = state
@@ -285,54 +282,7 @@ class EngineClient:
                 while self._live:
                     await self._wait_change()
         except TimeoutError:
-            logger.warning("%d requests did not finish in time and are aborted", len(self._live))
-
-
-class DeltaStream:
-    """Asynchronous iterator over the news of requests that were submitted together; one reader.
-
-    Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
-    holds no more than the requests' outputs. Whoever stops before the end must `close()`: it aborts what is unfinished.
-    """
-
-    def __init__(self, abort: Callable[[str], None], requests: Sequence[Request]) -> None:
-        self._abort = abort
-        self._open = {request.request_id for request in requests}
-        self._news: dict[str, Delta] = {}
-        self._wake = asyncio.Event()
-        self._closed = False
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    async def __anext__(self) -> list[Delta]:
-        while not self._news:
-            if self._closed or not self._open:
-                raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        news, self._news = self._news, {}
-        return list(news.values())
-
-    def push(self, delta: Delta) -> None:
-        """Take over a delta. After `close` it is dropped."""
-        if delta.finish_reason is not None:
-            self._open.discard(delta.request_id)
-        if self._closed:
-            return
-        earlier = self._news.get(delta.request_id)
-        self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
-        self._wake.set()
-
-    def close(self) -> None:
-        """End the iteration and abort the requests that have not finished. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._news.clear()
-        for request_id in self._open:
-            self._abort(request_id)
-        self._wake.set()
+            logger.warning("%d requests did not finish in time", len(self._live))
 
 
 @dataclass
@@ -343,24 +293,21 @@ class _Live:
     since: float
 
 
-def _merge(earlier: Delta, later: Delta) -> Delta:
-    """`later` put behind `earlier`, whose lists are reused: joining copies would cost the square of the output."""
-    earlier.ids.extend(later.ids)
-    if earlier.logprobs is None:
-        earlier.logprobs = later.logprobs
-    else:
-        earlier.logprobs.extend(later.logprobs or ())
-    earlier.finish_reason = later.finish_reason
-    earlier.stop_reason = later.stop_reason
-    earlier.error = later.error
-    earlier.ledger = later.ledger
-    earlier.timings = later.timings
-    earlier.decoding = later.decoding
-    earlier.patches = later.patches
-    return earlier
+@dataclass
+class _Verdict:
+    """A submission that the engine has not answered yet."""
+
+    requests: Sequence[Request]
+    future: asyncio.Future[None]
 
 
-def _load_engine(settings: EngineSettings) -> Engine:
-    from server.engine.engine import Engine
-
-    return Engine.load(settings)
+def _refusal(problem: Problem | None) -> Exception | None:
+    if problem is None:
+        return None
+    match problem.kind:
+        case "invalid":
+            return InvalidRequestError(problem.message, problem.param)
+        case "full":
+            return QueueFullError(problem.message)
+        case _:
+            return RuntimeError(problem.message)

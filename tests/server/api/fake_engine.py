@@ -1,11 +1,16 @@
-"""An engine without a model, for faults that a real one cannot be talked into."""
+"""An engine without a model, in a process of its own, for faults that a real one cannot be talked into."""
 
 from __future__ import annotations
 
-import threading
+import json
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from models.config import BltConfig, StackConfig
+from server.engine import process
 from server.engine.stats import EngineStats
 from server.request import ByteLogprobs, Delta, FinishReason, InvalidRequestError, Ledger, QueueFullError, Request
 
@@ -14,7 +19,10 @@ REPEATED = 97 + 4  # "a"
 
 @dataclass
 class FakeEngine:
-    """Gives every request one byte a step. `fail_at` is the step that raises; `pause` the seconds a step takes."""
+    """Gives every request one byte a step. `fail_at` is the step that raises; `pause` the seconds a step takes.
+
+    It is loaded once the file `gate` exists; `refuse` and `broken` say what `add` raises.
+    """
 
     model_name: str = "fake"
     max_model_len: int = 1000
@@ -22,14 +30,18 @@ class FakeEngine:
     fail_at: int = -1
     pause: float = 0.0
     refuse: bool = False
+    broken: bool = False
     error_for: str | None = None
+    gate: str | None = None
+    fail_to_load: str | None = None
     steps: int = 0
-    threads: set[int] = field(default_factory=set)
+    config: BltConfig = field(default_factory=lambda: BltConfig(*[StackConfig(32, 1, 2, 2, 32, 1e4)] * 4))
     live: dict[str, tuple[Request, int]] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
-        self.threads.add(threading.get_ident())
+        if self.broken:
+            raise KeyError("a secret detail")
         if self.refuse:
             raise InvalidRequestError("refused", "prompt")
         # As in the real engine, what was aborted has left the queue at once.
@@ -38,14 +50,12 @@ class FakeEngine:
         self.live[request.request_id] = (request, 0)
 
     def abort(self, request_id: str) -> None:
-        self.threads.add(threading.get_ident())
         self.aborted.append(request_id)
 
     def has_work(self) -> bool:
         return bool(self.live)
 
     def step(self) -> list[Delta]:
-        self.threads.add(threading.get_ident())
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("a secret detail")
@@ -72,4 +82,22 @@ class FakeEngine:
         return deltas
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.live))
+        return EngineStats(running=len(self.live), passes=self.steps)
+
+
+def command(**fields: Any) -> list[str]:
+    """What starts a process with an engine of these fields."""
+    return [sys.executable, "-m", __name__, json.dumps(fields)]
+
+
+def _load(_: object) -> Any:
+    engine = FakeEngine(**json.loads(sys.argv[1]))
+    while engine.gate is not None and not Path(engine.gate).exists():
+        time.sleep(0.01)
+    if engine.fail_to_load is not None:
+        raise ValueError(engine.fail_to_load)
+    return engine
+
+
+if __name__ == "__main__":
+    sys.exit(process.main(_load))

@@ -12,7 +12,7 @@ from models.vocabulary import decode, encode
 from server.engine.client import EngineClient
 from server.llm import LLM
 from server.request import DecodingMethod, DecodingParams, SamplingParams
-from tests.server.api.fake_engine import FakeEngine
+from tests.server.api import fake_engine
 from tests.server.api.running import MAX_MODEL_LEN, MODEL, RunningServer, parse_events, tiny_settings
 from tests.server.api.test_bad_requests import assert_error
 
@@ -27,7 +27,7 @@ def reference(checkpoint: str) -> LLM:
 
 def fake(**fields: Any) -> RunningServer:
     settings = tiny_settings("fake")
-    return RunningServer(EngineClient(settings, load=lambda _: FakeEngine(**fields)))  # type: ignore[arg-type,return-value]
+    return RunningServer(EngineClient(settings, command=fake_engine.command(**fields)))
 
 
 def joined(events: list[Any]) -> dict[int, str]:

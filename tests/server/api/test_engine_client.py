@@ -1,17 +1,21 @@
-"""The engine's thread and its client, with an engine that can be made to fail."""
+"""The engine process and its client, with an engine that can be made to fail."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
+import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.engine.client import DeltaStream, EngineClient, EngineState, EngineUnavailableError
+from server.engine.client import EngineClient, EngineState, EngineUnavailableError
+from server.engine.stream import DeltaStream
 from server.request import (
     ByteLogprobs,
     Delta,
@@ -22,16 +26,33 @@ from server.request import (
     SamplingParams,
 )
 from server.settings import EngineSettings
-from tests.server.api.fake_engine import REPEATED, FakeEngine
+from tests.server.api.fake_engine import REPEATED, command
 
 
 def request(name: str, max_tokens: int = 5) -> Request:
     return Request(name, [1, 70], SamplingParams(max_tokens=max_tokens), time.monotonic())
 
 
+class Ends:
+    """Observer that counts the ends of requests, read or not."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, FinishReason] = {}
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, request: Request, delta: Delta, since: float, now: float) -> None:
+        if delta.finish_reason is not None:
+            self.counts[request.request_id] += 1
+            self.reasons[request.request_id] = delta.finish_reason
+
+
+def client_of(settings: dict[str, Any] | None = None, **fields: Any) -> EngineClient:
+    return EngineClient(EngineSettings(**settings or {}), command=command(**fields), observer=Ends())
+
+
 @asynccontextmanager
-async def running(engine: FakeEngine, **settings: Any) -> AsyncIterator[EngineClient]:
-    client = EngineClient(EngineSettings(**settings), load=lambda _: engine)  # type: ignore[arg-type,return-value]
+async def running(settings: dict[str, Any] | None = None, **fields: Any) -> AsyncIterator[EngineClient]:
+    client = client_of(settings, **fields)
     await client.start()
     await client.ready()
     try:
@@ -39,6 +60,21 @@ async def running(engine: FakeEngine, **settings: Any) -> AsyncIterator[EngineCl
     finally:
         await client.stop()
         assert not client._live and not client._verdicts
+        assert client.pid is not None and not alive(client.pid)
+        assert set(ends(client).counts.values()) <= {1}
+
+
+def ends(client: EngineClient) -> Ends:
+    assert isinstance(client.observer, Ends)
+    return client.observer
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 async def read(stream: DeltaStream) -> dict[str, Delta]:
@@ -53,59 +89,59 @@ async def read(stream: DeltaStream) -> dict[str, Delta]:
     return whole
 
 
-async def test_each_request_gets_its_deltas_and_the_engine_one_thread() -> None:
-    engine = FakeEngine()
-    async with running(engine) as client:
+async def test_each_request_gets_its_deltas_and_the_engine_a_process() -> None:
+    async with running() as client:
         streams = [await client.submit(request(f"r{i}", i + 1)) for i in range(5)]
         for i, whole in enumerate(await asyncio.gather(*map(read, streams))):
             assert whole[f"r{i}"].ids == [REPEATED] * (i + 1)
             assert whole[f"r{i}"].finish_reason is FinishReason.LENGTH
-    assert len(engine.threads) == 1 and threading.get_ident() not in engine.threads
+        assert client.pid not in (None, os.getpid())
 
 
 async def test_requests_submitted_together_share_a_stream() -> None:
-    async with running(FakeEngine()) as client:
+    async with running() as client:
         whole = await read(await client.submit(request("a", 3), request("b", 6)))
         assert [len(whole[name].ids) for name in "ab"] == [3, 6]
 
 
 async def test_an_idle_engine_blocks() -> None:
-    engine = FakeEngine()
-    async with running(engine) as client:
+    async with running() as client:
         await read(await client.submit(request("a")))
-        steps, cpu = engine.steps, time.process_time()
-        await asyncio.sleep(0.3)
-        assert engine.steps == steps
-        assert time.process_time() - cpu < 0.1
+        before = processor_seconds(client)
+        await asyncio.sleep(0.5)
+        assert processor_seconds(client) - before < 0.1
+
+
+def processor_seconds(client: EngineClient) -> float:
+    fields = Path(f"/proc/{client.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def test_refusals_reach_the_caller_and_leave_nothing() -> None:
-    engine = FakeEngine(refuse=True)
-    async with running(engine) as client:
-        with pytest.raises(InvalidRequestError, match="refused"):
+    async with running(refuse=True) as client:
+        with pytest.raises(InvalidRequestError, match="refused") as caught:
             await client.submit(request("a"))
-        engine.refuse = False
-        assert (await read(await client.submit(request("a"))))["a"].finish_reason is FinishReason.LENGTH
+        assert caught.value.param == "prompt"
+        assert not client._live and client.state is EngineState.READY
 
 
 async def test_all_or_none_when_the_queue_fills_up_midway() -> None:
-    engine = FakeEngine(max_waiting=2)
-    async with running(engine) as client:
+    async with running(max_waiting=2) as client:
         with pytest.raises(QueueFullError):
             await client.submit(*(request(f"r{i}", 1000) for i in range(3)))
-        assert set(engine.aborted) == {"r0", "r1"}
-        assert (await read(await client.submit(request("next"))))["next"].finish_reason is FinishReason.LENGTH
+        # Those that had been taken are gone from the engine: there is room again.
+        whole = await read(await client.submit(request("a"), request("b")))
+        assert [whole[name].finish_reason for name in "ab"] == [FinishReason.LENGTH] * 2
 
 
 async def test_more_requests_than_the_queue_can_ever_hold_are_invalid() -> None:
-    async with running(FakeEngine(), max_waiting=2) as client:
+    async with running({"max_waiting": 2}) as client:
         with pytest.raises(InvalidRequestError):
             await client.submit(*(request(f"r{i}") for i in range(3)))
 
 
 async def test_submissions_are_bounded_while_the_engine_is_busy() -> None:
-    engine = FakeEngine(pause=0.2)
-    async with running(engine, max_waiting=3) as client:
+    async with running({"max_waiting": 3}, pause=0.2) as client:
         stream = await client.submit(request("first", 100))
         results = await asyncio.gather(*(client.submit(request(f"r{i}")) for i in range(5)), return_exceptions=True)
         assert [isinstance(result, QueueFullError) for result in results] == [False] * 3 + [True] * 2
@@ -115,8 +151,7 @@ async def test_submissions_are_bounded_while_the_engine_is_busy() -> None:
 
 
 async def test_closing_a_stream_aborts_what_is_unfinished() -> None:
-    engine = FakeEngine(pause=0.001)
-    async with running(engine) as client:
+    async with running(pause=0.001) as client:
         stream = await client.submit(request("short", 1), request("long", 10**6))
         finished = False
         while not finished:
@@ -125,27 +160,27 @@ async def test_closing_a_stream_aborts_what_is_unfinished() -> None:
         stream.close()
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        while engine.live:
+        while client._live:
             await asyncio.sleep(0.01)
-        assert engine.aborted == ["long"]
+        assert ends(client).reasons == {"short": FinishReason.LENGTH, "long": FinishReason.ABORT}
 
 
 async def test_a_submission_given_up_is_aborted() -> None:
-    engine = FakeEngine(pause=0.1)
-    async with running(engine) as client:
+    async with running(pause=0.1) as client:
         first = await client.submit(request("first", 10**6))
         task = asyncio.create_task(client.submit(request("second", 10**6)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while "second" not in engine.aborted or "second" in engine.live:
+        while "second" in client._live:
             await asyncio.sleep(0.01)
+        assert ends(client).reasons == {"second": FinishReason.ABORT}
         first.close()
 
 
 async def test_news_is_merged_for_a_slow_reader() -> None:
-    async with running(FakeEngine()) as client:
+    async with running() as client:
         stream = await client.submit(request("a", 500))
         while client._live:
             await asyncio.sleep(0.01)
@@ -167,8 +202,7 @@ async def test_merging_keeps_logprobs() -> None:
 
 
 async def test_a_failed_step_ends_every_request_and_the_engine() -> None:
-    engine = FakeEngine(fail_at=20, pause=0.01)
-    async with running(engine) as client:
+    async with running(fail_at=20, pause=0.01) as client:
         streams = [await client.submit(request(f"r{i}", 100)) for i in range(4)]
         results = await asyncio.gather(*map(read, streams))
         for i, whole in enumerate(results):
@@ -181,11 +215,49 @@ async def test_a_failed_step_ends_every_request_and_the_engine() -> None:
     assert client.state is EngineState.DEAD
 
 
-async def test_a_failed_load_is_reported() -> None:
-    def load(_: EngineSettings) -> Any:
-        raise ValueError("no such folder")
+async def test_a_killed_process_ends_every_request_and_is_named() -> None:
+    async with running(pause=0.01) as client:
+        stream = await client.submit(request("a", 10**6))
+        await anext(stream)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        whole = await read(stream)
+        assert whole["a"].finish_reason is FinishReason.ERROR and "SIGKILL" in str(whole["a"].error)
+        assert client.state is EngineState.DEAD and "SIGKILL" in client.reason
 
-    client = EngineClient(EngineSettings(), load=load)
+
+async def test_the_process_goes_with_its_server() -> None:
+    async with running(pause=0.01) as client:
+        await client.submit(request("a", 10**6))
+        assert client._link is not None and client._link._transport is not None
+        client._link._transport.abort()
+        async with asyncio.timeout(5):
+            while client.state is not EngineState.DEAD:
+                await asyncio.sleep(0.01)
+        # It left by itself.
+        assert "status 0" in client.reason
+
+
+async def test_a_process_that_talks_nonsense_is_killed() -> None:
+    client = EngineClient(
+        EngineSettings(), command=["/bin/sh", "-c", "printf '\\000\\000\\000\\001\\000' >&0; sleep 60"]
+    )
+    await client.start()
+    with pytest.raises(EngineUnavailableError, match="SIGKILL"):
+        await client.ready()
+    await client.stop()
+
+
+async def test_a_command_that_is_not_there() -> None:
+    client = EngineClient(EngineSettings(), command=["/nowhere/at/all"])
+    await client.start()
+    with pytest.raises(EngineUnavailableError, match="cannot be started"):
+        await client.ready()
+    await client.stop()
+
+
+async def test_a_failed_load_is_reported() -> None:
+    client = client_of(fail_to_load="no such folder")
     await client.start()
     with pytest.raises(EngineUnavailableError, match="no such folder"):
         await client.ready()
@@ -193,30 +265,23 @@ async def test_a_failed_load_is_reported() -> None:
     await client.stop()
 
 
-async def test_nothing_is_taken_while_loading_and_stopping_waits_for_it() -> None:
-    loading = threading.Event()
-
-    def load(_: EngineSettings) -> Any:
-        loading.wait(10)
-        return FakeEngine()
-
-    client = EngineClient(EngineSettings(), load=load)
+async def test_nothing_is_taken_while_loading_and_stopping_does_not_wait_for_it(tmp_path: Path) -> None:
+    client = client_of(gate=str(tmp_path / "never"))
     await client.start()
     with pytest.raises(EngineUnavailableError) as caught:
         await client.submit(request("a"))
     assert caught.value.state is EngineState.LOADING
     waiter = asyncio.create_task(client.ready())
-    stopping = asyncio.create_task(client.stop())
-    await asyncio.sleep(0.05)
-    loading.set()
-    await stopping
+    await asyncio.sleep(0)
+    async with asyncio.timeout(3):
+        await client.stop(60.0)
     with pytest.raises(EngineUnavailableError):
         await waiter
     assert client.state is EngineState.STOPPED
 
 
 async def test_stop_lets_requests_finish_and_takes_no_more() -> None:
-    async with running(FakeEngine(pause=0.01)) as client:
+    async with running(pause=0.01) as client:
         reader = asyncio.create_task(read(await client.submit(request("a", 20))))
         stopping = asyncio.create_task(client.stop(timeout=10))
         await asyncio.sleep(0)
@@ -228,7 +293,7 @@ async def test_stop_lets_requests_finish_and_takes_no_more() -> None:
 
 
 async def test_stop_aborts_what_takes_too_long() -> None:
-    async with running(FakeEngine(pause=0.01)) as client:
+    async with running(pause=0.01) as client:
         reader = asyncio.create_task(read(await client.submit(request("a", 10**6))))
         await client.stop(timeout=0.1)
         whole = await reader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.api.metrics import Histogram
 from server.engine.client import EngineClient
 from server.settings import EngineSettings
-from tests.server.api.fake_engine import FakeEngine
+from tests.server.api import fake_engine
 from tests.server.api.running import MODEL, RunningServer, until
 from tests.server.api.test_bad_requests import assert_error
 
@@ -23,28 +23,26 @@ def test_health_and_readiness(server: RunningServer) -> None:
     assert server.http.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
 
 
-def test_while_loading() -> None:
-    loaded = threading.Event()
+def fake(**fields: Any) -> EngineClient:
+    return EngineClient(EngineSettings(), command=fake_engine.command(**fields))
 
-    def load(_: EngineSettings) -> Any:
-        loaded.wait(10)
-        return FakeEngine()
 
-    with RunningServer(EngineClient(EngineSettings(), load=load), wait=False) as server:
+def test_while_loading(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with RunningServer(fake(gate=str(gate)), wait=False) as server:
         for path in ("/health", "/ready", "/v1/models"):
             assert assert_error(server.http.get(path), 503)["code"] == "loading"
         response = server.http.post("/v1/completions", json={"prompt": "Hi"})
         assert assert_error(response, 503)["code"] == "loading"
         assert "retry-after" in response.headers and "x-should-retry" not in response.headers
         assert server.http.get("/version").status_code == server.http.get("/metrics").status_code == 200
-        loaded.set()
+        gate.touch()
         until(lambda: server.http.get("/health").status_code == 200)
         assert server.complete(prompt="Hi", max_tokens=1)["choices"][0]["text"] == "a"
 
 
 def test_when_the_engine_dies() -> None:
-    engine = FakeEngine(fail_at=3)
-    with RunningServer(EngineClient(EngineSettings(), load=lambda _: engine)) as server:  # type: ignore[arg-type,return-value]
+    with RunningServer(fake(fail_at=3)) as server:
         events = server.events(prompt="Hi", max_tokens=100)
         assert events[-1] == "[DONE]" and "RuntimeError" in events[-2]["error"]["message"]
         for path in ("/health", "/ready", "/v1/models"):
@@ -57,11 +55,7 @@ def test_when_the_engine_dies() -> None:
 
 
 def test_an_unforeseen_error_is_a_500_that_tells_nothing() -> None:
-    class Broken(FakeEngine):
-        def add(self, request: Any) -> None:
-            raise KeyError("a secret detail")
-
-    with RunningServer(EngineClient(EngineSettings(), load=lambda _: Broken())) as server:  # type: ignore[arg-type,return-value]
+    with RunningServer(fake(broken=True)) as server:
         response = server.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"x-request-id": "mine"})
         assert "secret" not in assert_error(response, 500)["message"]
         assert response.headers["x-request-id"] == "mine"

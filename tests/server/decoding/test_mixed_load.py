@@ -6,7 +6,9 @@ import asyncio
 import random
 from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
 
+from models.checkpoint import save_checkpoint
 from server.engine.client import EngineClient
 from server.engine.engine import Engine
 from server.request import DecodingMethod, Delta, FinishReason, Request
@@ -37,7 +39,8 @@ class Ends:
             self.reasons[request.request_id] = delta.finish_reason
 
 
-def test_mixed_load() -> None:
+def test_mixed_load(tmp_path: Path) -> None:
+    save_checkpoint(model(WHICH), tmp_path)
     rng = random.Random(64)
     requests = [random_request(rng, f"r{i}", random_params(rng, decoding=draw(rng))) for i in range(REQUESTS)]
     for index in range(0, REQUESTS, 2):
@@ -47,11 +50,13 @@ def test_mixed_load() -> None:
     assert {request.params.decoding.method for request in requests} == set(DecodingMethod) - {DecodingMethod.AUTO}
     running = {"max_running": 48, "max_pass_rows": 96}
     # For a few of those that would run at once: some are preempted.
-    tight = settings(**running, max_waiting=REQUESTS, cache_bytes=4 * least_memory(WHICH, 300, **running))
-    engine = Engine(model(WHICH), tight)
+    memory = 4 * least_memory(WHICH, 300, **running)
+    tight = settings(**running, model=str(tmp_path), max_waiting=REQUESTS, cache_bytes=memory, threads=1)
     ends = Ends()
-    read = asyncio.run(_serve(EngineClient(tight, load=lambda _: engine, observer=ends), requests))
-    assert engine.balanced() and not engine.has_work()
+    client = EngineClient(tight, observer=ends)
+    read = asyncio.run(_serve(client, requests))
+    stats = client.stats()
+    assert stats.pages_free == stats.pages_total and stats.running == stats.waiting == 0
     assert ends.terminal == Counter({request.request_id: 1 for request in requests})
     for index, request in enumerate(requests):
         name = request.request_id
@@ -65,7 +70,7 @@ def test_mixed_load() -> None:
             assert read[name] == alone.ids[: len(read[name])] and (index in LEFT or read[name] == alone.ids)
     # Some may have come to their end before the word to end reached the engine.
     assert FinishReason.ABORT in ends.reasons.values()
-    assert engine.stats().preemptions > 0
+    assert stats.preemptions > 0
 
 
 async def _serve(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:

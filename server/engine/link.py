@@ -1,0 +1,119 @@
+"""The server's end of the channel: starts an engine process, and hears when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from server.engine.channel import Command, Report, Unpacker, pack
+
+logger = logging.getLogger("fastblt.engine")
+
+#: The tree that this process runs, whatever its working directory is.
+_ROOT = Path(__file__).resolve().parents[2]
+
+#: How the engine process is started.
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "server.engine.process")
+
+#: Seconds that a process has to exit once its channel is closed.
+_EXIT_SECONDS = 5.0
+
+
+class EngineLink(asyncio.Protocol):
+    """One engine process. Confined to an event loop.
+
+    `on_report` gets every message of the process, then `on_end` is called once, with how the process ended.
+    """
+
+    def __init__(self, on_report: Callable[[Report], None], on_end: Callable[[str], None]) -> None:
+        self._on_report = on_report
+        self._on_end = on_end
+        self._unpacker: Unpacker[Report] = Unpacker(Report)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._ended = asyncio.Event()
+        self._reaper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def start(self, command: Sequence[str]) -> None:
+        """Start the process. Raises OSError if it cannot be."""
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+        # Waiting threads that spin would cost their neighbors whole time slices; read when torch is imported.
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
+        try:
+            with theirs:
+                self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
+        except OSError:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+
+    def send(self, command: Command) -> None:
+        """Never waits. What is sent to a process that has ended is lost."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(pack([command]))
+
+    def kill(self) -> None:
+        """End the process now, stopped or not."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    async def ended(self, timeout: float) -> None:
+        """Wait for the process to end; kill it after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ended.wait()
+        except TimeoutError:
+            logger.warning("the engine process does not end; it is killed")
+            self.kill()
+            await self._ended.wait()
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for report in self._unpacker.feed(data):
+                self._on_report(report)
+        except msgspec.DecodeError:
+            logger.exception("the engine process does not speak our language; it is killed")
+            self.kill()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._reaper = asyncio.get_running_loop().create_task(self._reap())
+
+    async def _reap(self) -> None:
+        assert self._process is not None
+        try:
+            status = await asyncio.to_thread(self._process.wait, _EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = await asyncio.to_thread(self._process.wait)
+        self._ended.set()
+        self._on_end(_how(status))
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"the engine process exited with status {status}"
+    try:
+        return f"the engine process was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"the engine process was killed by signal {-status}"

@@ -1,0 +1,72 @@
+"""The news of requests on its way to whoever asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from server.request import Delta, Request
+
+
+class DeltaStream:
+    """Asynchronous iterator over the news of requests that were submitted together; one reader.
+
+    Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
+    holds no more than the requests' outputs. Whoever stops before the end must `close()`: it aborts what is unfinished.
+    """
+
+    def __init__(self, abort: Callable[[str], None], requests: Sequence[Request]) -> None:
+        self._abort = abort
+        self._open = {request.request_id for request in requests}
+        self._news: dict[str, Delta] = {}
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def __aiter__(self) -> DeltaStream:
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        while not self._news:
+            if self._closed or not self._open:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        news, self._news = self._news, {}
+        return list(news.values())
+
+    def push(self, delta: Delta) -> None:
+        """Take over a delta. After `close` it is dropped."""
+        if delta.finish_reason is not None:
+            self._open.discard(delta.request_id)
+        if self._closed:
+            return
+        earlier = self._news.get(delta.request_id)
+        self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the iteration and abort the requests that have not finished. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._news.clear()
+        for request_id in self._open:
+            self._abort(request_id)
+        self._wake.set()
+
+
+def _merge(earlier: Delta, later: Delta) -> Delta:
+    """`later` put behind `earlier`, whose lists are reused: joining copies would cost the square of the output."""
+    earlier.ids.extend(later.ids)
+    if earlier.logprobs is None:
+        earlier.logprobs = later.logprobs
+    else:
+        earlier.logprobs.extend(later.logprobs or ())
+    earlier.finish_reason = later.finish_reason
+    earlier.stop_reason = later.stop_reason
+    earlier.error = later.error
+    earlier.ledger = later.ledger
+    earlier.timings = later.timings
+    earlier.decoding = later.decoding
+    earlier.patches = later.patches
+    return earlier
