@@ -2,8 +2,9 @@
 
     python -m benchmarks.host_time    BLT, BLT-S, BLT-DV and BLT-D at 1 and 32 requests
 
-Timers stand around the calls of the network's modules and of the kernels that choose bytes; whatever else a step takes,
-planning, building tensors, settling, is the host's, and would leave an accelerator idle. Printed are microseconds of
+Timers stand around the calls that only give work to the device and never wait for it or loop over requests: the passes
+(`server/engine/passes.py`) and the kernels that choose bytes. Whatever else a step takes, planning, laying out rows,
+gathering parameters, fetching and settling, is the host's, and would leave an accelerator idle. Printed are microseconds of
 this thread's processor time per decoder pass (mean and median) and per request in it, against the target of 200 and 20
 for each request, and the host's share of the steps' wall clock.
 """
@@ -26,8 +27,9 @@ from benchmarks.holding import METHODS, endless, start_apart
 from benchmarks.methods import diffusion
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
-from server.engine import choosing, runner
+from server.engine import choosing
 from server.engine.engine import Engine
+from server.engine.passes import Passes
 from server.request import DecodingMethod, DecodingParams
 from server.settings import PRETRAINED, EngineSettings
 
@@ -58,25 +60,18 @@ class Timer:
 
 
 @contextmanager
-def module_time(model: Blt) -> Iterator[Timer]:
+def device_time() -> Iterator[Timer]:
     """A timer around everything that is not the host's."""
     timer = Timer()
-    decoder = model.local_decoder
-    modules = [model.patcher, model.local_encoder, model.global_transformer, decoder, model.lm_head]
-    if hasattr(decoder, "embed_tokens"):
-        modules.append(decoder.embed_tokens)
-    places: list[tuple[Any, str]] = [(module, "forward") for module in modules]
-    places += [(model, "embed"), (model.local_encoder, "pool"), (decoder, "latent_keys_values")]
-    kernels: list[tuple[Any, str]] = [(runner, "entropies"), (choosing, "select"), (choosing, "unmask")]
-    originals = [(place, name, getattr(place, name)) for place, name in kernels]
-    for place, name in places + kernels:
-        setattr(place, name, timer.around(getattr(place, name)))
+    places: list[tuple[Any, str]] = [(choosing, "select"), (choosing, "unmask"), (choosing, "verify")]
+    methods = ("entropies", "encode", "upstream", "decode", "logits", "places", "ids_at", "write")
+    places += [(Passes, name) for name in methods]
+    originals = [(place, name, getattr(place, name)) for place, name in places]
+    for place, name, original in originals:
+        setattr(place, name, timer.around(original))
     try:
         yield timer
     finally:
-        # What stands on a module hides its class's method; functions were replaced themselves.
-        for place, name in places:
-            delattr(place, name)
         for place, name, original in originals:
             setattr(place, name, original)
 
@@ -88,7 +83,7 @@ def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, pa
     host: list[float] = []
     total = 0.0
     before = sum(sequence.ledger.decoder for sequence in engine._sequences.values())
-    with module_time(model) as timer:
+    with device_time() as timer:
         for _ in range(passes):
             inside, clock, wall = timer.seconds, time.thread_time(), time.perf_counter()
             engine.step()

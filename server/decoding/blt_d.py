@@ -16,6 +16,7 @@ class BltD:
         self._align = align_blocks
         self._size = block_size
         self._unmask = unmask
+        self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
         self._block: list[int] = []
         self._steps = 0
@@ -23,12 +24,23 @@ class BltD:
         self._fixed: list[int] = []
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
+        step = self._last if self._steps + 1 == self._max_steps else self._unmask
+        # The block's bytes run causally in the next round, if there is one.
+        scan_to = known + self._size if step.fills and left > self._size else 0
         if not self._block:
             rows = known - computed
-            finish = Plan(computed, rows, select=1) if self._align else None
+            finish = Plan(computed, rows, select=1, scan_to=known + 1 if left > 1 else 0) if self._align else None
             block = [MASK_ID] * self._size
-            return Plan(computed, rows, block_ids=block, provisional=True, unmask=self._step(), if_open=finish)
-        return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=self._step())
+            return Plan(
+                computed,
+                rows,
+                block_ids=block,
+                provisional=True,
+                unmask=step,
+                scan_to=scan_to,
+                if_open=finish,
+            )
+        return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=step, scan_to=scan_to)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.block_ids:
@@ -46,6 +58,3 @@ class BltD:
         self._block = []
         self._steps = 0
         self._fixed = []
-
-    def _step(self) -> Unmask:
-        return replace(self._unmask, last_step=self._steps + 1 == self._max_steps)

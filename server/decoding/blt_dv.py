@@ -17,6 +17,7 @@ class BltDV:
         self._paper = paper_accounting
         self._size = block_size
         self._unmask = unmask
+        self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
         self._block: list[int] = []
         self._steps = 0
@@ -25,10 +26,17 @@ class BltDV:
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
             return verify(self._block, known, computed, paper=self._paper)
-        step = replace(self._unmask, last_step=self._steps + 1 == self._max_steps)
+        step = self._last if self._steps + 1 == self._max_steps else self._unmask
         if self._block:
             return Plan(
-                known, 0, upstream=False, draft=True, block_ids=self._block, provisional=self._paper, unmask=step
+                known,
+                0,
+                upstream=False,
+                draft=True,
+                block_ids=self._block,
+                provisional=self._paper,
+                unmask=step,
+                scan_to=known + len(self._block) if step.fills else 0,
             )
         # The verification gives a byte of its own, so the last one is never drafted.
         size = self._size if self._paper else min(self._size, left - 1)
@@ -44,6 +52,7 @@ class BltDV:
             block_ids=block,
             provisional=self._paper,
             unmask=step,
+            scan_to=known + size if step.fills else 0,
         )
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:

@@ -5,14 +5,6 @@ from __future__ import annotations
 from server.decoding.method import Outcome, Plan, Progress
 
 
-def accepted_length(draft: list[int], targets: list[int]) -> int:
-    """How many drafted bytes are the bytes that the full model chose at their positions."""
-    for at, (drafted, target) in enumerate(zip(draft, targets, strict=False)):
-        if drafted != target:
-            return at
-    return len(draft)
-
-
 def verify(draft: list[int], known: int, computed: int, *, paper: bool = False) -> Plan:
     """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte.
 
@@ -29,12 +21,11 @@ def drafting(known: int, computed: int) -> bool:
 
 def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
     """Accepted bytes and the one after them; rows up to the last accepted stay (design §3, rollback)."""
-    accepted = accepted_length(draft, outcome.ids)
     return Progress(
-        commit=outcome.ids[: accepted + 1],
-        keep=plan.end - len(draft) + accepted,
+        commit=outcome.ids,
+        keep=plan.end - len(draft) + outcome.accepted,
         drafted=len(draft),
-        accepted=accepted,
+        accepted=outcome.accepted,
         rounds=1 if draft else 0,
     )
 
@@ -54,7 +45,9 @@ class BltS:
         if drafting(known, computed) and len(self._draft) < wanted:
             upstream = self._paper and not self._draft
             start = computed + len(self._draft)
-            return Plan(start, 1, upstream=upstream, draft=True, select=1, provisional=self._paper)
+            # The last drafted byte completes what is verified next.
+            scan_to = start + 2 if len(self._draft) + 1 == wanted else 0
+            return Plan(start, 1, upstream, draft=True, select=1, provisional=self._paper, scan_to=scan_to)
         return verify(self._draft, known, computed, paper=self._paper)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:

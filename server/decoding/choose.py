@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP
 from models.config import BltConfig
 from server.decoding.blt import Blt
 from server.decoding.blt_d import BltD
@@ -139,8 +140,10 @@ def _refuse_others(
 def _unmask(decoding: DecodingParams) -> Unmask:
     if decoding.unmasking == Unmasking.CONFIDENCE:
         assert decoding.confidence_threshold is not None
-        return Unmask(rule=0, bound=decoding.confidence_threshold)
+        return Unmask(CONFIDENCE, decoding.confidence_threshold)
     if decoding.unmasking == Unmasking.ENTROPY:
         assert decoding.entropy_bound is not None
-        return Unmask(rule=1 if decoding.entropy_rule == EntropyRule.INCLUSIVE else 2, bound=decoding.entropy_bound)
-    return Unmask(rule=3, bound=0.0)
+        return Unmask(
+            ENTROPY if decoding.entropy_rule == EntropyRule.INCLUSIVE else EXCLUSIVE_MAX, decoding.entropy_bound
+        )
+    return Unmask(ONE_STEP, 0.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kernels.unmasking import ONE_STEP
+
 
 @dataclass(frozen=True)
 class Unmask:
@@ -14,17 +16,24 @@ class Unmask:
     bound: float
     last_step: bool = False
 
+    @property
+    def fills(self) -> bool:
+        """Whether the step leaves nothing masked, whatever the model says."""
+        return self.last_step or self.rule == ONE_STEP
+
 
 @dataclass(slots=True)
 class Plan:
     """Decoder rows of one pass, taken whole or not at all.
 
     `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `select` of them each give a
-    byte. With `upstream` they first pass entropy model, encoder and, where patches close, the global transformer. Each
-    then reads its own latent and stays computed; with `draft` all read the newest one and none does. Then come
-    bidirectional rows for `block_ids`, on the newest latent; where a plan has both a selected row and a block, that
-    row's byte is the block's first. With `provisional` the newest latent is that of the open patch, closed for the
-    occasion. Where the patch is still open behind the causal rows, `if_open` is the plan instead.
+    byte, and more than one verify the draft that they stand on. With `upstream` they first pass entropy model, encoder
+    and, where patches close, the global transformer. Each then reads its own latent and stays computed; with `draft`
+    all read the newest one and none does. Then come bidirectional rows for `block_ids`, on the newest latent; where a
+    plan has both a selected row and a block, that row's byte is the block's first. With `provisional` the newest latent
+    is that of the open patch, closed for the occasion. Where the patch is still open behind the causal rows, `if_open`
+    is the plan instead. The next plan is sure to need the entropies of the rows below `scan_to`, over bytes that this
+    one gives.
     """
 
     start: int
@@ -35,6 +44,7 @@ class Plan:
     block_ids: list[int] = field(default_factory=list)
     provisional: bool = False
     unmask: Unmask | None = None
+    scan_to: int = 0
     if_open: Plan | None = None
 
     @property
@@ -49,9 +59,11 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """What the rows gave: the bytes of the selected causal rows, and the block after its step."""
+    """What the rows gave: the byte of the selected causal row (where several verify a draft, its first `accepted` bytes
+    and the one after them), and the block after its step."""
 
     ids: list[int] = field(default_factory=list)
+    accepted: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_done: bool = False
 

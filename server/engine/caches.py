@@ -167,17 +167,17 @@ class Caches:
             group.extend(row, upto)
         return True
 
-    def settle(self, row: int, computed: int, patches: int, open_start: int) -> None:
+    def settle(self, row: int, computed: int, patches: int, unpooled: int) -> None:
         """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
         self._global.cut(row, patches)
-        # Nothing can be left behind before `computed` or the open patch enters another page.
-        reached = (computed // self._page_size, open_start // self._page_size)
+        # Nothing can be left behind before `computed` or the first unpooled state enters another page.
+        reached = (computed // self._page_size, unpooled // self._page_size)
         if self._reached[row] == reached:
             return
         self._reached[row] = reached
         for group in self.bytes_groups:
             if group.name == "states":
-                group.leave(row, min(open_start, computed))
+                group.leave(row, min(unpooled, computed))
             elif group.window is not None:
                 group.leave(row, computed - group.window + 1)
 

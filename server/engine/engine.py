@@ -269,7 +269,7 @@ class Engine:
                 if plan.provisional:
                     self._drop_provisional(sequence)
                     sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
-            sequence.ready = not (plan.upstream and sequence.pending_patches())
+            sequence.ready = not (plan.upstream and sequence.pending)
 
     def _drop_provisional(self, sequence: Sequence) -> None:
         if sequence.provisional is not None:
@@ -318,13 +318,14 @@ class Engine:
         if delta is not None and delta.finish_reason is not None:
             return delta
         sequence.draft = progress.draft
-        if progress.draft:
-            self._runner.write_ids(sequence, sequence.known, progress.draft)
+        if result.entropies is not None:
+            ledger.patcher += 1
+            sequence.scan(result.entropies, self._rule)
         if progress.commit:
             self._drop_provisional(sequence)
         self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
-        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.open_start)
+        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
         return delta
 
     def _logprobs(
@@ -359,7 +360,6 @@ class Engine:
                 assert sequence.output.finish_reason is not None
                 return self._finish(sequence, sequence.output.finish_reason)
         self._bytes_generated += len(ids)
-        self._runner.write_ids(sequence, sequence.known, ids)
         sequence.ids += ids
         self._runner.commit(sequence, ids)
         released, values = sequence.output.release()

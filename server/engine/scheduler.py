@@ -53,7 +53,7 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence, plan: Plan) -> bool:
         """Pages for a plan, preempting the youngest others if need be. False: the sequence itself was preempted."""
-        length = plan.end + len(plan.block_ids)
+        length = max(plan.end + len(plan.block_ids), plan.scan_to)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
         unknown = max(plan.end - sequence.scanned, 0)
         patches = sequence.closed + unknown + (1 if plan.provisional else 0)

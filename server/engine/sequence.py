@@ -89,6 +89,20 @@ class Sequence:
                 self.starts.append(self.open_start)
         self.scanned += len(entropies)
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are `pending_patches`: patches get their latents in order."""
+        if self.patches and self.patches[-1].slot == 0:
+            return True
+        return self.provisional is not None and self.provisional.slot == 0
+
+    @property
+    def unpooled(self) -> int:
+        """The position from which on encoder states are still to be pooled."""
+        if not self.pending:
+            return self.open_start
+        return min(patch.start for patch in self.pending_patches())
+
     def pending_patches(self) -> list[Patch]:
         """Closed (or force-closed) patches whose latent is still to be computed."""
         waiting = [patch for patch in self.patches if patch.slot == 0]

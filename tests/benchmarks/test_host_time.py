@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.host_time import Timer, measure, module_time
+from benchmarks.host_time import Timer, device_time, measure
 from models.blt import Blt
-from server.engine import choosing, runner
+from server.engine import choosing
+from server.engine.passes import Passes
 from tests.tiny import random_ids
 
 
@@ -28,13 +29,11 @@ def test_a_call_within_another_counts_once() -> None:
     assert timer.seconds >= 0.06
 
 
-def test_module_time_leaves_nothing_behind(model: Blt) -> None:
-    before = (runner.entropies, choosing.select, choosing.unmask)
-    with module_time(model):
-        assert choosing.select is not before[1] and "forward" in vars(model.local_decoder)
-    assert (runner.entropies, choosing.select, choosing.unmask) == before
-    for module in model.modules():
-        assert not {"forward", "embed", "pool", "latent_keys_values"} & set(vars(module))
+def test_device_time_leaves_nothing_behind() -> None:
+    before = (choosing.select, choosing.unmask, choosing.verify, Passes.decode)
+    with device_time():
+        assert choosing.select is not before[0] and Passes.decode is not before[3]
+    assert (choosing.select, choosing.unmask, choosing.verify, Passes.decode) == before
 
 
 def test_host_time_of_every_method(model: Blt) -> None:

@@ -1,0 +1,187 @@
+"""The device's side of a pass: what the modules compute from staged integers, with caches, ids and latents in place.
+
+Nothing here reads a result on the host or loops over requests, and the shapes depend on the number of (padded) rows
+alone: this is the part that a GPU replays from a captured graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.latent_attention import stored_latent_attention
+from kernels.paged_attention import RaggedRows, paged_attention
+from models.blt import Blt
+from models.config import StackConfig
+from models.layers import Rope
+from models.patching import entropies
+from server.engine.caches import CacheGroup, Caches
+
+
+@dataclass
+class Rows:
+    """Rows of a pass, padding last, int32 [N] on the device.
+
+    `owners` are state rows, `positions` where the rows stand. A row sees [max(0, first - window + 1), high): for a
+    causal row `first` is its own position, for a block row its block's start. `spans` are the (first row, count) of the
+    requests, padding one by one.
+    """
+
+    owners: Tensor
+    positions: Tensor
+    firsts: Tensor
+    highs: Tensor
+    spans: list[tuple[int, int]]
+    _lows: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def lows(self, window: int | None) -> Tensor:
+        """Where the rows' ranges begin under a window; groups of one window share them."""
+        if window not in self._lows:
+            first = torch.zeros_like(self.firsts) if window is None else (self.firsts + (1 - window)).clamp_min_(0)
+            self._lows[window] = first
+        return self._lows[window]
+
+
+@dataclass
+class Patches:
+    """Patches of an upstream pass, padding last: int32 [P]. `rows` are their rows of the global transformer."""
+
+    rows: Rows
+    starts: Tensor
+    ends: Tensor
+    latents: Tensor
+    longest: int
+
+
+class Passes:
+    """The modules over paged caches. `tokens` [state rows, ids] holds every running request's ids, drafted ones too."""
+
+    def __init__(self, model: Blt, caches: Caches, state_rows: int, device: torch.device, tiled: bool) -> None:
+        self._model = model
+        self._caches = caches
+        self._states = caches.groups["states"]
+        self._tiled = tiled
+        config = model.config
+        self._from_encoder = config.decoder_input == "encoder"
+        stacks = {
+            "patcher": config.patcher,
+            "encoder": config.encoder,
+            "decoder": config.decoder,
+            "global": config.global_,
+        }
+        self._groups = {
+            name: _Group(caches.groups[name], stack, caches.max_length, device, tiled) for name, stack in stacks.items()
+        }
+        # The first hash windows read zeros before the ids.
+        self._pad = model.hash_window - 1
+        self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
+        self._flat = self.tokens.view(-1)
+        self._window = torch.arange(model.hash_window, device=device)
+        self._offsets = torch.arange(caches.max_length + 1, device=device)
+
+    def write_prompt(self, row: int, ids: list[int]) -> None:
+        """Known ids of a newly admitted request."""
+        self.tokens[row, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
+
+    def places(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """int64: where `tokens`, seen as one line, hold the ids at these positions."""
+        return owners.long() * self.tokens.shape[1] + (positions + self._pad)
+
+    def ids_at(self, places: Tensor) -> Tensor:
+        return self._flat[places]
+
+    def write(self, places: Tensor, ids: Tensor) -> None:
+        """Store chosen ids where later rows of the request read them."""
+        self._flat.scatter_(0, places, ids)
+
+    def entropies(self, rows: Rows) -> Tensor:
+        """Entropy model over rows: fp32 [N], nats."""
+        ids = self.ids_at(self.places(rows.owners, rows.positions))
+        return entropies(self._model.patcher(ids, self._groups["patcher"].attend(rows)))
+
+    def encode(self, rows: Rows) -> None:
+        """Encoder over rows; the states go to their store."""
+        before = self.places(rows.owners, rows.positions) - self._pad
+        x = self._model.embed(self._flat[before[:, None] + self._window])
+        states = self._model.local_encoder(x, self._groups["encoder"].attend(rows))
+        self._states.layers[0].index_copy_(0, self._state_slots(rows.owners, rows.positions), states)
+
+    def upstream(self, patches: Patches) -> None:
+        """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
+        offsets = self._offsets[: patches.longest]
+        last = (patches.ends - patches.starts)[:, None]
+        inside = offsets <= last
+        positions = patches.starts[:, None] + torch.minimum(offsets, last)
+        slots = self._state_slots(patches.rows.owners[:, None], positions)
+        vectors = self._model.local_encoder.pool(self._states.layers[0][slots], inside, tiled=self._tiled)
+        latents = self._model.global_transformer(vectors, self._groups["global"].attend(patches.rows))
+        kv = self._model.local_decoder.latent_keys_values(latents)
+        self._caches.latents.index_copy_(0, patches.latents.long(), kv)
+
+    def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
+        """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
+        read = partial(_read_latents, self._caches.latents, latents.long())
+        return self._model.local_decoder(self._decoder_input(rows, block), self._groups["decoder"].attend(rows), read)
+
+    def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
+        """fp32 [n, 260] of the states at int32 `index`, or of all."""
+        return self._model.lm_head(states if index is None else states[index]).float()
+
+    def _decoder_input(self, rows: Rows, block: Tensor | None) -> Tensor:
+        decoder = self._model.local_decoder
+        if self._from_encoder:
+            x = self._states.layers[0][self._state_slots(rows.owners, rows.positions)]
+            if block is None:
+                return x
+            return torch.where((block >= 0)[:, None], decoder.embed_tokens(block.clamp_min(0)), x)
+        ids = self.ids_at(self.places(rows.owners, rows.positions))
+        return decoder.embed_tokens(ids if block is None else torch.where(block >= 0, block, ids))
+
+    def _state_slots(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """int64 slots of encoder states; `owners` broadcasts against `positions`."""
+        page = self._states.page_size
+        return self._states.table_on(owners.device)[owners, positions // page].long() * page + positions % page
+
+
+def _read_latents(store: Tensor, slots: Tensor, layer: int, q: Tensor) -> Tensor:
+    """The decoder's cross-attention for one pass, every row over the latent at its slot."""
+    return stored_latent_attention(q, store, layer, slots)
+
+
+class _Group:
+    """A cache group seen by the layers of its module."""
+
+    def __init__(
+        self, cache: CacheGroup, stack: StackConfig, max_length: int, device: torch.device, tiled: bool
+    ) -> None:
+        self._cache = cache
+        self._device = device
+        self._tiled = tiled
+        self._length = max_length
+        self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
+
+    def attend(self, rows: Rows) -> _PagedAttention:
+        at = RaggedRows(
+            table=self._cache.table_on(self._device),
+            rows=rows.owners,
+            positions=rows.positions,
+            lows=rows.lows(self._cache.window),
+            highs=rows.highs,
+            spans=rows.spans,
+            length=self._length,
+            page_size=self._cache.page_size,
+        )
+        return _PagedAttention(self._cache.layers, self._turns, at, self._tiled)
+
+
+class _PagedAttention:
+    """The self-attention a module is given for one pass."""
+
+    def __init__(self, layers: list[Tensor], turns: Tensor, at: RaggedRows, tiled: bool) -> None:
+        self._layers, self._turns, self._at, self._tiled = layers, turns, at, tiled
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return paged_attention(q, k, v, self._turns, self._layers[layer], self._at, tiled=self._tiled)

@@ -1,0 +1,202 @@
+"""What a decoder pass picks bytes from, and how results fetched from the device go back to its requests.
+
+Picks are first those of all causal rows, then those of all blocks, each padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.selection import Selection
+from kernels.unmasking import ONE_STEP, Unmasked
+from models.vocabulary import MASK_ID
+from server.decoding.method import Outcome
+from server.engine.sequence import Sequence
+from server.request import ByteLogprobs
+
+
+@dataclass
+class Batch:
+    """Rows of a decoder pass as the host laid them out, without padding: arrays [N], or [requests] where it says so.
+
+    `picked` are the causal rows that give a byte, `selects` [requests] how many of them each request has. `in_block`
+    marks block rows (None: there are none), whose ids are in `block`; `blocks` [requests] counts them.
+    """
+
+    owners: np.ndarray
+    positions: np.ndarray
+    block: np.ndarray
+    picked: np.ndarray
+    selects: np.ndarray
+    in_block: np.ndarray | None
+    blocks: np.ndarray
+    spans: list[tuple[int, int]]
+    total: int
+
+
+@dataclass(slots=True)
+class Result:
+    """Of one sequence's plan: the outcome for its method, log-probabilities where asked for, and whether it failed.
+
+    `logprobs` go with `outcome.ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats)
+    are those of the rows that the pass scanned ahead.
+    """
+
+    outcome: Outcome
+    logprobs: list[ByteLogprobs] | None = None
+    block_logprobs: list[ByteLogprobs | None] | None = None
+    bad: bool = False
+    entropies: list[float] | None = None
+
+
+class CausalPicks:
+    """Picks of causal rows: `firsts` and `counts` by sequence.
+
+    `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length.
+    """
+
+    def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
+        self._sequences = sequences
+        selects = batch.selects
+        firsts = selects.cumsum() - selects
+        self.total = len(batch.picked)
+        self.firsts: list[int] = firsts.tolist()
+        self.counts: list[int] = selects.tolist()
+        self.drafts: tuple[np.ndarray, np.ndarray] | None = None
+        verifying = np.flatnonzero(selects > 1)
+        self._verifying: list[int] = verifying.tolist()
+        if self._verifying:
+            lengths = selects[verifying].astype(np.int64) - 1
+            offsets = np.minimum(np.arange(int(lengths.max()) + 1), lengths[:, None])
+            self.drafts = (firsts[verifying][:, None] + offsets, lengths)
+        self._values = _Values(sequences)
+
+    def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
+        """What is to be fetched."""
+        tensors = [chosen.ids, chosen.bad, *self._values.tensors(chosen.logprobs, logits)]
+        return tensors if accepted is None else [*tensors, accepted]
+
+    def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
+        """Give every result what its rows chose: of a verification what was accepted, and the byte after it."""
+        ids, bad = next(arrays).tolist(), next(arrays)
+        values = self._values.take(arrays)
+        if self._verifying:
+            for at, accepted in zip(self._verifying, next(arrays).tolist(), strict=True):
+                results[at].outcome.accepted = accepted
+        broken = bool(bad.any())
+        for sequence, first, count, result in zip(self._sequences, self.firsts, self.counts, results, strict=True):
+            if not count:
+                continue
+            outcome = result.outcome
+            outcome.ids = ids[first : first + outcome.accepted + 1]
+            if broken and bad[first : first + count].any():
+                result.bad = True
+            if sequence.params.logprobs is not None:
+                top = sequence.params.logprobs
+                result.logprobs = [values.at(first + i, top) for i in range(len(outcome.ids))]
+            if outcome.block_ids:
+                outcome.block_ids[0] = outcome.ids[-1]
+
+
+class BlockPicks:
+    """Picks of block rows: `rows` int [blocks, longest], the row in the pass for every position of every block.
+
+    `inside` bool says which are not there to fill up a shorter block.
+    """
+
+    def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
+        self.count = 0
+        self.rows = np.empty((0, 0), dtype=np.int64)
+        self.inside = np.empty((0, 0), dtype=bool)
+        if batch.in_block is None:
+            return
+        owners = np.flatnonzero(batch.blocks)
+        sizes = batch.blocks[owners]
+        self.count = len(owners)
+        self._offset = len(batch.picked)
+        self._owners: list[int] = owners.tolist()
+        self._sizes: list[int] = sizes.tolist()
+        self._sequences = [sequences[owner] for owner in self._owners]
+        self._plans = [sequence.plan for sequence in self._sequences if sequence.plan is not None]
+        offsets = np.arange(int(sizes.max()))
+        self.inside = offsets < sizes[:, None]
+        begins = sizes.cumsum() - sizes
+        within = np.minimum(offsets, sizes[:, None] - 1)
+        self.rows = np.flatnonzero(batch.in_block)[begins[:, None] + within]
+        steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
+        #: Rule, bound and last_step of every block.
+        self.rules = (
+            torch.tensor([step.rule for step in steps]),
+            torch.tensor([step.bound for step in steps]),
+            torch.tensor([step.last_step for step in steps]),
+        )
+        self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
+        self._values = _Values(self._sequences)
+
+    def first(self, sequence: int) -> int:
+        """The first pick of the sequence at this place in the batch."""
+        return self._offset + self._owners.index(sequence) * self.rows.shape[1]
+
+    def masked(self, ids: np.ndarray) -> np.ndarray:
+        """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
+        self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
+        self._masked[[plan.select > 0 for plan in self._plans], 0] = False
+        return self._masked.reshape(-1)
+
+    def results_of(self, step: Unmasked, logits: Tensor) -> list[Tensor]:
+        """What is to be fetched."""
+        return [step.ids, step.done, step.bad, *self._values.tensors(step.logprobs.view(-1), logits)]
+
+    def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
+        """Give every result its block after the step. What is still masked has kept its id, [MASK]."""
+        ids, done, bad = (next(arrays).tolist() for _ in range(3))
+        values = self._values.take(arrays)
+        width = self.rows.shape[1]
+        for at, (owner, size, sequence) in enumerate(zip(self._owners, self._sizes, self._sequences, strict=True)):
+            result = results[owner]
+            outcome = result.outcome
+            outcome.block_ids = ids[at][:size]
+            outcome.block_done = bool(done[at])
+            result.bad = bool(bad[at])
+            if sequence.params.logprobs is not None:
+                top = sequence.params.logprobs
+                fixed = (self._masked[at, :size] & (np.array(outcome.block_ids) != MASK_ID)).tolist()
+                result.block_logprobs = [values.at(at * width + i, top) if f else None for i, f in enumerate(fixed)]
+
+
+class _Values:
+    """Log-probabilities of picks, where any of the sequences asks for them."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        asked = [s.params.logprobs for s in sequences if s.params.logprobs is not None]
+        self._asked = bool(asked)
+        self._most = max(asked, default=0)
+        self._own: list[float] = []
+        self._ids: list[list[int]] = []
+        self._best: list[list[float]] = []
+
+    def tensors(self, own: Tensor, logits: Tensor) -> list[Tensor]:
+        """To be fetched: the chosen ids' values fp32 [picks], and the best ids of all and theirs."""
+        if not self._asked:
+            return []
+        if not self._most:
+            return [own]
+        best = torch.topk(torch.log_softmax(logits, -1), self._most, -1)
+        return [own, best.indices, best.values]
+
+    def take(self, arrays: Iterator[np.ndarray]) -> _Values:
+        if self._asked:
+            self._own = next(arrays).tolist()
+        if self._most:
+            self._ids, self._best = next(arrays).tolist(), next(arrays).tolist()
+        return self
+
+    def at(self, pick: int, top: int) -> ByteLogprobs:
+        """The value of one pick, with its `top` best alternatives."""
+        pairs = list(zip(self._ids[pick][:top], self._best[pick][:top], strict=True)) if top else []
+        return ByteLogprobs(self._own[pick], pairs)

@@ -1,0 +1,61 @@
+"""What crosses between host and device in a pass: one copy there with all its integers, one copy back with its results.
+
+On a GPU the host's side is pinned memory, so that the copy there needs no wait; on a CPU the device reads the very
+memory that the host wrote.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """A buffer of int32 columns for one kind of pass.
+
+    It may be written again once the pass's results were fetched, for then the device has read it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer = self._allocate(4096)
+        self._shape = (0, 0)
+
+    def columns(self, count: int, size: int) -> np.ndarray:
+        """int32 [count, size] to be written by the host."""
+        if count * size > len(self._buffer):
+            self._buffer = self._allocate(2 * count * size)
+        self._shape = (count, size)
+        array: np.ndarray = self._buffer[: count * size].view(count, size).numpy()
+        return array
+
+    def send(self) -> Tensor:
+        """The columns on the device."""
+        count, size = self._shape
+        return self._buffer[: count * size].view(count, size).to(self._device, non_blocking=True)
+
+    def _allocate(self, words: int) -> Tensor:
+        return torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+
+
+class Fetch:
+    """Brings a pass's results to the host in one copy, and counts the copies."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def __call__(self, *results: Tensor) -> list[np.ndarray]:
+        """int32 or fp32 arrays of the results' shapes: integers (which must fit) and booleans, or fp32."""
+        words = [r.reshape(-1).view(torch.int32) if r.dtype == torch.float32 else r.reshape(-1).int() for r in results]
+        self.copies += 1
+        packed: np.ndarray = (torch.cat(words) if len(words) > 1 else words[0]).cpu().numpy()
+        arrays: list[np.ndarray] = []
+        start = 0
+        for result in results:
+            part = packed[start : start + result.numel()]
+            start += result.numel()
+            if result.dtype == torch.float32:
+                part = part.view(np.float32)
+            arrays.append(part.reshape(result.shape))
+        return arrays
