@@ -4,9 +4,9 @@
 
 Timers stand around the calls that only give work to the device and never wait for it or loop over requests: the passes
 (`server/engine/passes.py`) and the kernels that choose bytes. Whatever else a step takes, planning, laying out rows,
-gathering parameters, fetching and settling, is the host's, and would leave an accelerator idle. Printed are microseconds of
-this thread's processor time per decoder pass (mean and median) and per request in it, against the target of 200 and 20
-for each request, and the host's share of the steps' wall clock.
+gathering parameters, fetching and settling, is the host's, and would leave an accelerator idle. Printed are
+microseconds of this thread's processor time per decoder pass (mean and median) and per request in it, against the
+target of 200 and 20 for each request, and the host's share of the steps' wall clock.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,12 +35,13 @@ class PatchRule:
         """
         if len(entropy) == 1:
             return [position] if self.opens(position, entropy[0], position - open_start + 1) else []
-        over = np.flatnonzero(np.array(entropy) > self.threshold) + position
-        if position == 0 and (not len(over) or over[0] > 0):
-            over = np.concatenate(([0], over))
+        threshold = self.threshold
+        over = [at for at, value in enumerate(entropy, position) if value > threshold]
+        if position == 0 and (not over or over[0] > 0):
+            over.insert(0, 0)
         ends: list[int] = []
         start = open_start
-        for end in (*over.tolist(), position + len(entropy)):
+        for end in (*over, position + len(entropy)):
             while self.max_patch_length is not None and end - start >= self.max_patch_length:
                 start += self.max_patch_length
                 ends.append(start - 1)

@@ -107,7 +107,8 @@ class Chooser:
             ids[count:] = batch.block[index[count:]]
             masked[count:] = blocks.masked(ids[count:])
             # What fills up shorter blocks belongs to nobody.
-            columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
+            if not blocks.inside.all():
+                columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
         sent = self._staging.send()
         whole = total == len(states) and bool((at == np.arange(total)).all())
         logits = self._passes.logits(states, None if whole else sent[0])[:total]
@@ -167,8 +168,10 @@ class Chooser:
         penalized = bool(self._penalizes[owners].any())
         rows = sent[1]
         # A greedy pass reads none of these: the null row's stand for all.
-        values = self._values[:, rows] if sampled or penalized else self._values[:, :1].expand(-1, len(rows))
-        integers = self._integers[:, rows] if sampled else self._integers[:, :1].expand(-1, len(rows))
+        if sampled or penalized:
+            values, integers = self._values[:, rows], self._integers[:, rows]
+        else:
+            values, integers = (table[:, :1].expand(-1, len(rows)) for table in (self._values, self._integers))
         temperature, top_p, min_p, repetition, presence, frequency = values.unbind()
         top_k, seeds = integers.unbind()
         counts = prompt_seen = bias = None
@@ -209,7 +212,7 @@ class Choice:
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
         """The results of all sequences from the fetched `tensors`."""
-        results = [Result(Outcome()) for _ in self.causal.counts]
+        results = [Result(Outcome()) for _ in self.causal.firsts]
         arrays = iter(fetched)
         if self.blocks.count:
             self.blocks.take(arrays, results)

@@ -50,6 +50,9 @@ _SMALL = 50_000_000
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
 
+#: What drafts add to the ledgers; the engine's own has those of ended requests, until it is asked.
+_DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -180,6 +183,9 @@ class Engine:
     def stats(self) -> EngineStats:
         groups = self._caches.groups
         ledger = replace(self._runner.ledger)
+        for sequence in list(self._sequences.values()):
+            for name in _DRAFTING:
+                setattr(ledger, name, getattr(ledger, name) + getattr(sequence.ledger, name))
         self._add_traffic(ledger)
         return EngineStats(
             running=len(self._scheduler.running),
@@ -223,21 +229,22 @@ class Engine:
         """Give a plan, with pages, to every running sequence that has none; those that got one."""
         scheduler = self._scheduler
         planned: list[Sequence] = []
-        budget = scheduler.prefill_budget()
+        budget: int | None = None
         for sequence in list(scheduler.running):
             if sequence.plan is not None or sequence.row == 0:
                 continue
-            pending = sequence.known - sequence.decoded
-            if sequence.prefilling and budget == 0:
-                continue
-            if sequence.prefilling and pending > budget:
-                plan = Plan(sequence.decoded, budget)
-                budget = 0
-            else:
-                plan = sequence.method.plan(sequence.known, sequence.decoded, sequence.left)
+            known, decoded = len(sequence.ids), sequence.decoded
+            if sequence.prefilling:
+                budget = scheduler.prefill_budget() if budget is None else budget
+                if budget == 0:
+                    continue
+                chunk = min(known - decoded, budget)
+                budget -= chunk
+                sequence.prefilling = chunk < known - decoded
                 if sequence.prefilling:
-                    budget -= pending
-                    sequence.prefilling = False
+                    plan = Plan(decoded, chunk)
+            if not sequence.prefilling:
+                plan = sequence.method.plan(known, decoded, sequence.left)
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append(sequence)
@@ -263,13 +270,16 @@ class Engine:
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
-            if sequence.open_start < plan.end and plan.upstream:
+            if not plan.upstream:
+                sequence.ready = True
+                continue
+            if sequence.open_start < plan.end:
                 if plan.if_open is not None:
                     plan = sequence.plan = plan.if_open
                 if plan.provisional:
                     self._drop_provisional(sequence)
                     sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
-            sequence.ready = not (plan.upstream and sequence.pending)
+            sequence.ready = not sequence.pending
 
     def _drop_provisional(self, sequence: Sequence) -> None:
         if sequence.provisional is not None:
@@ -298,23 +308,17 @@ class Engine:
             self._scheduler.free_latents(sequence.cut(progress.keep))
         ledger = sequence.ledger
         if progress.steps or progress.rounds:
-            for total in (ledger, self._runner.ledger):
-                total.drafted += progress.drafted
-                total.accepted += progress.accepted
-                total.steps += progress.steps
-                total.rounds += progress.rounds
+            ledger.drafted += progress.drafted
+            ledger.accepted += progress.accepted
+            ledger.steps += progress.steps
+            ledger.rounds += progress.rounds
         if progress.drafted:
             self._drafts[progress.drafted] += 1
             self._accepted[progress.accepted] += 1
         if sequence.params.return_patches:
             sequence.steps += progress.commit_steps or [1] * len(progress.commit)
-        before = len(sequence.output.ids)
-        delta = self._commit(sequence, progress.commit, self._logprobs(sequence, plan, progress, result))
-        if progress.accepted or ledger.kept:
-            # Less than none where a stop string takes back what earlier rounds gave.
-            kept = max(min(progress.accepted, len(sequence.output.ids) - before), -ledger.kept)
-            ledger.kept += kept
-            self._runner.ledger.kept += kept
+        logprobs = self._logprobs(sequence, plan, progress, result)
+        delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
         if delta is not None and delta.finish_reason is not None:
             return delta
         sequence.draft = progress.draft
@@ -323,7 +327,8 @@ class Engine:
             sequence.scan(result.entropies, self._rule)
         if progress.commit:
             self._drop_provisional(sequence)
-        self._scheduler.free_latents(sequence.forget_patches())
+        if len(sequence.patches) > 1:
+            self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
         self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
         return delta
@@ -345,24 +350,27 @@ class Engine:
             return values
         return (result.logprobs or [])[: len(progress.commit)]
 
-    def _commit(self, sequence: Sequence, ids: list[int], logprobs: list[ByteLogprobs] | None) -> Delta | None:
-        """Append fixed bytes; cut at the first end among them."""
+    def _commit(
+        self, sequence: Sequence, ids: list[int], accepted: int, logprobs: list[ByteLogprobs] | None
+    ) -> Delta | None:
+        """Append fixed bytes, of which the first `accepted` were drafted; cut at the first end among them."""
         if not ids:
             return None
         if sequence.timings.first_byte is None:
             sequence.timings.first_byte = time.monotonic()
-        before = len(sequence.output.ids)
-        for at, token in enumerate(ids):
-            if sequence.output.append(token, logprobs[at] if logprobs else None):
-                for ledger in (sequence.ledger, self._runner.ledger):
-                    ledger.wasted += len(ids) - at - 1
-                self._bytes_generated += max(len(sequence.output.ids) - before, 0)
-                assert sequence.output.finish_reason is not None
-                return self._finish(sequence, sequence.output.finish_reason)
-        self._bytes_generated += len(ids)
+        output, ledger = sequence.output, sequence.ledger
+        before = len(output.ids)
+        taken = output.extend(ids, logprobs)
+        new = len(output.ids) - before
+        # A stop string can take back more than this pass gave.
+        self._bytes_generated += max(new, 0)
+        ledger.kept += max(min(accepted, new), -ledger.kept)
+        if output.finish_reason is not None:
+            ledger.wasted += len(ids) - taken
+            return self._finish(sequence, output.finish_reason)
         sequence.ids += ids
         self._runner.commit(sequence, ids)
-        released, values = sequence.output.release()
+        released, values = output.release()
         if not released:
             return None
         return Delta(sequence.request.request_id, released, values if logprobs is not None else None)
@@ -377,9 +385,8 @@ class Engine:
         sequence.timings.finished = time.monotonic()
         ledger, total = sequence.ledger, self._runner.ledger
         sequence.count_patches()
-        total.bytes += ledger.bytes
-        total.patched_bytes += ledger.patched_bytes
-        total.patches += ledger.patches
+        for name in (*_DRAFTING, "bytes", "patched_bytes", "patches"):
+            setattr(total, name, getattr(total, name) + getattr(ledger, name))
         self._add_traffic(ledger)
         output = sequence.output
         output.finish_reason = reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from models.vocabulary import BYTE_OFFSET, EOS_ID
 from server.request import ByteLogprobs, FinishReason, SamplingParams
 
@@ -23,6 +25,23 @@ class Output:
         self._released = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+
+    def extend(self, ids: Sequence[int], logprobs: list[ByteLogprobs] | None) -> int:
+        """Take fixed ids up to the first end among them; how many were taken."""
+        params = self._params
+        if (
+            not self._longest
+            and not self._stop_ids
+            and logprobs is None
+            and len(self.ids) + len(ids) < params.max_tokens
+            and (params.ignore_eos or EOS_ID not in ids)
+        ):
+            self.ids += ids
+            return len(ids)
+        for at, token in enumerate(ids):
+            if self.append(token, logprobs[at] if logprobs else None):
+                return at + 1
+        return len(ids)
 
     def append(self, token: int, logprob: ByteLogprobs | None) -> bool:
         """Take one fixed id; True once the completion has ended with it. Must not be called after that."""

@@ -22,19 +22,20 @@ from server.request import ByteLogprobs
 
 @dataclass
 class Batch:
-    """Rows of a decoder pass as the host laid them out, without padding: arrays [N], or [requests] where it says so.
+    """Rows of a decoder pass as the host laid them out, without padding: arrays [N].
 
-    `picked` are the causal rows that give a byte, `selects` [requests] how many of them each request has. `in_block`
-    marks block rows (None: there are none), whose ids are in `block`; `blocks` [requests] counts them.
+    `picked` are the causal rows that give a byte; `firsts` says for every request which of them are its own: they
+    begin there. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block` marks block
+    rows (None: there are none), whose ids are in `block`.
     """
 
     owners: np.ndarray
     positions: np.ndarray
     block: np.ndarray
     picked: np.ndarray
-    selects: np.ndarray
+    firsts: list[int]
+    ahead: list[int]
     in_block: np.ndarray | None
-    blocks: np.ndarray
     spans: list[tuple[int, int]]
     total: int
 
@@ -55,25 +56,21 @@ class Result:
 
 
 class CausalPicks:
-    """Picks of causal rows: `firsts` and `counts` by sequence.
+    """Picks of causal rows, which begin at `firsts` for every sequence.
 
     `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length.
     """
 
     def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
         self._sequences = sequences
-        selects = batch.selects
-        firsts = selects.cumsum() - selects
         self.total = len(batch.picked)
-        self.firsts: list[int] = firsts.tolist()
-        self.counts: list[int] = selects.tolist()
+        self.firsts = batch.firsts
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
-        verifying = np.flatnonzero(selects > 1)
-        self._verifying: list[int] = verifying.tolist()
+        self._verifying = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.select > 1]
         if self._verifying:
-            lengths = selects[verifying].astype(np.int64) - 1
-            offsets = np.minimum(np.arange(int(lengths.max()) + 1), lengths[:, None])
-            self.drafts = (firsts[verifying][:, None] + offsets, lengths)
+            firsts = np.array([self.firsts[at] for at in self._verifying])
+            lengths = np.array([s.plan.select - 1 for s in sequences if s.plan is not None and s.plan.select > 1])
+            self.drafts = (firsts[:, None] + np.minimum(np.arange(lengths.max() + 1), lengths[:, None]), lengths)
         self._values = _Values(sequences)
 
     def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
@@ -89,12 +86,13 @@ class CausalPicks:
             for at, accepted in zip(self._verifying, next(arrays).tolist(), strict=True):
                 results[at].outcome.accepted = accepted
         broken = bool(bad.any())
-        for sequence, first, count, result in zip(self._sequences, self.firsts, self.counts, results, strict=True):
-            if not count:
+        for sequence, first, result in zip(self._sequences, self.firsts, results, strict=True):
+            plan = sequence.plan
+            if plan is None or not plan.select:
                 continue
             outcome = result.outcome
             outcome.ids = ids[first : first + outcome.accepted + 1]
-            if broken and bad[first : first + count].any():
+            if broken and bad[first : first + plan.select].any():
                 result.bad = True
             if sequence.params.logprobs is not None:
                 top = sequence.params.logprobs
@@ -115,25 +113,26 @@ class BlockPicks:
         self.inside = np.empty((0, 0), dtype=bool)
         if batch.in_block is None:
             return
-        owners = np.flatnonzero(batch.blocks)
-        sizes = batch.blocks[owners]
-        self.count = len(owners)
         self._offset = len(batch.picked)
-        self._owners: list[int] = owners.tolist()
-        self._sizes: list[int] = sizes.tolist()
+        self._owners = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.block_ids]
         self._sequences = [sequences[owner] for owner in self._owners]
         self._plans = [sequence.plan for sequence in self._sequences if sequence.plan is not None]
-        offsets = np.arange(int(sizes.max()))
-        self.inside = offsets < sizes[:, None]
-        begins = sizes.cumsum() - sizes
-        within = np.minimum(offsets, sizes[:, None] - 1)
-        self.rows = np.flatnonzero(batch.in_block)[begins[:, None] + within]
+        self._sizes = [len(plan.block_ids) for plan in self._plans]
+        self.count = len(self._sizes)
+        rows, width = np.flatnonzero(batch.in_block), max(self._sizes)
+        if len(rows) == self.count * width:
+            self.rows = rows.reshape(self.count, width)
+            self.inside = np.ones(self.rows.shape, dtype=bool)
+        else:
+            sizes, offsets = np.array(self._sizes)[:, None], np.arange(width)
+            self.inside = offsets < sizes
+            self.rows = rows[(sizes.cumsum() - sizes[:, 0])[:, None] + np.minimum(offsets, sizes - 1)]
         steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
         #: Rule, bound and last_step of every block.
         self.rules = (
-            torch.tensor([step.rule for step in steps]),
-            torch.tensor([step.bound for step in steps]),
-            torch.tensor([step.last_step for step in steps]),
+            torch.from_numpy(np.array([step.rule for step in steps])),
+            torch.from_numpy(np.array([step.bound for step in steps], dtype=np.float32)),
+            torch.from_numpy(np.array([step.last_step for step in steps])),
         )
         self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
         self._values = _Values(self._sequences)
@@ -145,7 +144,9 @@ class BlockPicks:
     def masked(self, ids: np.ndarray) -> np.ndarray:
         """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
         self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
-        self._masked[[plan.select > 0 for plan in self._plans], 0] = False
+        behind = [at for at, plan in enumerate(self._plans) if plan.select]
+        if behind:
+            self._masked[behind, 0] = False
         return self._masked.reshape(-1)
 
     def results_of(self, step: Unmasked, logits: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ rows a linear map's result for one row does not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -121,41 +121,36 @@ class Runner:
         rows = Rows(owners, positions, firsts, highs, _with_padding(batch.spans, batch.total, len(owners)))
         states = self._passes.decode(rows, latents, block if batch.in_block is not None else None)
         self.ledger.decoder += 1
-        for sequence in sequences:
-            sequence.ledger.decoder += 1
         choice = self._chooser.choose(sequences, batch, states)
-        ahead = [s for s in sequences if s.plan is not None and s.plan.scan_to > s.scanned]
-        if not ahead:
+        if not batch.ahead:
             return choice.results(self._fetch(*choice.tensors)) if choice.tensors else choice.results([])
+        ahead = [sequences[at] for at in batch.ahead]
         tail = self._rows("tail", ahead, [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan])
         *chosen, flat = self._fetch(*choice.tensors, self._passes.entropies(tail))
         self.ledger.patcher += 1
         results = choice.results(chosen)
-        values = iter(_split(flat, tail.spans[: len(ahead)]))
-        for sequence, result in zip(sequences, results, strict=True):
-            if sequence.plan is not None and sequence.plan.scan_to > sequence.scanned:
-                result.entropies = next(values)
+        for at, values in zip(batch.ahead, _split(flat, tail.spans[: len(ahead)]), strict=True):
+            results[at].entropies = values
         return results
 
     # Rows
 
     def _rows(self, kind: str, sequences: list[Sequence], begins: list[int], ends: list[int]) -> Rows:
         """Causal rows [begin, end) of every sequence, one after another."""
-        starts = np.array(begins, dtype=np.int32)
-        counts = np.array(ends, dtype=np.int32) - starts
-        owners = np.array([sequence.row for sequence in sequences], dtype=np.int32)
-        after = counts.cumsum()
-        firsts = after - counts
-        total = int(after[-1])
+        table: list[tuple[int, int]] = []
+        spans: list[tuple[int, int]] = []
+        total = 0
+        for sequence, begin, end in zip(sequences, begins, ends, strict=True):
+            table.append((sequence.row, begin - total))
+            spans.append((total, end - begin))
+            total += end - begin
+        requests = np.array(table, dtype=np.int32)
+        if total > len(spans):
+            requests = requests.repeat([count for _, count in spans], axis=0)
         columns = self._columns(kind, 3, total)
-        owner, position = columns[:2, :total]
-        if total == len(counts):
-            owner[:], position[:] = owners, starts
-        else:
-            owner[:] = owners.repeat(counts)
-            np.add((starts - firsts).repeat(counts), np.arange(total, dtype=np.int32), out=position, casting="unsafe")
+        columns[0, :total] = requests[:, 0]
+        np.add(requests[:, 1], np.arange(total, dtype=np.int32), out=columns[1, :total])
         np.add(columns[1], 1, out=columns[2])
-        spans = list(zip(firsts.tolist(), counts.tolist(), strict=True))
         owner_, position_, high_ = self._staging[kind].send().unbind()
         return Rows(owner_, position_, position_, high_, _with_padding(spans, total, columns.shape[1]))
 
@@ -173,8 +168,14 @@ class Runner:
 
 def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
     """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
-    shapes: list[tuple[int, ...]] = []
+    table: list[tuple[int, ...]] = []
+    counts: list[int] = []
+    spans: list[tuple[int, int]] = []
     own: list[int] = []
+    block_ids: list[int] = []
+    ahead: list[int] = []
+    total = picks = 0
+    firsts: list[int] = []
     for at, sequence in enumerate(sequences):
         plan, patches = sequence.plan, sequence.patches
         assert plan is not None
@@ -183,44 +184,48 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
             newest = sequence.provisional.slot
             if plan.draft:
                 latent = newest
-        if plan.causal > 1 and len(patches) > 1:
+        start, causal, ids = plan.start, plan.causal, plan.block_ids
+        if causal > 1 and len(patches) > 1:
             own.append(at)
             latent = patches[0].slot
-        shapes.append((sequence.row, plan.start, plan.causal, len(plan.block_ids), plan.select, latent, newest))
-    owners, starts, causal, blocks, selects, latents, newest_ = np.array(shapes, dtype=np.int32).T
-    counts = causal + blocks
-    after = counts.cumsum()
-    firsts = after - counts
-    total = int(after[-1])
-    index = np.arange(total, dtype=np.int32)
-    request = np.arange(len(sequences)).repeat(counts)
-    inside = index - firsts[request]
+        end = start + causal
+        count = causal + len(ids)
+        if ids:
+            block_ids += ids
+        table.append((sequence.row, start - total, end - plan.select, latent, end, start + count, newest))
+        counts.append(count)
+        spans.append((total, count))
+        firsts.append(picks)
+        if plan.scan_to > sequence.scanned:
+            ahead.append(at)
+        sequence.ledger.decoder += 1
+        total += count
+        picks += plan.select
     columns = allocate("decode", 6, total)
     # Padding sees the null row's first position, and is no block.
     columns[3, total:], columns[5, total:] = 1, -1
     owner, position, first, high, latent_, block = columns[:, :total]
-    owner[:] = owners[request]
-    np.add(starts[request], inside, out=position, casting="unsafe")
+    requests = np.array(table, dtype=np.int32)
+    rows = (requests if total == len(counts) else requests.repeat(counts, axis=0)).T
+    owner[:] = rows[0]
+    np.add(rows[1], np.arange(total, dtype=np.int32), out=position)
+    picked = position >= rows[2]
     in_block = None
-    picked = inside >= (causal - selects)[request]
-    if blocks.any():
-        edge = causal[request]
-        in_block = inside >= edge
-        begin = starts[request] + edge
-        first[:] = np.where(in_block, begin, position)
-        high[:] = np.where(in_block, begin + blocks[request], position + 1)
-        latent_[:] = np.where(in_block, newest_[request], latents[request])
+    if block_ids:
+        in_block = position >= rows[4]
+        first[:] = np.where(in_block, rows[4], position)
+        high[:] = np.where(in_block, rows[5], position + 1)
+        latent_[:] = np.where(in_block, rows[6], rows[3])
         block[:] = -1
-        block[in_block] = list(chain.from_iterable(s.plan.block_ids for s in sequences if s.plan is not None))
+        block[in_block] = block_ids
         picked &= ~in_block
     else:
         first[:] = position
         np.add(position, 1, out=high)
-        latent_[:] = latents[request]
-    spans = list(zip(firsts.tolist(), counts.tolist(), strict=True))
+        latent_[:] = rows[3]
     for at in own:
         _own_latents(sequences[at], latent_[spans[at][0] :])
-    return Batch(owner, position, block, np.flatnonzero(picked), selects, in_block, blocks, spans, total)
+    return Batch(owner, position, block, np.flatnonzero(picked), firsts, ahead, in_block, spans, total)
 
 
 def _own_latents(sequence: Sequence, latents: np.ndarray) -> None:

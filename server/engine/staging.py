@@ -19,24 +19,22 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffer = self._allocate(4096)
-        self._shape = (0, 0)
+        self._allocate(4096)
 
     def columns(self, count: int, size: int) -> np.ndarray:
         """int32 [count, size] to be written by the host."""
-        if count * size > len(self._buffer):
-            self._buffer = self._allocate(2 * count * size)
-        self._shape = (count, size)
-        array: np.ndarray = self._buffer[: count * size].view(count, size).numpy()
-        return array
+        if count * size > len(self._array):
+            self._allocate(2 * count * size)
+        self._sent = self._buffer[: count * size].view(count, size)
+        return self._array[: count * size].reshape(count, size)
 
     def send(self) -> Tensor:
         """The columns on the device."""
-        count, size = self._shape
-        return self._buffer[: count * size].view(count, size).to(self._device, non_blocking=True)
+        return self._sent.to(self._device, non_blocking=True)
 
-    def _allocate(self, words: int) -> Tensor:
-        return torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+    def _allocate(self, words: int) -> None:
+        self._buffer = torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        self._array: np.ndarray = self._buffer.numpy()
 
 
 class Fetch:
