@@ -16,7 +16,7 @@ import typer
 from server import logs
 from server.logs import LogSettings
 from server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
-from server.settings import PRETRAINED, EngineSettings
+from server.settings import PRETRAINED, EngineSettings, FailurePolicy, ServiceSettings
 
 app = typer.Typer(
     name="fastblt",
@@ -47,7 +47,9 @@ def parse_size(text: str) -> int:
 _ENGINE = "Engine"
 _SAMPLING = "Sampling"
 _DECODING = "Decoding"
+_CARE = "Deadlines and failures"
 _DEFAULTS = EngineSettings()
+_SERVICE = ServiceSettings()
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=_ENGINE)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
@@ -110,6 +112,25 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds running requests get at the end.")] = 30.0,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    queue_timeout: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds a request may wait for its turn; 0 is no limit.", rich_help_panel=_CARE),
+    ] = _SERVICE.queue_timeout or 0.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds a request may take in all; 0 is no limit.", rich_help_panel=_CARE)
+    ] = _SERVICE.request_timeout or 0.0,
+    stall_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds without progress after which /ready is 503; after twice that the engine is killed.",
+            rich_help_panel=_CARE,
+        ),
+    ] = _SERVICE.stall_timeout,
+    on_engine_failure: Annotated[
+        FailurePolicy,
+        typer.Option(help="Go on answering 503, exit, or start another engine.", rich_help_panel=_CARE),
+    ] = _SERVICE.on_engine_failure,
     method: Annotated[
         DecodingMethod,
         typer.Option(help="Of requests that name none, as are the others here.", rich_help_panel=_DECODING),
@@ -185,7 +206,13 @@ def serve(
     except OSError as error:
         _fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port")
     try:
-        client = EngineClient(settings, name=served_model_name, log=log)
+        service = ServiceSettings(
+            queue_timeout=queue_timeout or None,
+            request_timeout=request_timeout or None,
+            stall_timeout=stall_timeout,
+            on_engine_failure=on_engine_failure,
+        )
+        client = EngineClient(settings, service, name=served_model_name, log=log)
         asyncio.run(run(client, sock, shutdown_seconds=shutdown_timeout, access_log=access_log))
     except EngineUnavailableError as error:
         _fail(f"cannot serve {model}: {error}")

@@ -79,6 +79,17 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ErrorCode(StrEnum):
+    """Why a request ended in FinishReason.ERROR."""
+
+    PASS_FAILED = "pass_failed"
+    NOT_FINITE = "not_finite"
+    OUT_OF_MEMORY = "out_of_memory"
+    QUEUE_TIMEOUT = "queue_timeout"
+    REQUEST_TIMEOUT = "request_timeout"
+    ENGINE_DIED = "engine_died"
+
+
 @dataclass(frozen=True)
 class DecodingParams:
     """How to decode (design §8). None leaves a field to the server's default, and that to the method's.
@@ -270,7 +281,8 @@ class Delta:
 
     `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger, the
     timings, the decoding that really ran (every setting that its method has), and the patches where asked for.
-    `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR.
+    `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR, and `error_code` is the
+    word for it.
     """
 
     request_id: str
@@ -279,6 +291,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    error_code: ErrorCode | None = None
     ledger: Ledger | None = None
     timings: Timings | None = None
     decoding: DecodingParams | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from server.request import DecodingParams
@@ -39,3 +40,27 @@ class EngineSettings:
     threads: int | None = None
     decoding: DecodingParams = field(default_factory=DecodingParams)
     allow_untrained_block_size: bool = False
+
+
+class FailurePolicy(StrEnum):
+    """What a server does whose engine died: go on answering 503, exit with status 1, or start another engine."""
+
+    STAY = "stay"
+    EXIT = "exit"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a server looks after its engine and its requests. All times are in seconds.
+
+    `queue_timeout` is how long a request may wait for its first pass, `request_timeout` how long it may take in all;
+    None is no limit. An engine that makes no progress for `stall_timeout` gets no more requests, and after twice that
+    time it is killed. An engine without requests is tried with one of the server's own every `probe_interval`.
+    """
+
+    queue_timeout: float | None = 600.0
+    request_timeout: float | None = 3600.0
+    stall_timeout: float = 60.0
+    probe_interval: float = 30.0
+    on_engine_failure: FailurePolicy = FailurePolicy.STAY

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.errors import ApiError, error_object
+from server.api.errors import ApiError, failure
 from server.api.schemas import MAX_BODY_BYTES, CompletionRequest, parse_completion
 from server.api.streaming import DONE, ChoiceText, EventStream, event, until_disconnect
 from server.engine.client import EngineClient
@@ -101,7 +101,7 @@ class _Completion:
         async for news in stream:
             for delta in news:
                 if delta.finish_reason is FinishReason.ERROR:
-                    raise ApiError(500, _failure(delta), code="engine_error")
+                    raise failure(delta)
                 texts[self._index[delta.request_id]].append(self._feed(delta))
         choices = [self._rendered(index, "".join(text)) for index, text in enumerate(texts)]
         return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
@@ -115,7 +115,7 @@ class _Completion:
             chunks = []
             for delta in news:
                 if delta.finish_reason is FinishReason.ERROR:
-                    chunks += [event(error_object(500, _failure(delta), "engine_error")), DONE]
+                    chunks += [event(failure(delta).body), DONE]
                     yield b"".join(chunks)
                     return
                 text = self._feed(delta)
@@ -193,7 +193,3 @@ class _Completion:
             "gb_paper": ledger.gb_paper,
             "gb": ledger.gb,
         }
-
-
-def _failure(delta: Delta) -> str:
-    return delta.error or "the request failed"

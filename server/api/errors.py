@@ -11,11 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server.engine.client import EngineState, EngineUnavailableError
-from server.request import InvalidRequestError, QueueFullError
+from server.request import Delta, ErrorCode, InvalidRequestError, QueueFullError
 
 #: Characters of a message; what a client sent may be quoted in it.
 MAX_MESSAGE = 500
 RETRY_AFTER_SECONDS = 1
+
+#: OpenAI's client would ask again after any 5xx.
+_NO_RETRY = {"x-should-retry": "false"}
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
@@ -39,6 +42,10 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_object(self.status, self.message, self.code, self.param)
+
 
 def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error, of bounded size and free of what UTF-8 cannot carry."""
@@ -47,6 +54,24 @@ def error_object(status: int, message: str, code: str, param: str | None = None)
         text = text[: MAX_MESSAGE - 3] + "..."
     fallback = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": text, "type": _TYPES.get(status, fallback), "param": param, "code": code}}
+
+
+def failure(delta: Delta) -> ApiError:
+    """What a client is told of a request that ended in FinishReason.ERROR."""
+    code = delta.error_code or ErrorCode.PASS_FAILED
+    message = delta.error or "the request failed"
+    match code:
+        case ErrorCode.QUEUE_TIMEOUT:
+            return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+        case ErrorCode.REQUEST_TIMEOUT:
+            return ApiError(504, message, code=code, headers=_NO_RETRY)
+        case ErrorCode.NOT_FINITE | ErrorCode.OUT_OF_MEMORY:
+            # The same request would fare the same again.
+            return ApiError(500, message, code=code, headers=_NO_RETRY)
+        case ErrorCode.ENGINE_DIED:
+            return ApiError(503, message, code=code)
+        case _:
+            return ApiError(500, message, code=code)
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -59,8 +84,7 @@ def to_api_error(error: Exception) -> ApiError:
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)})
         case EngineUnavailableError(state=EngineState.DEAD):
-            # Asking again cannot help, and OpenAI's client would.
-            return ApiError(503, f"the engine is dead: {error}", code="dead", headers={"x-should-retry": "false"})
+            return ApiError(503, f"the engine is dead: {error}", code="dead", headers=_NO_RETRY)
         case EngineUnavailableError():
             return ApiError(503, str(error), code=error.state, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
         case HTTPException():
@@ -83,8 +107,7 @@ def install(app: FastAPI) -> None:
         if problem.status == 500 and (request_id := request.scope.get("request_id")):
             # The handler of last resort answers outside of the middleware that sets it.
             headers["x-request-id"] = request_id
-        content = error_object(problem.status, problem.message, problem.code, problem.param)
-        return JSONResponse(content, problem.status, headers)
+        return JSONResponse(problem.body, problem.status, headers)
 
     for kind in (
         ApiError,

@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.engine.client import Life
 from server.engine.stats import EngineStats
-from server.request import Delta, FinishReason, Request
+from server.request import Delta, FinishReason
 
 _FIRST_BYTE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _WHOLE = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
@@ -66,16 +67,17 @@ class Metrics:
         for collector in (self._first, self._between, self._whole, _EngineCollector(stats)):
             self._registry.register(collector)
 
-    def observe(self, request: Request, delta: Delta, since: float, now: float) -> None:
-        """Record a delta as it reaches the front; `since` is when the request last had bytes, or arrived."""
+    def observe(self, life: Life, delta: Delta, now: float) -> None:
+        """Record a delta as it reaches the front."""
         if delta.ids:
-            if since == request.arrival:
-                self._first.observe(now - since)
+            since = now - life.latest
+            if life.first is None:
+                self._first.observe(since)
             else:
-                self._between.observe((now - since) / len(delta.ids), len(delta.ids))
+                self._between.observe(since / len(delta.ids), len(delta.ids))
         if delta.finish_reason is not None:
             self._finished.labels(finished_reason=delta.finish_reason).inc()
-            self._whole.observe(now - request.arrival)
+            self._whole.observe(now - life.request.arrival)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

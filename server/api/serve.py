@@ -7,12 +7,14 @@ import logging
 import math
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 
 from server.api.app import create_app
 from server.engine.client import EngineClient, EngineState, EngineUnavailableError
+from server.settings import FailurePolicy
 
 logger = logging.getLogger("fastblt")
 
@@ -44,8 +46,8 @@ async def serve(
     """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_seconds` to finish then, or
     until the next signal, and are aborted.
 
-    Raises EngineUnavailableError when the engine cannot be loaded. Once an engine that was ready dies, the server stays
-    and answers 503: whoever watches /health decides.
+    Raises EngineUnavailableError when the engine cannot be loaded, or when it is dead for good and the policy is EXIT.
+    Under the other policies the server then stays and answers 503: whoever watches /health decides.
     """
     config = uvicorn.Config(
         create_app(client),
@@ -69,15 +71,16 @@ async def serve(
     logger.info("listening on http://%s, loading %s", where, client.settings.model)
 
     async def announce() -> None:
-        try:
+        with suppress(EngineUnavailableError):
             await client.ready()
-        except EngineUnavailableError:
-            server.should_exit = True
-        else:
             logger.info("ready: %s", client.model_name)
+        await client.ended()
+        if not client.loaded or client.service.on_engine_failure is FailurePolicy.EXIT:
+            server.should_exit = True
 
     tasks.append(asyncio.create_task(announce()))
     await server.serve(sockets=[sock])
     await asyncio.gather(*tasks)
-    if client.state is EngineState.DEAD and not client.loaded:
+    asked_to_stop = len(tasks) > 1
+    if client.state is EngineState.DEAD and not (client.loaded and asked_to_stop):
         raise EngineUnavailableError(client.state, client.reason)

@@ -92,9 +92,12 @@ class Verdict(Message):
 
 
 class News(Message):
-    """What came of a pass. `stats` comes with every end of a request, and from time to time."""
+    """What came of a pass. `started` are the requests that left the queue for it, for the first time. `stats` comes
+    with every end of a request, and from time to time.
+    """
 
     deltas: list[Delta]
+    started: list[str]
     stats: EngineStats | None = None
 
 

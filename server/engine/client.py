@@ -12,50 +12,56 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 from models.config import BltConfig
-from server.engine.channel import Abort, Add, Failed, Loaded, News, Pong, Problem, Report, Start, Stop, Verdict
-from server.engine.link import ENGINE_COMMAND, EngineLink
+from server.engine.channel import Abort, Add, Loaded, News, Problem, Start, Verdict
+from server.engine.link import ENGINE_COMMAND
 from server.engine.stats import EngineStats
 from server.engine.stream import DeltaStream
+from server.engine.supervisor import EngineState, EngineUnavailableError, Supervisor
 from server.logs import LogSettings
-from server.request import Delta, FinishReason, InvalidRequestError, QueueFullError, Request
-from server.settings import EngineSettings
+from server.request import Delta, ErrorCode, FinishReason, InvalidRequestError, QueueFullError, Request
+from server.settings import EngineSettings, ServiceSettings
 
 logger = logging.getLogger("fastblt.engine")
 
-#: Seconds that a stopping engine has for the last news, and again to exit.
+#: Seconds that a stopping engine has to tell what came of the requests that were aborted.
 LAST_WORDS_SECONDS = 5.0
 
 
-class EngineState(StrEnum):
-    """Where an engine stands; requests are taken in READY only."""
+@dataclass
+class Life:
+    """What the server knows of a request that the engine has. Times are monotonic seconds, `bytes` those of output.
 
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    DEAD = "dead"
+    `latest` is when it last had bytes; its arrival until then.
+    """
 
+    request: Request
+    stream: DeltaStream
+    latest: float
+    started: float | None = None
+    first: float | None = None
+    bytes: int = 0
+    #: Deadlines that are still to come.
+    queue_timer: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None
 
-class EngineUnavailableError(RuntimeError):
-    """The engine takes no request: it loads, drains or is dead. `state` says which, the message why."""
-
-    def __init__(self, state: EngineState, message: str) -> None:
-        super().__init__(message)
-        self.state = state
+    def cancel(self) -> None:
+        for timer in (self.queue_timer, self.timer):
+            if timer is not None:
+                timer.cancel()
 
 
 class Observer(Protocol):
-    """Told of every delta, also when its reader has left. `since` is when the request last had bytes, or arrived."""
+    """Told of every delta, also when its reader has left, before `life` takes account of it."""
 
-    def __call__(self, request: Request, delta: Delta, since: float, now: float) -> None: ...
+    def __call__(self, life: Life, delta: Delta, now: float) -> None: ...
 
 
 class EngineClient:
-    """One engine process, and the requests alive in it.
+    """One engine, and the requests alive in it.
 
     `name` is the model's id for users, the engine's own by default. `command` starts the process.
     """
@@ -63,6 +69,7 @@ class EngineClient:
     def __init__(
         self,
         settings: EngineSettings,
+        service: ServiceSettings | None = None,
         *,
         name: str | None = None,
         command: Sequence[str] = ENGINE_COMMAND,
@@ -70,68 +77,81 @@ class EngineClient:
         observer: Observer | None = None,
     ) -> None:
         self.settings = settings
+        self.service = service or ServiceSettings()
         self.observer = observer
-        self.state = EngineState.LOADING
-        self.reason = "the model is loading"
         self._name = name
-        self._command = command
-        self._log = log or LogSettings()
-        self._link: EngineLink | None = None
-        self._facts: Loaded | None = None
-        self._stats = EngineStats()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Life] = {}
         self._verdicts: dict[int, _Verdict] = {}
         self._numbers = itertools.count()
-        self._changed = asyncio.Event()
         self._stopping = asyncio.Lock()
+        self._supervisor = Supervisor(
+            Start(settings, log or LogSettings()),
+            self.service,
+            command,
+            busy=lambda: bool(self._live),
+            on_report=self._hear,
+            on_loss=lambda reason: self._end_all(FinishReason.ERROR, reason),
+        )
+
+    @property
+    def state(self) -> EngineState:
+        return self._supervisor.state
+
+    @property
+    def reason(self) -> str:
+        """Why no request is taken in this state."""
+        return self._supervisor.reason
 
     @property
     def loaded(self) -> bool:
         """Whether the engine was ever ready."""
-        return self._facts is not None
+        return self._supervisor.facts is not None
+
+    @property
+    def restarts(self) -> int:
+        """How often a lost engine was replaced."""
+        return self._supervisor.restarts
 
     @property
     def pid(self) -> int | None:
         """The engine process's id."""
-        return self._link.pid if self._link is not None else None
+        return self._supervisor.pid
 
     @property
     def model_name(self) -> str:
         """Raises EngineUnavailableError, as the other facts do, unless the engine is usable."""
-        return self._name or self._usable().model_name
+        return self._name or self._facts().model_name
 
     @property
     def config(self) -> BltConfig:
-        return self._usable().config
+        return self._facts().config
 
     @property
     def max_model_len(self) -> int:
         """Bytes of prompt (BOS included) and completion together that one request may have."""
-        return self._usable().max_model_len
+        return self._facts().max_model_len
 
     def stats(self) -> EngineStats:
         """The engine's counters as it last told them. Raises EngineUnavailableError before it is loaded."""
-        if self._facts is None:
-            raise EngineUnavailableError(self.state, self.reason)
-        return self._stats
+        if not self.loaded:
+            raise self._unavailable()
+        return self._supervisor.stats
 
     async def start(self) -> None:
         """Start the process, which begins to load; returns at once."""
-        self._link = EngineLink(self._hear, self._end)
-        try:
-            await self._link.start(self._command)
-        except OSError as error:
-            self._link = None
-            self._die(f"the engine process cannot be started: {error}")
-            return
-        self._link.send(Start(self.settings, self._log))
+        await self._supervisor.start()
 
     async def ready(self) -> None:
         """Wait until the engine is loaded. Raises EngineUnavailableError if it cannot be, or was stopped."""
         while self.state is EngineState.LOADING:
-            await self._wait_change()
+            await self._supervisor.wait_change()
         if self.state is not EngineState.READY:
-            raise EngineUnavailableError(self.state, self.reason)
+            raise self._unavailable()
+
+    async def ended(self) -> None:
+        """Wait until the engine is dead for good, or stopped."""
+        while self.state not in (EngineState.DEAD, EngineState.STOPPED):
+            await self._supervisor.wait_change()
 
     async def submit(self, *requests: Request) -> DeltaStream:
         """Hand requests to the engine, all or none, and return the stream of their deltas.
@@ -139,8 +159,8 @@ class EngineClient:
         Raises InvalidRequestError or QueueFullError when the engine refuses one of them, EngineUnavailableError when it
         is not ready.
         """
-        if self.state is not EngineState.READY or self._link is None:
-            raise EngineUnavailableError(self.state, self.reason)
+        if self.state is not EngineState.READY:
+            raise self._unavailable()
         bound = self.settings.max_waiting
         if len(requests) > bound:
             raise InvalidRequestError(f"{len(requests)} completions were asked for; the queue holds {bound}", "n")
@@ -148,12 +168,12 @@ class EngineClient:
         if undecided + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
         stream = DeltaStream(self.abort, requests)
-        for request in requests:
-            self._live[request.request_id] = _Live(request, stream, request.arrival)
         number = next(self._numbers)
         verdict = _Verdict(requests, asyncio.get_running_loop().create_future())
         self._verdicts[number] = verdict
-        self._link.send(Add(number, list(requests)))
+        for request in requests:
+            self._live[request.request_id] = self._life(request, stream, number)
+        self._supervisor.send(Add(number, list(requests)))
         try:
             await verdict.future
         except asyncio.CancelledError:
@@ -163,61 +183,38 @@ class EngineClient:
 
     def abort(self, request_id: str) -> None:
         """Ask the engine to end a request; its stream ends with FinishReason.ABORT. Unknown ids are ignored."""
-        if self._link is not None and request_id in self._live:
-            self._link.send(Abort([request_id]))
+        if request_id in self._live:
+            self._supervisor.send(Abort([request_id]))
 
     async def stop(self, timeout: float = 0.0) -> None:
         """Take no more requests, give those that run `timeout` seconds, abort what is left, and end the process.
 
         A second call, while the first still waits, ends the waiting.
         """
-        if self.state is EngineState.READY:
-            self._become(EngineState.DRAINING, "the server is shutting down")
-            await self._drain(timeout)
-        elif self.state is EngineState.LOADING:
-            self._become(EngineState.DRAINING, "the server is shutting down")
-            if self._link is not None:
-                self._link.kill()
+        if self.state in (EngineState.LOADING, EngineState.READY, EngineState.STALLED):
+            self._supervisor.drain()
+            await self._wait_idle(timeout)
         async with self._stopping:
-            await self._finish()
-
-    async def _finish(self) -> None:
-        if self._link is not None:
             if self._live:
-                self._link.send(Abort(list(self._live)))
-                await self._drain(LAST_WORDS_SECONDS)
-            self._link.send(Stop())
-            await self._link.ended(LAST_WORDS_SECONDS)
-        if self.state is not EngineState.DEAD:
-            self._become(EngineState.STOPPED, "the server has shut down")
-        self._fail_all(FinishReason.ABORT, "the server has shut down")
+                self._supervisor.send(Abort(list(self._live)))
+                await self._wait_idle(LAST_WORDS_SECONDS)
+            await self._supervisor.stop()
+            self._end_all(FinishReason.ABORT, "the server has shut down")
 
     # --- what the engine says ---------------------------------------------------------------------------------------
 
-    def _hear(self, report: Report) -> None:
-        match report:
-            case News():
-                if report.stats is not None:
-                    self._stats = report.stats
-                self._deliver(report.deltas)
-            case Verdict():
-                self._decide(report.number, _refusal(report.problem))
-            case Pong():
-                self._stats = report.stats
-            case Loaded():
-                self._facts = report
-                if self.state is EngineState.LOADING:
-                    self._become(EngineState.READY, "")
-            case Failed():
-                self._die(report.reason)
-
-    def _end(self, how: str) -> None:
-        """The process has ended, wanted or not."""
-        if self.state is EngineState.DRAINING:
-            self._fail_all(FinishReason.ERROR, how)
-        elif self.state not in (EngineState.STOPPED, EngineState.DEAD):
-            logger.error("%s", how)
-            self._die(how)
+    def _hear(self, report: News | Verdict) -> None:
+        if isinstance(report, Verdict):
+            self._decide(report.number, _refusal(report.problem))
+            return
+        now = time.monotonic()
+        for request_id in report.started:
+            life = self._live.get(request_id)
+            if life is not None:
+                life.started = now
+                if life.queue_timer is not None:
+                    life.queue_timer.cancel()
+        self._deliver(report.deltas)
 
     def _decide(self, number: int, problem: Exception | None) -> None:
         verdict = self._verdicts.pop(number, None)
@@ -225,8 +222,7 @@ class EngineClient:
             return
         if problem is not None:
             for request in verdict.requests:
-                self._live.pop(request.request_id, None)
-            self._changed.set()
+                self._forget(request.request_id)
         if verdict.future.done():
             return
         if problem is None:
@@ -237,60 +233,73 @@ class EngineClient:
     def _deliver(self, deltas: list[Delta]) -> None:
         now = time.monotonic()
         for delta in deltas:
-            live = self._live.get(delta.request_id)
-            if live is None:
+            life = self._live.get(delta.request_id)
+            if life is None:
                 continue
             if self.observer is not None:
-                self.observer(live.request, delta, live.since, now)
+                self.observer(life, delta, now)
             if delta.ids:
-                live.since = now
+                life.latest = now
+                life.first = life.first or now
+                life.bytes += len(delta.ids)
             if delta.finish_reason is not None:
-                del self._live[delta.request_id]
-            live.stream.push(delta)
+                self._forget(delta.request_id)
+            life.stream.push(delta)
+
+    def _forget(self, request_id: str) -> None:
+        life = self._live.pop(request_id, None)
+        if life is not None:
+            life.cancel()
         if not self._live:
-            self._changed.set()
+            self._supervisor.notify()
 
-    def _die(self, reason: str) -> None:
-        if self.state is EngineState.STOPPED:
-            return
-        self._become(EngineState.DEAD, reason)
-        self._fail_all(FinishReason.ERROR, reason)
-
-    def _fail_all(self, finish: FinishReason, reason: str) -> None:
+    def _end_all(self, finish: FinishReason, reason: str) -> None:
         """Give every request that still waits for the engine its last word."""
         for number in list(self._verdicts):
             self._decide(number, EngineUnavailableError(self.state, reason))
-        self._deliver([Delta(request_id, finish_reason=finish, error=reason) for request_id in self._live])
+        code = ErrorCode.ENGINE_DIED if finish is FinishReason.ERROR else None
+        self._deliver([Delta(i, finish_reason=finish, error=reason, error_code=code) for i in self._live])
 
-    def _usable(self) -> Loaded:
-        if self._facts is None or self.state not in (EngineState.READY, EngineState.DRAINING):
-            raise EngineUnavailableError(self.state, self.reason)
-        return self._facts
+    # --- deadlines --------------------------------------------------------------------------------------------------
 
-    def _become(self, state: EngineState, reason: str) -> None:
-        self.state = state
-        self.reason = reason
-        self._changed.set()
+    def _life(self, request: Request, stream: DeltaStream, number: int) -> Life:
+        life = Life(request, stream, request.arrival)
+        late = time.monotonic() - request.arrival
+        call_later = asyncio.get_running_loop().call_later
+        expire = partial(self._expire, request.request_id, number)
+        if (limit := self.service.queue_timeout) is not None:
+            error = f"the request waited {limit:g} s for its turn; try again later"
+            life.queue_timer = call_later(limit - late, expire, ErrorCode.QUEUE_TIMEOUT, error)
+        if (limit := self.service.request_timeout) is not None:
+            error = f"the request was not finished within {limit:g} s; ask for fewer bytes"
+            life.timer = call_later(limit - late, expire, ErrorCode.REQUEST_TIMEOUT, error)
+        return life
 
-    async def _wait_change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    def _expire(self, request_id: str, number: int, code: ErrorCode, error: str) -> None:
+        """End a request here and now, whatever the engine does."""
+        self.abort(request_id)
+        self._deliver([Delta(request_id, finish_reason=FinishReason.ERROR, error=error, error_code=code)])
+        # Whoever still waits to hear if it was taken reads of it in the stream.
+        self._decide(number, None)
 
-    async def _drain(self, timeout: float) -> None:
+    # --- states -----------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Loaded:
+        facts = self._supervisor.facts
+        if facts is None or self.state not in (EngineState.READY, EngineState.STALLED, EngineState.DRAINING):
+            raise self._unavailable()
+        return facts
+
+    def _unavailable(self) -> EngineUnavailableError:
+        return EngineUnavailableError(self.state, self.reason)
+
+    async def _wait_idle(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
                 while self._live:
-                    await self._wait_change()
+                    await self._supervisor.wait_change()
         except TimeoutError:
             logger.warning("%d requests did not finish in time", len(self._live))
-
-
-@dataclass
-class _Live:
-    request: Request
-    stream: DeltaStream
-    #: When it last had bytes; its arrival until then.
-    since: float
 
 
 @dataclass

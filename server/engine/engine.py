@@ -35,6 +35,7 @@ from server.request import (
     DecodingMethod,
     DecodingParams,
     Delta,
+    ErrorCode,
     FinishReason,
     InvalidRequestError,
     Ledger,
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 #: Weights below which one thread serves best.
 _SMALL = 50_000_000
+
+#: Passes without trouble after which one more request may run, where memory had run out.
+_GROW_PASSES = 64
 
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
@@ -79,6 +83,8 @@ class Engine:
         self._scheduler = Scheduler(self._caches, settings)
         self._sequences: dict[str, Sequence] = {}
         self._aborted: list[str] = []
+        #: Ids of the requests that the last step took from the queue for the first time.
+        self.started: list[str] = []
         self._passes = self._beats = self._passes_in_beat = 0
         self._bytes_generated = self._bytes_prompt = 0
         # Verified drafts by their length, and by how much of it was accepted.
@@ -142,10 +148,12 @@ class Engine:
             if request_id in self._sequences:
                 deltas.append(self._finish(self._sequences[request_id], FinishReason.ABORT))
         self._aborted.clear()
+        self.started.clear()
         for sequence in self._scheduler.admit():
             if sequence.timings.scheduled is None:
                 sequence.timings.scheduled = time.monotonic()
                 self._bytes_prompt += sequence.prompt_length - 1
+                self.started.append(sequence.request.request_id)
             self._runner.admit(sequence)
         running = self._scheduler.running
         try:
@@ -166,16 +174,17 @@ class Engine:
                 return deltas
             results = self._runner.decode(batch)
         except Exception as error:
-            # Whatever went wrong belongs to the requests of this pass; the others go on.
-            logger.exception("a pass failed; its %d requests end with an error", len(batch))
-            for sequence in batch:
-                if sequence.request.request_id in self._sequences:
-                    deltas.append(self._finish(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}"))
-            return deltas
+            return deltas + (self._retry(batch) if _out_of_memory(error) else self._give_up(batch, error))
         self._passes += 1
         self._passes_in_beat += 1
+        if self._passes % _GROW_PASSES == 0:
+            self._scheduler.grow()
         for sequence, result in zip(batch, results, strict=True):
-            delta = self._settle(sequence, result)
+            try:
+                delta = self._settle(sequence, result)
+            except Exception as error:
+                deltas += self._give_up([sequence], error)
+                continue
             if delta is not None:
                 deltas.append(delta)
         return deltas
@@ -292,6 +301,38 @@ class Engine:
 
     # After a pass
 
+    def _give_up(self, batch: list[Sequence], error: Exception) -> list[Delta]:
+        """Whatever went wrong belongs to the requests of this pass; the others go on."""
+        logger.error("a pass failed; its %d requests end with an error", len(batch), exc_info=error)
+        # What the exception says is for the log.
+        text = f"a forward pass failed: {type(error).__name__}"
+        return [
+            self._finish(sequence, FinishReason.ERROR, text, ErrorCode.PASS_FAILED)
+            for sequence in batch
+            if sequence.request.request_id in self._sequences
+        ]
+
+    def _retry(self, batch: list[Sequence]) -> list[Delta]:
+        """Memory ran out: the requests of the pass go back to the queue, and fewer run at once from now on.
+
+        Who was alone and has not had a byte since it happened before ends with an error.
+        """
+        logger.warning("memory ran out in a pass of %d requests", len(batch))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        alone = len(self._scheduler.running) == 1
+        self._scheduler.shrink()
+        deltas = []
+        # The oldest comes to stand first in the queue.
+        for sequence in [s for s in reversed(self._scheduler.running) if s in batch]:
+            if alone and sequence.starved_at == sequence.known:
+                text = "out of memory, and again when it was tried once more with no other request beside it"
+                deltas.append(self._finish(sequence, FinishReason.ERROR, text, ErrorCode.OUT_OF_MEMORY))
+            else:
+                sequence.starved_at = sequence.known
+                self._scheduler.preempt(sequence)
+        return deltas
+
     def _settle(self, sequence: Sequence, result: Result) -> Delta | None:
         """Apply what a pass gave one sequence; the news of it, if any."""
         sequence.last_pass = self._passes
@@ -299,7 +340,8 @@ class Engine:
         assert plan is not None
         sequence.plan, sequence.ready = None, False
         if result.bad:
-            return self._finish(sequence, FinishReason.ERROR, "the model produced NaN or infinity for this request")
+            text = "the model produced NaN or infinity for this request"
+            return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
         if plan.upstream and not plan.draft:
             sequence.decoded = plan.end
         # A chunk of the prompt gives nothing that the method would know of.
@@ -375,7 +417,9 @@ class Engine:
             return None
         return Delta(sequence.request.request_id, released, values if logprobs is not None else None)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Delta:
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
+    ) -> Delta:
         """End a sequence, wherever it is, and free all it holds."""
         if sequence.row:
             self._scheduler.remove(sequence)
@@ -398,6 +442,7 @@ class Engine:
             finish_reason=reason,
             stop_reason=output.stop_reason,
             error=error,
+            error_code=code,
             ledger=ledger,
             timings=sequence.timings,
             decoding=sequence.decoding,
@@ -413,6 +458,11 @@ def _suitable_threads(parameters: ModuleParameters) -> int:
     """
     weights = parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder
     return 1 if weights < _SMALL else os.cpu_count() or 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # The allocator of CPU tensors raises no type of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _at_least(counts: list[int]) -> list[int]:

@@ -69,8 +69,16 @@ class EngineLink(asyncio.Protocol):
 
     def kill(self) -> None:
         """End the process now, stopped or not."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             self._process.kill()
+        if self._transport is not None:
+            # A child of the process may hold the channel open.
+            self._transport.abort()
+
+    def check(self) -> None:
+        """To be called from time to time: notices an end that the channel does not tell."""
+        if self._process is not None and self._process.poll() is not None:
+            self.kill()
 
     async def ended(self, timeout: float) -> None:
         """Wait for the process to end; kill it after `timeout` seconds."""

@@ -117,8 +117,10 @@ class _Worker:
         if now >= self._next_stats or any(delta.finish_reason is not None for delta in deltas):
             stats = self._engine.stats()
             self._next_stats = now + STATS_SECONDS
-        if deltas or stats is not None:
-            self._channel.send(News(deltas, stats))
+        if deltas or self._engine.started or stats is not None:
+            self._channel.send(News(deltas, self._engine.started, stats))
+        if not self._engine.has_work() and not self._engine.balanced():
+            logger.error("the engine is idle, and not all of its memory is free: %s", self._engine.stats())
 
     def _add(self, requests: list[Request]) -> Problem | None:
         for done, request in enumerate(requests):

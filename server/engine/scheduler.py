@@ -25,6 +25,8 @@ class Scheduler:
         #: Oldest first.
         self.running: list[Sequence] = []
         self.preemptions = 0
+        #: How many may run: fewer than the settings say after memory ran out.
+        self.limit = settings.max_running
         self._scanned = 0
         self._closed = 0
 
@@ -37,7 +39,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, in order, while rows and pages are likely to suffice."""
         admitted: list[Sequence] = []
-        while self.waiting and len(self.running) < self._settings.max_running:
+        while self.waiting and len(self.running) < self.limit:
             sequence = self.waiting[0]
             # One alone always fits; the others only where nobody is likely to be preempted for them at once.
             if self.running and not self._likely_fits(sequence):
@@ -70,6 +72,14 @@ class Scheduler:
         sequence.restart()
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+    def shrink(self) -> None:
+        """Memory ran out: half as many from now on."""
+        self.limit = max(len(self.running) // 2, 1)
+
+    def grow(self) -> None:
+        """Memory sufficed for a while: one more than before."""
+        self.limit = min(self.limit + 1, self._settings.max_running)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a running sequence out and give back all that it holds."""

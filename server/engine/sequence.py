@@ -45,6 +45,8 @@ class Sequence:
         self.row = 0
         #: Number of the last pass that served it, for fairness under a row budget.
         self.last_pass = 0
+        #: How many bytes were known when memory ran out in one of its passes.
+        self.starved_at: int | None = None
         self.restart()
 
     def restart(self) -> None:

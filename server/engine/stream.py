@@ -65,6 +65,7 @@ def _merge(earlier: Delta, later: Delta) -> Delta:
     earlier.finish_reason = later.finish_reason
     earlier.stop_reason = later.stop_reason
     earlier.error = later.error
+    earlier.error_code = later.error_code
     earlier.ledger = later.ledger
     earlier.timings = later.timings
     earlier.decoding = later.decoding

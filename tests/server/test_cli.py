@@ -127,6 +127,27 @@ def test_a_second_signal_ends_at_once(checkpoint: str, tmp_path: Path) -> None:
         assert "Traceback" not in served.log()
 
 
+def test_serve_exits_when_its_engine_dies_if_the_policy_says_so(checkpoint: str, tmp_path: Path) -> None:
+    with serving(tmp_path, checkpoint, *SMALL, "--on-engine-failure", "exit") as served:
+        until(lambda: served.status() == 200, 60)
+        [engine] = children(served.process.pid)
+        os.kill(engine, signal.SIGKILL)
+        assert served.process.wait(20) == 1
+        assert served.log().splitlines()[-1].endswith("the engine process was killed by SIGKILL")
+
+
+def test_the_engine_goes_when_the_server_is_killed(checkpoint: str, tmp_path: Path) -> None:
+    with serving(tmp_path, checkpoint, *SMALL) as served:
+        until(lambda: served.status() == 200, 60)
+        [engine] = children(served.process.pid)
+        served.process.kill()
+        until(lambda: not Path(f"/proc/{engine}").exists(), 10)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_serve_says_what_is_wrong_with_a_checkpoint(tmp_path: Path) -> None:
     with serving(tmp_path, str(tmp_path)) as served:
         assert served.process.wait(60) == 1

@@ -21,7 +21,8 @@ REPEATED = 97 + 4  # "a"
 class FakeEngine:
     """Gives every request one byte a step. `fail_at` is the step that raises; `pause` the seconds a step takes.
 
-    It is loaded once the file `gate` exists; `refuse` and `broken` say what `add` raises.
+    It is loaded once the file `gate` exists; `refuse` and `broken` say what `add` raises. `idle_at` is the step from
+    which on nothing comes of a step any more, and `error_for` the end of the ids of requests that fail.
     """
 
     model_name: str = "fake"
@@ -32,7 +33,11 @@ class FakeEngine:
     refuse: bool = False
     broken: bool = False
     error_for: str | None = None
+    error_at: int = 1
     gate: str | None = None
+    idle_at: int | None = None
+    max_running: int = 1000
+    started: list[str] = field(default_factory=list)
     fail_to_load: str | None = None
     steps: int = 0
     config: BltConfig = field(default_factory=lambda: BltConfig(*[StackConfig(32, 1, 2, 2, 32, 1e4)] * 4))
@@ -56,16 +61,24 @@ class FakeEngine:
         return bool(self.live)
 
     def step(self) -> list[Delta]:
+        if self.idle_at is not None and self.steps >= self.idle_at:
+            self.started = []
+            time.sleep(0.01)
+            return []
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("a secret detail")
         time.sleep(self.pause)
         deltas = []
+        running = [i for i in self.live if i not in self.aborted][: self.max_running]
+        self.started = [i for i in running if self.live[i][1] == 0]
         for request_id, (request, count) in list(self.live.items()):
+            if request_id not in running and request_id not in self.aborted:
+                continue
             delta = Delta(request_id)
             if request_id in self.aborted:
                 delta.finish_reason = FinishReason.ABORT
-            elif self.error_for is not None and request_id.endswith(self.error_for) and count == 1:
+            elif self.error_for is not None and request_id.endswith(self.error_for) and count == self.error_at:
                 delta.finish_reason, delta.error = FinishReason.ERROR, "no luck"
             else:
                 delta.ids = [REPEATED]
@@ -80,6 +93,9 @@ class FakeEngine:
                 self.live[request_id] = (request, count + 1)
             deltas.append(delta)
         return deltas
+
+    def balanced(self) -> bool:
+        return not self.live
 
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self.live), passes=self.steps)

@@ -345,7 +345,7 @@ def test_an_error_in_mid_stream_is_an_event_and_done_follows() -> None:
         events = server.events(prompt=["good", "bad"], max_tokens=500)
         assert events[-1] == "[DONE]"
         assert events[-2] == {
-            "error": {"message": "no luck", "type": "server_error", "param": None, "code": "engine_error"}
+            "error": {"message": "no luck", "type": "server_error", "param": None, "code": "pass_failed"}
         }
         assert all("choices" in event for event in events[:-2])
         response = server.http.post("/v1/completions", json={"prompt": ["good", "bad"], "max_tokens": 500})

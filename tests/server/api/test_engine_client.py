@@ -14,18 +14,19 @@ from typing import Any
 
 import pytest
 
-from server.engine.client import EngineClient, EngineState, EngineUnavailableError
+from server.engine.client import EngineClient, EngineState, EngineUnavailableError, Life
 from server.engine.stream import DeltaStream
 from server.request import (
     ByteLogprobs,
     Delta,
+    ErrorCode,
     FinishReason,
     InvalidRequestError,
     QueueFullError,
     Request,
     SamplingParams,
 )
-from server.settings import EngineSettings
+from server.settings import EngineSettings, FailurePolicy, ServiceSettings
 from tests.server.api.fake_engine import REPEATED, command
 
 
@@ -40,19 +41,23 @@ class Ends:
         self.reasons: dict[str, FinishReason] = {}
         self.counts: Counter[str] = Counter()
 
-    def __call__(self, request: Request, delta: Delta, since: float, now: float) -> None:
+    def __call__(self, life: Life, delta: Delta, now: float) -> None:
         if delta.finish_reason is not None:
-            self.counts[request.request_id] += 1
-            self.reasons[request.request_id] = delta.finish_reason
+            self.counts[life.request.request_id] += 1
+            self.reasons[life.request.request_id] = delta.finish_reason
 
 
-def client_of(settings: dict[str, Any] | None = None, **fields: Any) -> EngineClient:
-    return EngineClient(EngineSettings(**settings or {}), command=command(**fields), observer=Ends())
+def client_of(
+    settings: dict[str, Any] | None = None, service: ServiceSettings | None = None, **fields: Any
+) -> EngineClient:
+    return EngineClient(EngineSettings(**settings or {}), service, command=command(**fields), observer=Ends())
 
 
 @asynccontextmanager
-async def running(settings: dict[str, Any] | None = None, **fields: Any) -> AsyncIterator[EngineClient]:
-    client = client_of(settings, **fields)
+async def running(
+    settings: dict[str, Any] | None = None, service: ServiceSettings | None = None, **fields: Any
+) -> AsyncIterator[EngineClient]:
+    client = client_of(settings, service, **fields)
     await client.start()
     await client.ready()
     try:
@@ -85,7 +90,11 @@ async def read(stream: DeltaStream) -> dict[str, Delta]:
             earlier = whole.setdefault(delta.request_id, Delta(delta.request_id))
             assert earlier.finish_reason is None, "news after the end"
             earlier.ids += delta.ids
-            earlier.finish_reason, earlier.error = delta.finish_reason, delta.error
+            earlier.finish_reason, earlier.error, earlier.error_code = (
+                delta.finish_reason,
+                delta.error,
+                delta.error_code,
+            )
     return whole
 
 
@@ -229,8 +238,9 @@ async def test_a_killed_process_ends_every_request_and_is_named() -> None:
 async def test_the_process_goes_with_its_server() -> None:
     async with running(pause=0.01) as client:
         await client.submit(request("a", 10**6))
-        assert client._link is not None and client._link._transport is not None
-        client._link._transport.abort()
+        link = client._supervisor._link
+        assert link is not None and link._transport is not None
+        link._transport.abort()
         async with asyncio.timeout(5):
             while client.state is not EngineState.DEAD:
                 await asyncio.sleep(0.01)
@@ -298,3 +308,107 @@ async def test_stop_aborts_what_takes_too_long() -> None:
         await client.stop(timeout=0.1)
         whole = await reader
         assert whole["a"].finish_reason is FinishReason.ABORT and whole["a"].ids
+
+
+async def until_state(client: EngineClient, state: EngineState, seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while client.state is not state:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_a_stopped_process_is_seen_within_the_limit_and_may_come_back(busy: bool) -> None:
+    async with running(service=ServiceSettings(stall_timeout=1.0), pause=0.01) as client:
+        stream = await client.submit(request("a", 10**6)) if busy else None
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        await until_state(client, EngineState.STALLED, 1.0)
+        with pytest.raises(EngineUnavailableError, match="no progress"):
+            await client.submit(request("b"))
+        os.kill(client.pid, signal.SIGCONT)
+        await until_state(client, EngineState.READY)
+        if stream is not None:
+            assert (await anext(stream))[0].ids
+            stream.close()
+
+
+async def test_a_process_that_stays_stopped_is_killed() -> None:
+    async with running(service=ServiceSettings(stall_timeout=0.5), pause=0.01) as client:
+        stream = await client.submit(request("a", 10**6))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        whole = await read(stream)
+        assert whole["a"].finish_reason is FinishReason.ERROR and "no progress for 1 s" in str(whole["a"].error)
+        assert client.state is EngineState.DEAD
+
+
+async def test_an_engine_that_turns_without_getting_on_is_stalled() -> None:
+    async with running(service=ServiceSettings(stall_timeout=0.5), idle_at=3) as client:
+        await client.submit(request("a", 10**6))
+        await until_state(client, EngineState.STALLED, 2.0)
+        await until_state(client, EngineState.DEAD)
+
+
+async def test_an_idle_engine_is_probed() -> None:
+    service = ServiceSettings(probe_interval=0.2, stall_timeout=0.8)
+    async with running(service=service) as client:
+        await asyncio.sleep(1.0)
+        assert 1 <= client.stats().passes <= 5
+        assert client.state is EngineState.READY and not ends(client).counts
+
+
+async def test_an_engine_whose_probe_fails_is_not_ready() -> None:
+    service = ServiceSettings(probe_interval=0.2, stall_timeout=0.8)
+    async with running(service=service, error_for="probe", error_at=0) as client:
+        await until_state(client, EngineState.STALLED)
+        await asyncio.sleep(0.5)
+        # It answers, and it is not killed; still nobody should send requests there.
+        assert client.state is EngineState.STALLED and "cannot complete a pass" in client.reason
+
+
+async def test_a_lost_engine_is_replaced_if_the_policy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.supervisor.RESTART_PAUSE_SECONDS", 0.01)
+    async with running(service=ServiceSettings(on_engine_failure=FailurePolicy.RESTART)) as client:
+        for restarts in range(4):
+            assert client.restarts == restarts
+            assert (await read(await client.submit(request("a"))))["a"].finish_reason is FinishReason.LENGTH
+            stream = await client.submit(request("b", 10**6))
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            assert (await read(stream))["b"].finish_reason is FinishReason.ERROR
+            if restarts == 3:
+                break
+            assert client.state is EngineState.LOADING and "SIGKILL" in client.reason
+            await client.ready()
+            ends(client).counts.clear()
+        # Enough is enough.
+        assert client.state is EngineState.DEAD
+
+
+async def test_requests_that_wait_too_long_are_ended() -> None:
+    async with running(service=ServiceSettings(queue_timeout=0.3), pause=0.01, max_running=1) as client:
+        first = await client.submit(request("first", 10**6))
+        second = await client.submit(request("second", 10**6))
+        whole = await read(second)
+        assert whole["second"].error_code is ErrorCode.QUEUE_TIMEOUT and not whole["second"].ids
+        # Who has had a turn has no more to fear from it.
+        await asyncio.sleep(0.3)
+        assert "first" in client._live
+        first.close()
+
+
+async def test_requests_that_take_too_long_are_ended() -> None:
+    async with running(service=ServiceSettings(request_timeout=0.3), pause=0.01) as client:
+        whole = await read(await client.submit(request("a", 10**6)))
+        assert whole["a"].error_code is ErrorCode.REQUEST_TIMEOUT and whole["a"].ids
+        assert (await read(await client.submit(request("b", 3))))["b"].finish_reason is FinishReason.LENGTH
+
+
+async def test_deadlines_hold_when_the_engine_does_not_answer() -> None:
+    async with running(service=ServiceSettings(request_timeout=0.3), pause=0.01) as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        async with asyncio.timeout(1.0):
+            whole = await read(await client.submit(request("a", 10**6)))
+        assert whole["a"].error_code is ErrorCode.REQUEST_TIMEOUT
+        os.kill(client.pid, signal.SIGCONT)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models.checkpoint import save_checkpoint
-from server.engine.client import EngineClient
+from server.engine.client import EngineClient, Life
 from server.engine.engine import Engine
 from server.request import DecodingMethod, Delta, FinishReason, Request
 from tests.server.harness import least_memory, model, random_params, random_request, run, settings
@@ -31,12 +31,14 @@ class Ends:
         self.reasons: dict[str, FinishReason] = {}
         self.terminal: Counter[str] = Counter()
 
-    def __call__(self, request: Request, delta: Delta, since: float, now: float) -> None:
-        assert not self.terminal[request.request_id], "news after the terminal event"
-        self.ids[request.request_id] += delta.ids
+    def __call__(self, life: Life, delta: Delta, now: float) -> None:
+        name = life.request.request_id
+        assert not self.terminal[name], "news after the terminal event"
+        assert life.started is not None or not delta.ids
+        self.ids[name] += delta.ids
         if delta.finish_reason is not None:
-            self.terminal[request.request_id] += 1
-            self.reasons[request.request_id] = delta.finish_reason
+            self.terminal[name] += 1
+            self.reasons[name] = delta.finish_reason
 
 
 def test_mixed_load(tmp_path: Path) -> None:
