@@ -23,12 +23,14 @@ MIN_NOISE = 0.1
 @dataclass(frozen=True)
 class LayoutConfig:
     """`patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
-    patch rule; `random_starts`: share of blocks that start anywhere instead of at a patch."""
+    patch rule; `random_starts`: share of blocks that start anywhere instead of at a patch; `full_blocks`: share of
+    blocks that are masked altogether, as drafts are when they begin, whatever their sequence's t."""
 
     patches: int
     max_patch_length: int
     block_sizes: tuple[int, ...] = (4, 8, 16)
     random_starts: float = 0.33
+    full_blocks: float = 0.0
 
 
 Arrays = dict[str, NDArray]
@@ -72,7 +74,7 @@ def block_arrays(
 
     block_start (where its block starts), block_position, block_latent, block_target (its own byte), block_input (that
     or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
-    block_masked.
+    block_masked, block_noise (its block's t).
     """
     count, length = ids.shape
     shape = (count, length // TILE, BLOCK_ROWS)
@@ -93,7 +95,12 @@ def block_arrays(
     valid = exists & (position < length) & (latent < config.patches)
     target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
     # What lies past the end is shown as masked, and is not asked for.
-    masked = (rng.random(shape) < noise[:, None, None]) | ~valid
+    t = np.broadcast_to(noise[:, None, None], shape)
+    if config.full_blocks:
+        # One draw for every block number of every tile.
+        full = rng.random(shape) < config.full_blocks
+        t = np.where(np.take_along_axis(full, number, 2), 1.0, t)
+    masked = (rng.random(shape) < t) | ~valid
     return {
         "block_start": start,
         "block_position": position,
@@ -103,6 +110,7 @@ def block_arrays(
         "block_number": number,
         "block_valid": valid,
         "block_masked": masked & valid,
+        "block_noise": t.astype(np.float32),
     }
 
 

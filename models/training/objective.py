@@ -66,7 +66,7 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """The tensors `Objective` reads, of ids [N, T], start flags [N, T + 1], noise t [N] and block sizes [N]."""
     arrays = {"ids": ids, **patch_arrays(starts, config), **block_arrays(ids, starts, noise, sizes, config, rng)}
-    return {"noise": torch.tensor(noise, dtype=torch.float32), **{k: torch.from_numpy(v) for k, v in arrays.items()}}
+    return {k: torch.from_numpy(v) for k, v in arrays.items()}
 
 
 class Objective:
@@ -106,7 +106,7 @@ class Objective:
         masked = batch["block_masked"].float()
         losses = losses.view_as(masked) * masked
         cells = batch["block_valid"].float().sum()
-        masked_loss = (losses / batch["noise"][:, None, None]).sum() / cells
+        masked_loss = (losses / batch["block_noise"]).sum() / cells
         figures = {
             "bits": clean_loss.detach() / math.log(2),
             "masked": masked_loss.detach(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.blt import Blt, init_weights
-from models.checkpoint import save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.config import BltConfig, StackConfig
 from models.patching import PatchRule, entropies
 from models.training.attention import WindowAttention
@@ -38,7 +38,10 @@ def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16
 
 
 class BltTask:
-    """Trains all of a BLT-D but its patcher, which is frozen and cuts each batch into patches as it comes."""
+    """Trains all of a BLT-D but its patcher, which is frozen and cuts each batch into patches as it comes.
+
+    From new weights, or from those of the checkpoint folder `start`.
+    """
 
     model: Blt
 
@@ -52,9 +55,12 @@ class BltTask:
         masked_weight: float,
         seed: int,
         snapshots: Path | None = None,
+        start: Path | None = None,
     ) -> None:
         self.model = Blt(config)
         init_weights(self.model, seed)
+        if start is not None:
+            self.model.load_state_dict(load_checkpoint(start).state_dict())
         self.model.patcher.load_state_dict(patcher)
         self.model.patcher.requires_grad_(False)
         self._rows = load_array(data / "train.npy")

@@ -36,6 +36,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastblt train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/blt"), help="working folder (default: %(default)s)")
     parser.add_argument("--export", type=Path, help="folder of the finished checkpoint (default: WORK/checkpoint)")
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="go on from this checkpoint's weights and entropy model"
+    )
     parser.add_argument("--minutes", type=float, default=80.0, help="training time of the BLT-D")
     parser.add_argument("--entropy-minutes", type=float, default=9.0, help="training time of the entropy model")
     parser.add_argument("--steps", type=int, help="steps of the BLT-D instead of minutes: a repeatable run")
@@ -44,6 +47,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-patch-length", type=int, default=8)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--masked-weight", type=float, default=0.5, help="weight of the diffusion loss")
+    parser.add_argument("--random-starts", type=float, default=0.33, help="share of blocks that start within a patch")
+    parser.add_argument("--full-blocks", type=float, default=0.0, help="share of blocks that are masked altogether")
     parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
@@ -73,19 +78,26 @@ def main(argv: list[str] | None = None) -> int:
         work, processes=args.processes, threads=args.threads, compile=args.compile, seed=args.seed, optimizer=optimizer
     )
     first = replace(common, folder=work / "entropy", minutes=args.entropy_minutes, steps=args.entropy_steps)
-    if not (work / "patching.json").is_file():
-        train(first, EntropyTask, config.patcher, work / "data", 2 * args.batch, args.seed)
-    patcher = weights(work / "entropy" / "state.safetensors")
-    patching = choose_patching(config, patcher, work, args.bytes_per_patch, console)
-    config = config.with_patching(threshold=patching["threshold"])
-    layout = LayoutConfig(patching["patches"], args.max_patch_length, config.block_sizes)
+    if args.start is not None:
+        started = load_checkpoint(args.start)
+        config, patcher = started.config, started.patcher.state_dict()
+        patching = choose_patching(config, patcher, work, args.bytes_per_patch, console, config.patching_threshold)
+    else:
+        if not (work / "patching.json").is_file():
+            train(first, EntropyTask, config.patcher, work / "data", 2 * args.batch, args.seed)
+        patcher = weights(work / "entropy" / "state.safetensors")
+        patching = choose_patching(config, patcher, work, args.bytes_per_patch, console)
+        config = config.with_patching(threshold=patching["threshold"])
+    layout = LayoutConfig(
+        patching["patches"], args.max_patch_length, config.block_sizes, args.random_starts, args.full_blocks
+    )
     second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps)
     snapshots = work / "snapshot"
-    make = (config, patcher, work / "data", layout, args.batch, args.masked_weight, args.seed, snapshots)
+    make = (config, patcher, work / "data", layout, args.batch, args.masked_weight, args.seed, snapshots, args.start)
     settings = {"entropy": describe(first), "blt": describe(second), "patching": patching, "command": vars(args)}
     _write_json(work / "settings.json", json.loads(json.dumps(settings, default=str)))
     train(second, BltTask, *make)
-    figures = finish(config, work, args.export or work / "checkpoint", human_eval=args.human_eval)
+    figures = finish(config, patcher, work, args.export or work / "checkpoint", human_eval=args.human_eval)
     console.print_json(data=figures)
     return 0
 
@@ -109,9 +121,15 @@ def prepare_corpus(folder: Path, length: int, console: Console) -> None:
 
 
 def choose_patching(
-    config: BltConfig, patcher: dict[str, Tensor], work: Path, bytes_per_patch: float, console: Console
+    config: BltConfig,
+    patcher: dict[str, Tensor],
+    work: Path,
+    bytes_per_patch: float,
+    console: Console,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
-    """The threshold, and how many patches of a sequence training keeps: a quarter more than the mean.
+    """The threshold, where none is given, and how many patches of a sequence training keeps: a quarter more than the
+    mean.
 
     Their number is fixed so that one compiled graph takes every sequence; bytes that need a later patch have no loss.
     """
@@ -121,18 +139,21 @@ def choose_patching(
         model.load_state_dict(patcher)
         held_out = load_array(work / "data" / "held_out.npy")
         entropy, bits = measure(model, config.patcher, held_out)
-        threshold = choose_threshold(entropy, bytes_per_patch, config.max_patch_length)
+        if threshold is None:
+            threshold = choose_threshold(entropy, bytes_per_patch, config.max_patch_length)
         patches = -(-int(1.25 * held_out.shape[1] / bytes_per_patch) // 32) * 32
         _write_json(record, {"threshold": threshold, "patches": patches, "patcher_bits_per_byte": round(bits, 4)})
     console.print(f"patching {record.read_text()}")
     return json.loads(record.read_text())
 
 
-def finish(config: BltConfig, work: Path, export: Path, *, human_eval: bool = True) -> dict[str, Any]:
+def finish(
+    config: BltConfig, patcher: dict[str, Tensor], work: Path, export: Path, *, human_eval: bool = True
+) -> dict[str, Any]:
     """Export the trained weights in bf16 with a model card, and measure what was exported."""
     model = Blt(config)
     model.load_state_dict(weights(work / "blt" / "state.safetensors"), strict=False)
-    model.patcher.load_state_dict(weights(work / "entropy" / "state.safetensors"))
+    model.patcher.load_state_dict(patcher)
     save_checkpoint(model, export, torch.bfloat16)
     figures = report(export, work / "data", work / "figures.json", human_eval=human_eval)
     card(work, export, figures)
@@ -144,7 +165,9 @@ def card(work: Path, export: Path, figures: dict[str, Any]) -> None:
     model = load_checkpoint(export)
     rows = json.loads((work / "data" / "corpus.json").read_text())
     settings = json.loads((work / "settings.json").read_text())
-    last, last_entropy = (length_of_run(work / stage / "state.safetensors") for stage in ("blt", "entropy"))
+    last = length_of_run(work / "blt" / "state.safetensors")
+    entropy_state = work / "entropy" / "state.safetensors"
+    last_entropy = length_of_run(entropy_state) if entropy_state.is_file() else (0, 0.0)
     length = load_array(work / "data" / "held_out.npy").shape[1]
     step_bytes = settings["blt"]["processes"] * settings["command"]["batch"] * length
     run = {
