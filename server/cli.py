@@ -14,14 +14,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from server import logs
-from server.logs import LogSettings
+from server.configuration import read_config, read_keys, show_config
+from server.logs import LogFormat, LogLevel, LogSettings
 from server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
-from server.settings import PRETRAINED, EngineSettings, FailurePolicy, ServiceSettings
+from server.settings import PRETRAINED, EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
 
 app = typer.Typer(
     name="fastblt",
     help="An inference server for Byte Latent Transformers.",
     no_args_is_help=True,
+    context_settings={"auto_envvar_prefix": "FASTBLT"},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -37,7 +39,7 @@ class Dtype(StrEnum):
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 512MiB, 2GiB, 1.5G or 1073741824; units are binary. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(text).strip().lower())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 2GiB or a number of bytes")
@@ -48,6 +50,8 @@ _ENGINE = "Engine"
 _SAMPLING = "Sampling"
 _DECODING = "Decoding"
 _CARE = "Deadlines and failures"
+_ACCESS = "Access"
+_WATCH = "Logs and metrics"
 _DEFAULTS = EngineSettings()
 _SERVICE = ServiceSettings()
 
@@ -106,12 +110,53 @@ UntrainedBlockSize = Annotated[
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds running requests get at the end.")] = 30.0,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=read_config,
+            help="TOML file of these options; flags and FASTBLT_SERVE_* variables come before it.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let in only who has this key; may be given again. Better in a file or FASTBLT_SERVE_API_KEY.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of such keys, one a line.", rich_help_panel=_ACCESS)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose pages browsers may ask from; may be given again.", rich_help_panel=_ACCESS),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file of certificates: serve HTTPS.", rich_help_panel=_ACCESS)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="PEM file of their private key.", rich_help_panel=_ACCESS)
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log every request.", rich_help_panel=_WATCH)
+    ] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="The least that is logged.", rich_help_panel=_WATCH)] = (
+        LogLevel.INFO
+    ),
+    log_format: Annotated[
+        LogFormat, typer.Option(help="A line of text an event, or of JSON.", rich_help_panel=_WATCH)
+    ] = LogFormat.TEXT,
+    vllm_metrics: Annotated[
+        bool,
+        typer.Option("--vllm-metrics", help="Repeat what routers read under vLLM's names.", rich_help_panel=_WATCH),
+    ] = False,
     queue_timeout: Annotated[
         float,
         typer.Option(min=0, help="Seconds a request may wait for its turn; 0 is no limit.", rich_help_panel=_CARE),
@@ -170,8 +215,9 @@ def serve(
     from server.api.serve import serve as run
     from server.engine.client import EngineClient, EngineUnavailableError
 
-    log = LogSettings()
+    log = LogSettings(log_level, log_format)
     logs.configure(log)
+    show_config(context)
     with _clean_errors():
         decoding = DecodingParams(
             method=method,
@@ -201,6 +247,17 @@ def serve(
         decoding=decoding,
         allow_untrained_block_size=allow_untrained_block_size,
     )
+    if (tls_certificate is None) != (tls_key is None):
+        _fail("--tls-certificate and --tls-key need each other")
+    http = HttpSettings(
+        api_keys=read_keys(api_key, api_key_file),
+        cors_origins=tuple(cors_origin or ()),
+        tls_certificate=str(tls_certificate) if tls_certificate else None,
+        tls_key=str(tls_key) if tls_key else None,
+        shutdown_timeout=shutdown_timeout,
+        access_log=access_log,
+        vllm_metrics=vllm_metrics,
+    )
     try:
         sock = listen(host, port)
     except OSError as error:
@@ -213,7 +270,9 @@ def serve(
             on_engine_failure=on_engine_failure,
         )
         client = EngineClient(settings, service, name=served_model_name, log=log)
-        asyncio.run(run(client, sock, shutdown_seconds=shutdown_timeout, access_log=access_log))
+        asyncio.run(run(client, sock, http))
+    except OSError as error:
+        _fail(f"cannot serve HTTPS with {tls_certificate} and {tls_key}: {error}")
     except EngineUnavailableError as error:
         _fail(f"cannot serve {model}: {error}")
 

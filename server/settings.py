@@ -64,3 +64,22 @@ class ServiceSettings:
     stall_timeout: float = 60.0
     probe_interval: float = 30.0
     on_engine_failure: FailurePolicy = FailurePolicy.STAY
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """What the HTTP server lets in, and what it tells operators.
+
+    Without `api_keys` everybody is let in. `cors_origins` are those of browsers' pages that may ask; none by default.
+    `shutdown_timeout` is what running requests have at the end, in seconds. `vllm_metrics` repeats the four gauges that
+    gateways and autoscalers read under vLLM's names. `otlp_endpoint` is where traces are sent, as a URL.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    shutdown_timeout: float = 30.0
+    access_log: bool = False
+    vllm_metrics: bool = False
+    otlp_endpoint: str | None = None

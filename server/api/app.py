@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from server.api import completions, errors, operations
 from server.api.metrics import Metrics
-from server.engine.client import EngineClient, EngineUnavailableError
-from server.engine.stats import EngineStats
+from server.api.middleware import Requests
+from server.api.security import Gate
+from server.engine.client import EngineClient
+from server.settings import HttpSettings
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
-
-def create_app(client: EngineClient) -> FastAPI:
+def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAPI:
     """An app that starts `client`'s engine with itself and stops it at its end.
 
     It answers while the engine still loads. `client.observer` is set to the app's metrics.
     """
+    http = http or HttpSettings()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,41 +32,24 @@ def create_app(client: EngineClient) -> FastAPI:
             # The server has let its connections finish before it ends the lifespan.
             await client.stop()
 
-    def stats() -> EngineStats | None:
-        try:
-            return client.stats()
-        except EngineUnavailableError:
-            return None
-
     # The interactive pages would fetch scripts from elsewhere.
     app = FastAPI(title="FastBLT", lifespan=lifespan, docs_url=None, redoc_url=None)
+    metrics = Metrics(client, vllm_names=http.vllm_metrics)
     app.state.client = client
-    app.state.metrics = Metrics(stats)
-    client.observer = app.state.metrics.observe
+    app.state.metrics = metrics
+    client.observer = metrics.observe
     errors.install(app)
     app.include_router(completions.router)
     app.include_router(operations.router)
-    app.add_middleware(RequestIds)
+    # The last one added comes first. A browser asks for permission without a key.
+    app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected)
+    if http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Requests, metrics=metrics, access_log=http.access_log)
     return app
-
-
-class RequestIds:
-    """Gives every response an `x-request-id`: the client's own if it is sane, else a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if _SANE_ID.fullmatch(asked) else uuid.uuid4().hex
-        scope["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

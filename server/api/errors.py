@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,15 @@ from starlette.requests import ClientDisconnect
 from server.engine.client import EngineState, EngineUnavailableError
 from server.request import Delta, ErrorCode, InvalidRequestError, QueueFullError
 
+logger = logging.getLogger("fastblt.api")
+
 #: Characters of a message; what a client sent may be quoted in it.
 MAX_MESSAGE = 500
 RETRY_AFTER_SECONDS = 1
 
 #: OpenAI's client would ask again after any 5xx.
 _NO_RETRY = {"x-should-retry": "false"}
+_RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
@@ -34,8 +38,11 @@ class ApiError(Exception):
         code: str,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        taken: bool = False,
     ) -> None:
         super().__init__(message)
+        #: Whether the engine had taken the request, which then failed.
+        self.taken = taken
         self.status = status
         self.message = message
         self.code = code
@@ -62,16 +69,19 @@ def failure(delta: Delta) -> ApiError:
     message = delta.error or "the request failed"
     match code:
         case ErrorCode.QUEUE_TIMEOUT:
-            return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+            status, headers = 503, _RETRY
         case ErrorCode.REQUEST_TIMEOUT:
-            return ApiError(504, message, code=code, headers=_NO_RETRY)
+            status, headers = 504, _NO_RETRY
         case ErrorCode.NOT_FINITE | ErrorCode.OUT_OF_MEMORY:
             # The same request would fare the same again.
-            return ApiError(500, message, code=code, headers=_NO_RETRY)
+            status, headers = 500, _NO_RETRY
         case ErrorCode.ENGINE_DIED:
-            return ApiError(503, message, code=code)
+            # Whether another engine is there soon, /ready knows.
+            status, headers = 503, {}
         case _:
-            return ApiError(500, message, code=code)
+            status, headers = 500, {}
+    logger.error("%s ended with an error: %s", delta.request_id, message)
+    return ApiError(status, message, code=code, headers=headers, taken=True)
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -82,11 +92,11 @@ def to_api_error(error: Exception) -> ApiError:
         case InvalidRequestError():
             return ApiError(400, str(error), code="invalid_value", param=error.param)
         case QueueFullError():
-            return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+            return ApiError(429, str(error), code="queue_full", headers=_RETRY)
         case EngineUnavailableError(state=EngineState.DEAD):
             return ApiError(503, f"the engine is dead: {error}", code="dead", headers=_NO_RETRY)
         case EngineUnavailableError():
-            return ApiError(503, str(error), code=error.state, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+            return ApiError(503, str(error), code=error.state, headers=_RETRY)
         case HTTPException():
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
@@ -101,8 +111,9 @@ def install(app: FastAPI) -> None:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # Nobody is there to read it.
         problem = to_api_error(error)
-        if request.method == "POST":
-            request.app.state.metrics.rejected.labels(cause=problem.code).inc()
+        if problem.status >= 500 and not problem.taken:
+            logger.error("%s: %s", problem.code, problem.message)
+        request.app.state.metrics.count_rejected(problem, request.method)
         headers = dict(problem.headers)
         if problem.status == 500 and (request_id := request.scope.get("request_id")):
             # The handler of last resort answers outside of the middleware that sets it.

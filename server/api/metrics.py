@@ -2,70 +2,61 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from server.api.engine_metrics import EngineCollector
+from server.api.errors import ApiError
+from server.api.histogram import Histogram
+from server.engine.client import EngineClient, Life
+from server.request import DecodingMethod, Delta, ErrorCode, FinishReason
 
-from server.engine.client import Life
-from server.engine.stats import EngineStats
-from server.request import Delta, FinishReason
-
-_FIRST_BYTE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_WHOLE = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 # Bytes come faster than tokens, and several at once.
 _BETWEEN = (5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-
-
-class Histogram(Collector):
-    """A histogram whose observations have a weight, which the client library's have not."""
-
-    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, weight: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += weight
-        self._sum += value * weight
-
-    def collect(self) -> Iterator[Metric]:
-        total, buckets = 0, []
-        for bound, count in zip([*map(repr, self._bounds), "+Inf"], self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family = HistogramMetricFamily(self._name, self._documentation)
-        family.add_metric([], buckets, self._sum)
-        yield family
+_LENGTHS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_SMALL_NUMBERS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 
 class Metrics:
-    """The metrics of one app. `stats` gives the engine's snapshot, or None while there is none."""
+    """The metrics of one app around `client`."""
 
-    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+    def __init__(self, client: EngineClient, *, vllm_names: bool = False) -> None:
         self._registry = CollectorRegistry()
-        self.rejected = Counter(
-            "fastblt_requests_rejected", "Requests answered with an error, by cause", ["cause"], registry=self._registry
+        self._http = self._counter("http_requests", "HTTP requests answered", ["method", "handler", "status"])
+        self._http_seconds = self._histogram("http_request_duration_seconds", "From an HTTP request to its end", _LONG)
+        self._rejected = self._counter("requests_rejected", "Requests that the engine did not get, by cause", ["cause"])
+        self._finished = self._counter(
+            "request_success", "Requests that the engine took and that ended, by how", ["finished_reason"]
         )
-        self._finished = Counter(
-            "fastblt_request_success",
-            "Requests that the engine took and that ended, by how",
-            ["finished_reason"],
-            registry=self._registry,
-        )
+        self._failed = self._counter("requests_failed", "Those of them that ended in an error, by cause", ["cause"])
+        self._aborted = self._counter("requests_aborted", "Those of them that were aborted, by cause", ["cause"])
+        self._corrupted = self._counter("corrupted_requests", "Those of them whose logits were not finite", [])
         for reason in FinishReason:
             self._finished.labels(finished_reason=reason)
-        self._first = Histogram("fastblt_time_to_first_token_seconds", "From arrival to the first byte", _FIRST_BYTE)
-        self._between = Histogram(
-            "fastblt_inter_token_latency_seconds", "Time between bytes; k bytes at once count k times", _BETWEEN
-        )
-        self._whole = Histogram("fastblt_e2e_request_latency_seconds", "From arrival to the end", _WHOLE)
-        for collector in (self._first, self._between, self._whole, _EngineCollector(stats)):
-            self._registry.register(collector)
+        for code in ErrorCode:
+            self._failed.labels(cause=code)
+
+        histogram = self._histogram
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first pass", _SHORT)
+        self._in_vain = histogram("rejected_queue_time_seconds", "What requests waited that had no turn", _LONG)
+        self._first = histogram("time_to_first_token_seconds", "From arrival to the first byte", _SHORT)
+        self._between = histogram("inter_token_latency_seconds", "Between bytes; k bytes count k times", _BETWEEN)
+        self._per_byte = histogram("request_time_per_output_token_seconds", "Mean of a request's bytes", _BETWEEN)
+        self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end", _LONG)
+        self._inference = histogram("request_inference_time_seconds", "From the first pass to the end", _LONG)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first pass to the first byte", _SHORT)
+        self._decode = histogram("request_decode_time_seconds", "From the first byte to the end", _LONG)
+        self._prompt = histogram("request_prompt_tokens", "Bytes of a prompt", _LENGTHS)
+        self._output = histogram("request_generation_tokens", "Bytes of a completion", _LENGTHS)
+        self._asked = histogram("request_params_max_tokens", "max_tokens of a request", _LENGTHS)
+        self._patch = histogram("request_bytes_per_patch", "Mean of a completion's patches", _SMALL_NUMBERS)
+        self._pass = histogram("request_bytes_per_pass", "Bytes a decoder pass gave a request", _SMALL_NUMBERS)
+        self._steps = histogram("request_denoising_steps_per_block", "Mean of a request's blocks", _SMALL_NUMBERS)
+
+        self._registry.register(EngineCollector(client, vllm_names=vllm_names))
+        ProcessCollector(namespace="fastblt", registry=self._registry)
+        ProcessCollector(namespace="fastblt_engine", pid=lambda: client.pid or "none", registry=self._registry)
 
     def observe(self, life: Life, delta: Delta, now: float) -> None:
         """Record a delta as it reaches the front."""
@@ -76,69 +67,67 @@ class Metrics:
             else:
                 self._between.observe(since / len(delta.ids), len(delta.ids))
         if delta.finish_reason is not None:
-            self._finished.labels(finished_reason=delta.finish_reason).inc()
-            self._whole.observe(now - life.request.arrival)
+            self._finish(life, delta, now)
+
+    def count_rejected(self, problem: ApiError, method: str) -> None:
+        """Record an answer other than 200 to a request that was meant for the engine."""
+        if method == "POST" and not problem.taken:
+            self._rejected.labels(cause=problem.code).inc()
+
+    def count_http(self, method: str, handler: str, status: int, seconds: float) -> None:
+        """Record the end of an HTTP request; `handler` is a route, not a path."""
+        method = method if method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
+        self._http.labels(method=method, handler=handler, status=status).inc()
+        self._http_seconds.observe(seconds)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def _finish(self, life: Life, delta: Delta, now: float) -> None:
+        request, arrival = life.request, life.request.arrival
+        self._finished.labels(finished_reason=delta.finish_reason).inc()
+        if delta.finish_reason is FinishReason.ERROR:
+            self._failed.labels(cause=delta.error_code or ErrorCode.PASS_FAILED).inc()
+            if delta.error_code is ErrorCode.NOT_FINITE:
+                self._corrupted.inc()
+        if delta.finish_reason is FinishReason.ABORT:
+            self._aborted.labels(cause=life.abort_cause or "shutdown").inc()
+        count = life.bytes + len(delta.ids)
+        self._whole.observe(now - arrival)
+        self._prompt.observe(len(request.prompt_ids) - 1)
+        self._output.observe(count)
+        self._asked.observe(request.params.max_tokens)
+        if life.started is None:
+            self._in_vain.observe(now - arrival)
+        else:
+            self._queue.observe(life.started - arrival)
+            self._inference.observe(now - life.started)
+        first = life.first or (now if delta.ids else None)
+        if first is not None:
+            if life.started is not None:
+                self._prefill.observe(first - life.started)
+            self._decode.observe(now - first)
+            if count > 1:
+                self._per_byte.observe((now - first) / (count - 1))
+        self._account(delta, count)
 
-class _EngineCollector(Collector):
-    """Reads the engine's counters when they are scraped, so that its loop does nothing for them."""
-
-    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
-        self._stats = stats
-
-    def describe(self) -> list[Metric]:
-        return []  # Otherwise registration would scrape.
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        if stats is None:
+    def _account(self, delta: Delta, count: int) -> None:
+        ledger = delta.ledger
+        if ledger is None:
             return
-        gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        ledger = stats.ledger
-        yield gauge("fastblt_num_requests_running", "Requests in the running batch", value=stats.running)
-        yield gauge("fastblt_num_requests_waiting", "Requests in the queue", value=stats.waiting)
-        yield _labeled(gauge("fastblt_cache_pages", "Cache pages by group", labels=["group"]), stats.pages_total)
-        yield _labeled(gauge("fastblt_cache_pages_free", "Free pages by group", labels=["group"]), stats.pages_free)
-        usage = [1.0 - stats.pages_free.get(group, 0) / total for group, total in stats.pages_total.items() if total]
-        yield gauge(
-            "fastblt_kv_cache_usage_perc", "Share of the fullest group in use, 0 to 1", value=max(usage, default=0)
-        )
-        yield counter("fastblt_prompt_tokens", "Prompt bytes", value=stats.bytes_prompt)
-        yield counter("fastblt_generation_tokens", "Generated bytes", value=stats.bytes_generated)
-        yield counter("fastblt_num_preemptions", "Requests put back into the queue", value=stats.preemptions)
-        yield counter("fastblt_passes", "Decoder passes", value=stats.passes)
-        yield counter("fastblt_beats", "Beats: upstream passes with the decoder passes after them", value=stats.beats)
-        modules = {
-            "patcher": ledger.patcher,
-            "encoder": ledger.encoder,
-            "global": ledger.global_,
-            "decoder": ledger.decoder,
-        }
-        yield _labeled(counter("fastblt_nfe", "Forward passes by module, shared ones once", labels=["module"]), modules)
-        yield counter("fastblt_rounds", "Drafts with their verification, and blocks", value=ledger.rounds)
-        yield counter("fastblt_denoising_steps", "Denoising steps of blocks", value=ledger.steps)
-        yield counter("fastblt_patches", "Patches begun in the output of ended requests", value=ledger.patches)
-        yield counter("fastblt_patched_tokens", "Bytes of that output in known patches", value=ledger.patched_bytes)
-        yield counter("fastblt_spec_decode_num_drafts", "Verified drafts", value=stats.drafts)
-        yield counter("fastblt_spec_decode_num_draft_tokens", "Drafted bytes", value=ledger.drafted)
-        yield counter("fastblt_spec_decode_num_accepted_tokens", "Drafted bytes accepted", value=ledger.accepted)
-        positions = {str(position): count for position, count in enumerate(stats.accepted_by_position)}
-        yield _labeled(
-            counter(
-                "fastblt_spec_decode_num_accepted_tokens_per_pos",
-                "Drafted bytes accepted, by their position in the draft",
-                labels=["position"],
-            ),
-            positions,
-        )
-        yield counter("fastblt_wasted_tokens", "Bytes decoded past a request's end", value=ledger.wasted)
+        if ledger.bytes_per_patch is not None:
+            self._patch.observe(ledger.bytes_per_patch)
+        if ledger.decoder and count:
+            self._pass.observe(count / ledger.decoder)
+        blocks = delta.decoding is not None and delta.decoding.method in (DecodingMethod.BLT_D, DecodingMethod.BLT_DV)
+        if blocks and ledger.rounds:
+            self._steps.observe(ledger.steps / ledger.rounds)
 
+    def _counter(self, name: str, documentation: str, labels: list[str]) -> Counter:
+        return Counter(f"fastblt_{name}", documentation, labels, registry=self._registry)
 
-def _labeled(family: Metric, values: dict[str, int]) -> Metric:
-    for label, value in values.items():
-        family.add_metric([label], value)  # type: ignore[attr-defined]
-    return family
+    def _histogram(self, name: str, documentation: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"fastblt_{name}", documentation, bounds)
+        self._registry.register(histogram)
+        return histogram

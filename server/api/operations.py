@@ -53,6 +53,12 @@ async def server_version() -> Response:
         return JSONResponse({"version": "unknown"})  # Run from a tree that was never installed.
 
 
+@router.get("/load")
+async def load(request: Request) -> Response:
+    """vLLM's measure: the requests that the engine has, queued ones included."""
+    return JSONResponse({"server_load": request.app.state.client.load})
+
+
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)

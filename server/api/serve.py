@@ -13,10 +13,15 @@ from types import FrameType
 import uvicorn
 
 from server.api.app import create_app
+from server.api.http import HttpProtocol, raise_file_limit
+from server.api.security import MAX_HEADER_BYTES
 from server.engine.client import EngineClient, EngineState, EngineUnavailableError
-from server.settings import FailurePolicy
+from server.settings import FailurePolicy, HttpSettings
 
 logger = logging.getLogger("fastblt")
+
+#: Seconds for which a client may read nothing of what waits for it.
+READER_SECONDS = 120.0
 
 #: Seconds for last words: what was aborted still gets its end of stream.
 _LAST_WORDS = 5
@@ -37,38 +42,53 @@ class _Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises OSError, before anything has been loaded."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address[:2], family=family, backlog=2048)
+    sock = socket.create_server(address[:2], family=family, backlog=2048)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Connections inherit it. The system ends one whose reader takes nothing for so long.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(READER_SECONDS * 1000))
+    return sock
 
 
-async def serve(
-    client: EngineClient, sock: socket.socket, *, shutdown_seconds: float = 30.0, access_log: bool = False
-) -> None:
-    """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_seconds` to finish then, or
+def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
+    """The HTTP server around `client`. Raises OSError (of which SSLError is one) for certificates of no use."""
+    config = uvicorn.Config(
+        create_app(client, http),
+        http=HttpProtocol,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        ssl_certfile=http.tls_certificate,
+        ssl_keyfile=http.tls_key,
+        timeout_graceful_shutdown=math.ceil(http.shutdown_timeout) + _LAST_WORDS,
+    )
+    config.load()
+    return config
+
+
+async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -> None:
+    """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_timeout` to finish then, or
     until the next signal, and are aborted.
 
     Raises EngineUnavailableError when the engine cannot be loaded, or when it is dead for good and the policy is EXIT.
     Under the other policies the server then stays and answers 503: whoever watches /health decides.
     """
-    config = uvicorn.Config(
-        create_app(client),
-        log_config=None,
-        access_log=access_log,
-        lifespan="on",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(shutdown_seconds) + _LAST_WORDS,
-    )
+    raise_file_limit()
+    config = configure(client, http)
     loop = asyncio.get_running_loop()
     tasks: list[asyncio.Task[None]] = []
 
     def on_signal() -> None:
         again = len(tasks) > 1
-        tasks.append(loop.create_task(client.stop(0.0 if again else shutdown_seconds)))
+        tasks.append(loop.create_task(client.stop(0.0 if again else http.shutdown_timeout)))
 
     server = _Server(config, lambda: loop.call_soon_threadsafe(on_signal))
     host, port = sock.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    logger.info("listening on http://%s, loading %s", where, client.settings.model)
+    scheme = "https" if config.is_ssl else "http"
+    logger.info("listening on %s://%s, loading %s", scheme, where, client.settings.model)
 
     async def announce() -> None:
         with suppress(EngineUnavailableError):

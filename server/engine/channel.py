@@ -93,7 +93,7 @@ class Verdict(Message):
 
 class News(Message):
     """What came of a pass. `started` are the requests that left the queue for it, for the first time. `stats` comes
-    with every end of a request, and from time to time.
+    from time to time, and when nothing is left to do.
     """
 
     deltas: list[Delta]

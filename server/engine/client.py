@@ -47,6 +47,8 @@ class Life:
     #: Deadlines that are still to come.
     queue_timer: asyncio.TimerHandle | None = None
     timer: asyncio.TimerHandle | None = None
+    #: Who wanted it to end.
+    abort_cause: str | None = None
 
     def cancel(self) -> None:
         for timer in (self.queue_timer, self.timer):
@@ -108,6 +110,11 @@ class EngineClient:
         return self._supervisor.facts is not None
 
     @property
+    def load(self) -> int:
+        """How many requests the engine has, queued or running."""
+        return len(self._live)
+
+    @property
     def restarts(self) -> int:
         """How often a lost engine was replaced."""
         return self._supervisor.restarts
@@ -121,6 +128,12 @@ class EngineClient:
     def model_name(self) -> str:
         """Raises EngineUnavailableError, as the other facts do, unless the engine is usable."""
         return self._name or self._facts().model_name
+
+    @property
+    def served_name(self) -> str:
+        """The model's name, whatever the engine's state is; empty before it is known."""
+        facts = self._supervisor.facts
+        return self._name or (facts.model_name if facts is not None else "")
 
     @property
     def config(self) -> BltConfig:
@@ -181,9 +194,13 @@ class EngineClient:
             raise
         return stream
 
-    def abort(self, request_id: str) -> None:
-        """Ask the engine to end a request; its stream ends with FinishReason.ABORT. Unknown ids are ignored."""
-        if request_id in self._live:
+    def abort(self, request_id: str, cause: str = "caller") -> None:
+        """Ask the engine to end a request; its stream ends with FinishReason.ABORT. Unknown ids are ignored.
+
+        `cause` is the word under which metrics count it.
+        """
+        if (life := self._live.get(request_id)) is not None:
+            life.abort_cause = life.abort_cause or cause
             self._supervisor.send(Abort([request_id]))
 
     async def stop(self, timeout: float = 0.0) -> None:

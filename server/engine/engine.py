@@ -85,7 +85,7 @@ class Engine:
         self._aborted: list[str] = []
         #: Ids of the requests that the last step took from the queue for the first time.
         self.started: list[str] = []
-        self._passes = self._beats = self._passes_in_beat = 0
+        self._passes = self._beats = self._holds = self._passes_in_beat = 0
         self._bytes_generated = self._bytes_prompt = 0
         # Verified drafts by their length, and by how much of it was accepted.
         self._drafts = [0] * (MAX_DRAFT_LENGTH + 1)
@@ -154,7 +154,10 @@ class Engine:
                 sequence.timings.scheduled = time.monotonic()
                 self._bytes_prompt += sequence.prompt_length - 1
                 self.started.append(sequence.request.request_id)
-            self._runner.admit(sequence)
+            try:
+                self._runner.admit(sequence)
+            except Exception as error:
+                deltas += self._give_up([sequence], error)
         running = self._scheduler.running
         try:
             batch = list(running)
@@ -169,6 +172,8 @@ class Engine:
                 ready = [s for s in running if s.ready]
                 self._beats += 1
                 self._passes_in_beat = 0
+            else:
+                self._holds += len(waiting)
             batch = self._scheduler.fit(ready)
             if not batch:
                 return deltas
@@ -207,6 +212,7 @@ class Engine:
             drafts=sum(self._drafts),
             passes=self._passes,
             beats=self._beats,
+            holds=self._holds,
             bytes_generated=self._bytes_generated,
             bytes_prompt=self._bytes_prompt,
             preemptions=self._scheduler.preemptions,

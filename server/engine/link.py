@@ -53,6 +53,8 @@ class EngineLink(asyncio.Protocol):
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         # Waiting threads that spin would cost their neighbors whole time slices; read when torch is imported.
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
+        # The server's own options; there may be keys among them.
+        environment = {name: value for name, value in environment.items() if not name.startswith("FASTBLT_SERVE_")}
         try:
             with theirs:
                 self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)

@@ -114,7 +114,7 @@ class _Worker:
         deltas = self._engine.step()
         now = time.monotonic()
         stats = None
-        if now >= self._next_stats or any(delta.finish_reason is not None for delta in deltas):
+        if now >= self._next_stats or not self._engine.has_work():
             stats = self._engine.stats()
             self._next_stats = now + STATS_SECONDS
         if deltas or self._engine.started or stats is not None:

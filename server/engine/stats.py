@@ -12,7 +12,8 @@ class EngineStats:
     """A snapshot. `ledger` is the engine ledger: a pass counts once, however many requests share it (design §6.6).
 
     Its `bytes` and `patches` are those of requests that have ended. `drafted_by_position` and `accepted_by_position`
-    count verified drafts that had, and kept, a byte at each position. `bytes_prompt` is without BOS.
+    count verified drafts that had, and kept, a byte at each position. `holds` counts a request once for every
+    decoder pass during which it waited for the next beat. `bytes_prompt` is without BOS.
     """
 
     running: int = 0
@@ -25,6 +26,7 @@ class EngineStats:
     drafts: int = 0
     passes: int = 0
     beats: int = 0
+    holds: int = 0
     bytes_generated: int = 0
     bytes_prompt: int = 0
     preemptions: int = 0

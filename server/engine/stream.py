@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from server.request import Delta, Request
+from server.request import Delta, FinishReason, Request
 
 
 class DeltaStream:
@@ -15,12 +15,13 @@ class DeltaStream:
     holds no more than the requests' outputs. Whoever stops before the end must `close()`: it aborts what is unfinished.
     """
 
-    def __init__(self, abort: Callable[[str], None], requests: Sequence[Request]) -> None:
+    def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request]) -> None:
         self._abort = abort
         self._open = {request.request_id for request in requests}
         self._news: dict[str, Delta] = {}
         self._wake = asyncio.Event()
         self._closed = False
+        self._failed = False
 
     def __aiter__(self) -> DeltaStream:
         return self
@@ -38,6 +39,7 @@ class DeltaStream:
         """Take over a delta. After `close` it is dropped."""
         if delta.finish_reason is not None:
             self._open.discard(delta.request_id)
+            self._failed |= delta.finish_reason is FinishReason.ERROR
         if self._closed:
             return
         earlier = self._news.get(delta.request_id)
@@ -51,7 +53,7 @@ class DeltaStream:
         self._closed = True
         self._news.clear()
         for request_id in self._open:
-            self._abort(request_id)
+            self._abort(request_id, "sibling_failed" if self._failed else "client_left")
         self._wake.set()
 
 

@@ -13,10 +13,9 @@ import httpx
 import uvicorn
 
 from models.checkpoint import save_checkpoint
-from server.api.app import create_app
-from server.api.serve import listen
+from server.api.serve import configure, listen
 from server.engine.client import EngineClient
-from server.settings import EngineSettings
+from server.settings import EngineSettings, HttpSettings
 from tests.tiny import tiny_model
 
 MODEL = "tiny"
@@ -45,11 +44,10 @@ def tiny_settings(model: str, **more: Any) -> EngineSettings:
 class RunningServer:
     """Serves `client` while its context lasts. `wait` is for the engine to be loaded."""
 
-    def __init__(self, client: EngineClient, *, wait: bool = True) -> None:
+    def __init__(self, client: EngineClient, http: HttpSettings | None = None, *, wait: bool = True) -> None:
         self.client = client
         self._wait = wait
-        config = uvicorn.Config(create_app(client), log_config=None, lifespan="on", timeout_graceful_shutdown=2)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(configure(client, http or HttpSettings(shutdown_timeout=0.0)))
         self._sock = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._sock]})

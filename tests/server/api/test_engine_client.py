@@ -201,7 +201,7 @@ async def test_news_is_merged_for_a_slow_reader() -> None:
 
 
 async def test_merging_keeps_logprobs() -> None:
-    stream = DeltaStream(lambda _: None, [request("a")])
+    stream = DeltaStream(lambda *_: None, [request("a")])
     one, two = ByteLogprobs(-1.0, []), ByteLogprobs(-2.0, [])
     stream.push(Delta("a"))
     stream.push(Delta("a", [5], [one]))

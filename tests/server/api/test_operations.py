@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.api.metrics import Histogram
+from server.api.histogram import Histogram
 from server.engine.client import EngineClient
-from server.settings import EngineSettings
+from server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
 from tests.server.api.running import MODEL, RunningServer, until
 from tests.server.api.test_bad_requests import assert_error
@@ -124,6 +124,30 @@ def test_metrics(server: RunningServer) -> None:
         "spec_decode_num_accepted_tokens_per_pos": "counter",
         "request_success": "counter",
         "requests_rejected": "counter",
+        "requests_failed": "counter",
+        "requests_aborted": "counter",
+        "corrupted_requests": "counter",
+        "http_requests": "counter",
+        "holds": "counter",
+        "engine_restarts": "counter",
+        "engine_state": "gauge",
+        "cache_config_info": "gauge",
+        "process_resident_memory_bytes": "gauge",
+        "engine_process_resident_memory_bytes": "gauge",
+        "spec_decode_num_draft_tokens_per_pos": "counter",
+        "http_request_duration_seconds": "histogram",
+        "request_queue_time_seconds": "histogram",
+        "rejected_queue_time_seconds": "histogram",
+        "request_inference_time_seconds": "histogram",
+        "request_prefill_time_seconds": "histogram",
+        "request_decode_time_seconds": "histogram",
+        "request_time_per_output_token_seconds": "histogram",
+        "request_prompt_tokens": "histogram",
+        "request_generation_tokens": "histogram",
+        "request_params_max_tokens": "histogram",
+        "request_bytes_per_patch": "histogram",
+        "request_bytes_per_pass": "histogram",
+        "request_denoising_steps_per_block": "histogram",
         "time_to_first_token_seconds": "histogram",
         "inter_token_latency_seconds": "histogram",
         "e2e_request_latency_seconds": "histogram",
@@ -131,6 +155,48 @@ def test_metrics(server: RunningServer) -> None:
     for name, kind in expected.items():
         assert families[f"fastblt_{name}"].type == kind, name
     assert {s.labels["module"] for s in families["fastblt_nfe"].samples} == {"patcher", "encoder", "global", "decoder"}
+
+
+def test_times_of_a_request_add_up(server: RunningServer) -> None:
+    def sums(*names: str) -> list[float]:
+        return [server.metric(f"fastblt_{name}_sum") for name in names]
+
+    names = (
+        "e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds",
+        "request_prefill_time_seconds", "request_decode_time_seconds", "time_to_first_token_seconds",
+        "request_generation_tokens", "request_prompt_tokens", "request_params_max_tokens",
+    )  # fmt: skip
+    before = sums(*names)
+    server.complete(prompt="Hello", max_tokens=40, ignore_eos=True, seed=1)
+    whole, queue, inference, prefill, decode, first, *lengths = [
+        b - a for a, b in zip(before, sums(*names), strict=True)
+    ]
+    assert whole == pytest.approx(queue + inference) and inference == pytest.approx(prefill + decode)
+    assert first == pytest.approx(queue + prefill)
+    assert min(queue, prefill, decode) > 0 and lengths == [40, 5, 40]
+
+
+def test_gauges_of_routers_under_vllm_s_names() -> None:
+    with RunningServer(fake(), HttpSettings(vllm_metrics=True, shutdown_timeout=0.0)) as server:
+        text = server.http.get("/metrics").text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"):
+        assert f"vllm:{name}{{" in text and 'model_name="fake"' in text
+
+
+def test_failures_are_counted_by_cause() -> None:
+    with RunningServer(fake(error_for="-0", error_at=2)) as server:
+        response = server.http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 500})
+        assert assert_error(response, 500)["code"] == "pass_failed"
+        until(lambda: server.metric("fastblt_num_requests_running") == 0)
+        assert server.metric('fastblt_requests_failed_total{cause="pass_failed"}') == 1
+        assert server.metric('fastblt_requests_aborted_total{cause="sibling_failed"}') == 1
+        # It was taken, so it was not rejected.
+        assert "fastblt_requests_rejected_total{" not in server.http.get("/metrics").text
+        assert server.metric('fastblt_http_requests_total{handler="/v1/completions",method="POST",status="500"}') == 1
+
+
+def test_the_load(server: RunningServer) -> None:
+    assert server.http.get("/load").json() == {"server_load": 0}
 
 
 def test_metrics_of_drafts(server: RunningServer) -> None:

@@ -1,0 +1,79 @@
+"""What uvicorn leaves open: connections that never ask, are too many, or speak no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from server.api.errors import error_object
+from server.api.security import MAX_HEADER_BYTES
+
+#: Seconds a client has for the head of a request.
+HEAD_SECONDS = 30.0
+
+#: Open files that are not connections.
+_RESERVED_FILES = 128
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP/1.1 with bounds on what a connection may do before it is a request."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(transport)
+        self._seen: Any = None
+        self._timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > max_connections():
+            # One more could be the file that the next log, or a new engine, needs.
+            transport.abort()
+            return
+        self._check_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        body = error_object(
+            400, f"this is no HTTP/1.1, or its head is larger than {MAX_HEADER_BYTES} bytes", "invalid_http"
+        )
+        content = json.dumps(body).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+        ]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (response, h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    def _check_later(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
+
+    def _check(self) -> None:
+        """Close a connection that has made no request since the last check, and has none running."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is self._seen:
+            self.transport.close()
+            return
+        self._seen = self.cycle
+        self._check_later()
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many open files, and so connections, as the system allows it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def max_connections() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(soft - _RESERVED_FILES, 1) if soft != resource.RLIM_INFINITY else 2**31

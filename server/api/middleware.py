@@ -1,0 +1,70 @@
+"""What surrounds every request: its id, its line in the log, and its place in the metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import logs
+from server.api.metrics import Metrics
+
+logger = logging.getLogger("fastblt.access")
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+
+
+class Requests:
+    """Gives every response an `x-request-id`: the client's own if it is sane, else a new one. Counts and logs it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if _SANE_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        # What answers when an exception came this far.
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        token = logs.request_id.set(request_id)
+        start = time.monotonic()
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - start
+            # A path that nobody serves is the client's invention, and no label.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.count_http(scope["method"], route, status, seconds)
+            if self._access_log:
+                self._log(scope, status, seconds)
+            logs.request_id.reset(token)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        client = scope.get("client") or ("-",)
+        fields = {
+            "client": client[0],
+            "method": scope["method"],
+            # As it was sent: a decoded one may hold line breaks.
+            "path": scope.get("raw_path", b"").decode("ascii", "backslashreplace"),
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        text = "%(client)s %(method)s %(path)s %(status)d %(seconds).3f s"
+        logger.info(text, fields, extra={"fields": fields})

@@ -1,0 +1,66 @@
+"""Who is let in, and with how much: API keys, and bounds of the head of a request."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable, Iterable
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.errors import ApiError
+
+MAX_HEADERS = 128
+MAX_HEADER_BYTES = 32 * 1024
+
+#: Answered without a key: a probe has none. Everything else, known or not, needs one.
+_OPEN = frozenset({"/health", "/ready"})
+
+
+class Gate:
+    """Refuses heads that are too large (431), and requests without one of the keys (401), if there are any.
+
+    It stands before the router, and what it leaves open is a list of whole paths: no spelling of another path gets by.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], on_refusal: Callable[[ApiError, str], None]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._on_refusal = on_refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(scope) if scope["type"] == "http" else None
+        if problem is None:
+            await self._app(scope, receive, send)
+            return
+        self._on_refusal(problem, scope["method"])
+        await JSONResponse(problem.body, problem.status, problem.headers)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> ApiError | None:
+        headers = scope["headers"]
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            return ApiError(
+                431,
+                f"the request has more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them",
+                code="headers_too_large",
+            )
+        if not self._digests or scope["path"] in _OPEN or self._knows(dict(headers).get(b"authorization", b"")):
+            return None
+        return ApiError(
+            401,
+            "a valid API key is required, in the header `Authorization: Bearer KEY`",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+    def _knows(self, authorization: bytes) -> bool:
+        scheme, _, key = authorization.partition(b" ")
+        digest = _digest(key.strip())
+        # Every key is compared, each in constant time.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

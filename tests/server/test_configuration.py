@@ -1,0 +1,97 @@
+"""Options from flags, the environment and a file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.configuration import read_config, read_keys, show_config
+
+toy = typer.Typer(context_settings={"auto_envvar_prefix": "TOY"})
+
+
+@toy.callback()
+def group() -> None: ...
+
+
+@toy.command()
+def go(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(is_eager=True, callback=read_config)] = None,
+    port: int = 1,
+    name_of_it: str = "default",
+    api_key: Annotated[list[str] | None, typer.Option()] = None,
+) -> None:
+    show_config(context)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.toml"
+    path.write_text('port = 2\nname-of-it = "file"\napi_key = ["hush-a", "hush-b"]\n')
+    return path
+
+
+def options(caplog: pytest.LogCaptureFixture, *args: str, **env: str) -> str:
+    caplog.set_level(logging.INFO)
+    result = CliRunner().invoke(toy, ["go", *args], env=env)
+    assert result.exit_code == 0, result.output
+    return caplog.records[-1].getMessage()
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "port=1, name_of_it=default" in options(caplog)
+    text = options(caplog, "--config", str(file))
+    assert "port=2 (file), name_of_it=file (file)" in text
+    text = options(caplog, "--config", str(file), TOY_GO_PORT="3")
+    assert "port=3 (environment), name_of_it=file (file)" in text
+    text = options(caplog, "--config", str(file), "--port", "4", TOY_GO_PORT="3")
+    assert "port=4 (commandline)" in text
+
+
+def test_secrets_are_hidden(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for args, env in (
+        ([], {"TOY_GO_API_KEY": "hush-c"}),
+        (["--api-key", "hush-d"], {}),
+        (["--config", str(file)], {}),
+    ):
+        text = options(caplog, *args, **env)
+        assert "api_key=***" in text and "hush" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prot = 1", "no option 'prot'"),
+        ("port = ", "toy.toml"),
+        ("[port]\nx = 1", "must not be a table"),
+        ("port = 'x'", "integer"),
+    ],
+)
+def test_files_of_no_use_are_usage_errors(file: Path, content: str, message: str) -> None:
+    file.write_text(content)
+    result = CliRunner().invoke(toy, ["go", "--config", str(file)])
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_a_missing_file_is_one_too(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n\n two \n")
+    assert read_keys(["zero"], path) == ("zero", "one", "two")
+    assert read_keys(None, None) == ()
+    path.write_text("\n")
+    for keys, file in ((None, path), ([""], None), ([" "], None), (["a", ""], None), (None, tmp_path / "none")):
+        with pytest.raises(typer.BadParameter):
+            read_keys(keys, file)
