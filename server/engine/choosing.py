@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,17 +47,15 @@ class Chooser:
         self._bias = torch.zeros(rows, VOCAB_SIZE, device=device)
         self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32, device=device)
         self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool, device=device)
-        # What a pass must know of its rows without asking every request: which work they need, and from which position
-        # on EOS may stand.
-        self._samples, self._truncates, self._penalizes = (np.zeros(rows, dtype=bool) for _ in range(3))
+        # What a pass must know of its rows without asking every request: which work they need (drawing, truncation,
+        # penalties), and from which position on EOS may stand.
+        self._needs = np.zeros((3, rows), dtype=bool)
         self._eos_from = np.zeros(rows, dtype=np.int64)
 
     def admit(self, sequence: Sequence) -> None:
         """Note the parameters of a sequence, and the bytes it has already produced."""
         row, params = sequence.row, sequence.params
-        self._samples[row] = not params.greedy
-        self._truncates[row] = params.truncates
-        self._penalizes[row] = params.penalizes
+        self._needs[:, row] = not params.greedy, params.truncates, params.penalizes
         self._eos_from[row] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
         self._values[:, row] = torch.tensor(
             [
@@ -89,44 +87,61 @@ class Chooser:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
             self._counts[sequence.row] += torch.from_numpy(counts).to(self._device)
 
-    def choose(self, sequences: list[Sequence], batch: Batch, states: Tensor) -> Choice:
-        """Choose a byte for every picked row of decoder states [rows, d], fill the blocks, and store the ids."""
+    def stage(self, sequences: list[Sequence], batch: Batch) -> Staged:
+        """Lay out what the sequences pick from."""
         causal, blocks = CausalPicks(sequences, batch), BlockPicks(sequences, batch)
-        choice = Choice(causal, blocks)
         index = np.concatenate((batch.picked, blocks.rows.reshape(-1))) if blocks.count else batch.picked
-        if not len(index):
-            return choice
         count, total = len(batch.picked), len(index)
         columns = self._allocate("picks", 6, total)
         at, owners, positions, forbid_eos, masked, ids = columns[:, :total]
         at[:], owners[:], positions[:] = index, batch.owners[index], batch.positions[index]
         # A causal row's byte stands behind it, a block row's on it.
         positions[:count] += 1
-        forbid_eos[:] = positions < self._eos_from[owners]
+        np.less(positions, self._eos_from[owners], out=forbid_eos, casting="unsafe")
         if blocks.count:
             ids[count:] = batch.block[index[count:]]
             masked[count:] = blocks.masked(ids[count:])
             # What fills up shorter blocks belongs to nobody.
             if not blocks.inside.all():
                 columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
+        rows = [sequence.row for sequence in sequences]
+        samples, truncates, penalizes = (bool(need[rows].any()) for need in self._needs)
+        return Staged(
+            causal,
+            blocks,
+            count,
+            total,
+            whole=total == batch.padded and bool((at == np.arange(total)).all()),
+            sampled=samples,
+            truncated=truncates,
+            penalized=penalizes,
+            extra=self._drafted(sequences, causal, blocks) if penalizes else [],
+        )
+
+    def choose(self, states: Tensor, staged: Staged) -> list[Tensor]:
+        """Choose a byte for every picked row of decoder states [rows, d], fill the blocks, and store the ids. What is
+        to be fetched of it."""
+        causal, blocks, count, total = staged.causal, staged.blocks, staged.count, staged.total
+        if not total:
+            return []
+        tensors: list[Tensor] = []
         sent = self._staging.send()
-        whole = total == len(states) and bool((at == np.arange(total)).all())
-        logits = self._passes.logits(states, None if whole else sent[0])[:total]
+        logits = self._passes.logits(states, None if staged.whole else sent[0])[:total]
         sent = sent[:, :total]
-        params = self._params(owners, sent, self._drafted(sequences, causal, blocks))
+        params = self._params(staged, sent)
         places = self._passes.places(sent[1], sent[2])
         if blocks.count:
             step = self._fill(blocks, logits[count:], sent[4:, count:], _part(params, count, total))
             self._passes.write(places[count:], step.ids.view(-1))
-            choice.tensors += blocks.results_of(step, logits[count:])
+            tensors += blocks.results_of(step, logits[count:])
         if count:
             params = params if count == total else _part(params, 0, count)
             chosen = select(logits[:count], params, need_statistics=False)
             accepted = self._verify(causal, chosen.ids, places[:count])
             # After a block's own ids: where a causal row goes before it, that row gives its first byte.
             self._passes.write(places[:count], chosen.ids)
-            choice.tensors += causal.results_of(chosen, accepted, logits[:count])
-        return choice
+            tensors += causal.results_of(chosen, accepted, logits[:count])
+        return tensors
 
     def _fill(self, blocks: BlockPicks, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
         """One unmasking step of every block; `sent` are the columns of what is masked and of the ids."""
@@ -163,22 +178,21 @@ class Chooser:
                 extra += [(blocks.first(at) + i, filled) for i in range(len(plan.block_ids))]
         return extra
 
-    def _params(self, owners: np.ndarray, sent: Tensor, extra: list[tuple[int, list[int]]]) -> SelectionParams:
-        sampled = bool(self._samples[owners].any())
-        penalized = bool(self._penalizes[owners].any())
+    def _params(self, staged: Staged, sent: Tensor) -> SelectionParams:
         rows = sent[1]
         # A greedy pass reads none of these: the null row's stand for all.
-        if sampled or penalized:
+        if staged.sampled or staged.penalized:
             values, integers = self._values[:, rows], self._integers[:, rows]
         else:
             values, integers = (table[:, :1].expand(-1, len(rows)) for table in (self._values, self._integers))
         temperature, top_p, min_p, repetition, presence, frequency = values.unbind()
         top_k, seeds = integers.unbind()
         counts = prompt_seen = bias = None
+        penalized = staged.penalized
         if penalized:
             counts, prompt_seen, bias = self._counts[rows], self._prompt_seen[rows], self._bias[rows]
-            if extra:
-                pairs = [(pick, token) for pick, tokens in extra for token in tokens]
+            if staged.extra:
+                pairs = [(pick, token) for pick, tokens in staged.extra for token in tokens]
                 at = torch.tensor(pairs, device=self._device).view(-1, 2)
                 ones = torch.ones(len(pairs), dtype=torch.int32, device=self._device)
                 counts.index_put_((at[:, 0], at[:, 1]), ones, accumulate=True)
@@ -196,27 +210,37 @@ class Chooser:
             counts=counts,
             prompt_seen=prompt_seen,
             bias=bias,
-            sampled=sampled,
-            truncated=bool(self._truncates[owners].any()),
+            sampled=staged.sampled,
+            truncated=staged.truncated,
             penalized=penalized,
         )
 
 
 @dataclass
-class Choice:
-    """A pass's choices on their way to the host: `tensors` are fetched, and `results` takes what came."""
+class Staged:
+    """A pass's picks, first those of all causal rows, `count`, then those of all blocks, `total` together.
+
+    `whole`: they are all of the pass's rows, in order. `extra` has (pick, ids) where penalties count more than the
+    committed ids.
+    """
 
     causal: CausalPicks
     blocks: BlockPicks
-    tensors: list[Tensor] = field(default_factory=list)
+    count: int
+    total: int
+    whole: bool
+    sampled: bool
+    truncated: bool
+    penalized: bool
+    extra: list[tuple[int, list[int]]]
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
-        """The results of all sequences from the fetched `tensors`."""
+        """The results of all sequences from what was fetched."""
         results = [Result(Outcome()) for _ in self.causal.firsts]
         arrays = iter(fetched)
         if self.blocks.count:
             self.blocks.take(arrays, results)
-        if fetched and self.causal.total:
+        if self.count:
             self.causal.take(arrays, results)
         return results
 

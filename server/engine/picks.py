@@ -38,6 +38,7 @@ class Batch:
     in_block: np.ndarray | None
     spans: list[tuple[int, int]]
     total: int
+    padded: int
 
 
 @dataclass(slots=True)
@@ -63,7 +64,6 @@ class CausalPicks:
 
     def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
         self._sequences = sequences
-        self.total = len(batch.picked)
         self.firsts = batch.firsts
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
         self._verifying = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.select > 1]

@@ -118,17 +118,18 @@ class Runner:
         """
         batch = _lay_out(sequences, self._columns)
         owners, positions, firsts, highs, latents, block = self._staging["decode"].send().unbind()
-        rows = Rows(owners, positions, firsts, highs, _with_padding(batch.spans, batch.total, len(owners)))
+        rows = Rows(owners, positions, firsts, highs, _with_padding(batch.spans, batch.total, batch.padded))
         states = self._passes.decode(rows, latents, block if batch.in_block is not None else None)
         self.ledger.decoder += 1
-        choice = self._chooser.choose(sequences, batch, states)
-        if not batch.ahead:
-            return choice.results(self._fetch(*choice.tensors)) if choice.tensors else choice.results([])
+        staged = self._chooser.stage(sequences, batch)
+        tensors = self._chooser.choose(states, staged)
         ahead = [sequences[at] for at in batch.ahead]
+        if not ahead:
+            return staged.results(self._fetch(*tensors) if staged.total else [])
         tail = self._rows("tail", ahead, [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan])
-        *chosen, flat = self._fetch(*choice.tensors, self._passes.entropies(tail))
+        *fetched, flat = self._fetch(*tensors, self._passes.entropies(tail))
         self.ledger.patcher += 1
-        results = choice.results(chosen)
+        results = staged.results(fetched)
         for at, values in zip(batch.ahead, _split(flat, tail.spans[: len(ahead)]), strict=True):
             results[at].entropies = values
         return results
@@ -225,7 +226,9 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
         latent_[:] = rows[3]
     for at in own:
         _own_latents(sequences[at], latent_[spans[at][0] :])
-    return Batch(owner, position, block, np.flatnonzero(picked), firsts, ahead, in_block, spans, total)
+    return Batch(
+        owner, position, block, np.flatnonzero(picked), firsts, ahead, in_block, spans, total, columns.shape[1]
+    )
 
 
 def _own_latents(sequence: Sequence, latents: np.ndarray) -> None:

@@ -45,9 +45,8 @@ class Fetch:
 
     def __call__(self, *results: Tensor) -> list[np.ndarray]:
         """int32 or fp32 arrays of the results' shapes: integers (which must fit) and booleans, or fp32."""
-        words = [r.reshape(-1).view(torch.int32) if r.dtype == torch.float32 else r.reshape(-1).int() for r in results]
         self.copies += 1
-        packed: np.ndarray = (torch.cat(words) if len(words) > 1 else words[0]).cpu().numpy()
+        packed: np.ndarray = self.pack(results).cpu().numpy()
         arrays: list[np.ndarray] = []
         start = 0
         for result in results:
@@ -57,3 +56,8 @@ class Fetch:
                 part = part.view(np.float32)
             arrays.append(part.reshape(result.shape))
         return arrays
+
+    def pack(self, results: tuple[Tensor, ...]) -> Tensor:
+        """All results as one line of 32-bit words, on the device."""
+        words = [r.reshape(-1).view(torch.int32) if r.dtype == torch.float32 else r.reshape(-1).int() for r in results]
+        return torch.cat(words) if len(words) > 1 else words[0]
