@@ -61,6 +61,7 @@ def parameters(rows: int, generator: torch.Generator, *, sampled: bool, everythi
         counts=torch.randint(0, 3, (rows, 260), generator=generator, dtype=torch.int32),
         prompt_seen=torch.rand(rows, 260, generator=generator) < 0.2,
         bias=torch.zeros(rows, 260),
+        allowed=torch.rand(rows, 260, generator=generator) < 0.9,
     )
 
 

@@ -37,8 +37,8 @@ ASYNC = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)")
 _COLUMNS = {
     "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32",
     "seeds": "*i64", "positions": "*i64", "forbid_eos": "*i1", "repetition": "*fp32", "presence": "*fp32",
-    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "bads": "*i1",
-    "confidences": "*fp32", "entropies": "*fp32",
+    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "allowed": "*i1",
+    "restricted": "i32", "bads": "*i1", "confidences": "*fp32", "entropies": "*fp32",
 }  # fmt: skip
 _SELECT = _COLUMNS | {"ids": "*i64", "logprobs": "*fp32"}
 _UNMASK = _COLUMNS | {

@@ -3,7 +3,8 @@
 With z [N, 260] the raw logits, c the counts of produced ids, and everything a value of the row:
 
     s = z;  s = s / r if s > 0 else s * r      for ids in the prompt or produced (repetition)
-    s = s - (frequency * c + presence * [c > 0]) + bias;   s = -inf for BOE, BOS, BPE and, where forbidden, EOS
+    s = s - (frequency * c + presence * [c > 0]) + bias
+    s = -inf for BOE, BOS, BPE, where forbidden EOS, and ids that are not allowed
     t = 0:  id = argmax(s)
     t > 0:  s = s / t, then removed (-inf) by, in this order,
             top_k   ids below the k-th largest score (ties at the boundary stay)
@@ -47,8 +48,8 @@ class SelectionParams:
     """Parameters of N rows, tensors on the logits' device.
 
     The booleans speak for the batch: some row samples, truncates, or has penalties or a bias. Work that no row needs is
-    skipped; a row that does not need it gets the same result either way. Without `penalized` the last six fields are
-    not read; with it each may still be None.
+    skipped; a row that does not need it gets the same result either way. Without `penalized` the six fields from
+    `repetition` to `bias` are not read; with it each may still be None.
     """
 
     temperature: Tensor  # fp32 [N], 0 is greedy
@@ -67,6 +68,7 @@ class SelectionParams:
     counts: Tensor | None = None  # int32 [N, 260], how often each id was produced
     prompt_seen: Tensor | None = None  # bool [N, 260]
     bias: Tensor | None = None  # fp32 [N, 260], finite or -inf
+    allowed: Tensor | None = None  # bool [N, 260], what a grammar or UTF-8 leaves; None allows every id
 
 
 @dataclass
@@ -133,6 +135,8 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
     """One id for each row of fp32 logits [N, 260], which are not modified; the module has the rules."""
     # Adding, rather than filling, keeps NaN visible and turns +inf at a forbidden id into NaN.
     allowance = torch.where(params.forbid_eos.unsqueeze(-1), *_allowances(logits.device))
+    if params.allowed is not None:
+        allowance.masked_fill_(params.allowed.logical_not(), -_INF)
     scores = allowance.add_(_penalized(logits, params) if params.penalized else logits)
     scaled, distribution = scores, None
     if params.sampled:

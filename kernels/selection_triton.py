@@ -100,6 +100,8 @@ def select_row(
     counts,
     prompt_seen,
     bias,
+    allowed,
+    restricted,
     SAMPLED: tl.constexpr,
     TRUNCATED: tl.constexpr,
     PENALIZED: tl.constexpr,
@@ -120,6 +122,7 @@ def select_row(
         scores = scores - spent
         scores += tl.load(bias + row * _V + lanes, mask=inside, other=0.0)
     never = (lanes == 0) | (lanes == 1) | (lanes == 3) | ((lanes == 2) & (tl.load(forbid_eos + row) != 0))
+    never = never | (tl.load(allowed + row * _V + lanes, mask=inside & (restricted != 0), other=1) == 0)
     # Adding keeps NaN visible and turns +inf at a forbidden id into NaN.
     scores = scores + tl.where(never, float("-inf"), 0.0)
     broken = tl.max(((scores != scores) | (scores == float("inf"))).to(tl.int32), 0)
@@ -166,7 +169,7 @@ def select_row(
     return chosen, logprob, tl.where(bad, nan, confidence), tl.where(bad, nan, entropy.to(tl.float32)), bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["restricted"])
 def select_kernel(
     logits,
     stride,
@@ -183,6 +186,8 @@ def select_kernel(
     counts,
     prompt_seen,
     bias,
+    allowed,
+    restricted,
     ids,
     logprobs,
     confidences,
@@ -196,7 +201,8 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     chosen, logprob, confidence, entropy, bad = select_row(
         logits + row * stride, row, temperature, top_k, top_p, min_p, seeds, positions, forbid_eos,
-        repetition, presence, frequency, counts, prompt_seen, bias, SAMPLED, TRUNCATED, PENALIZED, TILE,
+        repetition, presence, frequency, counts, prompt_seen, bias, allowed, restricted, SAMPLED, TRUNCATED, PENALIZED,
+        TILE,
     )  # fmt: skip
     tl.store(ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, logprob)
@@ -205,16 +211,18 @@ def select_kernel(
     tl.store(bads + row, bad)
 
 
-def columns(params: SelectionParams, logits: Tensor) -> list[Tensor]:
-    """The kernel's parameter columns, contiguous. A penalty left out gets its neutral value."""
+def columns(params: SelectionParams, logits: Tensor) -> list[Tensor | int]:
+    """The kernel's parameter columns, contiguous, and whether ids are restricted. A penalty left out is neutral."""
     rows = logits.shape[0]
+    # What is never read still passes a pointer of the right type, as every launch does.
+    allowed = params.forbid_eos if params.allowed is None else params.allowed
+    restriction: list[Tensor | int] = [allowed.contiguous(), int(params.allowed is not None)]
     given = [
         params.temperature, params.top_k, params.top_p, params.min_p, params.seeds, params.positions, params.forbid_eos,
     ]  # fmt: skip
     if not params.penalized:
-        # Never read, but every launch passes a pointer of the right type.
         row, table = logits.new_empty(1, dtype=torch.float32), logits.new_empty(1, dtype=torch.int32)
-        return [*(value.contiguous() for value in given), row, row, row, table, table.to(torch.bool), row]
+        return [*(value.contiguous() for value in given), row, row, row, table, table.to(torch.bool), row, *restriction]
 
     def column(value: Tensor | None, neutral: float) -> Tensor:
         return logits.new_full((rows,), neutral, dtype=torch.float32) if value is None else value.contiguous()
@@ -230,6 +238,7 @@ def columns(params: SelectionParams, logits: Tensor) -> list[Tensor]:
         table_of(params.counts, torch.int32),
         table_of(params.prompt_seen, torch.bool),
         table_of(params.bias, torch.float32),
+        *restriction,
     ]
 
 

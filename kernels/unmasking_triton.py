@@ -53,7 +53,7 @@ def _choose(block, size, rule, bound, last_step, masked, confidences, entropies,
     return here & (everything | tl.where(rule == 0, by_confidence, by_entropy))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["restricted"])
 def unmask_kernel(
     logits,
     stride,
@@ -70,6 +70,8 @@ def unmask_kernel(
     counts,
     prompt_seen,
     bias,
+    allowed,
+    restricted,
     size,
     masked,
     ids,
@@ -99,7 +101,8 @@ def unmask_kernel(
     if tl.load(masked + row) != 0:
         chosen, logprob, confidence, entropy, bad = select_row(
             logits + row * stride, row, temperature, top_k, top_p, min_p, seeds, positions, forbid_eos,
-            repetition, presence, frequency, counts, prompt_seen, bias, SAMPLED, TRUNCATED, PENALIZED, TILE,
+            repetition, presence, frequency, counts, prompt_seen, bias, allowed, restricted, SAMPLED, TRUNCATED,
+            PENALIZED, TILE,
         )  # fmt: skip
         tl.store(chosen_ids + row, chosen.to(tl.int64))
         tl.store(chosen_logprobs + row, logprob)

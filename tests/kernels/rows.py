@@ -63,6 +63,8 @@ def random_row(rng: np.random.Generator) -> Row:
         row.prompt_seen = (rng.random(260) < 0.2).tolist()
     if rng.random() < 0.3:
         row.bias = np.where(rng.random(260) < 0.3, -np.inf, rng.choice([0, 0, 5, -5], 260)).tolist()
+    if rng.random() < 0.3:
+        row.allowed = (rng.random(260) < rng.choice([0.02, 0.5, 0.99])).tolist()
     return row
 
 
@@ -103,6 +105,8 @@ def pack(rows: Sequence[Row], flags: tuple[bool, bool, bool] = (False, False, Fa
             ("bias", torch.float32),
         ):
             setattr(params, name, column(name, dtype))
+    if not all(all(row.allowed) for row in rows):
+        params.allowed = column("allowed", torch.bool)
     return params
 
 

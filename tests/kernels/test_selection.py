@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,6 +150,45 @@ def test_penalties() -> None:
     assert one(logits, row).ids.item() == 11
 
 
+def test_only_allowed_ids_are_produced() -> None:
+    """A mask comes after the bias, opens nothing that is forbidden otherwise, and a row left with nothing is bad."""
+    logits = flat(_0=9.0, _1=9.0, _2=3.0, _3=9.0, _10=2.0, _11=1.0)
+
+    def row(*allowed: int, **options: Any) -> Row:
+        return Row(allowed=[id in allowed for id in range(260)], **options)
+
+    cases = [
+        (row(0, 1, 2, 3, 10, 11), 2),
+        (row(0, 1, 2, 3, 10, 11, forbid_eos=True), 10),
+        (row(0, 1, 3, 10, 11), 10),
+        (row(11), 11),
+        (row(10, 11, bias=[100.0] * 260), 10),
+        (row(11, temperature=1.0, top_k=1, seed=4), 11),
+        (row(0, 1, 3), None),
+        (row(2, forbid_eos=True), None),
+        (row(77), None),
+        (row(temperature=1.0), None),
+        (Row(), 2),
+    ]
+    many = torch.tensor(logits).expand(len(cases), 260)
+    result = select(many, pack([row for row, _ in cases]), need_statistics=True)
+    assert result.bad.tolist() == [id is None for _, id in cases]
+    assert result.ids.tolist() == [2 if id is None else id for _, id in cases]
+    assert result.confidence is not None
+    # The statistics are those of what is allowed; the logprob is the raw model's.
+    assert result.confidence[3].item() == 1.0
+    np.testing.assert_allclose(result.logprobs[3].item(), many[0].log_softmax(-1)[11].item(), rtol=1e-6)
+
+
+def test_allowing_everything_changes_no_bit() -> None:
+    logits, rows = pool()
+    rows = [Row(**{**vars(row), "allowed": [True] * 260}) for row in rows]
+    params = pack(rows)
+    expected = bits(select(logits, params, need_statistics=True))
+    params.allowed = torch.ones(len(rows), 260, dtype=torch.bool)
+    assert torch.equal(bits(select(logits, params, need_statistics=True)), expected)
+
+
 @pytest.mark.parametrize("name", ["repetition", "presence", "frequency", "counts", "prompt_seen", "bias"])
 def test_any_penalty_may_be_left_out(name: str) -> None:
     rng = np.random.default_rng(5)
@@ -279,7 +319,8 @@ def pool() -> tuple[Tensor, list[Row]]:
     rng = np.random.default_rng(2)
     kinds = [kind for kind in LOGITS for _ in range(2 if kind in LOGITS[-3:] else 12)]
     logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
-    return logits, [random_row(rng) for _ in kinds]
+    # A few rows that need no work at all.
+    return logits, [Row() if index % 30 == 0 else random_row(rng) for index in range(len(kinds))]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

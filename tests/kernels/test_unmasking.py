@@ -82,7 +82,9 @@ def random_blocks(rng: np.random.Generator, requests: int, size: int) -> tuple[T
             row_logits = repeated if rng.random() < 0.3 else random_logits(rng, kind)
             logits[r, b] = torch.from_numpy(row_logits)
             rows.append(random_row(rng))
+            # No row that could be selected from becomes a bad one.
             rows[-1].bias = [0.0] * 260
+            rows[-1].allowed = (np.array(rows[-1].allowed) | (row_logits == row_logits[4:].max())).tolist()
     logits[~masked] = float("nan")
     return logits, masked, torch.full((requests, size), POISON), rows
 

@@ -70,6 +70,7 @@ class Row:
     counts: Sequence[int] = field(default_factory=lambda: [0] * 260)
     prompt_seen: Sequence[bool] = field(default_factory=lambda: [False] * 260)
     bias: Sequence[float] = field(default_factory=lambda: [0.0] * 260)
+    allowed: Sequence[bool] = field(default_factory=lambda: [True] * 260)
 
 
 @dataclass
@@ -97,7 +98,7 @@ def first_best(values: Sequence[float]) -> int:
 
 
 def penalize(logits: Sequence[float], row: Row) -> list[np.float32]:
-    """fp32 scores after penalties, bias and forbidden ids."""
+    """fp32 scores after penalties, bias, and ids that are forbidden or not allowed."""
     scores = []
     for index, logit in enumerate(logits):
         score = np.float32(logit)
@@ -108,7 +109,7 @@ def penalize(logits: Sequence[float], row: Row) -> list[np.float32]:
         if row.counts[index] > 0:
             spent = spent + np.float32(row.presence)
         score = (score - spent) + np.float32(row.bias[index])
-        if index in (0, 1, 3) or (index == 2 and row.forbid_eos):
+        if index in (0, 1, 3) or (index == 2 and row.forbid_eos) or not row.allowed[index]:
             score = np.float32(-INF)
         scores.append(score)
     return scores

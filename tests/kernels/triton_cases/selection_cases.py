@@ -22,6 +22,7 @@ from tests.kernels.test_selection import (  # noqa: F401
     test_greedy_tells_scores_apart_that_log_softmax_rounds_to_one,
     test_nan_and_positive_infinity_make_a_row_bad,
     test_no_rows,
+    test_only_allowed_ids_are_produced,
     test_penalties,
     test_rows_without_a_possible_id_are_bad,
     test_statistics_come_before_truncation_and_ignore_what_is_forbidden,
