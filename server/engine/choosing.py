@@ -33,7 +33,7 @@ class Chooser:
         rows: int,
         passes: Passes,
         allocate: Callable[[str, int, int], np.ndarray],
-        staging: Staging,
+        staging: dict[str, Staging],
         device: torch.device,
     ) -> None:
         self._passes = passes
@@ -104,6 +104,14 @@ class Chooser:
             # What fills up shorter blocks belongs to nobody.
             if not blocks.inside.all():
                 columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
+            rules = self._allocate("blocks", 3, blocks.count)[:, : blocks.count]
+            rules[0] = [step.rule for step in blocks.steps]
+            rules[1].view(np.float32)[:] = [step.bound for step in blocks.steps]
+            rules[2] = [step.last_step for step in blocks.steps]
+        if causal.drafts is not None:
+            picks, lengths = causal.drafts
+            drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
+            drafts[0], drafts[1:] = lengths, picks.T
         rows = [sequence.row for sequence in sequences]
         samples, truncates, penalizes = (bool(need[rows].any()) for need in self._needs)
         return Staged(
@@ -125,7 +133,7 @@ class Chooser:
         if not total:
             return []
         tensors: list[Tensor] = []
-        sent = self._staging.send()
+        sent = self._staging["picks"].send()
         logits = self._passes.logits(states, None if staged.whole else sent[0])[:total]
         sent = sent[:, :total]
         params = self._params(staged, sent)
@@ -146,7 +154,8 @@ class Chooser:
     def _fill(self, blocks: BlockPicks, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
         """One unmasking step of every block; `sent` are the columns of what is masked and of the ids."""
         shape = blocks.rows.shape
-        rules, bounds, last = (column.to(self._device) for column in blocks.rules)
+        rules, bounds, last = self._staging["blocks"].send()[:, : blocks.count].unbind()
+        rules, bounds, last = rules.long(), bounds.view(torch.float32), last.bool()
         masked, ids = sent[0].view(shape).bool(), sent[1].view(shape).long()
         return unmask(logits.view(*shape, -1), masked, ids, params, rules, bounds, last, everything=blocks.everything)
 
@@ -154,7 +163,8 @@ class Chooser:
         """How many drafted bytes agree with their targets, int64 [drafts]; None where nothing is verified."""
         if causal.drafts is None:
             return None
-        rows, lengths = (torch.from_numpy(array).to(self._device) for array in causal.drafts)
+        sent = self._staging["drafts"].send()[:, : len(causal.drafts[1])]
+        rows, lengths = sent[1:].T, sent[0].long()
         # What still stands where the targets will go is the draft.
         return verify(targets[rows], self._passes.ids_at(places[rows[:, :-1]]), lengths)[0]
 

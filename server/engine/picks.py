@@ -127,13 +127,8 @@ class BlockPicks:
             sizes, offsets = np.array(self._sizes)[:, None], np.arange(width)
             self.inside = offsets < sizes
             self.rows = rows[(sizes.cumsum() - sizes[:, 0])[:, None] + np.minimum(offsets, sizes - 1)]
-        steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
-        #: Rule, bound and last_step of every block.
-        self.rules = (
-            torch.from_numpy(np.array([step.rule for step in steps])),
-            torch.from_numpy(np.array([step.bound for step in steps], dtype=np.float32)),
-            torch.from_numpy(np.array([step.last_step for step in steps])),
-        )
+        #: Of every block.
+        self.steps = steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
         self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
         self._values = _Values(self._sequences)
 

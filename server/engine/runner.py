@@ -44,9 +44,10 @@ class Runner:
         self._static = use_triton(device)
         state_rows = settings.max_running + 1
         self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
-        self._staging = {name: Staging(device) for name in ("scan", "encode", "upstream", "decode", "picks", "tail")}
+        kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail")
+        self._staging = {kind: Staging(device) for kind in kinds}
         self._fetch = Fetch()
-        self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging["picks"], device)
+        self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
         self.ledger = Ledger()
 
     @property
