@@ -11,7 +11,8 @@ from pathlib import Path
 
 def test_one_copy_back_a_pass(checkpoint: str, tmp_path: Path) -> None:
     file = tmp_path / "launches.json"
-    command = [sys.executable, "-m", "benchmarks.launches", "--model", checkpoint, "--passes", "4", "--requests", "1", "--json", str(file)]
+    few = ["--passes", "4", "--requests", "1", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.launches", "--model", checkpoint, *few]
     environment = os.environ | {"FASTBLT_KERNELS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     methods = json.loads(file.read_text())["methods"]
