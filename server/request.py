@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
-from models.vocabulary import EOS_ID, VOCAB_SIZE, encode, with_bos
+from models.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, encode, with_bos
 
 #: Bounds of what one request may ask for.
 MAX_LOGPROBS = 20
@@ -14,6 +16,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
 MAX_DRAFT_LENGTH = 32
 MAX_BLOCK_SIZE = 32
+MAX_GRAMMAR_BYTES = 64 * 2**10
 
 
 class InvalidRequestError(ValueError):
@@ -70,6 +73,22 @@ class EntropyRule(StrEnum):
     EXCLUSIVE_MAX = "exclusive_max"
 
 
+class Utf8(StrEnum):
+    """What bytes a completion may hold: any (where they are no UTF-8, text shows U+FFFD), or whole characters only."""
+
+    REPLACE = "replace"
+    STRICT = "strict"
+
+
+class GrammarKind(StrEnum):
+    """What the text of a structured output is; `grammar` is Lark's notation or GBNF."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
 class FinishReason(StrEnum):
     """Every accepted request ends in exactly one of these."""
 
@@ -85,6 +104,7 @@ class ErrorCode(StrEnum):
     PASS_FAILED = "pass_failed"
     NOT_FINITE = "not_finite"
     OUT_OF_MEMORY = "out_of_memory"
+    GRAMMAR_TOO_COMPLEX = "grammar_too_complex"
     QUEUE_TIMEOUT = "queue_timeout"
     REQUEST_TIMEOUT = "request_timeout"
     ENGINE_DIED = "engine_died"
@@ -119,11 +139,55 @@ class DecodingParams:
 
 
 @dataclass(frozen=True)
+class StructuredOutput:
+    """A grammar that a completion must satisfy, as text: a JSON schema, a regular expression, a JSON list of strings to
+    choose from, or a grammar. The engine compiles it and says what is wrong with it.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _member(self.kind, GrammarKind, "structured_outputs"))
+        try:
+            size = len(self.text.encode())
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                f"the {self.kind} has half of a surrogate pair, which no text can hold", "structured_outputs"
+            ) from None
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequestError(
+                f"the {self.kind} has {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed", "structured_outputs"
+            )
+
+    @classmethod
+    def json(cls, schema: dict[str, Any] | bool) -> StructuredOutput:
+        """JSON that satisfies `schema`; {"type": "object"} is any object."""
+        return cls(GrammarKind.JSON_SCHEMA, json.dumps(schema, ensure_ascii=False))
+
+    @classmethod
+    def regex(cls, pattern: str) -> StructuredOutput:
+        """Text that matches the whole of `pattern` (Rust's syntax: no look-around, no back-references)."""
+        return cls(GrammarKind.REGEX, pattern)
+
+    @classmethod
+    def choice(cls, texts: list[str]) -> StructuredOutput:
+        """One of `texts`."""
+        return cls(GrammarKind.CHOICE, json.dumps(texts, ensure_ascii=False))
+
+    @classmethod
+    def grammar(cls, text: str) -> StructuredOutput:
+        """Text that a context-free grammar derives."""
+        return cls(GrammarKind.GRAMMAR, text)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy; `top_k` 0 means all.
 
     `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
-    the chosen byte (0: the chosen one only), `return_patches` for a PatchReport at the end.
+    the chosen byte (0: the chosen one only), `return_patches` for a PatchReport at the end. Under `utf8` strict the
+    output is whole characters, wherever it ends; stops that could cut one are refused.
     """
 
     max_tokens: int = 16
@@ -143,6 +207,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     return_patches: bool = False
+    utf8: Utf8 = Utf8.REPLACE
+    structured_output: StructuredOutput | None = None
     decoding: DecodingParams = DecodingParams()
 
     def __post_init__(self) -> None:
@@ -172,6 +238,22 @@ class SamplingParams:
             )
         if any(not 1 <= len(s) <= MAX_STOP_BYTES for s in encoded):
             raise InvalidRequestError(f"each stop string must have 1 to {MAX_STOP_BYTES} bytes", "stop")
+        object.__setattr__(self, "utf8", _member(self.utf8, Utf8, "utf8") or Utf8.REPLACE)
+        if self.utf8 == Utf8.STRICT:
+            self._check_stops()
+
+    def _check_stops(self) -> None:
+        """Raise InvalidRequestError where a stop could cut a character of strict UTF-8."""
+        for stop in self.stop:
+            try:
+                stop.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequestError("under utf8 strict, stop strings must be valid UTF-8", "stop") from None
+        if any(token >= BYTE_OFFSET + 128 for token in self.stop_token_ids):
+            raise InvalidRequestError(
+                "under utf8 strict, stop_token_ids must be ASCII: another byte is part of a character",
+                "stop_token_ids",
+            )
 
     @property
     def greedy(self) -> bool:

@@ -72,6 +72,8 @@ def failure(delta: Delta) -> ApiError:
             status, headers = 503, _RETRY
         case ErrorCode.REQUEST_TIMEOUT:
             status, headers = 504, _NO_RETRY
+        case ErrorCode.GRAMMAR_TOO_COMPLEX:
+            status, headers = 400, {}
         case ErrorCode.NOT_FINITE | ErrorCode.OUT_OF_MEMORY:
             # The same request would fare the same again.
             status, headers = 500, _NO_RETRY

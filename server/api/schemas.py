@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.vocabulary import VOCAB_SIZE
 from server.api.errors import ApiError
+from server.api.structured import structured_output
 from server.request import (
     MAX_STOP_STRINGS,
     DecodingMethod,
@@ -22,6 +23,7 @@ from server.request import (
     Request,
     SamplingParams,
     Unmasking,
+    Utf8,
     read_prompt,
 )
 
@@ -127,6 +129,9 @@ class CompletionRequest(BaseModel):
     ignore_eos: bool = False
     logprobs: Int64 | None = None
     return_patches: bool = False
+    utf8: Annotated[Utf8, Field(strict=False)] = Utf8.REPLACE
+    response_format: Any = Field(None, description="OpenAI's: text, json_object or json_schema")
+    structured_outputs: Any = Field(None, description="vLLM's: json, json_object, regex, choice or grammar")
     decoding: Annotated[DecodingOptions, BeforeValidator(_bounded_object)] = DecodingOptions()
 
     def sampling(self) -> SamplingParams:
@@ -149,6 +154,8 @@ class CompletionRequest(BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             return_patches=self.return_patches,
+            utf8=self.utf8,
+            structured_output=structured_output(self.response_format, self.structured_outputs),
             decoding=DecodingParams(**dict(self.decoding)),
         )
 

@@ -38,14 +38,28 @@ _OF_UNMASKING = {
 
 
 def resolve(
-    asked: DecodingParams, defaults: DecodingParams, config: BltConfig, *, untrained_sizes: bool = False
+    asked: DecodingParams,
+    defaults: DecodingParams,
+    config: BltConfig,
+    *,
+    untrained_sizes: bool = False,
+    structured: bool = False,
 ) -> DecodingParams:
     """The decoding that really runs: every setting that its method has, and None for those that it has not.
 
-    A field comes from the request, else from the server's `defaults` where it applies, else from the method. Raises
-    InvalidRequestError where the request sets what its method has not, or the checkpoint cannot do it.
+    A field comes from the request, else from the server's `defaults` where it applies, else from the method; with
+    `structured` output the method must be able to follow a grammar. Raises InvalidRequestError where the request sets
+    what its method has not, or asks for what method or checkpoint cannot do.
     """
     method = asked.method or defaults.method or DecodingMethod.AUTO
+    if structured and method == DecodingMethod.BLT_D:
+        if asked.method is not None:
+            raise InvalidRequestError(
+                "blt-d cannot follow a grammar: it fills a block's bytes out of order, and what a grammar allows "
+                "at a place depends on all before it; for structured output use blt, blt-s, blt-dv or auto",
+                "decoding.method",
+            )
+        method = DecodingMethod.AUTO
     auto = DecodingParams()
     if method == DecodingMethod.AUTO:
         auto = AUTO if config.has_diffusion or AUTO.method not in _DIFFUSION else DecodingParams(DecodingMethod.BLT)

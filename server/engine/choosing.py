@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from kernels.unmasking import Unmasked, unmask
 from kernels.verification import verify
 from models.vocabulary import MASK_ID, VOCAB_SIZE
 from server.decoding.method import Outcome
+from server.engine.masking import Masks, part
 from server.engine.passes import Passes
 from server.engine.picks import Batch, BlockPicks, CausalPicks, Result
 from server.engine.sequence import Sequence
@@ -124,6 +124,7 @@ class Chooser:
             truncated=truncates,
             penalized=penalizes,
             extra=self._drafted(sequences, causal, blocks) if penalizes else [],
+            masks=Masks(sequences, causal, blocks, total) if any(s.constraint for s in sequences) else None,
         )
 
     def choose(self, states: Tensor, staged: Staged) -> list[Tensor]:
@@ -137,14 +138,20 @@ class Chooser:
         logits = self._passes.logits(states, None if staged.whole else sent[0])[:total]
         sent = sent[:, :total]
         params = self._params(staged, sent)
+        if staged.masks is not None:
+            params.allowed = staged.masks.allowed(self._device)
         places = self._passes.places(sent[1], sent[2])
+        chosen = None
+        if count:
+            some = params if count == total else part(params, slice(count))
+            chosen = select(logits[:count], some, need_statistics=False)
         if blocks.count:
-            step = self._fill(blocks, logits[count:], sent[4:, count:], _part(params, count, total))
+            step = self._fill(blocks, logits[count:], sent[4:, count:], part(params, slice(count, total)))
+            if staged.masks is not None:
+                staged.masks.mend(step, None if chosen is None else chosen.ids, logits, params)
             self._passes.write(places[count:], step.ids.view(-1))
             tensors += blocks.results_of(step, logits[count:])
-        if count:
-            params = params if count == total else _part(params, 0, count)
-            chosen = select(logits[:count], params, need_statistics=False)
+        if chosen is not None:
             accepted = self._verify(causal, chosen.ids, places[:count])
             # After a block's own ids: where a causal row goes before it, that row gives its first byte.
             self._passes.write(places[:count], chosen.ids)
@@ -243,6 +250,7 @@ class Staged:
     truncated: bool
     penalized: bool
     extra: list[tuple[int, list[int]]]
+    masks: Masks | None
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
         """The results of all sequences from what was fetched."""
@@ -253,8 +261,3 @@ class Staged:
         if self.count:
             self.causal.take(arrays, results)
         return results
-
-
-def _part(params: SelectionParams, start: int, end: int) -> SelectionParams:
-    tensors: dict[str, Any] = {k: value[start:end] for k, value in vars(params).items() if isinstance(value, Tensor)}
-    return replace(params, **tensors)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from models.config import BltConfig
 from server.engine.channel import Abort, Add, Loaded, News, Problem, Start, Verdict
+from server.engine.grammar_probe import GrammarProbe
 from server.engine.link import ENGINE_COMMAND
 from server.engine.stats import EngineStats
 from server.engine.stream import DeltaStream
@@ -86,6 +87,7 @@ class EngineClient:
         self._verdicts: dict[int, _Verdict] = {}
         self._numbers = itertools.count()
         self._stopping = asyncio.Lock()
+        self._grammars = GrammarProbe()
         self._supervisor = Supervisor(
             Start(settings, log or LogSettings()),
             self.service,
@@ -172,8 +174,11 @@ class EngineClient:
         Raises InvalidRequestError or QueueFullError when the engine refuses one of them, EngineUnavailableError when it
         is not ready.
         """
-        if self.state is not EngineState.READY:
-            raise self._unavailable()
+        self._require_ready()
+        for structured in {r.params.structured_output for r in requests}:
+            if structured is not None:
+                await self._grammars.check(structured)
+                self._require_ready()
         bound = self.settings.max_waiting
         if len(requests) > bound:
             raise InvalidRequestError(f"{len(requests)} completions were asked for; the queue holds {bound}", "n")
@@ -216,6 +221,7 @@ class EngineClient:
                 self._supervisor.send(Abort(list(self._live)))
                 await self._wait_idle(LAST_WORDS_SECONDS)
             await self._supervisor.stop()
+            await self._grammars.close()
             self._end_all(FinishReason.ABORT, "the server has shut down")
 
     # --- what the engine says ---------------------------------------------------------------------------------------
@@ -306,6 +312,10 @@ class EngineClient:
         if facts is None or self.state not in (EngineState.READY, EngineState.STALLED, EngineState.DRAINING):
             raise self._unavailable()
         return facts
+
+    def _require_ready(self) -> None:
+        if self.state is not EngineState.READY:
+            raise self._unavailable()
 
     def _unavailable(self) -> EngineUnavailableError:
         return EngineUnavailableError(self.state, self.reason)

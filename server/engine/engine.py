@@ -24,6 +24,8 @@ from server.decoding.choose import check_block_size, make_method, resolve
 from server.decoding.method import Plan, Progress
 from server.engine.caches import Caches
 from server.engine.choosing import Result
+from server.engine.constraints import Constraint
+from server.engine.grammar import Grammars
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Patch, Sequence
@@ -81,6 +83,7 @@ class Engine:
         self._caches = Caches(model, config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
         self._scheduler = Scheduler(self._caches, settings)
+        self._grammars = Grammars()
         self._sequences: dict[str, Sequence] = {}
         self._aborted: list[str] = []
         #: Ids of the requests that the last step took from the queue for the first time.
@@ -126,10 +129,11 @@ class Engine:
                 f"than this server's {self.max_model_len}",
                 "prompt",
             )
-        decoding = self._resolve(params.decoding)
+        decoding = self._resolve(params.decoding, structured=params.structured_output is not None)
+        constraint = Constraint.of(params, self._grammars)
         # The seed is drawn once and outlives preemption.
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        sequence = Sequence(request, decoding, make_method(decoding), seed)
+        sequence = Sequence(request, decoding, make_method(decoding), seed, constraint)
         self._scheduler.enqueue(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -222,9 +226,10 @@ class Engine:
         """Whether every page, latent and state row is free: true whenever nothing runs (contract 3)."""
         return self._caches.balanced()
 
-    def _resolve(self, asked: DecodingParams) -> DecodingParams:
+    def _resolve(self, asked: DecodingParams, *, structured: bool = False) -> DecodingParams:
         settings = self.settings
-        return resolve(asked, settings.decoding, self.config, untrained_sizes=settings.allow_untrained_block_size)
+        untrained = settings.allow_untrained_block_size
+        return resolve(asked, settings.decoding, self.config, untrained_sizes=untrained, structured=structured)
 
     def _check_defaults(self) -> None:
         """Raises InvalidRequestError for defaults that no request could run with."""
@@ -415,6 +420,9 @@ class Engine:
         ledger.kept += max(min(accepted, new), -ledger.kept)
         if output.finish_reason is not None:
             ledger.wasted += len(ids) - taken
+            if output.finish_reason is FinishReason.ERROR and sequence.constraint is not None:
+                problem, code = sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX
+                return self._finish(sequence, FinishReason.ERROR, problem, code)
             return self._finish(sequence, output.finish_reason)
         sequence.ids += ids
         self._runner.commit(sequence, ids)

@@ -1,10 +1,11 @@
-"""From fixed bytes to what may leave: EOS, stop ids, stop strings and the length, cut exactly."""
+"""From fixed bytes to what may leave: EOS, stop ids, stop strings, grammars and the length, cut exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from models.vocabulary import BYTE_OFFSET, EOS_ID
+from server.engine.constraints import Constraint
 from server.request import ByteLogprobs, FinishReason, SamplingParams
 
 
@@ -15,8 +16,9 @@ class Output:
     counted as wasted by the caller.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
         self._params = params
+        self._constraint = constraint
         self._stop_ids = set(params.stop_token_ids)
         self._longest = max((len(stop) for stop in params.stop), default=0)
         self._tail = b""
@@ -32,6 +34,7 @@ class Output:
         if (
             not self._longest
             and not self._stop_ids
+            and self._constraint is None
             and logprobs is None
             and len(self.ids) + len(ids) < params.max_tokens
             and (params.ignore_eos or EOS_ID not in ids)
@@ -67,6 +70,8 @@ class Output:
                         del self.ids[-len(stop) :]
                         del self.logprobs[-len(stop) :]
                     return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
+        if self._constraint is not None and (end := self._constraint.commit(token)) is not None:
+            return self._finish(end, None)
         if len(self.ids) >= params.max_tokens:
             return self._finish(FinishReason.LENGTH, None)
         return False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from models.patching import PatchRule
 from server.decoding.method import Method, Plan
+from server.engine.constraints import Constraint
 from server.engine.output import Output
 from server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Timings
 
@@ -29,7 +30,14 @@ class Sequence:
     `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
     """
 
-    def __init__(self, request: Request, decoding: DecodingParams, method: Method, seed: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        decoding: DecodingParams,
+        method: Method,
+        seed: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.request = request
         self.params = request.params
         self.decoding = decoding
@@ -37,7 +45,8 @@ class Sequence:
         self.seed = seed
         self.ids = list(request.prompt_ids)
         self.prompt_length = len(self.ids)
-        self.output = Output(request.params)
+        self.constraint = constraint
+        self.output = Output(request.params, constraint)
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
         self.ledger = Ledger()
