@@ -13,13 +13,16 @@ from torch import Tensor
 from kernels.attention import TILE
 from kernels.hash_embedding import hash_embedding_torch
 from kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
-from kernels.selection import SelectionParams, select_torch
+from kernels.selection import SelectionParams, select, select_torch
 from kernels.unmasking import ENTROPY, unmask_torch
 from kernels.verification import verify_torch
 from models.blt import LatentRows
 from models.checkpoint import load_checkpoint
 from models.layers import Rope
 from server.settings import PRETRAINED
+
+#: (name, sampled, everything) of the timed selections.
+KINDS = (("greedy", False, False), ("sampled", True, False), ("top-p", True, True), ("everything", True, True))
 
 
 @dataclass
@@ -157,9 +160,19 @@ def fastest(call: Callable[[], Any], rounds: int = 20) -> float:
     return min(times)
 
 
+@dataclass
+class Share:
+    """What one operation of the CPU path takes, in seconds: `plain` with selection in torch, `whole` a decoder pass."""
+
+    name: str
+    spent: float
+    plain: float
+    whole: float
+
+
 @torch.inference_mode()
-def cpu_shares(batch: int = 32, size: int = 8, context: int = 300) -> Iterator[tuple[str, float, float]]:
-    """(what, share of a decoder pass, milliseconds) of the torch paths, for the shipped model."""
+def cpu_shares(batch: int, size: int, context: int = 300) -> Iterator[Share]:
+    """Unmasking and verification beside a decoder pass of the shipped model."""
     torch.set_num_threads(1)
     model = load_checkpoint(str(PRETRAINED))
     config, stack, g = model.config, model.config.decoder, torch.Generator().manual_seed(0)
@@ -178,7 +191,7 @@ def cpu_shares(batch: int = 32, size: int = 8, context: int = 300) -> Iterator[t
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return paged_attention(q, k, v, turns, stores[layer], at)
 
-        return fastest(lambda: model.lm_head(model.local_decoder(x, attend, latents)), 5)
+        return fastest(lambda: model.lm_head(model.local_decoder(x, attend, latents)), 12)
 
     block, clean = decode(size), decode(size + 1)
     logits = torch.randn(batch, size, 260, generator=g)
@@ -186,11 +199,20 @@ def cpu_shares(batch: int = 32, size: int = 8, context: int = 300) -> Iterator[t
     control = (torch.full((batch,), ENTROPY), torch.full((batch,), 4.0), torch.zeros(batch, dtype=torch.bool))
     drafts = torch.randint(4, 260, (batch, size), generator=g)
     targets, lengths = torch.cat((drafts, drafts[:, :1]), 1), torch.full((batch,), size)
-    kinds = (("greedy", False, False), ("sampled", True, False), ("with everything", True, True))
-    for name, sampled, everything in kinds:
-        params = parameters(batch * size, g, sampled=sampled, everything=everything)
+    rows, clean_rows = logits.view(-1, 260), torch.randn(batch * (size + 1), 260, generator=g)
+
+    def chosen(choose: Callable[..., Any], rows: Tensor, params: SelectionParams, statistics: bool) -> float:
+        return fastest(lambda: choose(rows, params, need_statistics=statistics))
+
+    for name, sampled, everything in KINDS:
+        params = parameters(len(rows), g, sampled=sampled, everything=everything)
+        later = parameters(len(clean_rows), g, sampled=sampled, everything=everything)
+        if name == "top-p":
+            # Alone: without top-k before it, it has all ids to go through.
+            params, later = (replace(p, top_k=torch.zeros_like(p.top_k), penalized=False) for p in (params, later))
         spent = fastest(lambda params=params: unmask_torch(logits, masked, ids, params, *control))
-        yield f"unmasking {batch} x {size}, {name}", spent / block, spent * 1e3
-    spent = fastest(lambda: verify_torch(targets, drafts, lengths))
-    yield f"verification {batch} x {size}", spent / clean, spent * 1e3
-    yield f"decoder pass of {batch} x {size} rows", 1.0, block * 1e3
+        gained = chosen(select_torch, rows, params, True) - chosen(select, rows, params, True)
+        yield Share(f"unmasking {batch} x {size}, {name}", spent, spent + gained, block)
+        checked = fastest(lambda: verify_torch(targets, drafts, lengths))
+        spent, plain = (checked + chosen(choose, clean_rows, later, False) for choose in (select, select_torch))
+        yield Share(f"verification {batch} x {size}, {name}", spent, plain, clean)

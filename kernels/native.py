@@ -30,17 +30,18 @@ def _cpu_flags() -> list[str]:
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
+def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """The library made from kernels/<name>.c, or None where it cannot be compiled or loaded.
 
-    `FASTBLT_NATIVE=0` turns native code off. The result is kept under the user's cache folder, keyed by the source and
-    the flags.
+    `FASTBLT_NATIVE=0` turns native code off. The result is kept under the user's cache folder, keyed by the sources and
+    the flags, to which `more_flags` are added.
     """
     if os.environ.get("FASTBLT_NATIVE") == "0":
         return None
     source = _SOURCES / f"{name}.c"
-    flags = [*_FLAGS, *_cpu_flags()]
-    digest = hashlib.sha256(source.read_bytes() + " ".join([*flags, platform.machine()]).encode()).hexdigest()[:16]
+    flags = [*_FLAGS, *_cpu_flags(), *more_flags]
+    code = b"".join(path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.h"))))
+    digest = hashlib.sha256(code + " ".join([*flags, platform.machine()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastblt"
     target = folder / f"{name}-{digest}.so"
     try:

@@ -21,18 +21,21 @@ A row's result is bit-identical whatever the other rows, N and the three batch-w
 the scalar loop over its remainder may round a transcendental function differently, and where the remainder falls
 depends on N. So here exp and log appear only inside softmax and log_softmax over the last dimension, which handle each
 row alone, and in the noise, which is correctly rounded (see there). All the rest is IEEE arithmetic, comparison,
-sorting, or a sum along a row.
+sorting, or a sum along a row. The C and the Triton kernel compute rows one by one.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from kernels.backend import use_triton
+from kernels.native import library
 from kernels.noise import VOCABULARY, gumbel
 
 EOS = 2
@@ -169,9 +172,58 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
 
 
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
-    """The launcher: picks the implementation for the logits' device. See `select_torch`."""
+    """The launcher: picks the implementation for the logits' device. See `select_torch`; any floating type will do."""
     if use_triton(logits.device):
         from kernels.selection_triton import select_triton
 
         return select_triton(logits, params, need_statistics=need_statistics)
+    logits = logits.float()
+    function = _entry() if logits.device.type == "cpu" else None
+    if function is not None:
+        return _native(function, logits, params, need_statistics)
     return select_torch(logits, params, need_statistics=need_statistics)
+
+
+@cache
+def _entry() -> Callable[..., None] | None:
+    """The C function, with its argument types said once."""
+    # Scores are rounded after every operation, as they are by torch.
+    native = library("selection", "-ffp-contract=off")
+    if native is None:
+        return None
+    function = native.fastblt_select
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 19, *[ctypes.c_int64] * 2]
+    function.restype = None
+    return function
+
+
+def _native(function: Callable[..., None], logits: Tensor, params: SelectionParams, need_statistics: bool) -> Selection:
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    rows = len(logits)
+    draws = (params.temperature, params.seeds, params.positions)
+    cuts = (params.top_k, params.top_p, params.min_p)
+    penalties = (
+        params.repetition, params.presence, params.frequency, params.counts, params.prompt_seen, params.bias,
+    )  # fmt: skip
+    # What no row needs is not read, and need not be made contiguous.
+    temperature, seeds, positions = draws if params.sampled else (None,) * 3
+    truncation = cuts if params.sampled and params.truncated else (None,) * 3
+    given = [
+        temperature, *truncation, seeds, positions, params.forbid_eos,
+        *(penalties if params.penalized else (None,) * 6), params.allowed,
+    ]  # fmt: skip
+    columns = [None if value is None else value.contiguous() for value in given]
+    ids, bad = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.bool)
+    logprobs = logits.new_empty(rows)
+    confidence, entropy = (logits.new_empty(rows) if need_statistics else None for _ in range(2))
+    function(
+        logits.data_ptr(),
+        logits.stride(0),
+        *(
+            None if tensor is None else tensor.data_ptr()
+            for tensor in (*columns, ids, logprobs, confidence, entropy, bad)
+        ),
+        rows,
+        torch.get_num_threads(),
+    )
+    return Selection(ids, logprobs, confidence, entropy, bad)

@@ -1,4 +1,7 @@
-"""The kernels' tests run on one thread: rows are small, and two threads of a busy machine wait for each other."""
+"""The kernels' tests run on one thread: rows are small, and two threads of a busy machine wait for each other.
+
+Tests that take `path` run through the C kernel and through torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import kernels.selection
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -14,3 +19,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which CPU path `select` takes in the test."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels.selection, "_entry", lambda: None)
+    elif kernels.selection._entry() is None:
+        pytest.skip("there is no C compiler here")
+    return request.param

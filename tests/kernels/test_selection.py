@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.selection
+from kernels.native import library
 from kernels.noise import gumbel, mix_seed
-from kernels.selection import SelectionParams, select, select_torch
+from kernels.selection import Selection, SelectionParams, select, select_torch
+from tests.kernels.poison import poison, written
 from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle
 from tests.oracles.selection_oracle import Row
 
 DISTINCT = 2e-5
 
+pytestmark = pytest.mark.usefixtures("path")
 
-def one(logits: np.ndarray | Tensor | list[float], row: Row) -> kernels.selection.Selection:
+
+def one(logits: np.ndarray | Tensor | list[float], row: Row) -> Selection:
     return select(torch.as_tensor(logits, dtype=torch.float32).view(1, 260), pack([row]), need_statistics=True)
 
 
@@ -237,6 +242,7 @@ def test_top_p_keeps_the_lowest_ids_of_ties_and_stops_when_reached() -> None:
     assert drawn(logits, Row(temperature=1.0, top_p=1.0)) == {9, 20, 30, 40}
 
 
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
 def test_top_p_of_one_keeps_what_lies_beyond_a_rounded_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three thirds in fp32 sum to more than 1, before the improbable id.
     logits = torch.tensor(flat(_9=0.0, _20=0.0, _30=0.0, _40=-30.0)).view(1, 260)
@@ -245,7 +251,7 @@ def test_top_p_of_one_keeps_what_lies_beyond_a_rounded_sum(monkeypatch: pytest.M
     noise[0, 40] = 50.0
     monkeypatch.setattr(kernels.selection, "gumbel", lambda seeds, positions: noise)
     params = pack([Row(temperature=1.0)], (True, True, False))
-    assert select(logits, params, need_statistics=False).ids.item() == 40
+    assert select_torch(logits, params, need_statistics=False).ids.item() == 40
 
 
 def test_top_p_is_renormalized_after_top_k() -> None:
@@ -344,16 +350,78 @@ def test_a_row_is_bit_identical_in_any_batch(threads: int) -> None:
 def test_statistics_change_nothing_else() -> None:
     logits, rows = pool()
     params = pack(rows)
-    with_them = select_torch(logits, params, need_statistics=True)
-    without = select_torch(logits, params, need_statistics=False)
+    with_them = select(logits, params, need_statistics=True)
+    without = select(logits, params, need_statistics=False)
     assert torch.equal(with_them.ids, without.ids) and torch.equal(with_them.bad, without.bad)
     assert torch.equal(with_them.logprobs.view(torch.int32), without.logprobs.view(torch.int32))
+
+
+# --- The C kernel's noise, and the two paths side by side -----------------------------------------------------------
+
+
+NATIVE = pytest.mark.parametrize("path", ["native"], indirect=True)
+
+
+@NATIVE
+def test_the_rough_noise_is_never_further_off_than_the_exact_one_is_looked_for() -> None:
+    """All 2^23 values, against the doubt of 1e-4 that the C code allows two ids together."""
+    words = torch.arange(2**23, dtype=torch.int32) << 9
+    rough = torch.full((2**23,), float("nan"))
+    native = library("selection", "-ffp-contract=off")
+    assert native is not None
+    native.fastblt_rough_gumbel(
+        ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(len(words)), ctypes.c_void_p(rough.data_ptr())
+    )
+    uniform = torch.arange(2**23, dtype=torch.float64).add_(0.5).mul_(2.0**-23)
+    error = uniform.log_().neg_().log_().neg_().sub_(rough).abs_().max().item()
+    # A sum with a score within 20 of the best adds half a unit of 2^-19.
+    assert 2 * (error + 2.0**-20) < 1e-4 / 2
+
+
+@NATIVE
+def test_the_native_noise_is_the_torch_path_s() -> None:
+    """Among equals the largest noise wins: its id, for many seeds and positions."""
+    generator = torch.Generator().manual_seed(4)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=generator)
+    positions = torch.randint(0, 2**40, (4000,), generator=generator)
+    expected = gumbel(seeds, positions)
+    expected[:, [0, 1, 3]] = -torch.inf
+    assert torch.equal(sample(torch.zeros(260), seeds, positions), expected.argmax(-1))
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_both_paths_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy ids and what is bad to the bit, the rest but for the last bits; nothing is left unwritten."""
+    poison(monkeypatch)
+    rng = np.random.default_rng(17)
+    kinds = rng.choice(LOGITS, 200)
+    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
+    params = pack([random_row(rng) for _ in kinds])
+    native, plain = (
+        select(logits, params, need_statistics=True),
+        select_torch(logits.float(), params, need_statistics=True),
+    )
+    written(native)
+    assert torch.equal(native.bad, plain.bad)
+    greedy, good = params.temperature == 0, ~plain.bad
+    assert torch.equal(native.ids[greedy], plain.ids[greedy])
+    assert (native.ids != plain.ids).sum() <= 2
+    same = good & (native.ids == plain.ids)
+    torch.testing.assert_close(native.logprobs[same], plain.logprobs[same], rtol=1e-6, atol=1e-6)
+    assert native.confidence is not None and plain.confidence is not None
+    assert native.entropy is not None and plain.entropy is not None
+    torch.testing.assert_close(native.confidence[good], plain.confidence[good], rtol=1e-6, atol=0)
+    torch.testing.assert_close(native.entropy[good], plain.entropy[good], rtol=1e-6, atol=2e-6)
+    assert native.confidence[~good].isnan().all() and native.entropy[~good].isnan().all()
 
 
 # --- Distribution ---------------------------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **truncation: float) -> Tensor:
+def sample(
+    logits: Tensor, seeds: Tensor, positions: Tensor, choose: Callable[..., Selection] = select, **truncation: float
+) -> Tensor:
     """One draw a row from the same logits [260]."""
     row = Row(temperature=1.0, **truncation)  # type: ignore[arg-type]
     drawn = []
@@ -363,7 +431,7 @@ def sample(logits: Tensor, seeds: Tensor, positions: Tensor, **truncation: float
         for name in ("temperature", "top_k", "top_p", "min_p", "forbid_eos"):
             setattr(params, name, getattr(params, name).expand(size))
         params.seeds, params.positions = seed, position
-        drawn.append(select_torch(logits.expand(size, 260), params, need_statistics=False).ids)
+        drawn.append(choose(logits.expand(size, 260), params, need_statistics=False).ids)
     return torch.cat(drawn)
 
 
@@ -419,6 +487,7 @@ def shared_words(seeds: Tensor, positions: Tensor) -> Tensor:
     return gumbel(seeds, positions).view(-1, 65, 4)[..., :1].expand(-1, 65, 4).reshape(-1, 260)
 
 
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -435,10 +504,11 @@ def test_wrong_noise_does_not_follow_it(
 ) -> None:
     monkeypatch.setattr(kernels.selection, "gumbel", wrong)
     logits, p = distribution()
-    ids = sample(logits, torch.full((FEWER,), mix_seed(1, 0)), torch.arange(FEWER))
+    ids = sample(logits, torch.full((FEWER,), mix_seed(1, 0)), torch.arange(FEWER), select_torch)
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
 
 
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -457,6 +527,6 @@ def test_wrong_keys_and_counters_are_told_from_the_right_ones(
     logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(40)]))
     rows = [Row(temperature=2.0, seed=mix_seed(9, i), position=i) for i in range(40)]
     expected = [oracle.select(row_logits.tolist(), row).id for row_logits, row in zip(logits, rows, strict=True)]
-    assert select(logits, pack(rows), need_statistics=False).ids.tolist() == expected
+    assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() == expected
     monkeypatch.setattr(kernels.selection, "gumbel", wrong)
-    assert select(logits, pack(rows), need_statistics=False).ids.tolist() != expected
+    assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() != expected

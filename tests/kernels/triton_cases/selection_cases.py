@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +11,7 @@ import triton.language as tl
 from kernels.noise import gumbel
 from kernels.selection import _truncated, select, select_torch
 from kernels.selection_triton import _keys, _truncate, gumbel_row
+from tests.kernels.poison import written
 from tests.kernels.rows import LOGITS, bits, pack, random_logits, random_row
 from tests.kernels.test_selection import (  # noqa: F401
     DISTINCT,
@@ -51,7 +49,7 @@ def test_noise_is_the_torch_path_s_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_random_rows(dtype: torch.dtype, written: Callable[[Any], None]) -> None:
+def test_random_rows(dtype: torch.dtype) -> None:
     rng = np.random.default_rng([0, dtype.itemsize, dtype == torch.float16])
     kinds = [*LOGITS, *rng.choice(LOGITS, 30)]
     logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from kernels.unmasking import ONE_STEP, unmask, unmask_torch
+from tests.kernels.poison import written
 from tests.kernels.rows import pack, random_logits
 from tests.kernels.test_unmasking import (  # noqa: F401
     check,
@@ -21,7 +19,7 @@ from tests.oracles.selection_oracle import Row
 
 @pytest.mark.parametrize(("requests", "size"), [(1, 1), (3, 7), (4, 4), (1, 32)])
 @pytest.mark.parametrize("seed", range(2))
-def test_random_blocks(requests: int, size: int, seed: int, written: Callable[[Any], None]) -> None:
+def test_random_blocks(requests: int, size: int, seed: int) -> None:
     rng = np.random.default_rng([seed, requests, size])
     logits, masked, ids, rows = random_blocks(rng, requests, size)
     if size == 32:
