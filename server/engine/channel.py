@@ -70,6 +70,7 @@ class Loaded(Message):
     model_name: str
     config: BltConfig
     max_model_len: int
+    stats: EngineStats
 
 
 class Failed(Message):

@@ -62,7 +62,7 @@ def main(load: Callable[[EngineSettings], Engine] | None = None) -> int:
 def _serve(channel: EngineChannel, load: Callable[[EngineSettings], Engine], settings: EngineSettings) -> int:
     try:
         engine = load(settings)
-        loaded = Loaded(engine.model_name, engine.config, engine.max_model_len)
+        loaded = Loaded(engine.model_name, engine.config, engine.max_model_len, engine.stats())
     except Exception as error:
         logger.debug("loading failed", exc_info=True)
         channel.send(Failed(f"{error or type(error).__name__}"))

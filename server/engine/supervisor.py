@@ -175,6 +175,7 @@ class Supervisor:
                 self._take_stats(report.stats)
             case Loaded():
                 self.facts = report
+                self.stats = report.stats
                 if self.state is EngineState.LOADING:
                     self.become(EngineState.READY, "")
             case Failed():
@@ -198,7 +199,8 @@ class Supervisor:
         self._lost = True
         self.stats = replace(self.stats, running=0, waiting=0, pages_free=self.stats.pages_total)
         if self.state in (EngineState.READY, EngineState.STALLED, EngineState.LOADING):
-            logger.error("the engine is lost: %s", reason)
+            if self.facts is not None:
+                logger.error("the engine is lost: %s", reason)
             if self._may_restart():
                 self._losses.append(time.monotonic())
                 self.become(EngineState.LOADING, f"the engine starts again, since the last one was lost: {reason}")

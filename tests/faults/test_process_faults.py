@@ -1,0 +1,39 @@
+"""What systems do to a server: signals under load, and disks that are full."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+from tests.faults.faulty import ask, assert_one_end, run, serving
+
+
+def test_sigterm_under_load(checkpoint: str, tmp_path: Path) -> None:
+    with serving(checkpoint, tmp_path, "--shutdown-timeout", "4", pause=0.01) as server:
+
+        async def terminate() -> float:
+            while server.metrics()["fastblt_num_requests_waiting"] < 1:
+                await asyncio.sleep(0.05)
+            server.process.send_signal(signal.SIGTERM)
+            return time.monotonic()
+
+        # Some can finish in the time there is, others cannot, and some still wait.
+        bodies = [{"prompt": f"p{i}", "stream": i % 2 == 0, "max_tokens": 10 if i < 8 else 4000} for i in range(24)]
+        *outcomes, start = run(*(ask(server, **body) for body in bodies), terminate())
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - start < 4 + 5
+        ends = assert_one_end(outcomes)
+        assert ends.keys() == {"length", "abort"} and ends["abort"] >= 16
+        assert "Traceback" not in server.log()
+
+
+def test_a_disk_that_is_full(checkpoint: str, tmp_path: Path) -> None:
+    args = ("--access-log", "--log-level", "debug")
+    with serving(checkpoint, tmp_path, *args, stderr="/dev/full", raise_at=[20]) as server:
+        bodies = [{"prompt": f"p{i}", "stream": i % 2 == 0, "max_tokens": 100} for i in range(4)]
+        assert_one_end(run(*(ask(server, **body) for body in bodies)))
+        server.assert_sound()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
