@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,7 +29,8 @@ from kernels.native import library
 class RaggedRows:
     """Where the rows of a pass stand in one cache group; see the module for shapes. Rows of a request are adjacent.
 
-    `spans` lists (first row, row count) of each request in the pass, for the torch path. Every position is below
+    `spans` lists (first row, row count) of each request in the pass, for the torch path; the Triton path asks it for
+    the longest. Every position is below
     `length`.
     """
 
@@ -41,8 +42,6 @@ class RaggedRows:
     spans: list[tuple[int, int]]
     length: int
     page_size: int
-    #: The Triton path's cuts of the spans, made once a pass for all layers.
-    tilings: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def paged_attention(

@@ -89,11 +89,11 @@ def attend_kernel(
     positions,
     lows,
     highs,
-    tiles,
     out,
     part_out,
     part_peak,
     part_total,
+    total_rows,
     table_stride,
     span,
     scale,
@@ -107,13 +107,23 @@ def attend_kernel(
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One tile of rows and one key head over one part of the positions. WIDTH >= DIM and BLOCK are powers of 2."""
+    """One tile of rows and one key head over one part of the positions. WIDTH >= DIM and BLOCK are powers of 2.
+
+    Tiles begin at multiples of MOST and where another request's rows begin, and end before the next; the program of a
+    row within one has nothing to do. So the grid depends on the number of rows alone.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    MOST: tl.constexpr = BLOCK // GROUP
     STRIDE: tl.constexpr = 2 * KV_HEADS * DIM
+    first = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
-    first = tl.load(tiles + 2 * tl.program_id(0))
-    count = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    request = tl.load(rows + first)
+    if (first % MOST != 0) & (tl.load(rows + tl.maximum(first - 1, 0)) == request):
+        return
+    r = tl.arange(0, BLOCK)
+    reach = (r < MOST - first % MOST) & (first + r < total_rows)
+    count = tl.sum((tl.load(rows + first + r, mask=reach, other=-1) == request).to(tl.int32), 0)
     m = tl.arange(0, BLOCK)
     valid = m // GROUP < count
     row = first + tl.minimum(m // GROUP, count - 1)
@@ -134,7 +144,7 @@ def attend_kernel(
         c, s = tl.split(tl.load(turns + position[:, None, None] * DIM + at, mask=near, other=zero))
         query = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK, WIDTH)).to(DOT)
 
-        pages = table + tl.load(rows + first).to(tl.int64) * table_stride
+        pages = table + request.to(tl.int64) * table_stride
         d = tl.arange(0, WIDTH)
         peak = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
@@ -217,7 +227,7 @@ def attention_shape(
     width = max(16, triton.next_power_of_2(dim))
     wide = dtype != torch.float32 and longest * group > 32 and not amd
     if dtype == torch.float32:
-        warps, stages = (8, 1) if width > 64 else (4, 1 if amd else 2)
+        warps, stages = (8, 1) if width > (64 if amd else 32) else (4, 1 if amd else 2)
     elif wide:
         warps, stages = 8, 3
     else:
@@ -230,14 +240,6 @@ def parts_of(length: int) -> tuple[int, int]:
     """(parts, positions a part) of contexts up to `length`."""
     span = max(LEAST_PART, -(-length // (MOST_PARTS * TILE)) * TILE)
     return -(-length // span), span
-
-
-def _tiles(at: RaggedRows, most: int) -> Tensor:
-    """int32 [tiles, 2]: first row and row count of each tile of at most `most` rows; made once a pass."""
-    if most not in at.tilings:
-        cuts = [(i, min(most, first + n - i)) for first, n in at.spans for i in range(first, first + n, most)]
-        at.tilings[most] = torch.tensor(cuts, dtype=torch.int32).to(at.rows.device, non_blocking=True)
-    return at.tilings[most]
 
 
 def paged_attention_triton(
@@ -268,13 +270,12 @@ def paged_attention_triton(
     )
     longest = 1 if tiled else max(count for _, count in at.spans)
     shape = attention_shape(heads, kv_heads, dim, store.dtype, longest)
-    tiles = _tiles(at, shape["BLOCK"] // (heads // kv_heads))
     parts, span = parts_of(at.length)
     scratch = [out, out, out]
     if parts > 1:
         scratch = [torch.empty((n, heads, parts, dim), dtype=torch.float32, device=q.device)]
         scratch += [torch.empty((n, heads, parts), dtype=torch.float32, device=q.device) for _ in range(2)]
-    attend_kernel[(len(tiles), kv_heads, parts)](
+    attend_kernel[(n, kv_heads, parts)](
         q,
         turns,
         store,
@@ -283,9 +284,9 @@ def paged_attention_triton(
         at.positions,
         at.lows,
         at.highs,
-        tiles,
         out,
         *scratch,
+        n,
         at.table.stride(0),
         span,
         dim**-0.5 * _LOG2_E,
