@@ -52,8 +52,8 @@ _VERIFY = {
 }  # fmt: skip
 _ROWS = {
     "turns": "*fp32", "table": "*i32", "rows": "*i32", "positions": "*i32", "table_stride": "i32", "lows": "*i32",
-    "highs": "*i32", "total_rows": "i32", "part_out": "*fp32", "part_peak": "*fp32", "part_total": "*fp32", "span": "i32",
-    "scale": "fp32",
+    "highs": "*i32", "total_rows": "i32", "part_out": "*fp32", "part_peak": "*fp32", "part_total": "*fp32",
+    "span": "i32", "scale": "fp32",
 }  # fmt: skip
 _HASH = {"windows": "*i64", "powers": "*i64", "vocab": "i32", "dim": "i32"}
 #: Integers that are multiples of 16 where the kernels run, as the runtime would find out.

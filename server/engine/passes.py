@@ -102,12 +102,13 @@ class Passes:
         ids = self.ids_at(self.places(rows.owners, rows.positions))
         return entropies(self._model.patcher(ids, self._groups["patcher"].attend(rows)))
 
-    def encode(self, rows: Rows) -> None:
-        """Encoder over rows; the states go to their store."""
+    def encode(self, rows: Rows) -> Tensor:
+        """Encoder over rows: the states [N, d], which also go to their store."""
         before = self.places(rows.owners, rows.positions) - self._pad
         x = self._model.embed(self._flat[before[:, None] + self._window])
         states = self._model.local_encoder(x, self._groups["encoder"].attend(rows))
         self._states.layers[0].index_copy_(0, self._state_slots(rows.owners, rows.positions), states)
+        return states
 
     def upstream(self, patches: Patches) -> None:
         """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""

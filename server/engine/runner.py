@@ -15,17 +15,22 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kernels.attention import TILE
 from kernels.backend import use_triton
 from models.blt import Blt
 from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
+from server.engine.graphs import Graphs
 from server.engine.passes import Passes, Patches, Rows
 from server.engine.sequence import Sequence
 from server.engine.staging import Fetch, Staging
 from server.request import Ledger
 from server.settings import EngineSettings
+
+#: Passes of more rows are long enough to hide their launches.
+MOST_CAPTURED = 256
 
 
 def bucket(count: int) -> int:
@@ -46,6 +51,7 @@ class Runner:
         self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
         kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail")
         self._staging = {kind: Staging(device) for kind in kinds}
+        self._graphs = Graphs(device) if self._static else None
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
         self.ledger = Ledger()
@@ -67,17 +73,19 @@ class Runner:
     @torch.inference_mode()
     def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
         """Entropy model over rows [scanned, until): the entropies in nats, a list a sequence."""
-        rows = self._rows("scan", sequences, [s.scanned for s in sequences], until)
-        (flat,) = self._fetch(self._passes.entropies(rows))
+        spans, entropies = self._causal(
+            "scan", self._passes.entropies, sequences, [s.scanned for s in sequences], until
+        )
+        (flat,) = self._fetch(entropies)
         self.ledger.patcher += 1
         for sequence in sequences:
             sequence.ledger.patcher += 1
-        return _split(flat, rows.spans[: len(sequences)])
+        return _split(flat, spans)
 
     @torch.inference_mode()
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
         """Encoder over rows [encoded, until); the states go to their store."""
-        self._passes.encode(self._rows("encode", sequences, [s.encoded for s in sequences], until))
+        self._causal("encode", self._passes.encode, sequences, [s.encoded for s in sequences], until)
         self.ledger.encoder += 1
         for sequence, end in zip(sequences, until, strict=True):
             sequence.ledger.encoder += 1
@@ -118,27 +126,40 @@ class Runner:
         At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
         """
         batch = _lay_out(sequences, self._columns)
-        owners, positions, firsts, highs, latents, block = self._staging["decode"].send().unbind()
-        rows = Rows(owners, positions, firsts, highs, _with_padding(batch.spans, batch.total, batch.padded))
-        states = self._passes.decode(rows, latents, block if batch.in_block is not None else None)
+        spans, with_blocks = _with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
+
+        def run(columns: Tensor) -> Tensor:
+            owners, positions, firsts, highs, latents, block = columns.unbind()
+            rows = Rows(owners, positions, firsts, highs, spans)
+            return self._passes.decode(rows, latents, block if with_blocks else None)
+
+        states = self._launch("decode", run, spans, with_blocks)
         self.ledger.decoder += 1
         staged = self._chooser.stage(sequences, batch)
         tensors = self._chooser.choose(states, staged)
         ahead = [sequences[at] for at in batch.ahead]
         if not ahead:
             return staged.results(self._fetch(*tensors) if staged.total else [])
-        tail = self._rows("tail", ahead, [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan])
-        *fetched, flat = self._fetch(*tensors, self._passes.entropies(tail))
+        begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
+        tail, entropies = self._causal("tail", self._passes.entropies, ahead, begins, ends)
+        *fetched, flat = self._fetch(*tensors, entropies)
         self.ledger.patcher += 1
         results = staged.results(fetched)
-        for at, values in zip(batch.ahead, _split(flat, tail.spans[: len(ahead)]), strict=True):
+        for at, values in zip(batch.ahead, _split(flat, tail), strict=True):
             results[at].entropies = values
         return results
 
     # Rows
 
-    def _rows(self, kind: str, sequences: list[Sequence], begins: list[int], ends: list[int]) -> Rows:
-        """Causal rows [begin, end) of every sequence, one after another."""
+    def _causal(
+        self,
+        kind: str,
+        function: Callable[[Rows], Tensor],
+        sequences: list[Sequence],
+        begins: list[int],
+        ends: list[int],
+    ) -> tuple[list[tuple[int, int]], Tensor]:
+        """A pass over causal rows [begin, end) of every sequence: their spans in it, and its result."""
         table: list[tuple[int, int]] = []
         spans: list[tuple[int, int]] = []
         total = 0
@@ -153,8 +174,24 @@ class Runner:
         columns[0, :total] = requests[:, 0]
         np.add(requests[:, 1], np.arange(total, dtype=np.int32), out=columns[1, :total])
         np.add(columns[1], 1, out=columns[2])
-        owner_, position_, high_ = self._staging[kind].send().unbind()
-        return Rows(owner_, position_, position_, high_, _with_padding(spans, total, columns.shape[1]))
+        every = _with_padding(spans, total, columns.shape[1])
+
+        def run(columns: Tensor) -> Tensor:
+            owners, positions, highs = columns.unbind()
+            return function(Rows(owners, positions, positions, highs, every))
+
+        return spans, self._launch(kind, run, every)
+
+    def _launch(
+        self, kind: str, run: Callable[[Tensor], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
+    ) -> Tensor:
+        """Run a function of the staged columns, replaying its graph where shapes are few and launches many."""
+        columns = self._staging[kind].send()
+        size = columns.shape[1]
+        if self._graphs is None or size > MOST_CAPTURED:
+            return run(columns)
+        # Attention's tiles follow from the longest span.
+        return self._graphs.run((kind, size, with_blocks, bucket(max(n for _, n in spans))), columns, run)
 
     def _columns(self, kind: str, count: int, size: int) -> np.ndarray:
         """Staged int32 columns [count, size and padding]; what pads them names the null row, page and latent."""
