@@ -41,6 +41,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: list[ByteLogprobs] | None = None
+    prompt_logprobs: list[ByteLogprobs] | None = None
     error: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     decoding: DecodingParams | None = None
@@ -139,6 +140,7 @@ def _take(completion: Completion, delta: Delta) -> None:
     if delta.logprobs is not None:
         completion.logprobs = completion.logprobs or []
         completion.logprobs += delta.logprobs
+    completion.prompt_logprobs = delta.prompt_logprobs or completion.prompt_logprobs
     if delta.finish_reason is not None:
         completion.finish_reason = delta.finish_reason
         completion.stop_reason = delta.stop_reason

@@ -186,8 +186,9 @@ class SamplingParams:
     """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy; `top_k` 0 means all.
 
     `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
-    the chosen byte (0: the chosen one only), `return_patches` for a PatchReport at the end. Under `utf8` strict the
-    output is whole characters, wherever it ends; stops that could cut one are refused.
+    the chosen byte (0: the chosen one only), `prompt_logprobs` for the same of every prompt byte, `return_patches` for
+    a PatchReport at the end. Under `utf8` strict the output is whole characters, wherever it ends; stops that could cut
+    one are refused.
     """
 
     max_tokens: int = 16
@@ -206,6 +207,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     return_patches: bool = False
     utf8: Utf8 = Utf8.REPLACE
     structured_output: StructuredOutput | None = None
@@ -227,6 +229,7 @@ class SamplingParams:
         _within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")
         _within(self.repetition_penalty, 0.0, 100.0, "repetition_penalty", open_low=True)
         _within(self.logprobs, 0, MAX_LOGPROBS, "logprobs")
+        _within(self.prompt_logprobs, 0, MAX_LOGPROBS, "prompt_logprobs")
         for key, value in self.logit_bias.items():
             _within(key, 0, 259, "logit_bias")
             _within(value, -100.0, 100.0, "logit_bias")
@@ -277,7 +280,9 @@ class SamplingParams:
 class Request:
     """One prompt and one completion. `prompt_ids` are what the model reads: BOS in front (see `with_bos`).
 
-    `choice` numbers the completions of one prompt and is mixed into the seed. `arrival` is `time.monotonic()`.
+    `choice` numbers the completions of one prompt and is mixed into the seed. `arrival` is `time.monotonic()`. Of
+    the requests that wait, those of the lowest `priority` run first. Cached prefixes are shared by requests of the same
+    `cache_salt` only.
     """
 
     request_id: str
@@ -285,14 +290,20 @@ class Request:
     params: SamplingParams
     arrival: float
     choice: int = 0
+    cache_salt: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
 class ByteLogprobs:
-    """Log-softmax of the raw model at one produced byte: the chosen id's value and the `top` (id, value) pairs."""
+    """Log-softmax of the raw model at one byte: the value of the id that stands there and the `top` (id, value) pairs.
+
+    `rank` counts the ids that are at least as likely, itself included; it is known for a prompt's bytes only.
+    """
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -363,6 +374,8 @@ class Delta:
 
     `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger, the
     timings, the decoding that really ran (every setting that its method has), and the patches where asked for.
+    `ending`, where logprobs are asked for, is the EOS or stop id that ended the request and is no part of the output.
+    `prompt_logprobs` come with the first delta and are those of the prompt's ids but for its first, BOS.
     `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR, and `error_code` is the
     word for it.
     """
@@ -370,6 +383,8 @@ class Delta:
     request_id: str
     ids: list[int] = field(default_factory=list)
     logprobs: list[ByteLogprobs] | None = None
+    prompt_logprobs: list[ByteLogprobs] | None = None
+    ending: tuple[int, ByteLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None

@@ -7,6 +7,7 @@ takes part. `step` does one decoder pass, with the upstream pass before it where
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -350,6 +351,9 @@ class Engine:
         plan = sequence.plan
         assert plan is not None
         sequence.plan, sequence.ready = None, False
+        if result.scores is not None:
+            sequence.score(result.scores)
+            result.bad |= any(math.isnan(score.logprob) for score in result.scores)
         if result.bad:
             text = "the model produced NaN or infinity for this request"
             return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
@@ -429,7 +433,8 @@ class Engine:
         released, values = output.release()
         if not released:
             return None
-        return Delta(sequence.request.request_id, released, values if logprobs is not None else None)
+        wanted = values if logprobs is not None else None
+        return Delta(sequence.request.request_id, released, wanted, sequence.take_scores())
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
@@ -453,6 +458,8 @@ class Engine:
             sequence.request.request_id,
             released,
             values if sequence.params.logprobs is not None else None,
+            sequence.take_scores(),
+            output.ending,
             finish_reason=reason,
             stop_reason=output.stop_reason,
             error=error,

@@ -27,6 +27,8 @@ class Output:
         self._released = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        #: The id that ended the completion without being part of it, and its logprobs.
+        self.ending: tuple[int, ByteLogprobs] | None = None
 
     def extend(self, ids: Sequence[int], logprobs: list[ByteLogprobs] | None) -> int:
         """Take fixed ids up to the first end among them; how many were taken."""
@@ -51,10 +53,13 @@ class Output:
         params = self._params
         may_stop = len(self.ids) >= params.min_tokens
         if token == EOS_ID and not params.ignore_eos:
+            self._end_at(token, logprob)
             return self._finish(FinishReason.STOP, None)
         if token in self._stop_ids and may_stop:
             if params.include_stop_str_in_output:
                 self._push(token, logprob)
+            else:
+                self._end_at(token, logprob)
             return self._finish(FinishReason.STOP, token)
         self._push(token, logprob)
         if self._longest:
@@ -96,6 +101,10 @@ class Output:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
+
+    def _end_at(self, token: int, logprob: ByteLogprobs | None) -> None:
+        if logprob is not None:
+            self.ending = (token, logprob)
 
     def _finish(self, reason: FinishReason, stop: str | int | None) -> bool:
         self.finish_reason, self.stop_reason = reason, stop

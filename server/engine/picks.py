@@ -46,7 +46,7 @@ class Result:
     """Of one sequence's plan: the outcome for its method, log-probabilities where asked for, and whether it failed.
 
     `logprobs` go with `outcome.ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats)
-    are those of the rows that the pass scanned ahead.
+    are those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it.
     """
 
     outcome: Outcome
@@ -54,6 +54,7 @@ class Result:
     block_logprobs: list[ByteLogprobs | None] | None = None
     bad: bool = False
     entropies: list[float] | None = None
+    scores: list[ByteLogprobs] | None = None
 
 
 class CausalPicks:

@@ -24,6 +24,7 @@ from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
 from server.engine.graphs import Graphs
 from server.engine.passes import Passes, Patches, Rows
+from server.engine.scoring import Scored
 from server.engine.sequence import Sequence
 from server.engine.staging import Fetch, Staging
 from server.request import Ledger
@@ -49,7 +50,7 @@ class Runner:
         self._static = use_triton(device)
         state_rows = settings.max_running + 1
         self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
-        kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail")
+        kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail", "score")
         self._staging = {kind: Staging(device) for kind in kinds}
         self._graphs = Graphs(device) if self._static else None
         self._fetch = Fetch()
@@ -137,17 +138,32 @@ class Runner:
         self.ledger.decoder += 1
         staged = self._chooser.stage(sequences, batch)
         tensors = self._chooser.choose(states, staged)
+        scored = Scored.of(sequences, batch.spans)
+        scores = self._score(states, scored) if scored is not None else []
         ahead = [sequences[at] for at in batch.ahead]
         if not ahead:
-            return staged.results(self._fetch(*tensors) if staged.total else [])
-        begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
-        tail, entropies = self._causal("tail", self._passes.entropies, ahead, begins, ends)
-        *fetched, flat = self._fetch(*tensors, entropies)
-        self.ledger.patcher += 1
-        results = staged.results(fetched)
-        for at, values in zip(batch.ahead, _split(flat, tail), strict=True):
-            results[at].entropies = values
+            fetched = self._fetch(*scores, *tensors) if scores or staged.total else []
+            results = staged.results(fetched[len(scores) :])
+        else:
+            begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
+            tail, entropies = self._causal("tail", self._passes.entropies, ahead, begins, ends)
+            *fetched, flat = self._fetch(*scores, *tensors, entropies)
+            self.ledger.patcher += 1
+            results = staged.results(fetched[len(scores) :])
+            for at, values in zip(batch.ahead, _split(flat, tail), strict=True):
+                results[at].entropies = values
+        if scored is not None:
+            for at, own in scored.take(fetched[: len(scores)], sequences).items():
+                results[at].scores = own
         return results
+
+    def _score(self, states: torch.Tensor, scored: Scored) -> list[torch.Tensor]:
+        """What is to be fetched for the scores of a prompt's rows in a pass."""
+        count = len(scored.rows)
+        columns = self._columns("score", 2, count)
+        columns[0, :count], columns[1, :count] = scored.rows, scored.targets
+        rows, targets = self._staging["score"].send().unbind()
+        return scored.tensors(self._passes.logits(states, rows)[:count], targets[:count].long())
 
     # Rows
 

@@ -34,7 +34,7 @@ class Scheduler:
         """Raises QueueFullError at the bound of the waiting queue."""
         if len(self.waiting) >= self._settings.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} requests are waiting already; try again later")
-        self.waiting.append(sequence)
+        self._wait(sequence, before_equals=False)
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, in order, while rows and pages are likely to suffice."""
@@ -54,23 +54,27 @@ class Scheduler:
         return admitted
 
     def reserve(self, sequence: Sequence, plan: Plan) -> bool:
-        """Pages for a plan, preempting the youngest others if need be. False: the sequence itself was preempted."""
+        """Pages for a plan, preempting others if need be, the youngest first of those that matter least.
+
+        False: the sequence itself was preempted.
+        """
         length = max(plan.end + len(plan.block_ids), plan.scan_to)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
         unknown = max(plan.end - sequence.scanned, 0)
         patches = sequence.closed + unknown + (1 if plan.provisional else 0)
         while not self._caches.reserve(sequence.row, length, patches):
-            victim = self.running[-1]
+            # The youngest of those that matter least.
+            victim = max(reversed(self.running), key=lambda s: s.request.priority)
             self.preempt(victim)
             if victim is sequence:
                 return False
         return True
 
     def preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue, with nothing computed. Its bytes, its seed and its output stay."""
+        """Back to the head of its priority's queue, with nothing computed. Its bytes, seed and output stay."""
         self.remove(sequence)
         sequence.restart()
-        self.waiting.appendleft(sequence)
+        self._wait(sequence, before_equals=True)
         self.preemptions += 1
 
     def shrink(self) -> None:
@@ -117,6 +121,14 @@ class Scheduler:
         total = self._settings.max_pass_rows
         decoding = sum(s.plan.rows if s.plan else 1 for s in self.running)
         return max(total - decoding, total // 4, 1)
+
+    def _wait(self, sequence: Sequence, *, before_equals: bool) -> None:
+        """Into the queue, behind whoever has a lower priority value, before or behind those of the same."""
+        bound = sequence.request.priority - before_equals
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].request.priority > bound:
+            at -= 1
+        self.waiting.insert(at, sequence)
 
     def _likely_fits(self, sequence: Sequence) -> bool:
         """Whether the free pages should do for it and for what the running prompts are still to take."""

@@ -49,6 +49,9 @@ class Sequence:
         self.output = Output(request.params, constraint)
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
+        #: How many of the prompt's rows were scored, and their scores until they leave.
+        self.scored = 0
+        self._scores: list[ByteLogprobs] = []
         self.ledger = Ledger()
         self.timings = Timings(arrival=request.arrival)
         self.row = 0
@@ -120,6 +123,16 @@ class Sequence:
         if self.provisional is not None and self.provisional.slot == 0:
             waiting.append(self.provisional)
         return waiting
+
+    def score(self, scores: list[ByteLogprobs]) -> None:
+        """Take the scores of the next rows of the prompt."""
+        self._scores += scores
+        self.scored += len(scores)
+
+    def take_scores(self) -> list[ByteLogprobs] | None:
+        """The scores that have not left yet."""
+        scores, self._scores = self._scores, []
+        return scores or None
 
     def cut(self, keep: int) -> list[int]:
         """Roll back to rows 0..keep-1; returns the latent slots that are free again.

@@ -64,6 +64,7 @@ def _merge(earlier: Delta, later: Delta) -> Delta:
         earlier.logprobs = later.logprobs
     else:
         earlier.logprobs.extend(later.logprobs or ())
+    earlier.ending = later.ending
     earlier.finish_reason = later.finish_reason
     earlier.stop_reason = later.stop_reason
     earlier.error = later.error
