@@ -157,6 +157,13 @@ def serve(
         bool,
         typer.Option("--vllm-metrics", help="Repeat what routers read under vLLM's names.", rich_help_panel=_WATCH),
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send traces there, such as http://localhost:4318/v1/traces; needs the extra `otel`.",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
     queue_timeout: Annotated[
         float,
         typer.Option(min=0, help="Seconds a request may wait for its turn; 0 is no limit.", rich_help_panel=_CARE),
@@ -213,6 +220,7 @@ def serve(
 
     from server.api.serve import listen
     from server.api.serve import serve as run
+    from server.api.tracing import TracingUnavailableError
     from server.engine.client import EngineClient, EngineUnavailableError
 
     log = LogSettings(log_level, log_format)
@@ -257,6 +265,7 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         access_log=access_log,
         vllm_metrics=vllm_metrics,
+        otlp_endpoint=otlp_endpoint,
     )
     try:
         sock = listen(host, port)
@@ -271,6 +280,8 @@ def serve(
         )
         client = EngineClient(settings, service, name=served_model_name, log=log)
         asyncio.run(run(client, sock, http))
+    except TracingUnavailableError as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"cannot serve HTTPS with {tls_certificate} and {tls_key}: {error}")
     except EngineUnavailableError as error:

@@ -12,6 +12,7 @@ from server.api import completions, errors, operations
 from server.api.metrics import Metrics
 from server.api.middleware import Requests
 from server.api.security import Gate
+from server.api.tracing import Tracer
 from server.engine.client import EngineClient
 from server.settings import HttpSettings
 
@@ -19,9 +20,12 @@ from server.settings import HttpSettings
 def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAPI:
     """An app that starts `client`'s engine with itself and stops it at its end.
 
-    It answers while the engine still loads. `client.observer` is set to the app's metrics.
+    It answers while the engine still loads. `client.observers` are set to the app's own.
+
+    Raises TracingUnavailableError.
     """
     http = http or HttpSettings()
+    tracer = Tracer(http.otlp_endpoint) if http.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -31,13 +35,15 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
         finally:
             # The server has let its connections finish before it ends the lifespan.
             await client.stop()
+            if tracer is not None:
+                await tracer.close()
 
     # The interactive pages would fetch scripts from elsewhere.
     app = FastAPI(title="FastBLT", lifespan=lifespan, docs_url=None, redoc_url=None)
     metrics = Metrics(client, vllm_names=http.vllm_metrics)
     app.state.client = client
     app.state.metrics = metrics
-    client.observer = metrics.observe
+    client.observers = (metrics.observe, tracer.observe) if tracer is not None else (metrics.observe,)
     errors.install(app)
     app.include_router(completions.router)
     app.include_router(operations.router)

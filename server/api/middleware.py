@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
+from server.api import tracing
 from server.api.metrics import Metrics
 
 logger = logging.getLogger("fastblt.access")
@@ -30,7 +31,8 @@ class Requests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
         request_id = asked if _SANE_ID.fullmatch(asked) else uuid.uuid4().hex
         scope["request_id"] = request_id
         # What answers when an exception came this far.
@@ -44,6 +46,7 @@ class Requests:
             await send(message)
 
         token = logs.request_id.set(request_id)
+        parent = tracing.parent.set(headers.get("traceparent"))
         start = time.monotonic()
         try:
             await self._app(scope, receive, send_with_id)
@@ -55,6 +58,7 @@ class Requests:
             if self._access_log:
                 self._log(scope, status, seconds)
             logs.request_id.reset(token)
+            tracing.parent.reset(parent)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         client = scope.get("client") or ("-",)

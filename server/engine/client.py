@@ -11,7 +11,8 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -48,6 +49,8 @@ class Life:
     #: Deadlines that are still to come.
     queue_timer: asyncio.TimerHandle | None = None
     timer: asyncio.TimerHandle | None = None
+    #: Of whoever asked.
+    context: Context = field(default_factory=copy_context)
     #: Who wanted it to end.
     abort_cause: str | None = None
 
@@ -77,11 +80,11 @@ class EngineClient:
         name: str | None = None,
         command: Sequence[str] = ENGINE_COMMAND,
         log: LogSettings | None = None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.settings = settings
         self.service = service or ServiceSettings()
-        self.observer = observer
+        self.observers = observers
         self._name = name
         self._live: dict[str, Life] = {}
         self._verdicts: dict[int, _Verdict] = {}
@@ -259,8 +262,8 @@ class EngineClient:
             life = self._live.get(delta.request_id)
             if life is None:
                 continue
-            if self.observer is not None:
-                self.observer(life, delta, now)
+            for observe in self.observers:
+                observe(life, delta, now)
             if delta.ids:
                 life.latest = now
                 life.first = life.first or now

@@ -50,7 +50,7 @@ class Ends:
 def client_of(
     settings: dict[str, Any] | None = None, service: ServiceSettings | None = None, **fields: Any
 ) -> EngineClient:
-    return EngineClient(EngineSettings(**settings or {}), service, command=command(**fields), observer=Ends())
+    return EngineClient(EngineSettings(**settings or {}), service, command=command(**fields), observers=[Ends()])
 
 
 @asynccontextmanager
@@ -70,8 +70,9 @@ async def running(
 
 
 def ends(client: EngineClient) -> Ends:
-    assert isinstance(client.observer, Ends)
-    return client.observer
+    [observer] = client.observers
+    assert isinstance(observer, Ends)
+    return observer
 
 
 def alive(pid: int) -> bool:

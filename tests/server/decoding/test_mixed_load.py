@@ -55,7 +55,7 @@ def test_mixed_load(tmp_path: Path) -> None:
     memory = 4 * least_memory(WHICH, 300, **running)
     tight = settings(**running, model=str(tmp_path), max_waiting=REQUESTS, cache_bytes=memory, threads=1)
     ends = Ends()
-    client = EngineClient(tight, observer=ends)
+    client = EngineClient(tight, observers=[ends])
     read = asyncio.run(_serve(client, requests))
     stats = client.stats()
     assert stats.pages_free == stats.pages_total and stats.running == stats.waiting == 0

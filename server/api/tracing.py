@@ -1,0 +1,100 @@
+"""OpenTelemetry traces, as an optional extra: one span a request, from its arrival to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from server import logs
+from server.engine.client import Life
+from server.request import Delta, FinishReason
+
+if TYPE_CHECKING:
+    from opentelemetry.util.types import AttributeValue
+
+#: The client's `traceparent` header, while its request is handled.
+parent: ContextVar[str | None] = ContextVar("traceparent", default=None)
+
+_NANO = 10**9
+
+#: Spans that a collector does not take in so many seconds are lost.
+_SEND_SECONDS = 2
+
+
+class TracingUnavailableError(RuntimeError):
+    """The extra is not installed."""
+
+
+class Tracer:
+    """Sends spans over OTLP/HTTP to `endpoint`, such as http://localhost:4318/v1/traces, from a thread of its own.
+
+    Raises TracingUnavailableError without the packages.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise TracingUnavailableError(f"traces need the extra: pip install 'fastblt[otel]' ({error})") from None
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "fastblt"}), shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_SEND_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("fastblt")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def observe(self, life: Life, delta: Delta, now: float) -> None:
+        """Make the span of a request that ends."""
+        if delta.finish_reason is None:
+            return
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        header = life.context.get(parent)
+        context = self._propagator.extract({"traceparent": header}) if header else None
+        # Monotonic times hold within the process; spans want the wall clock's.
+        offset = time.time() - now
+        start = int((life.request.arrival + offset) * _NANO)
+        attributes = _attributes(life, delta, now)
+        span = self._tracer.start_span("llm_request", context, SpanKind.SERVER, attributes, start_time=start)
+        for name, moment in (("scheduled", life.started), ("first byte", life.first)):
+            if moment is not None:
+                span.add_event(name, timestamp=int((moment + offset) * _NANO))
+        if delta.finish_reason is FinishReason.ERROR:
+            span.set_status(Status(StatusCode.ERROR, delta.error))
+        span.end(int((now + offset) * _NANO))
+
+    async def close(self) -> None:
+        """Send what is left."""
+        await asyncio.to_thread(self._provider.shutdown)
+
+
+def _attributes(life: Life, delta: Delta, now: float) -> dict[str, AttributeValue]:
+    """OpenTelemetry's names where it has some, vLLM's for latencies."""
+    request, arrival = life.request, life.request.arrival
+    attributes: dict[str, AttributeValue] = {
+        "gen_ai.request.id": request.request_id,
+        "gen_ai.request.max_tokens": request.params.max_tokens,
+        "gen_ai.request.temperature": request.params.temperature,
+        "gen_ai.usage.prompt_tokens": len(request.prompt_ids) - 1,
+        "gen_ai.usage.completion_tokens": life.bytes + len(delta.ids),
+        "gen_ai.response.finish_reasons": [str(delta.finish_reason)],
+        "gen_ai.latency.e2e": now - arrival,
+    }
+    if life.started is not None:
+        attributes["gen_ai.latency.time_in_queue"] = life.started - arrival
+    first = life.first or (now if delta.ids else None)
+    if first is not None:
+        attributes["gen_ai.latency.time_to_first_token"] = first - arrival
+    if (http_request := life.context.get(logs.request_id)) is not None:
+        attributes["http.request.header.x-request-id"] = http_request
+    if delta.decoding is not None and delta.decoding.method is not None:
+        attributes["fastblt.method"] = str(delta.decoding.method)
+    if delta.ledger is not None:
+        for name in ("patcher", "encoder", "global_", "decoder"):
+            attributes[f"fastblt.nfe.{name.rstrip('_')}"] = getattr(delta.ledger, name)
+    return attributes
