@@ -34,14 +34,17 @@ SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942":
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma\w*)")
 ASYNC = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)")
 
-_COLUMNS = {
-    "logits": "*fp32", "stride": "i32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32",
-    "seeds": "*i64", "positions": "*i64", "forbid_eos": "*i1", "repetition": "*fp32", "presence": "*fp32",
-    "frequency": "*fp32", "counts": "*i32", "prompt_seen": "*i1", "bias": "*fp32", "allowed": "*i1",
-    "restricted": "i32", "bads": "*i1", "confidences": "*fp32", "entropies": "*fp32",
+#: Logits and their stride, temperature, top-k, top-p, min-p, seeds, positions, whether EOS is forbidden, repetition,
+#: presence, frequency, counts, what the prompt has, bias, what is allowed: `select_row`'s columns.
+_COLUMNS = (
+    "*fp32", "i32", "*fp32", "*i64", "*fp32", "*fp32", "*i64", "*i64", "*i1", "*fp32", "*fp32", "*fp32", "*i32", "*i1",
+    "*fp32", "*i1",
+)  # fmt: skip
+_SELECTED = {
+    "columns": _COLUMNS, "restricted": "i32", "bads": "*i1", "confidences": "*fp32", "entropies": "*fp32",
 }  # fmt: skip
-_SELECT = _COLUMNS | {"ids": "*i64", "logprobs": "*fp32"}
-_UNMASK = _COLUMNS | {
+_SELECT = _SELECTED | {"ids": "*i64", "logprobs": "*fp32"}
+_UNMASK = _SELECTED | {
     "size": "i32", "masked": "*i1", "ids": "*i64", "rules": "*i64", "bounds": "*fp32", "last_steps": "*i1",
     "chosen_ids": "*i64", "chosen_logprobs": "*fp32", "arrivals": "*i32", "new_ids": "*i64", "new_masked": "*i1",
     "fixed": "*i64", "done": "*i1", "new_logprobs": "*fp32", "block_bad": "*i1",
@@ -74,7 +77,7 @@ class Variant:
 
     name: str
     kernel: str
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     matrix: bool = False
@@ -134,8 +137,12 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
     signature = {arg: "constexpr" if arg in variant.constants else variant.types[arg] for arg in kernel.arg_names}
     # Without these the compiler must assume unaligned rows, and neither vectors nor asynchronous copies appear.
-    aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind[0] == "*" or arg in _SIXTEEN]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    places = [
+        ((i, *at), arg, kind)
+        for i, (arg, kinds) in enumerate(signature.items())
+        for at, kind in ([((j,), kind) for j, kind in enumerate(kinds)] if isinstance(kinds, tuple) else [((), kinds)])
+    ]
+    attrs = {at: [["tt.divisibility", 16]] for at, arg, kind in places if kind[0] == "*" or arg in _SIXTEEN}
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     source = ASTSource(kernel, signature, constexprs=variant.constants, attrs=attrs)
     built = triton.compile(source, target=gpu, options={"num_warps": 4, **variant.options})

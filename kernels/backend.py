@@ -6,10 +6,17 @@ interpreter, which must be chosen before triton is first imported: so this modul
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _FORCED = os.environ.get("FASTBLT_KERNELS", "")
 if _FORCED not in ("", "triton", "torch"):
@@ -25,6 +32,23 @@ def use_triton(device: torch.device) -> bool:
     if _FORCED:
         return _FORCED == "triton"
     return device.type == "cuda" and _INSTALLED
+
+
+def launcher(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`<op>_torch` of kernels/<file>.py, or `<op>_triton` of kernels/<file>_triton.py if the first tensor goes there.
+
+    Triton is imported by the first such call, never before.
+    """
+
+    @wraps(plain)
+    def launch(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        first = arguments[0]
+        if isinstance(first, torch.Tensor) and use_triton(first.device):
+            name = plain.__name__.removesuffix("torch") + "triton"
+            return getattr(importlib.import_module(f"{plain.__module__}_triton"), name)(*arguments, **options)
+        return plain(*arguments, **options)
+
+    return launch
 
 
 def interpreted() -> bool:

@@ -85,32 +85,22 @@ def _truncate(keys, e, top_k, top_p, min_p):
 
 @triton.jit
 def select_row(
-    logits,
-    row,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seeds,
-    positions,
-    forbid_eos,
-    repetition,
-    presence,
-    frequency,
-    counts,
-    prompt_seen,
-    bias,
-    allowed,
+    columns,
     restricted,
+    row,
     SAMPLED: tl.constexpr,
     TRUNCATED: tl.constexpr,
     PENALIZED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(id, logprob, confidence, entropy, bad) of one row; `logits` points at the row, the rest at whole columns."""
+    """(id, logprob, confidence, entropy, bad) of one row; `columns` and `restricted` as `columns_of` makes them."""
+    (
+        logits, stride, temperature, top_k, top_p, min_p, seeds, positions, forbid_eos, repetition, presence, frequency,
+        counts, prompt_seen, bias, allowed,
+    ) = columns  # fmt: skip
     lanes = tl.arange(0, TILE)
     inside = lanes < _V
-    raw = tl.load(logits + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+    raw = tl.load(logits + row * stride + lanes, mask=inside, other=float("-inf")).to(tl.float32)
     scores = raw
     if PENALIZED:
         many = tl.load(counts + row * _V + lanes, mask=inside, other=0)
@@ -171,22 +161,7 @@ def select_row(
 
 @triton.jit(do_not_specialize=["restricted"])
 def select_kernel(
-    logits,
-    stride,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seeds,
-    positions,
-    forbid_eos,
-    repetition,
-    presence,
-    frequency,
-    counts,
-    prompt_seen,
-    bias,
-    allowed,
+    columns,
     restricted,
     ids,
     logprobs,
@@ -200,10 +175,8 @@ def select_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     chosen, logprob, confidence, entropy, bad = select_row(
-        logits + row * stride, row, temperature, top_k, top_p, min_p, seeds, positions, forbid_eos,
-        repetition, presence, frequency, counts, prompt_seen, bias, allowed, restricted, SAMPLED, TRUNCATED, PENALIZED,
-        TILE,
-    )  # fmt: skip
+        columns, restricted, row, SAMPLED, TRUNCATED, PENALIZED, TILE
+    )
     tl.store(ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, logprob)
     tl.store(confidences + row, confidence)
@@ -211,49 +184,46 @@ def select_kernel(
     tl.store(bads + row, bad)
 
 
-def columns(params: SelectionParams, logits: Tensor) -> list[Tensor | int]:
-    """The kernel's parameter columns, contiguous, and whether ids are restricted. A penalty left out is neutral."""
+def columns_of(params: SelectionParams, logits: Tensor) -> tuple[tuple[Tensor | int, ...], int]:
+    """The kernels' argument `columns`, contiguous, and whether ids are restricted.
+
+    A penalty left out gets its neutral value. What is never read still passes a pointer of the right type, as every
+    launch does.
+    """
     rows = logits.shape[0]
-    # What is never read still passes a pointer of the right type, as every launch does.
-    allowed = params.forbid_eos if params.allowed is None else params.allowed
-    restriction: list[Tensor | int] = [allowed.contiguous(), int(params.allowed is not None)]
-    given = [
-        params.temperature, params.top_k, params.top_p, params.min_p, params.seeds, params.positions, params.forbid_eos,
-    ]  # fmt: skip
-    if not params.penalized:
-        row, table = logits.new_empty(1, dtype=torch.float32), logits.new_empty(1, dtype=torch.int32)
-        return [*(value.contiguous() for value in given), row, row, row, table, table.to(torch.bool), row, *restriction]
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
 
     def column(value: Tensor | None, neutral: float) -> Tensor:
         return logits.new_full((rows,), neutral, dtype=torch.float32) if value is None else value.contiguous()
 
-    def table_of(value: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def table(value: Tensor | None, dtype: torch.dtype) -> Tensor:
         return logits.new_zeros((rows, VOCABULARY), dtype=dtype) if value is None else value.contiguous()
 
-    return [
-        *(value.contiguous() for value in given),
-        column(params.repetition, 1.0),
-        column(params.presence, 0.0),
-        column(params.frequency, 0.0),
-        table_of(params.counts, torch.int32),
-        table_of(params.prompt_seen, torch.bool),
-        table_of(params.bias, torch.float32),
-        *restriction,
-    ]
+    if params.penalized:
+        penalties: tuple[Tensor, ...] = (
+            column(params.repetition, 1.0), column(params.presence, 0.0), column(params.frequency, 0.0),
+            table(params.counts, torch.int32), table(params.prompt_seen, torch.bool), table(params.bias, torch.float32),
+        )  # fmt: skip
+    else:
+        one = params.temperature
+        penalties = (one, one, one, logits.new_empty(1, dtype=torch.int32), params.forbid_eos, one)
+    allowed = params.forbid_eos if params.allowed is None else params.allowed.contiguous()
+    given: tuple[Tensor, ...] = (
+        params.temperature, params.top_k, params.top_p, params.min_p, params.seeds, params.positions, params.forbid_eos,
+    )  # fmt: skip
+    given = tuple(value.contiguous() for value in given)
+    return (logits, logits.stride(0), *given, *penalties, allowed), int(params.allowed is not None)
 
 
 def select_triton(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
     """As `select_torch`; the statistics cost next to nothing here and are dropped where nobody asked for them."""
     rows = logits.shape[0]
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     ids = logits.new_empty(rows, dtype=torch.int64)
     logprobs, confidence, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     bad = logits.new_empty(rows, dtype=torch.bool)
     if rows:
         select_kernel[(rows,)](
-            logits,
-            logits.stride(0),
-            *columns(params, logits),
+            *columns_of(params, logits),
             ids,
             logprobs,
             confidence,

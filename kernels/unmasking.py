@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import use_triton
+from kernels.backend import launcher
 from kernels.selection import SelectionParams, select
 
 CONFIDENCE = 0
@@ -102,20 +102,5 @@ def unmask_torch(
     )
 
 
-def unmask(
-    logits: Tensor,
-    masked: Tensor,
-    ids: Tensor,
-    params: SelectionParams,
-    rule: Tensor,
-    bound: Tensor,
-    last_step: Tensor,
-    *,
-    everything: bool = False,
-) -> Unmasked:
-    """The launcher: picks the implementation for the logits' device. See `unmask_torch`."""
-    if use_triton(logits.device):
-        from kernels.unmasking_triton import unmask_triton
-
-        return unmask_triton(logits, masked, ids, params, rule, bound, last_step)
-    return unmask_torch(logits, masked, ids, params, rule, bound, last_step, everything=everything)
+#: Picks the implementation for the logits' device.
+unmask = launcher(unmask_torch)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.selection import SelectionParams
-from kernels.selection_triton import TILE, WARPS, columns, select_row
+from kernels.selection_triton import TILE, WARPS, columns_of, select_row
 from kernels.unmasking import Unmasked
 
 _MOST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -55,22 +55,7 @@ def _choose(block, size, rule, bound, last_step, masked, confidences, entropies,
 
 @triton.jit(do_not_specialize=["restricted"])
 def unmask_kernel(
-    logits,
-    stride,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seeds,
-    positions,
-    forbid_eos,
-    repetition,
-    presence,
-    frequency,
-    counts,
-    prompt_seen,
-    bias,
-    allowed,
+    columns,
     restricted,
     size,
     masked,
@@ -100,10 +85,8 @@ def unmask_kernel(
     block = row // size
     if tl.load(masked + row) != 0:
         chosen, logprob, confidence, entropy, bad = select_row(
-            logits + row * stride, row, temperature, top_k, top_p, min_p, seeds, positions, forbid_eos,
-            repetition, presence, frequency, counts, prompt_seen, bias, allowed, restricted, SAMPLED, TRUNCATED,
-            PENALIZED, TILE,
-        )  # fmt: skip
+            columns, restricted, row, SAMPLED, TRUNCATED, PENALIZED, TILE
+        )
         tl.store(chosen_ids + row, chosen.to(tl.int64))
         tl.store(chosen_logprobs + row, logprob)
         tl.store(confidences + row, confidence)
@@ -151,11 +134,12 @@ def unmask_triton(
     rule: Tensor,
     bound: Tensor,
     last_step: Tensor,
+    *,
+    everything: bool = False,
 ) -> Unmasked:
-    """As `unmask_torch`, whose `everything` makes no difference here."""
+    """As `unmask_torch`; statistics cost next to nothing here, so `everything` is no shortcut."""
     requests, size = masked.shape
     flat = logits.reshape(-1, logits.shape[-1])
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     rows = requests * size
     scratch = [flat.new_empty(rows, dtype=torch.int64), *(flat.new_empty(rows, dtype=torch.float32) for _ in range(3))]
     bads = flat.new_empty(rows, dtype=torch.bool)
@@ -169,9 +153,7 @@ def unmask_triton(
     )
     if rows:
         unmask_kernel[(rows,)](
-            flat,
-            flat.stride(0),
-            *columns(params, flat),
+            *columns_of(params, flat),
             size,
             masked.contiguous(),
             ids.contiguous(),

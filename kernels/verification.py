@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import use_triton
+from kernels.backend import launcher
 
 
 def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,5 @@ def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tens
     return accepted, targets.gather(1, accepted.unsqueeze(-1)).squeeze(-1)
 
 
-def verify(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The launcher: picks the implementation for the tensors' device. See `verify_torch`."""
-    if use_triton(targets.device):
-        from kernels.verification_triton import verify_triton
-
-        return verify_triton(targets, drafts, lengths)
-    return verify_torch(targets, drafts, lengths)
+#: Picks the implementation for the targets' device.
+verify = launcher(verify_torch)
