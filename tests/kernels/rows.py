@@ -13,6 +13,11 @@ from tests.oracles.selection_oracle import Row
 LOGITS = ("normal", "ties", "constant", "peaked", "extreme", "sparse", "alone", "nan", "infinite", "nothing")
 
 
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device that the tests run on: the default one."""
+    return tensor.to(torch.get_default_device())
+
+
 def random_logits(rng: np.random.Generator, kind: str) -> np.ndarray:
     """One row of fp32 logits of one of LOGITS; the last three are bad."""
     logits = rng.normal(0, 3, 260).astype(np.float32)

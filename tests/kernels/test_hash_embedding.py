@@ -8,6 +8,7 @@ import torch
 
 from kernels.hash_embedding import hash_embedding, hash_embedding_torch
 from models.blt import HASH_PRIMES, _hash_powers
+from tests.kernels.rows import here
 from tests.oracles.hash_oracle import embed
 
 SHAPES = [((3, 4, 5, 6, 7, 8), 1, 509, 48), ((3, 5), 3, 61, 300), ((2, 3, 4), 2, 128, 16), ((1,), 1, 7, 5)]
@@ -19,12 +20,12 @@ def test_random_windows(shape: tuple[tuple[int, ...], int, int, int], dtype: tor
     sizes, functions, vocab, dim = shape
     generator = torch.Generator().manual_seed(vocab)
     tables = len(sizes) * functions
-    byte_table = torch.randn(260, dim, generator=generator).to(dtype)
-    hash_table = torch.randn(tables * vocab, dim, generator=generator).to(dtype)
-    windows = torch.randint(0, 260, (2, 3, max(sizes)), generator=generator)
+    byte_table = here(torch.randn(260, dim, generator=generator, device="cpu")).to(dtype)
+    hash_table = here(torch.randn(tables * vocab, dim, generator=generator, device="cpu")).to(dtype)
+    windows = here(torch.randint(0, 260, (2, 3, max(sizes)), generator=generator, device="cpu"))
     windows[0, 0, :-1] = 0
     windows[1, 2] = 259
-    powers, offsets = _hash_powers(sizes, functions), torch.arange(tables) * vocab
+    powers, offsets = here(_hash_powers(sizes, functions)), torch.arange(tables) * vocab
     if functions > 1:
         # Both signs of the wrapped sums are here.
         sums = (windows.unsqueeze(-2) * powers).sum(-1)
@@ -32,10 +33,10 @@ def test_random_windows(shape: tuple[tuple[int, ...], int, int, int], dtype: tor
     with torch.no_grad():
         out = hash_embedding(windows, powers, offsets, vocab, byte_table, hash_table)
     assert out.dtype == dtype and out.shape == (2, 3, dim)
-    numpy_tables = byte_table.double().numpy(), hash_table.double().numpy()
+    numpy_tables = byte_table.double().cpu().numpy(), hash_table.double().cpu().numpy()
     for place in np.ndindex(2, 3):
         expected = embed(windows[place].tolist(), HASH_PRIMES[:functions], sizes, vocab, *numpy_tables)
-        np.testing.assert_allclose(out[place].double().numpy(), expected, atol=tolerance, rtol=tolerance)
+        np.testing.assert_allclose(out[place].double().cpu().numpy(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_no_tables_and_no_rows() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.native import library
 from kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
 from models.layers import Rope
+from tests.kernels.rows import here
 from tests.oracles.attention_oracle import Memory
 
 THETA = 10000.0
@@ -43,7 +44,7 @@ class World:
         slots = (len(order) + 1) * self.page
         self.store = torch.full((slots, 2, self.kv_heads, self.dim), float("nan"), dtype=dtype)
         self.memory = Memory(THETA)
-        self.turns = Rope(self.dim, THETA).table(self.length)
+        self.turns = here(Rope(self.dim, THETA).table(self.length))
         self.generator = torch.Generator().manual_seed(seed)
 
     def rows(self, spans: list[tuple[int, int, int]], ranges: list[tuple[int, int]] | None = None) -> RaggedRows:
@@ -65,7 +66,7 @@ class World:
 
     def random(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         shapes = ((rows, self.heads, self.dim), (rows, self.kv_heads, self.dim), (rows, self.kv_heads, self.dim))
-        q, k, v = (torch.randn(shape, generator=self.generator).to(self.dtype) for shape in shapes)
+        q, k, v = (here(torch.randn(shape, generator=self.generator, device="cpu")).to(self.dtype) for shape in shapes)
         return q, k, v
 
     def check(self, attend: Callable[..., Tensor], at: RaggedRows, tolerance: float, **options: bool) -> None:
@@ -73,11 +74,11 @@ class World:
         out = attend(q, k, v, self.turns, self.store, at, **options)
         rows, positions = at.rows.tolist(), at.positions.tolist()
         for i, (request, position) in enumerate(zip(rows, positions, strict=True)):
-            self.memory.write(request, position, k[i].double().numpy(), v[i].double().numpy())
+            self.memory.write(request, position, k[i].double().cpu().numpy(), v[i].double().cpu().numpy())
         for i, (request, position) in enumerate(zip(rows, positions, strict=True)):
             low, high = int(at.lows[i]), int(at.highs[i])
-            expected = self.memory.attend(request, position, q[i].double().numpy(), low, high)
-            np.testing.assert_allclose(out[i].double().numpy(), expected, atol=tolerance, rtol=0)
+            expected = self.memory.attend(request, position, q[i].double().cpu().numpy(), low, high)
+            np.testing.assert_allclose(out[i].double().cpu().numpy(), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("attend", [native, plain])

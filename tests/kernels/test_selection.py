@@ -47,7 +47,7 @@ def flat(**scores: float) -> list[float]:
 def test_random_batches_equal_the_oracle(seed: int) -> None:
     rng = np.random.default_rng(seed)
     kinds = rng.choice(LOGITS, 8)
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds]))
     rows = [random_row(rng) for _ in kinds]
     before = logits.clone()
     result = select(logits, pack(rows), need_statistics=True)
@@ -101,7 +101,7 @@ def test_forbidden_ids_are_never_produced() -> None:
     assert one(logits, Row(forbid_eos=True)).ids.item() == 4
     for temperature in (0.1, 1.0, 1e6):
         rows = [Row(temperature=temperature, seed=5, position=p, forbid_eos=True) for p in range(2000)]
-        ids = select(torch.from_numpy(logits).expand(2000, 260), pack(rows), need_statistics=False).ids
+        ids = select(torch.as_tensor(logits).expand(2000, 260), pack(rows), need_statistics=False).ids
         assert ids.min() >= 4
 
 
@@ -198,7 +198,7 @@ def test_allowing_everything_changes_no_bit() -> None:
 def test_any_penalty_may_be_left_out(name: str) -> None:
     rng = np.random.default_rng(5)
     off = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
-    logits = torch.from_numpy(np.stack([random_logits(rng, "ties") for _ in range(16)]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, "ties") for _ in range(16)]))
     rows = [
         Row(
             repetition=1.3,
@@ -310,7 +310,7 @@ def test_no_rows() -> None:
 
 def test_logits_may_be_a_view_of_wider_rows() -> None:
     rng = np.random.default_rng(4)
-    logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(20)]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, "normal") for _ in range(20)]))
     wide = torch.full((20, 512), float("nan"))
     wide[:, 100:360] = logits
     rows = [random_row(rng) for _ in range(20)]
@@ -324,7 +324,7 @@ def test_logits_may_be_a_view_of_wider_rows() -> None:
 def pool() -> tuple[Tensor, list[Row]]:
     rng = np.random.default_rng(2)
     kinds = [kind for kind in LOGITS for _ in range(2 if kind in LOGITS[-3:] else 12)]
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds]))
     # A few rows that need no work at all.
     return logits, [Row() if index % 30 == 0 else random_row(rng) for index in range(len(kinds))]
 
@@ -343,8 +343,8 @@ def test_a_row_is_bit_identical_in_any_batch(threads: int) -> None:
         members = rng.integers(0, len(rows), size)
         flags = (bool(rng.random() < 0.5), bool(rng.random() < 0.5), bool(rng.random() < 0.5))
         params = pack([rows[member] for member in members], flags)
-        together = bits(select(logits[torch.from_numpy(members)], params, need_statistics=True))
-        assert torch.equal(together, alone[torch.from_numpy(members)]), size
+        together = bits(select(logits[torch.as_tensor(members)], params, need_statistics=True))
+        assert torch.equal(together, alone[torch.as_tensor(members)]), size
 
 
 def test_statistics_change_nothing_else() -> None:
@@ -396,7 +396,7 @@ def test_both_paths_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     poison(monkeypatch)
     rng = np.random.default_rng(17)
     kinds = rng.choice(LOGITS, 200)
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
     params = pack([random_row(rng) for _ in kinds])
     native, plain = (
         select(logits, params, need_statistics=True),
@@ -524,7 +524,7 @@ def test_wrong_keys_and_counters_are_told_from_the_right_ones(
 ) -> None:
     """Noise that is good noise, but another one, passes a chi-square; the oracle tells it apart."""
     rng = np.random.default_rng(6)
-    logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(40)]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, "normal") for _ in range(40)]))
     rows = [Row(temperature=2.0, seed=mix_seed(9, i), position=i) for i in range(40)]
     expected = [oracle.select(row_logits.tolist(), row).id for row_logits, row in zip(logits, rows, strict=True)]
     assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() == expected

@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 
 
-def run(*names: str) -> None:
-    environment = os.environ | {"FASTBLT_KERNELS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run(*names: str, device: str = "cpu") -> None:
+    """Run cases in a process of their own, on the CPU under the interpreter."""
+    environment = os.environ | {"FASTBLT_KERNELS": "triton", "FASTBLT_TEST_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    environment["TRITON_INTERPRET"] = str(int(device == "cpu"))
     # The outer run's plugin settings are not for the inner one.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--durations=5"]

@@ -71,7 +71,7 @@ def test_one_step_and_nothing_masked() -> None:
 def random_blocks(rng: np.random.Generator, requests: int, size: int) -> tuple[Tensor, Tensor, Tensor, list[Row]]:
     """Logits, masked, ids and rows; padded and unmasked positions hold poison."""
     logits = torch.empty(requests, size, 260)
-    masked = torch.from_numpy(rng.random((requests, size)) < rng.random())
+    masked = torch.as_tensor(rng.random((requests, size)) < rng.random())
     rows = []
     for r in range(requests):
         masked[r, rng.integers(1, size + 1) :] = False
@@ -80,7 +80,7 @@ def random_blocks(rng: np.random.Generator, requests: int, size: int) -> tuple[T
             # Peaked rows to pass the bounds, equal rows for ties.
             kind = str(rng.choice(["normal", "peaked", "alone", "ties"]))
             row_logits = repeated if rng.random() < 0.3 else random_logits(rng, kind)
-            logits[r, b] = torch.from_numpy(row_logits)
+            logits[r, b] = torch.as_tensor(row_logits)
             rows.append(random_row(rng))
             # No row that could be selected from becomes a bad one.
             rows[-1].bias = [0.0] * 260
@@ -119,9 +119,9 @@ def test_random_blocks_equal_the_oracle(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     requests = int(rng.integers(1, 7))
     logits, masked, ids, rows = random_blocks(rng, requests, size)
-    rule = torch.from_numpy(rng.integers(0, 4, requests))
+    rule = torch.as_tensor(rng.integers(0, 4, requests))
     bounds = np.where(rule.numpy() == 0, rng.choice([0.0, 0.3, 0.5, 0.7, 1.0]), rng.choice([0.0, 0.8, 1.5, 4.0, 100.0]))
-    control = [rule, torch.from_numpy(bounds.astype(np.float32)), torch.from_numpy(rng.random(requests) < 0.2)]
+    control = [rule, torch.as_tensor(bounds.astype(np.float32)), torch.as_tensor(rng.random(requests) < 0.2)]
     before = [tensor.clone() for tensor in (logits, masked, ids)]
     result = unmask(logits, masked, ids, pack(rows), *control)
     for tensor, copy in zip((logits, masked, ids), before, strict=True):
@@ -161,7 +161,7 @@ def test_steps_end() -> None:
     rng = np.random.default_rng(14)
     for rule in range(4):
         logits, masked, ids, rows = random_blocks(rng, 4, 8)
-        logits = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(32)])).view(4, 8, 260)
+        logits = torch.as_tensor(np.stack([random_logits(rng, "normal") for _ in range(32)])).view(4, 8, 260)
         steps = 0
         while masked.any():
             control = (torch.full((4,), rule), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.bool))
@@ -176,7 +176,7 @@ def test_steps_end() -> None:
 @pytest.mark.parametrize("rule", range(4))
 def test_bad_rows_are_reported_where_masked_and_never_stall(kind: str, rule: int) -> None:
     rng = np.random.default_rng(15)
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for _ in range(9)])).view(3, 3, 260)
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for _ in range(9)])).view(3, 3, 260)
     logits[2, 1:] = 0.0
     masked = torch.tensor([[False, True, True], [False, False, False], [False, True, True]])
     rows = [Row() for _ in range(9)]

@@ -17,10 +17,10 @@ from tests.oracles import selection_oracle as oracle
 def test_random_drafts_equal_the_oracle(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     requests = int(rng.integers(1, 40))
-    targets = torch.from_numpy(rng.integers(2, 260, (requests, size + 1)))
-    agree = torch.from_numpy(rng.random((requests, size)) < rng.choice([0.0, 0.5, 0.8, 1.0]))
+    targets = torch.as_tensor(rng.integers(2, 260, (requests, size + 1)))
+    agree = torch.as_tensor(rng.random((requests, size)) < rng.choice([0.0, 0.5, 0.8, 1.0]))
     # Where no draft stands, the very target does: it must not count.
-    lengths = torch.from_numpy(rng.integers(0, size + 1, requests))
+    lengths = torch.as_tensor(rng.integers(0, size + 1, requests))
     agree |= torch.arange(size) >= lengths[:, None]
     drafts = torch.where(agree, targets[:, :-1], 1)
     accepted, next_id = verify(targets, drafts, lengths)

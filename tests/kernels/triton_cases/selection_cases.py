@@ -52,7 +52,7 @@ def test_noise_is_the_torch_path_s_bit_for_bit() -> None:
 def test_random_rows(dtype: torch.dtype) -> None:
     rng = np.random.default_rng([0, dtype.itemsize, dtype == torch.float16])
     kinds = [*LOGITS, *rng.choice(LOGITS, 30)]
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
     rows = [random_row(rng) for _ in kinds]
     result = select(logits, pack(rows), need_statistics=True)
     written(result)
@@ -94,14 +94,14 @@ def test_what_truncation_keeps() -> None:
     """The kept ids themselves: a draw seldom falls on the one at the boundary."""
     rng = np.random.default_rng(3)
     kinds = rng.choice(["normal", "ties", "constant", "sparse", "alone"], 40)
-    scores = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    scores = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds]))
     rows = [random_row(rng) for _ in kinds]
     for index in (0, 1):
         # Four quarters: the bounds are met exactly.
         scores[index] = torch.tensor(flat(_9=0.0, _20=0.0, _30=0.0, _40=0.0))
         rows[index] = Row(top_p=(0.25, 0.75)[index])
     for index, k in enumerate((1, 2, 5, 40, 259, 260), 2):
-        scores[index] = torch.from_numpy(random_logits(rng, "normal"))
+        scores[index] = torch.as_tensor(random_logits(rng, "normal"))
         rows[index] = Row(top_k=k)
     params = pack(rows, (True, True, False))
     out = torch.empty(40, 260, dtype=torch.bool)
@@ -130,12 +130,12 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     """Alone, with only the work it needs, or among others, with all of it: the same bits; from wider rows too."""
     rng = np.random.default_rng(2)
     kinds = list(LOGITS)
-    logits = torch.from_numpy(np.stack([random_logits(rng, kind) for kind in kinds]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds]))
     rows = [random_row(rng) for _ in kinds]
     alone = [bits(select(logits[i : i + 1], pack([row]), need_statistics=True)) for i, row in enumerate(rows)]
     order = rng.permutation(len(rows))
     wide = torch.full((len(rows), 512), float("nan"))
-    wide[:, 100:360] = logits[torch.from_numpy(order)]
+    wide[:, 100:360] = logits[torch.as_tensor(order)]
     params = pack([rows[i] for i in order], (True, True, True))
     together = bits(select(wide[:, 100:360], params, need_statistics=True))
     assert torch.equal(together, torch.cat([alone[i] for i in order]))
@@ -144,7 +144,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("name", ["repetition", "presence", "frequency", "counts", "prompt_seen", "bias"])
 def test_any_penalty_may_be_left_out(name: str) -> None:
     rng = np.random.default_rng(5)
-    logits = torch.from_numpy(np.stack([random_logits(rng, "ties") for _ in range(4)]))
+    logits = torch.as_tensor(np.stack([random_logits(rng, "ties") for _ in range(4)]))
     rows = [Row(repetition=1.3, presence=0.5, frequency=0.25, counts=rng.poisson(1, 260).tolist()) for _ in range(4)]
     for row in rows:
         row.prompt_seen, row.bias = (rng.random(260) < 0.3).tolist(), rng.normal(size=260).tolist()

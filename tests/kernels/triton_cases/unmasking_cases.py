@@ -24,11 +24,11 @@ def test_random_blocks(requests: int, size: int, seed: int) -> None:
     logits, masked, ids, rows = random_blocks(rng, requests, size)
     if size == 32:
         masked[0, :20] = True
-        logits = torch.from_numpy(np.stack([random_logits(rng, "peaked") for _ in rows])).view_as(logits)
+        logits = torch.as_tensor(np.stack([random_logits(rng, "peaked") for _ in rows])).view_as(logits)
     control = [
-        torch.from_numpy(rng.integers(0, 4, requests)),
-        torch.from_numpy(rng.choice([0.1, 0.5, 2.0, 12.0], requests)).float(),
-        torch.from_numpy(rng.random(requests) < 0.1),
+        torch.as_tensor(rng.integers(0, 4, requests)),
+        torch.as_tensor(rng.choice([0.1, 0.5, 2.0, 12.0], requests)).float(),
+        torch.as_tensor(rng.random(requests) < 0.1),
     ]
     result = unmask(logits, masked, ids, pack(rows), *control)
     written(result)
@@ -45,7 +45,7 @@ def test_causal_rows_and_blocks_share_a_launch() -> None:
     logits, masked, ids, rows = random_blocks(rng, 4, 5)
     masked[:2] = False
     masked[:2, 0] = True
-    logits[:2, 0] = torch.from_numpy(np.stack([random_logits(rng, "normal") for _ in range(2)]))
+    logits[:2, 0] = torch.as_tensor(np.stack([random_logits(rng, "normal") for _ in range(2)]))
     rule = torch.tensor([ONE_STEP, ONE_STEP, 0, 1])
     control = [rule, torch.tensor([0.0, 0.0, 0.4, 3.0]), torch.zeros(4, dtype=torch.bool)]
     result = unmask(logits, masked, ids, pack(rows), *control)

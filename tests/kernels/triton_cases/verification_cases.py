@@ -14,9 +14,9 @@ from tests.oracles import selection_oracle as oracle
 @pytest.mark.parametrize("size", [0, 1, 7, 16, 32, 33])
 def test_random_drafts(size: int) -> None:
     rng = np.random.default_rng(size)
-    targets = torch.from_numpy(rng.integers(2, 260, (12, size + 1)))
-    agree = torch.from_numpy(rng.random((12, size)) < 0.85)
-    lengths = torch.from_numpy(rng.integers(0, size + 1, 12))
+    targets = torch.as_tensor(rng.integers(2, 260, (12, size + 1)))
+    agree = torch.as_tensor(rng.random((12, size)) < 0.85)
+    lengths = torch.as_tensor(rng.integers(0, size + 1, 12))
     lengths[:2] = 0
     agree |= torch.arange(size) >= lengths[:, None]
     drafts = torch.where(agree, targets[:, :-1], 1)
