@@ -13,14 +13,15 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format clean
+.PHONY: help install serve test lint format gpu-check clean
 
 help:
-	@echo "make serve   serve the shipped checkpoint on $(HOST):$(PORT)"
-	@echo "make test    lint and test"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff rewrite the tree"
-	@echo "make clean   remove .venv and all caches"
+	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
+	@echo "make test       lint and test"
+	@echo "make lint       ruff and mypy"
+	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
+	@echo "make format     let ruff rewrite the tree"
+	@echo "make clean      remove .venv and all caches"
 
 install: $(STAMP)
 
@@ -48,6 +49,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+gpu-check: $(STAMP)
+	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "gpu-check needs a GPU, and a build of torch that sees it" >&2; exit 1; }
+	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
+	$(VENV)/bin/python -m benchmarks.kernels --gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info

@@ -87,14 +87,15 @@ def ragged(spans: list[tuple[int, int, int]], lows: list[int], page: int, pages:
 
 
 def cases() -> Iterator[Case]:
-    """Small calls: the interpreter takes milliseconds a program."""
+    """Small calls, on torch's default device: the interpreter takes milliseconds a program."""
     from kernels.hash_embedding_triton import hash_embedding_triton
     from kernels.paged_attention_triton import paged_attention_triton
     from kernels.selection_triton import select_triton
     from kernels.unmasking_triton import unmask_triton
     from kernels.verification_triton import verify_triton
 
-    g = torch.Generator().manual_seed(0)
+    device = torch.get_default_device()
+    g = torch.Generator(device).manual_seed(0)
     for name, everything in (("greedy", False), ("everything", True)):
         logits, params = torch.randn(8, 260, generator=g), parameters(8, g, sampled=everything, everything=everything)
         yield Case(
@@ -125,7 +126,7 @@ def cases() -> Iterator[Case]:
         lambda: verify_torch(targets, drafts, lengths),
         [targets, drafts, lengths],
     )
-    turns = Rope(32, 10000.0).table(512)
+    turns = Rope(32, 10000.0).table(512).to(device)
     for name, spans, lows in (
         ("4 single rows, 200 keys", [(r, 200, 1) for r in range(4)], [0] * 4),
         ("8 rows of one, window 128", [(0, 200, 8)], [80]),

@@ -1,8 +1,9 @@
-"""The Triton kernels without a GPU: what they compile to, and how many bytes they move.
+"""The kernels: what they compile to, how many bytes they move, and what they cost.
 
     python -m benchmarks.kernels --compile [--targets sm_90,gfx942]
     python -m benchmarks.kernels --traffic
     python -m benchmarks.kernels --cpu
+    python -m benchmarks.kernels --gpu
 
 `--compile` builds every kernel ahead of time and prints registers, spills, shared memory, an estimate of the occupancy
 and the instructions that must be there; it exits 1 on a spill or where one is missing. `--traffic` counts the bytes
@@ -10,6 +11,7 @@ that each kernel loads and stores under the interpreter, beside the least possib
 separate operations move, and exits 1 where a kernel moves a quarter more than the least. `--cpu` times unmasking,
 and selection with verification, against a decoder pass of the shipped model at batch 32, and exits 1 where one takes
 more than a tenth of it; beside it stands what it would take with selection in torch.
+`--gpu` times every kernel on the GPU against the torch path's separate operations there, and exits 1 without a GPU.
 """
 
 from __future__ import annotations
@@ -345,12 +347,35 @@ def report_cpu() -> int:
     return 1 if worst > 0.1 else 0
 
 
+def report_gpu() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("there is no GPU here, or this is not a build of torch that sees it", file=sys.stderr)
+        return 1
+    torch.set_default_device("cuda")
+    print(torch.cuda.get_device_name())
+    report_speed(rounds=50, wait=torch.cuda.synchronize)
+    return 0
+
+
+def report_speed(rounds: int, wait: Callable[[], None]) -> None:
+    """Microseconds of each call on torch's default device, fused beside unfused; `wait` waits for the device."""
+    from benchmarks.kernel_cases import cases, fastest
+
+    print(f"{'operation':34} {'fused':>10} {'torch':>10} {'ratio':>6}")
+    for case in cases():
+        fused, apart = (fastest(lambda call=call: (call(), wait()), rounds) for call in (case.fused, case.unfused))
+        print(f"{case.name:34} {fused * 1e6:7.1f} us {apart * 1e6:7.1f} us {apart / fused:6.1f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--traffic", action="store_true")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -367,6 +392,8 @@ def main() -> int:
         return report_traffic()
     if options.cpu:
         return report_cpu()
+    if options.gpu:
+        return report_gpu()
     parser.error("nothing to do")
 
 

@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.kernels import compile_all, faults
+from benchmarks.kernels import TARGETS, compile_all, faults, report_gpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 
 
-def test_kernels_compile_for_both_makers() -> None:
+def test_kernels_compile_for_every_target() -> None:
     """No spills, and matrix instructions and asynchronous copies where they should be."""
-    results = compile_all(["sm_90", "gfx942"])
-    assert {result["target"] for result in results} == {"sm_90", "gfx942"}
+    results = compile_all(list(TARGETS))
+    assert {result["target"] for result in results} == set(TARGETS) == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert not [(result["kernel"], result["target"], faults(result)) for result in results if faults(result)]
     names = {result["kernel"].split()[0] for result in results}
     assert names == {"select", "unmask", "verify", "attend", "write", "merge", "hash"}
@@ -34,3 +35,23 @@ def test_kernels_read_their_arguments_about_once() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 9
+
+
+def test_speed_is_reported_for_every_case() -> None:
+    """The report of `--gpu`, under the interpreter: one call each."""
+    code = "from benchmarks.kernels import report_speed; report_speed(rounds=1, wait=lambda: None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_gpu_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_gpu() == 1
+    assert "no GPU" in capsys.readouterr().err
