@@ -376,6 +376,7 @@ class Delta:
     timings, the decoding that really ran (every setting that its method has), and the patches where asked for.
     `ending`, where logprobs are asked for, is the EOS or stop id that ended the request and is no part of the output.
     `prompt_logprobs` come with the first delta and are those of the prompt's ids but for its first, BOS.
+    `cached` counts the prompt's bytes that need not be computed, for an earlier request had done so.
     `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR, and `error_code` is the
     word for it.
     """
@@ -393,6 +394,7 @@ class Delta:
     timings: Timings | None = None
     decoding: DecodingParams | None = None
     patches: PatchReport | None = None
+    cached: int = 0
 
 
 def read_prompt(prompt: str | bytes | list[int]) -> list[int]:

@@ -19,6 +19,7 @@ class EngineSettings:
     `cache_bytes` is the memory for all page groups together (None: an eighth of the machine's). `max_pass_rows` bounds
     the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
     passes after one upstream pass; 1 never holds. `deterministic` makes arithmetic independent of batching.
+    `prefix_cache` keeps what requests computed for later ones that begin with the same bytes.
     `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
     diffusion head.
     """
@@ -37,6 +38,7 @@ class EngineSettings:
     patching_threshold: float | None = None
     max_patch_length: int | None = None
     deterministic: bool = False
+    prefix_cache: bool = True
     threads: int | None = None
     decoding: DecodingParams = field(default_factory=DecodingParams)
     allow_untrained_block_size: bool = False

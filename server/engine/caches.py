@@ -23,7 +23,8 @@ class CacheGroup:
     """Pages of one module over positions (bytes, or patches for the global transformer).
 
     `layers` holds one tensor [slots, ...] a layer, slot = page * page_size + position % page_size. A request's pages
-    cover [first page, last page) of its positions; those that a window has left behind are given back.
+    cover [first page, last page) of its positions; those that a window has left behind are given back. Pages may be
+    shared with other requests as long as nobody writes to them.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class CacheGroup:
         """The page table int32 [state rows, pages]; on a CPU the very memory of `table`."""
         return self._table.to(device)
 
+    def first_page(self, position: int) -> int:
+        """Of the pages that a row at `position` reads."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
+
     def covers(self, row: int, length: int) -> bool:
         """Whether positions below `length` have their pages."""
         return length <= self._last[row] * self.page_size
@@ -63,7 +68,7 @@ class CacheGroup:
         return max(0, -(-length // self.page_size) - self._last[row])
 
     def extend(self, row: int, length: int) -> None:
-        """Cover positions below `length`; `missing` pages must be free."""
+        """Cover positions below `length`; `missing` pages must be available."""
         for index in range(self._last[row], -(-length // self.page_size)):
             self.table[row, index] = self.pool.take()
             self._last[row] = index + 1
@@ -86,9 +91,35 @@ class CacheGroup:
 
     def clear(self, row: int) -> None:
         """Give back every page of a state row."""
-        for index in range(self._first[row], self._last[row]):
+        # The last first: of kept pages, those that others build on go longest unevicted.
+        for index in reversed(range(self._first[row], self._last[row])):
             self._drop(row, index)
         self._first[row] = self._last[row] = 0
+
+    def attach(self, row: int, first: int, pages: list[int]) -> None:
+        """Let a state row that has no pages begin with these, shared, at page `first` of its positions."""
+        for page in pages:
+            self.pool.share(page)
+        self._first[row], self._last[row] = first, first + len(pages)
+        self.table[row, first : first + len(pages)] = pages
+
+    def copy_last(self, row: int, count: int) -> None:
+        """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
+        index = self._last[row] - 1
+        shared, own = int(self.table[row, index]), self.pool.take()
+        for layer in self.layers:
+            pages = layer.view(-1, self.page_size, *layer.shape[1:])
+            pages[own, :count] = pages[shared, :count]
+        self.table[row, index] = own
+        self.pool.give_back(shared)
+
+    def swap(self, row: int, index: int, page: int) -> None:
+        """Put a page of the same content in place of a row's own."""
+        own = int(self.table[row, index])
+        if own != page:
+            self.pool.share(page)
+            self.table[row, index] = page
+            self.pool.give_back(own)
 
     def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 slots of positions; `rows` broadcasts against them."""
@@ -141,13 +172,17 @@ class Caches:
         self._global = self.groups["global"]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
-        self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
+        latents = rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows
+        if settings.prefix_cache:
+            # A cached page has one at most, and is of use only where no group lacks it.
+            latents += min(pages[name] for name in ("patcher", "encoder", "decoder"))
+        self.latent_pool = PagePool(latents)
         self.latents = torch.zeros(
             self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
             decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
         )  # fmt: skip
         self._rows = list(range(rows - 1, 0, -1))
-        self._page_size = page
+        self.page_size = page
         self._reached = [(0, 0)] * rows
         self._total_rows = rows - 1
 
@@ -161,7 +196,7 @@ class Caches:
         if self.bytes_groups[0].covers(row, length) and self._global.covers(row, patches):
             return True
         wanted = [(group, length) for group in self.bytes_groups] + [(self._global, patches)]
-        if any(group.missing(row, upto) > group.pool.free for group, upto in wanted):
+        if any(group.missing(row, upto) > group.pool.available for group, upto in wanted):
             return False
         for group, upto in wanted:
             group.extend(row, upto)
@@ -171,7 +206,7 @@ class Caches:
         """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
         self._global.cut(row, patches)
         # Nothing can be left behind before `computed` or the first unpooled state enters another page.
-        reached = (computed // self._page_size, unpooled // self._page_size)
+        reached = (computed // self.page_size, unpooled // self.page_size)
         if self._reached[row] == reached:
             return
         self._reached[row] = reached
@@ -189,9 +224,9 @@ class Caches:
         self._rows.append(row)
 
     def balanced(self) -> bool:
-        """Whether everything is free: true whenever no request is running."""
-        pages = all(group.pool.free == group.pool.size for group in self.groups.values())
-        return pages and self.latent_pool.free == self.latent_pool.size and len(self._rows) == self._total_rows
+        """Whether everything is free or cached: true whenever no request is running."""
+        pools = [*(group.pool for group in self.groups.values()), self.latent_pool]
+        return all(pool.available == pool.size for pool in pools) and len(self._rows) == self._total_rows
 
 
 def _slot_bytes(stack: StackConfig, wide: int) -> int:

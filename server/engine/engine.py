@@ -27,6 +27,7 @@ from server.engine.caches import Caches
 from server.engine.choosing import Result
 from server.engine.constraints import Constraint
 from server.engine.grammar import Grammars
+from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Patch, Sequence
@@ -83,7 +84,8 @@ class Engine:
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
         self._caches = Caches(model, config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
-        self._scheduler = Scheduler(self._caches, settings)
+        self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
+        self._scheduler = Scheduler(self._caches, self._prefix, settings)
         self._grammars = Grammars()
         self._sequences: dict[str, Sequence] = {}
         self._aborted: list[str] = []
@@ -211,6 +213,7 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             pages_total={name: group.pool.size for name, group in groups.items()},
             pages_free={name: group.pool.free for name, group in groups.items()},
+            pages_cached={name: group.pool.cached for name, group in groups.items()},
             ledger=ledger,
             drafted_by_position=_at_least(self._drafts),
             accepted_by_position=_at_least(self._accepted),
@@ -221,10 +224,12 @@ class Engine:
             bytes_generated=self._bytes_generated,
             bytes_prompt=self._bytes_prompt,
             preemptions=self._scheduler.preemptions,
+            prefix_queries=self._prefix.queries,
+            prefix_hits=self._prefix.hits,
         )
 
     def balanced(self) -> bool:
-        """Whether every page, latent and state row is free: true whenever nothing runs (contract 3)."""
+        """Whether every page, latent and state row is free or cached: true whenever nothing runs (contract 3)."""
         return self._caches.balanced()
 
     def _resolve(self, asked: DecodingParams, *, structured: bool = False) -> DecodingParams:
@@ -355,6 +360,7 @@ class Engine:
             sequence.score(result.scores)
             result.bad |= any(math.isnan(score.logprob) for score in result.scores)
         if result.bad:
+            self._prefix.forget(sequence)
             text = "the model produced NaN or infinity for this request"
             return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
         if plan.upstream and not plan.draft:
@@ -384,6 +390,7 @@ class Engine:
             sequence.scan(result.entropies, self._rule)
         if progress.commit:
             self._drop_provisional(sequence)
+        self._prefix.extend(sequence)
         if len(sequence.patches) > 1:
             self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
@@ -468,6 +475,7 @@ class Engine:
             timings=sequence.timings,
             decoding=sequence.decoding,
             patches=sequence.report(),
+            cached=sequence.cached or 0,
         )
 
 

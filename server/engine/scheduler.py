@@ -9,6 +9,7 @@ from collections import deque
 
 from server.decoding.method import Plan
 from server.engine.caches import Caches
+from server.engine.prefix_cache import PrefixCache
 from server.engine.sequence import Sequence
 from server.request import QueueFullError
 from server.settings import EngineSettings
@@ -18,8 +19,9 @@ _MARGIN = 1.2
 
 
 class Scheduler:
-    def __init__(self, caches: Caches, settings: EngineSettings) -> None:
+    def __init__(self, caches: Caches, prefix: PrefixCache, settings: EngineSettings) -> None:
         self._caches = caches
+        self._prefix = prefix
         self._settings = settings
         self.waiting: deque[Sequence] = deque()
         #: Oldest first.
@@ -29,6 +31,9 @@ class Scheduler:
         self.limit = settings.max_running
         self._scanned = 0
         self._closed = 0
+        # The last sequence that was looked up because it did not fit, beside how many others, and what it would share.
+        self._looked_up: tuple[Sequence | None, int] = (None, 0)
+        self._shared = 0
 
     def enqueue(self, sequence: Sequence) -> None:
         """Raises QueueFullError at the bound of the waiting queue."""
@@ -50,6 +55,7 @@ class Scheduler:
             self.waiting.popleft()
             sequence.row = row
             self.running.append(sequence)
+            self._prefix.begin(sequence)
             admitted.append(sequence)
         return admitted
 
@@ -90,6 +96,7 @@ class Scheduler:
         self._scanned += sequence.scanned
         self._closed += sequence.closed
         self.running.remove(sequence)
+        self._prefix.end(sequence)
         slots = [patch.slot for patch in sequence.patches]
         if sequence.provisional is not None:
             slots.append(sequence.provisional.slot)
@@ -143,6 +150,14 @@ class Scheduler:
                 elif group.window is not None:
                     length = min(length, group.window)
                 needed += length // group.page_size + 2
-            if needed > group.pool.free:
+            missing = needed - group.pool.available
+            if missing > 0 and (group.name != "global" or missing > self._shared_by(sequence)):
                 return False
         return True
+
+    def _shared_by(self, sequence: Sequence) -> int:
+        """Global pages that it would share. This may be asked in every pass, so it is looked up for news only."""
+        if self._looked_up != (sequence, len(self.running)):
+            self._looked_up = (sequence, len(self.running))
+            self._shared = self._prefix.shared(sequence)
+        return self._shared

@@ -59,19 +59,25 @@ class Sequence:
         self.last_pass = 0
         #: How many bytes were known when memory ran out in one of its passes.
         self.starved_at: int | None = None
+        #: Bytes of the prompt that another request had computed when it was first admitted; None before.
+        self.cached: int | None = None
+        self.decoded = 0
+        #: Positions behind the prompt that start a patch; some may be those of drafted bytes.
+        self.starts: list[int] = []
+        #: Of the rows from the prompt's last on, where patches are asked for.
+        self.entropies: list[float] = []
         self.restart()
 
     def restart(self) -> None:
-        """Nothing is computed any more: newly admitted, or preempted."""
+        """Nothing is computed any more: new, or preempted. What is known of the output's patches outlives it."""
+        self._cut_report(self.decoded)
+        #: Rows whose patches are known: they need not be computed again if they are cached.
+        self.reached = self.decoded
         self.scanned = self.encoded = self.decoded = 0
         #: Until its method takes over, rows are computed in chunks.
         self.prefilling = True
         self.open_start = 0
         self.closed = 0
-        #: Positions behind the prompt that start a patch; some may be those of drafted bytes.
-        self.starts: list[int] = []
-        #: Of the rows from the prompt's last on, where patches are asked for.
-        self.entropies: list[float] = []
         #: Newest closed patches, oldest first: those that rows not yet decoded may read.
         self.patches: deque[Patch] = deque()
         self.provisional: Patch | None = None
@@ -82,6 +88,15 @@ class Sequence:
         #: Of the block being filled, by offset.
         self.block_logprobs: dict[int, ByteLogprobs] = {}
         self.method.reset()
+
+    def resume(self, at: int, patch: Patch | None) -> None:
+        """Newly admitted, with the rows before `at` computed; a patch begins there, behind the closed one `patch`."""
+        self.scanned = self.encoded = self.decoded = self.open_start = at
+        if patch is not None:
+            self.closed = patch.index + 1
+            self.patches.append(patch)
+        self._cut_report(at)
+        self.reached = at
 
     @property
     def known(self) -> int:
@@ -146,20 +161,24 @@ class Sequence:
             self.open_start = patch.start
             if patch.slot:
                 freed.append(patch.slot)
-        while self.starts and self.starts[-1] > keep:
-            self.starts.pop()
-        del self.entropies[max(keep - self.prompt_length + 1, 0) :]
+        self._cut_report(keep)
         self.scanned = min(self.scanned, keep)
         self.encoded = min(self.encoded, keep)
         self.decoded = min(self.decoded, keep)
         return freed
+
+    def _cut_report(self, keep: int) -> None:
+        """Forget what rows from `keep` on said about patches."""
+        while self.starts and self.starts[-1] > keep:
+            self.starts.pop()
+        del self.entropies[max(keep - self.prompt_length + 1, 0) :]
 
     def count_patches(self) -> None:
         """Bytes and patches of the output into the ledger. What a draft left behind the output is not counted."""
         ledger, end = self.ledger, self.prompt_length + len(self.output.ids)
         ledger.bytes = len(self.output.ids)
         # Whether a byte starts a patch is known once the row before it is scanned.
-        ledger.patched_bytes = max(min(self.scanned + 1, end) - self.prompt_length, 0)
+        ledger.patched_bytes = max(min(max(self.scanned, self.reached) + 1, end) - self.prompt_length, 0)
         ledger.patches = bisect_left(self.starts, end)
 
     def report(self) -> PatchReport | None:

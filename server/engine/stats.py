@@ -13,13 +13,16 @@ class EngineStats:
 
     Its `bytes` and `patches` are those of requests that have ended. `drafted_by_position` and `accepted_by_position`
     count verified drafts that had, and kept, a byte at each position. `holds` counts a request once for every
-    decoder pass during which it waited for the next beat. `bytes_prompt` is without BOS.
+    decoder pass during which it waited for the next beat. `bytes_prompt` is without BOS. `pages_cached` have no user
+    and are as good as free. Of `prefix_queries` bytes of prompts looked up in the prefix cache, `prefix_hits` were
+    there; what preempted requests look up again is not counted.
     """
 
     running: int = 0
     waiting: int = 0
     pages_total: dict[str, int] = field(default_factory=dict)
     pages_free: dict[str, int] = field(default_factory=dict)
+    pages_cached: dict[str, int] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
@@ -30,3 +33,5 @@ class EngineStats:
     bytes_generated: int = 0
     bytes_prompt: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0

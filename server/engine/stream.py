@@ -73,4 +73,5 @@ def _merge(earlier: Delta, later: Delta) -> Delta:
     earlier.timings = later.timings
     earlier.decoding = later.decoding
     earlier.patches = later.patches
+    earlier.cached = later.cached
     return earlier
