@@ -172,11 +172,7 @@ class Caches:
         self._global = self.groups["global"]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
-        latents = rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows
-        if settings.prefix_cache:
-            # A cached page has one at most, and is of use only where no group lacks it.
-            latents += min(pages[name] for name in ("patcher", "encoder", "decoder"))
-        self.latent_pool = PagePool(latents)
+        self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
         self.latents = torch.zeros(
             self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
             decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from server.engine.caches import Caches
 from server.engine.sequence import Patch, Sequence
@@ -23,6 +24,7 @@ from server.engine.sequence import Patch, Sequence
 #: More rows than any request has.
 _NEVER = 2**62
 
+T = TypeVar("T")
 Key = tuple["Node | str | None", bytes]
 
 
@@ -45,7 +47,7 @@ class Node:
     patches ending here fill up. Up to its last byte `closed` patches ended, the newest before position `boundary`.
 
     `key` is None for a page that its request never filled: it is there for its resume point only. `pins` counts the
-    running requests that stand in it.
+    running requests that stand in it; once it is `gone` they enter nothing more.
     """
 
     parent: Node | None
@@ -56,6 +58,7 @@ class Node:
     whole: int = 0
     resume: ResumePoint | None = None
     pins: int = 0
+    gone: bool = False
 
 
 class PrefixCache:
@@ -72,7 +75,7 @@ class PrefixCache:
         self._global = caches.groups["global"]
         self._latents = caches.latent_pool
         self._nodes: dict[Key, Node] = {}
-        self._points: dict[Key, Node] = {}
+        self._points: dict[Key, list[Node]] = {}
         self._children: dict[Node, set[Node]] = {}
         # Who holds a page: one node in a byte group; several may share a global page or a latent.
         self._owners: list[dict[int, Node]] = [{} for _ in self._groups]
@@ -157,32 +160,48 @@ class PrefixCache:
         ids = _as_bytes(sequence.ids[:limit])
         parent: Node | str | None = sequence.request.cache_salt
         path: list[Node] = []
-        deepest = 0
+        deepest: tuple[int, Node | None] = (0, None)
         # For every group, how many pages without a gap lead up to here; and the global pages filled so far.
         runs = [0] * len(self._groups)
         wholes = 0
         for index in range(limit // self._page + 1):
             part = ids[index * size : (index + 1) * size]
             node = self._nodes.get((parent, part)) if len(part) == size else None
+            if node is not None and self._usable(node, index, runs, wholes):
+                deepest = (index, node)
+            else:
+                rest = self._find_rest(parent, part, index, runs, wholes)
+                deepest = deepest if rest is None else (index, rest)
             if node is None:
-                for length in range(min(len(part), size - 2), 0, -2):
-                    rest = self._points.get((parent, part[:length]))
-                    if rest is not None and self._usable(rest, index, [run + 1 for run in runs], wholes):
-                        return [*path, rest]
                 break
-            runs = [run + 1 if page else 0 for run, page in zip(runs, node.pages, strict=True)]
             path.append(node)
-            if self._usable(node, index, runs, wholes):
-                deepest = len(path)
+            runs = [run + 1 if page else 0 for run, page in zip(runs, node.pages, strict=True)]
             wholes += node.whole > 0
             parent = node
-        return path[:deepest]
+        index, last = deepest
+        return [] if last is None else [*path[:index], last]
+
+    def _find_rest(
+        self, parent: Node | str | None, part: bytes, index: int, runs: list[int], wholes: int
+    ) -> Node | None:
+        """The node with the deepest usable resume point in page `index`, of whose ids the request has these."""
+        longest = min(len(part), 2 * self._page - 2)
+        # Where even the last position lacks pages before this one, none is of use.
+        last = index * self._page + longest // 2
+        if any(run < index - group.first_page(last) for run, group in zip(runs, self._groups, strict=True)):
+            return None
+        for length in range(longest, 0, -2):
+            for node in reversed(self._points.get((parent, part[:length]), ())):
+                if self._usable(node, index, runs, wholes):
+                    return node
+        return None
 
     def _usable(self, node: Node, index: int, runs: list[int], wholes: int) -> bool:
+        """Whether a request can go on from a node for page `index`; `runs` and `wholes` are of the pages before it."""
         resume = node.resume
         if resume is None or wholes + (node.whole > 0) != node.closed // self._page:
             return False
-        return all(run > index - group.first_page(resume.at) for run, group in zip(runs, self._groups, strict=True))
+        return all(run >= index - group.first_page(resume.at) for run, group in zip(runs, self._groups, strict=True))
 
     def _take(self, row: int, path: list[Node], resume: ResumePoint) -> bool:
         """Give a state row the pages before the last node's resume point: whole ones shared, partial ones copied.
@@ -221,6 +240,9 @@ class PrefixCache:
         """Enter the pages that rows below `until` fill."""
         row = sequence.row
         node = self._stands[row]
+        if node is not None and node.gone:
+            self._due[row] = _NEVER
+            return
         for index in range(self._entered[row], until // self._page):
             node = self._enter_page(sequence, index, node)
             if node is None:
@@ -291,7 +313,11 @@ class PrefixCache:
         key = (_above(node.parent, sequence), ids[: 2 * (node.boundary - start)])
         tail = int(self._global.table[row, node.closed // self._page]) if node.closed % self._page else 0
         node.resume = ResumePoint(key, node.boundary, patch, tail)
-        self._points[key] = node
+        for other in list(self._points.get(key, ())):
+            # A page that was never filled is of no use beside one that was.
+            if other.key is None:
+                self._drop_resume(other)
+        self._points.setdefault(key, []).append(node)
         self._latents.keep(patch.slot)
         self._latent_holders.setdefault(patch.slot, []).append(node)
         if tail:
@@ -347,8 +373,7 @@ class PrefixCache:
         resume, node.resume = node.resume, None
         if resume is None:
             return
-        if self._points.get(resume.key) is node:
-            del self._points[resume.key]
+        _let_go(self._points, resume.key, node)
         if _let_go(self._latent_holders, resume.patch.slot, node):
             self._latents.drop(resume.patch.slot)
         if resume.tail:
@@ -369,6 +394,7 @@ class PrefixCache:
 
     def _remove(self, node: Node) -> None:
         """Take a node out, with all that it holds but its children."""
+        node.gone = True
         if node.key is not None and self._nodes.get(node.key) is node:
             del self._nodes[node.key]
         if node.parent is not None and (siblings := self._children.get(node.parent)) is not None:
@@ -413,11 +439,11 @@ def _newest(sequence: Sequence, until: int) -> Patch:
     return next(patch for patch in reversed(sequence.patches) if patch.end < until)
 
 
-def _let_go(holders: dict[int, list[Node]], page: int, node: Node) -> bool:
-    """Whether `node` was the last to hold the page."""
-    left = holders[page]
+def _let_go(holders: dict[T, list[Node]], held: T, node: Node) -> bool:
+    """Take a node from the holders of something; whether it was the last of them."""
+    left = holders[held]
     left.remove(node)
     if left:
         return False
-    del holders[page]
+    del holders[held]
     return True
