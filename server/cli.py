@@ -85,6 +85,15 @@ MaxPatchLength = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same bytes in any batch, always.", rich_help_panel=_ENGINE)
 ]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Keep what was computed for requests that begin with the same bytes. Their first byte's time tells that "
+        "they do: requests may be kept apart by a cache_salt.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Of arithmetic on CPUs. Default: one a core.", rich_help_panel=_ENGINE)
 ]
@@ -213,6 +222,7 @@ def serve(
     patching_threshold: Threshold = None,
     max_patch_length: MaxPatchLength = None,
     deterministic: Deterministic = False,
+    prefix_cache: PrefixCache = True,
     threads: Threads = None,
 ) -> None:
     """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
@@ -251,6 +261,7 @@ def serve(
         patching_threshold=patching_threshold,
         max_patch_length=max_patch_length,
         deterministic=deterministic,
+        prefix_cache=prefix_cache,
         threads=threads,
         decoding=decoding,
         allow_untrained_block_size=allow_untrained_block_size,

@@ -80,6 +80,7 @@ class _Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     patches: PatchReport | None = None
+    cached: int = 0
 
 
 class _Completion:
@@ -140,6 +141,7 @@ class _Completion:
         choice.finish_reason = delta.finish_reason
         choice.stop_reason = delta.stop_reason
         choice.patches = delta.patches
+        choice.cached = delta.cached
         if delta.ledger is not None:
             self._ledger.add(delta.ledger)
         self._decoding = delta.decoding or self._decoding
@@ -158,12 +160,14 @@ class _Completion:
 
     def _usage(self) -> dict[str, Any]:
         # BOS stands in front of every prompt and is not the user's.
-        prompt = sum(len(request.prompt_ids) - 1 for request in self.requests if request.choice == 0)
+        first = [index for index, request in enumerate(self.requests) if request.choice == 0]
+        prompt = sum(len(self.requests[index].prompt_ids) - 1 for index in first)
         completion = sum(choice.ids for choice in self._choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._choices[index].cached for index in first)},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self._ledger.kept,
                 "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,

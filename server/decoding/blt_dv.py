@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.vocabulary import MASK_ID
-from server.decoding.blt_s import drafting, settle, verify
+from server.decoding.blt_s import settle, verify
 from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
@@ -22,6 +22,7 @@ class BltDV:
         self._block: list[int] = []
         self._steps = 0
         self._drafted = False
+        self._begun = False
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
@@ -40,7 +41,7 @@ class BltDV:
             )
         # The verification gives a byte of its own, so the last one is never drafted.
         size = self._size if self._paper else min(self._size, left - 1)
-        if not drafting(known, computed) or size <= 0:
+        if not self._begun or size <= 0:
             return verify([], known, computed)
         block = [MASK_ID] * size
         return Plan(
@@ -59,6 +60,7 @@ class BltDV:
         if not plan.draft:
             draft = self._block
             self.reset()
+            self._begun = True
             return settle(draft, plan, outcome)
         self._steps += 1
         self._block = outcome.block_ids
@@ -69,3 +71,4 @@ class BltDV:
         self._block = []
         self._steps = 0
         self._drafted = False
+        self._begun = False

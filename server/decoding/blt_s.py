@@ -14,11 +14,6 @@ def verify(draft: list[int], known: int, computed: int, *, paper: bool = False) 
     return Plan(computed, rows, select=len(draft) + 1, provisional=paper and bool(draft))
 
 
-def drafting(known: int, computed: int) -> bool:
-    """Whether only the newest byte is pending: the prompt's own pass drafts nothing, for no latent is there yet."""
-    return computed > 0 and known - computed == 1
-
-
 def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
     """Accepted bytes and the one after them; rows up to the last accepted stay (design §3, rollback)."""
     return Progress(
@@ -38,11 +33,13 @@ class BltS:
         self._length = draft_length
         self._paper = paper_accounting
         self._draft: list[int] = []
+        #: The first pass gives the first byte at once: it drafts nothing, however little is left to compute.
+        self._begun = False
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         # The verification gives a byte of its own, so the last one is never drafted.
         wanted = self._length if self._paper else min(self._length, left - 1)
-        if drafting(known, computed) and len(self._draft) < wanted:
+        if self._begun and len(self._draft) < wanted:
             upstream = self._paper and not self._draft
             start = computed + len(self._draft)
             # The last drafted byte completes what is verified next.
@@ -55,7 +52,9 @@ class BltS:
             self._draft += outcome.ids
             return Progress(draft=self._draft)
         draft, self._draft = self._draft, []
+        self._begun = True
         return settle(draft, plan, outcome)
 
     def reset(self) -> None:
         self._draft = []
+        self._begun = False

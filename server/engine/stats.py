@@ -35,3 +35,8 @@ class EngineStats:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+
+    @property
+    def pages_available(self) -> dict[str, int]:
+        """Pages that nobody uses: free ones, and cached ones."""
+        return {group: free + self.pages_cached.get(group, 0) for group, free in self.pages_free.items()}

@@ -22,7 +22,14 @@ METHODS = ["blt", "blt-s", "blt-d", "blt-dv"]
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: str) -> LLM:
-    return LLM(checkpoint, cache_bytes=2**26, max_model_len=MAX_MODEL_LEN, threads=1, deterministic=True)
+    return LLM(
+        checkpoint,
+        cache_bytes=2**26,
+        max_model_len=MAX_MODEL_LEN,
+        threads=1,
+        deterministic=True,
+        prefix_cache=False,
+    )
 
 
 def fake(**fields: Any) -> RunningServer:
@@ -50,6 +57,7 @@ def test_the_answer_has_openai_s_shape(server: RunningServer) -> None:
         "prompt_tokens": 5,
         "completion_tokens": 24,
         "total_tokens": 29,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     efficiency = answer["efficiency"]
@@ -94,6 +102,26 @@ def test_the_stream_to_the_letter(server: RunningServer) -> None:
         assert event["choices"][0]["text"] or event is events[-1]
     finishes = [event["choices"][0]["finish_reason"] for event in events]
     assert finishes == [None] * (len(events) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_bytes_are_those_of_the_prompts(checkpoint: str, stream: bool) -> None:
+    prompts = ["and so on, " * 20, "and back again, " * 10]
+    body: dict[str, Any] = GOOD | {"prompt": prompts, "n": 2}
+    answers = []
+    with RunningServer(EngineClient(tiny_settings(checkpoint, prefix_cache=True))) as server:
+        for _ in range(2):
+            if stream:
+                *events, _ = server.events(**body, stream_options={"include_usage": True})
+                answers.append(events[-1]["usage"])
+            else:
+                answers.append(server.complete(**body)["usage"])
+        server.assert_all_free()
+        queries, hits = (server.metric(f"fastblt_prefix_cache_{name}_total") for name in ("queries", "hits"))
+    first, again = (answer["prompt_tokens_details"]["cached_tokens"] for answer in answers)
+    # A prompt counts once, however many choices there are; some of its last page is computed again.
+    assert first == 0 < again < answers[0]["prompt_tokens"] == sum(map(len, prompts))
+    assert (queries, hits) == (4 * sum(map(len, prompts)), 2 * again)
 
 
 def test_include_usage_adds_one_event(server: RunningServer) -> None:

@@ -58,7 +58,7 @@ def test_mixed_load(tmp_path: Path) -> None:
     client = EngineClient(tight, observers=[ends])
     read = asyncio.run(_serve(client, requests))
     stats = client.stats()
-    assert stats.pages_free == stats.pages_total and stats.running == stats.waiting == 0
+    assert stats.pages_available == stats.pages_total and stats.running == stats.waiting == 0
     assert ends.terminal == Counter({request.request_id: 1 for request in requests})
     for index, request in enumerate(requests):
         name = request.request_id
