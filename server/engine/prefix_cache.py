@@ -102,7 +102,9 @@ class PrefixCache:
         if not self._enabled:
             sequence.resume(0, None)
             return
-        path = self._find(sequence)
+        # Whoever wants logprobs of the prompt needs every row of it.
+        asks = sequence.params.prompt_logprobs is None
+        path = self._find(sequence) if asks else []
         resume = path[-1].resume if path else None
         if resume is not None and self._take(row, path, resume):
             sequence.resume(resume.at, resume.patch)
@@ -113,7 +115,7 @@ class PrefixCache:
         self._due[row] = (self._entered[row] + 1) * self._page
         if sequence.cached is None:
             sequence.cached = max(sequence.decoded - 1, 0)
-            self.queries += sequence.prompt_length - 1
+            self.queries += sequence.prompt_length - 1 if asks else 0
             self.hits += sequence.cached
 
     def extend(self, sequence: Sequence) -> None:
@@ -147,7 +149,7 @@ class PrefixCache:
 
     def shared(self, sequence: Sequence) -> int:
         """Global pages in use that a waiting sequence would share if it were admitted now."""
-        path = self._find(sequence) if self._enabled else []
+        path = self._find(sequence) if self._enabled and sequence.params.prompt_logprobs is None else []
         return sum(self._global.pool.in_use(node.whole) for node in path if node.whole)
 
     # Looking up

@@ -197,7 +197,7 @@ class Supervisor:
         if self._lost:
             return
         self._lost = True
-        self.stats = replace(self.stats, running=0, waiting=0, pages_free=self.stats.pages_total)
+        self.stats = replace(self.stats, running=0, waiting=0, pages_free=self.stats.pages_total, pages_cached={})
         if self.state in (EngineState.READY, EngineState.STALLED, EngineState.LOADING):
             if self.facts is not None:
                 logger.error("the engine is lost: %s", reason)

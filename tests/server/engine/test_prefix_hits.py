@@ -139,6 +139,16 @@ def test_preempted_requests_profit() -> None:
         assert done[request.request_id].patches == expected.patches
 
 
+def test_prompts_to_be_scored_are_not_looked_up() -> None:
+    engine = Engine(model(0), settings())
+    run(engine, [greedy("a", prompt(100))])
+    scored = run(engine, [greedy("b", prompt(100), prompt_logprobs=0)])["b"]
+    assert len(scored.deltas[0].prompt_logprobs or ()) == 99
+    assert scored.deltas[-1].cached == 0 and engine.stats().prefix_queries == 99
+    # What they compute is there for others.
+    assert run(engine, [greedy("c", prompt(100))])["c"].deltas[-1].cached > 70
+
+
 def test_what_gave_nan_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model(0), settings())
     run(engine, [greedy("a", prompt(100))])
