@@ -22,7 +22,7 @@ CACHED_GRAMMARS = 64
 _REASON = 500
 
 #: Whitespace between two JSON tokens, at most: a model in doubt would go on with it to the end of its bytes.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 #: The library's words for what one step may cost; its defaults, or a quarter of them where these take milliseconds.
 _LIMITS = LLParserLimits(

@@ -83,6 +83,24 @@ def mask(before: int, after: int) -> np.ndarray:
     return allowed
 
 
+@lru_cache(maxsize=1 << 16)
+def _behind(before: int, token: int) -> int:
+    """The states that an id leads to from any of `before`; [MASK] is any byte."""
+    after = 0
+    for state in range(_STATES):
+        if before >> state & 1:
+            after |= _BY_BYTES[state] if token == MASK_ID else 1 << _NEXT[state][token]
+    return after & ~(1 << DEAD)
+
+
+@lru_cache(maxsize=1 << 16)
+def _ahead(token: int, after: int) -> int:
+    """The states from which an id leads to one of `after`; [MASK] is any byte."""
+    if token == MASK_ID:
+        return sum(1 << state for state in range(_STATES) if _BY_BYTES[state] & after)
+    return sum(1 << state for state in range(_STATES) if after >> _NEXT[state][token] & 1)
+
+
 def allowed(state: int, left: int) -> np.ndarray | None:
     """bool [260]: what may stand next with `left` >= 1 bytes to come, this one included. None: nothing is forbidden.
 
@@ -109,7 +127,7 @@ class BlockPaths:
         #: By position: the states behind it from which the rest can go on.
         self._after = [after] * self._seen
         for at in range(self._seen - 1, 0, -1):
-            after = self._leading_to(ids[at], after)
+            after = _ahead(ids[at], after)
             self._after[at - 1] = after
         self._at = 0
 
@@ -121,14 +139,5 @@ class BlockPaths:
 
     def take(self, token: int) -> None:
         """Go on to the position after the next, whose id this is ([MASK]: still open)."""
-        after = 0
-        for state in range(_STATES):
-            if self._before >> state & 1:
-                after |= _BY_BYTES[state] if token == MASK_ID else 1 << _NEXT[state][token]
-        self._before = after & ~(1 << DEAD)
+        self._before = _behind(self._before, token)
         self._at += 1
-
-    def _leading_to(self, token: int, after: int) -> int:
-        if token == MASK_ID:
-            return sum(1 << state for state in range(_STATES) if _BY_BYTES[state] & after)
-        return sum(1 << state for state in range(_STATES) if after >> _NEXT[state][token] & 1)

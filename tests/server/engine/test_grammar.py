@@ -114,7 +114,7 @@ def test_bytes_of_a_character_are_masked_one_by_one() -> None:
 
 
 def test_a_run_of_whitespace_is_bounded() -> None:
-    state = state_of(StructuredOutput.json({"type": "object"}), "{" + " " * 32)
+    state = state_of(StructuredOutput.json({"type": "object"}), "{" + " " * 20)
     assert b" " not in bytes_allowed(state)
 
 
