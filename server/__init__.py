@@ -4,15 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from server.llm import LLM, Completion
-    from server.request import DecodingParams, SamplingParams
+    from server.request import DecodingParams, SamplingParams, StructuredOutput, Utf8
 
-__all__ = ["LLM", "Completion", "DecodingParams", "SamplingParams"]
+__all__ = ["LLM", "Completion", "DecodingParams", "SamplingParams", "StructuredOutput", "Utf8"]
 
 _HOMES = {
     "LLM": "server.llm",
     "Completion": "server.llm",
     "DecodingParams": "server.request",
     "SamplingParams": "server.request",
+    "StructuredOutput": "server.request",
+    "Utf8": "server.request",
 }
 
 
