@@ -87,6 +87,8 @@ class EngineClient:
         self.observers = observers
         self._name = name
         self._live: dict[str, Life] = {}
+        #: How many of them have not started.
+        self._queued = 0
         self._verdicts: dict[int, _Verdict] = {}
         self._numbers = itertools.count()
         self._stopping = asyncio.Lock()
@@ -185,8 +187,8 @@ class EngineClient:
         bound = self.settings.max_waiting
         if len(requests) > bound:
             raise InvalidRequestError(f"{len(requests)} completions were asked for; the queue holds {bound}", "n")
-        undecided = sum(len(verdict.requests) for verdict in self._verdicts.values())
-        if undecided + len(requests) > bound:
+        # The engine has the last word; at overload nobody has to wait for it.
+        if self._queued + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
         stream = DeltaStream(self.abort, requests)
         number = next(self._numbers)
@@ -194,6 +196,7 @@ class EngineClient:
         self._verdicts[number] = verdict
         for request in requests:
             self._live[request.request_id] = self._life(request, stream, number)
+        self._queued += len(requests)
         self._supervisor.send(Add(number, list(requests)))
         try:
             await verdict.future
@@ -238,6 +241,7 @@ class EngineClient:
             life = self._live.get(request_id)
             if life is not None:
                 life.started = now
+                self._queued -= 1
                 if life.queue_timer is not None:
                     life.queue_timer.cancel()
         self._deliver(report.deltas)
@@ -276,6 +280,7 @@ class EngineClient:
         life = self._live.pop(request_id, None)
         if life is not None:
             life.cancel()
+            self._queued -= life.started is None
         if not self._live:
             self._supervisor.notify()
 

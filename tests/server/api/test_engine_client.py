@@ -64,7 +64,7 @@ async def running(
         yield client
     finally:
         await client.stop()
-        assert not client._live and not client._verdicts
+        assert not client._live and not client._verdicts and client._queued == 0
         assert client.pid is not None and not alive(client.pid)
         assert set(ends(client).counts.values()) <= {1}
 
@@ -153,6 +153,7 @@ async def test_more_requests_than_the_queue_can_ever_hold_are_invalid() -> None:
 async def test_submissions_are_bounded_while_the_engine_is_busy() -> None:
     async with running({"max_waiting": 3}, pause=0.2) as client:
         stream = await client.submit(request("first", 100))
+        await anext(stream)
         results = await asyncio.gather(*(client.submit(request(f"r{i}")) for i in range(5)), return_exceptions=True)
         assert [isinstance(result, QueueFullError) for result in results] == [False] * 3 + [True] * 2
         for result in [stream, *results]:
