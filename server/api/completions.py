@@ -43,7 +43,7 @@ async def create_completion(request: Request) -> Response:
     if body.model is not None and body.model != model:
         raise ApiError(404, f"the model {body.model!r} is not served here", code="model_not_found", param="model")
     completion = _Completion(body, model, client.max_model_len)
-    stream = await client.submit(*completion.requests)
+    stream = await client.submit(*completion.requests, whole=not body.stream)
     if body.stream:
         return EventStream(completion.events(stream), stream.close)
     try:

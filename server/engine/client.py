@@ -173,8 +173,8 @@ class EngineClient:
         while self.state not in (EngineState.DEAD, EngineState.STOPPED):
             await self._supervisor.wait_change()
 
-    async def submit(self, *requests: Request) -> DeltaStream:
-        """Hand requests to the engine, all or none, and return the stream of their deltas.
+    async def submit(self, *requests: Request, whole: bool = False) -> DeltaStream:
+        """Hand requests to the engine, all or none, and return the stream of their deltas, or of `whole` outputs.
 
         Raises InvalidRequestError or QueueFullError when the engine refuses one of them, EngineUnavailableError when it
         is not ready.
@@ -190,7 +190,7 @@ class EngineClient:
         # The engine has the last word; at overload nobody has to wait for it.
         if self._queued + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
-        stream = DeltaStream(self.abort, requests)
+        stream = DeltaStream(self.abort, requests, whole=whole)
         number = next(self._numbers)
         verdict = _Verdict(requests, asyncio.get_running_loop().create_future())
         self._verdicts[number] = verdict

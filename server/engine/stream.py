@@ -12,14 +12,16 @@ class DeltaStream:
     """Asynchronous iterator over the news of requests that were submitted together; one reader.
 
     Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
-    holds no more than the requests' outputs. Whoever stops before the end must `close()`: it aborts what is unfinished.
+    holds no more than the requests' outputs. With `whole`, news is held back until every request has ended, or one has
+    failed. Whoever stops before the end must `close()`: it aborts what is unfinished.
     """
 
-    def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request]) -> None:
+    def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:
         self._abort = abort
         self._open = {request.request_id for request in requests}
         self._news: dict[str, Delta] = {}
         self._wake = asyncio.Event()
+        self._whole = whole
         self._closed = False
         self._failed = False
 
@@ -27,13 +29,17 @@ class DeltaStream:
         return self
 
     async def __anext__(self) -> list[Delta]:
-        while not self._news:
+        while not self._news or self._held:
             if self._closed or not self._open:
                 raise StopAsyncIteration
             self._wake.clear()
             await self._wake.wait()
         news, self._news = self._news, {}
         return list(news.values())
+
+    @property
+    def _held(self) -> bool:
+        return self._whole and bool(self._open) and not self._failed
 
     def push(self, delta: Delta) -> None:
         """Take over a delta. After `close` it is dropped."""
@@ -44,7 +50,8 @@ class DeltaStream:
             return
         earlier = self._news.get(delta.request_id)
         self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
-        self._wake.set()
+        if not self._held:
+            self._wake.set()
 
     def close(self) -> None:
         """End the iteration and abort the requests that have not finished. May be called again."""

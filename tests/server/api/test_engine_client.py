@@ -202,6 +202,21 @@ async def test_news_is_merged_for_a_slow_reader() -> None:
             await anext(stream)
 
 
+async def test_whole_outputs_come_at_their_end_or_at_the_first_failure() -> None:
+    async with running(pause=0.005) as client:
+        stream = await client.submit(request("a", 5), request("b", 50), whole=True)
+        news = await anext(stream)
+        assert {delta.request_id: len(delta.ids) for delta in news} == {"a": 5, "b": 50}
+        assert all(delta.finish_reason is FinishReason.LENGTH for delta in news)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    async with running(pause=0.005, error_for="bad") as client:
+        stream = await client.submit(request("good", 10**6), request("bad", 10**6), whole=True)
+        news = await anext(stream)
+        assert [delta.request_id for delta in news if delta.finish_reason] == ["bad"]
+        stream.close()
+
+
 async def test_merging_keeps_logprobs() -> None:
     stream = DeltaStream(lambda *_: None, [request("a")])
     one, two = ByteLogprobs(-1.0, []), ByteLogprobs(-2.0, [])
