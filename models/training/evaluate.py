@@ -138,22 +138,24 @@ def leak_check(model: Blt, ids: NDArray, starts: NDArray[np.bool_], size: int, s
     for row, block in rng.permutation(valid)[:blocks]:
         start = int(flat["block_start"][row, block, 0])
         shown = torch.from_numpy(flat["block_input"][row, block])
-        served = block_logits(model, torch.from_numpy(ids[row, :start]), starts[row, : start + 1], shown)
+        latent = int(flat["block_latent"][row, block, 0])
+        served = block_logits(model, torch.from_numpy(ids[row, :start]), starts[row, : start + 1], shown, latent)
         ours = trained[row].reshape(-1, size, trained.shape[-1])[block]
         worst = max(worst, float((ours - served).abs().max()))
     return worst
 
 
 @torch.inference_mode()
-def block_logits(model: Blt, ids: Tensor, starts: NDArray[np.bool_], block: Tensor) -> Tensor:
-    """Logits [B, 260] of a block of decoder inputs [B] after the known `ids` [s], reading the newest closed latent.
+def block_logits(model: Blt, ids: Tensor, starts: NDArray[np.bool_], block: Tensor, latent: int) -> Tensor:
+    """Logits [B, 260] of a block of decoder inputs [B] after the known `ids` [s], reading the latent of that patch.
 
     `starts` [s + 1] says, last, whether the block's first byte opens a patch.
     """
     known, size = len(ids), len(block)
     flags = torch.from_numpy(starts)[None]
     out = model(ids[None], flags)
-    newest = torch.cat([flags.long().cumsum(-1)[0, 1:], flags.sum()[None].expand(size)]) - 2
+    read = torch.full((size,), latent)
+    newest = torch.cat([flags.long().cumsum(-1)[0, 1:] - 2, read])
     kv = model.local_decoder.latent_keys_values(out.latents)[0, newest][None]
     states = model.local_encoder(
         model.embed(model.windows(ids[None])), CausalAttention(model.config.encoder, known, ids.device)

@@ -23,14 +23,17 @@ MIN_NOISE = 0.1
 @dataclass(frozen=True)
 class LayoutConfig:
     """`patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
-    patch rule; `random_starts`: share of blocks that start anywhere instead of at a patch; `full_blocks`: share of
-    blocks that are masked altogether, as drafts are when they begin, whatever their sequence's t."""
+    patch rule; `random_starts`: share of blocks that start anywhere, as the drafts of one-pass rounds do, instead of at
+    a patch; `full_blocks`: share of blocks that are masked altogether, as drafts are when they begin, whatever their
+    sequence's t; `decay`: factor from one position of such a block to the next of the weight in the loss, for a draft's
+    byte counts only if all before it were right."""
 
     patches: int
     max_patch_length: int
     block_sizes: tuple[int, ...] = (4, 8, 16)
     random_starts: float = 0.33
     full_blocks: float = 0.0
+    decay: float = 1.0
 
 
 Arrays = dict[str, NDArray]
@@ -74,7 +77,10 @@ def block_arrays(
 
     block_start (where its block starts), block_position, block_latent, block_target (its own byte), block_input (that
     or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
-    block_masked, block_noise (its block's t).
+    block_masked, block_weight (of its loss: 1/t, by position in full blocks).
+
+    A block at a patch reads the patch before it. A block anywhere at s reads the newest patch that closed once byte
+    s - 2 was known: the latent that a one-pass round's verification left, in which byte s - 1 had no row.
     """
     count, length = ids.shape
     shape = (count, length // TILE, BLOCK_ROWS)
@@ -82,16 +88,19 @@ def block_arrays(
     exists = np.zeros(shape, bool)
     number = np.zeros(shape, np.int64)
     offset = np.zeros(shape, np.int64)
+    lag = np.zeros(shape, np.int64)
+    size_of = np.broadcast_to(sizes[:, None, None], shape)
     newest = starts.cumsum(1) - 2  # of a block at s: the newest patch closed once byte s - 1 is known
     for row in range(count):
         size = int(sizes[row])
         number[row], offset[row] = np.arange(BLOCK_ROWS) // size, np.arange(BLOCK_ROWS) % size
         for tile in range(shape[1]):
-            chosen = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
+            chosen, anywhere = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
             used = len(chosen) * size
             start[row, tile, :used], exists[row, tile, :used] = np.repeat(chosen, size), True
+            lag[row, tile, :used] = np.repeat(anywhere, size)
     position = start + offset
-    latent = np.take_along_axis(newest, start.reshape(count, -1), 1).reshape(shape)
+    latent = np.take_along_axis(newest, np.maximum(start - lag, 0).reshape(count, -1), 1).reshape(shape)
     valid = exists & (position < length) & (latent < config.patches)
     target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
     # What lies past the end is shown as masked, and is not asked for.
@@ -101,6 +110,10 @@ def block_arrays(
         full = rng.random(shape) < config.full_blocks
         t = np.where(np.take_along_axis(full, number, 2), 1.0, t)
     masked = (rng.random(shape) < t) | ~valid
+    # The weights of a full block add up to its size.
+    falling = config.decay**offset
+    falling = falling * (size_of / _powers(config.decay, size_of))
+    weight = np.where(t == 1.0, falling, 1 / t)
     return {
         "block_start": start,
         "block_position": position,
@@ -110,20 +123,29 @@ def block_arrays(
         "block_number": number,
         "block_valid": valid,
         "block_masked": masked & valid,
-        "block_noise": t.astype(np.float32),
+        "block_weight": weight.astype(np.float32),
     }
+
+
+def _powers(factor: float, count: NDArray) -> NDArray:
+    """1 + factor + ... + factor^(count - 1)."""
+    return count.astype(np.float64) if factor == 1.0 else (1 - factor**count) / (1 - factor)
 
 
 def choose_starts(
     starts: NDArray[np.bool_], first: int, count: int, config: LayoutConfig, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Up to `count` distinct block starts in [max(first, 1), first + TILE), mostly starts of patches."""
-    places = np.arange(max(first, 1), first + TILE)
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Up to `count` distinct block starts in [first, first + TILE), ascending, and which are of the kind "anywhere".
+
+    No draft begins before position 2: BOS and a byte are known by then.
+    """
+    places = np.arange(max(first, 2), first + TILE)
     anywhere = rng.binomial(count, config.random_starts)
-    at_patches = places[starts[places]]
-    chosen = rng.permutation(at_patches)[: count - anywhere]
-    others = rng.permutation(np.setdiff1d(places, chosen, assume_unique=True))
-    return np.sort(np.concatenate([chosen, others[: count - len(chosen)]]))
+    at_patches = rng.permutation(places[starts[places]])[: count - anywhere]
+    others = rng.permutation(np.setdiff1d(places, at_patches, assume_unique=True))[: count - len(at_patches)]
+    chosen = np.concatenate([at_patches, others])
+    order = np.argsort(chosen)
+    return chosen[order], (np.arange(len(chosen)) >= len(at_patches))[order]
 
 
 def draw_noise(total: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -106,7 +106,7 @@ class Objective:
         masked = batch["block_masked"].float()
         losses = losses.view_as(masked) * masked
         cells = batch["block_valid"].float().sum()
-        masked_loss = (losses / batch["block_noise"]).sum() / cells
+        masked_loss = (losses * batch["block_weight"]).sum() / cells
         figures = {
             "bits": clean_loss.detach() / math.log(2),
             "masked": masked_loss.detach(),

@@ -49,6 +49,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--masked-weight", type=float, default=0.5, help="weight of the diffusion loss")
     parser.add_argument("--random-starts", type=float, default=0.33, help="share of blocks that start within a patch")
     parser.add_argument("--full-blocks", type=float, default=0.0, help="share of blocks that are masked altogether")
+    parser.add_argument("--decay", type=float, default=1.0, help="of the loss from position to position of such blocks")
     parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         patching = choose_patching(config, patcher, work, args.bytes_per_patch, console)
         config = config.with_patching(threshold=patching["threshold"])
     layout = LayoutConfig(
-        patching["patches"], args.max_patch_length, config.block_sizes, args.random_starts, args.full_blocks
+        patching["patches"], args.max_patch_length, config.block_sizes, args.random_starts, args.full_blocks, args.decay
     )
     second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps)
     snapshots = work / "snapshot"

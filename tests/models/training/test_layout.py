@@ -29,11 +29,36 @@ def test_block_rows(seed: int, size: int, t: float) -> None:
                 assert not cell["block_masked"]
                 continue
             start, place = cell["block_start"], cell["block_position"]
-            assert max(1, tile * TILE) <= start < (tile + 1) * TILE
+            assert max(2, tile * TILE) <= start < (tile + 1) * TILE
             assert place == start + row % size < LENGTH
-            assert cell["block_latent"] == patch_of[start] - 1
+            # Closed once byte start - 1 is known, or, for a draft's block, once byte start - 2 is.
+            assert cell["block_latent"] in (patch_of[start] - 1, patch_of[start - 1] - 1)
             assert cell["block_target"] == ids[0, place]
             assert cell["block_input"] == (MASK_ID if cell["block_masked"] else ids[0, place])
+
+
+def test_blocks_anywhere_read_what_the_last_verification_left() -> None:
+    ids, starts = toy_sequences(2)
+    layout = LayoutConfig(LENGTH, 8, random_starts=1.0)
+    arrays = block_arrays(ids, starts, np.ones(2), np.array([8, 16]), layout, np.random.default_rng(0))
+    places, latents = arrays["block_start"], arrays["block_latent"]
+    for sequence in range(2):
+        patch_of = starts[sequence].cumsum() - 1
+        exists = arrays["block_valid"][sequence]
+        assert (latents[sequence][exists] == patch_of[places[sequence][exists] - 1] - 1).all()
+        assert 0 < starts[sequence][places[sequence][exists]].mean() < 1
+
+
+def test_weights_of_a_full_block_fall_and_add_up_to_its_size() -> None:
+    ids, starts = toy_sequences(2)
+    layout = LayoutConfig(LENGTH, 8, full_blocks=0.5, decay=0.8)
+    arrays = block_arrays(ids, starts, np.full(2, 0.4), np.array([4, 8]), layout, np.random.default_rng(0))
+    for sequence, size in enumerate((4, 8)):
+        weights = arrays["block_weight"][sequence].reshape(-1, size)
+        full = np.isclose(weights[:, 1:], 0.8 * weights[:, :-1]).all(1)
+        assert 0.2 < full.mean() < 0.8
+        np.testing.assert_allclose(weights[full].sum(1), size, rtol=1e-5)
+        np.testing.assert_allclose(weights[~full], 1 / 0.4, rtol=1e-5)
 
 
 def test_without_random_starts_blocks_begin_with_patches() -> None:
@@ -67,7 +92,7 @@ def test_rows_beyond_the_kept_patches_have_no_loss() -> None:
     assert arrays["clean_latent"].max() == 19
     assert arrays["clean_valid"].sum() == np.flatnonzero(starts[0])[21] - 1
     blocks = block_arrays(ids, starts, np.ones(1), np.array([4]), layout, np.random.default_rng(0))
-    assert blocks["block_start"][blocks["block_valid"]].max() < np.flatnonzero(starts[0])[21]
+    assert blocks["block_start"][blocks["block_valid"]].max() <= np.flatnonzero(starts[0])[21]
 
 
 def test_noise_is_stratified() -> None:
