@@ -23,7 +23,6 @@ from typing import Any
 
 import httpx
 
-from models.training.evaluate import parses
 from models.vocabulary import encode, with_bos
 
 
@@ -58,6 +57,26 @@ def first_line(text: str) -> str:
         if line.strip():
             break
     return text[:at].rstrip("\r\n")
+
+
+def parses(prompt: str, line: str) -> bool:
+    """Whether the prompt and the line after it are a program; a line that opens a block is given a body."""
+    if not line.strip():
+        return False
+    indent = line[: len(line) - len(line.lstrip())]
+    for text in (
+        prompt + line,
+        f"{prompt}{line}\n{indent}    pass\n",
+        f"{prompt}{line}\n{indent}    pass\n{indent}except: pass\n",
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        return True
+    return False
 
 
 def parses_strictly(prompt: str, line: str) -> bool:

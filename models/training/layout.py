@@ -8,6 +8,7 @@ sequence have one size, and they overlap freely; of the possible starts a random
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +23,36 @@ MIN_NOISE = 0.1
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """`patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
-    patch rule; `random_starts`: share of blocks that start anywhere, as the drafts of one-pass rounds do, instead of at
-    a patch; `full_blocks`: share of blocks that are masked altogether, as drafts are when they begin, whatever their
-    sequence's t; `decay`: factor from one position of such a block to the next of the weight in the loss, for a draft's
-    byte counts only if all before it were right."""
+    """What a training sequence's blocks are.
+
+    `patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
+    patch rule. Blocks start at patches, but for `closed_starts`, the share that starts anywhere and reads what a
+    one-pass round's draft reads, and `forced_starts`, the share that starts anywhere and reads the open patch closed by
+    force, as BLT-D's do. `full_blocks`: share of blocks that are masked altogether, as drafts are when they begin,
+    whatever their sequence's t; `decay`: factor from one position of such a block to the next of the weight in the
+    loss, for a draft's byte counts only if all before it were right.
+    """
 
     patches: int
     max_patch_length: int
     block_sizes: tuple[int, ...] = (4, 8, 16)
-    random_starts: float = 0.33
+    closed_starts: float = 0.33
+    forced_starts: float = 0.0
     full_blocks: float = 0.0
     decay: float = 1.0
+
+    def forced_rows(self, length: int) -> int:
+        """Latents of patches closed by force kept per sequence: a quarter more than there will be on average."""
+        most = length // TILE * (BLOCK_ROWS // min(self.block_sizes))
+        return min(most, int(1.25 * most * self.forced_starts))
+
+
+class Start(IntEnum):
+    """Where a block starts, and which latent it reads (s: its first position)."""
+
+    PATCH = 0  # at a patch; the patch before it, closed once byte s - 1 was known
+    CLOSED = 1  # anywhere; the newest that was closed once byte s - 2 was known: what a verification leaves
+    FORCED = 2  # anywhere; the patch of byte s - 1, closed by force before s if it is open
 
 
 Arrays = dict[str, NDArray]
@@ -79,8 +98,8 @@ def block_arrays(
     or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
     block_masked, block_weight (of its loss: 1/t, by position in full blocks).
 
-    A block at a patch reads the patch before it. A block anywhere at s reads the newest patch that closed once byte
-    s - 2 was known: the latent that a one-pass round's verification left, in which byte s - 1 had no row.
+    And of the patches closed by force for blocks, whose latents come after the kept ones: forced_index and
+    forced_inside [N, F, L] as of `patch_arrays`, forced_place [N, F] which patch of the sequence each is.
     """
     count, length = ids.shape
     shape = (count, length // TILE, BLOCK_ROWS)
@@ -88,20 +107,36 @@ def block_arrays(
     exists = np.zeros(shape, bool)
     number = np.zeros(shape, np.int64)
     offset = np.zeros(shape, np.int64)
-    lag = np.zeros(shape, np.int64)
-    size_of = np.broadcast_to(sizes[:, None, None], shape)
-    newest = starts.cumsum(1) - 2  # of a block at s: the newest patch closed once byte s - 1 is known
+    latent = np.zeros(shape, np.int64)
+    room = config.forced_rows(length)
+    forced_first = np.zeros((count, room), np.int64)
+    forced_end = np.ones((count, room), np.int64)
+    forced_place = np.zeros((count, room), np.int64)
+    patch_of = starts.cumsum(1) - 1
     for row in range(count):
         size = int(sizes[row])
         number[row], offset[row] = np.arange(BLOCK_ROWS) // size, np.arange(BLOCK_ROWS) % size
+        of = patch_of[row]
+        first_of = np.flatnonzero(starts[row])
+        forced = 0
         for tile in range(shape[1]):
-            chosen, anywhere = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
+            chosen, kinds = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
+            read = np.where(kinds == Start.CLOSED, of[chosen - 1], of[chosen]) - 1
+            usable = read < config.patches
+            for block in np.flatnonzero((kinds == Start.FORCED) & ~starts[row, chosen] & usable):
+                at = chosen[block]
+                if forced == room:
+                    usable[block] = False
+                    continue
+                read[block] = config.patches + forced
+                forced_place[row, forced] = of[at]
+                forced_first[row, forced], forced_end[row, forced] = first_of[of[at]], at
+                forced += 1
             used = len(chosen) * size
-            start[row, tile, :used], exists[row, tile, :used] = np.repeat(chosen, size), True
-            lag[row, tile, :used] = np.repeat(anywhere, size)
+            start[row, tile, :used], exists[row, tile, :used] = np.repeat(chosen, size), np.repeat(usable, size)
+            latent[row, tile, :used] = np.repeat(np.where(usable, read, 0), size)
     position = start + offset
-    latent = np.take_along_axis(newest, np.maximum(start - lag, 0).reshape(count, -1), 1).reshape(shape)
-    valid = exists & (position < length) & (latent < config.patches)
+    valid = exists & (position < length)
     target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
     # What lies past the end is shown as masked, and is not asked for.
     t = np.broadcast_to(noise[:, None, None], shape)
@@ -111,20 +146,25 @@ def block_arrays(
         t = np.where(np.take_along_axis(full, number, 2), 1.0, t)
     masked = (rng.random(shape) < t) | ~valid
     # The weights of a full block add up to its size.
-    falling = config.decay**offset
-    falling = falling * (size_of / _powers(config.decay, size_of))
-    weight = np.where(t == 1.0, falling, 1 / t)
-    return {
+    size_of = np.broadcast_to(sizes[:, None, None], shape)
+    falling = config.decay**offset * (size_of / _powers(config.decay, size_of))
+    arrays = {
         "block_start": start,
         "block_position": position,
-        "block_latent": np.clip(latent, 0, config.patches - 1),
+        "block_latent": latent,
         "block_target": target,
         "block_input": np.where(masked, MASK_ID, target),
         "block_number": number,
         "block_valid": valid,
         "block_masked": masked & valid,
-        "block_weight": weight.astype(np.float32),
+        "block_weight": np.where(t == 1.0, falling, 1 / t).astype(np.float32),
     }
+    if room:
+        index = forced_first[..., None] + np.arange(config.max_patch_length)
+        arrays["forced_index"] = np.minimum(index, length - 1)
+        arrays["forced_inside"] = index < forced_end[..., None]
+        arrays["forced_place"] = forced_place
+    return arrays
 
 
 def _powers(factor: float, count: NDArray) -> NDArray:
@@ -134,18 +174,21 @@ def _powers(factor: float, count: NDArray) -> NDArray:
 
 def choose_starts(
     starts: NDArray[np.bool_], first: int, count: int, config: LayoutConfig, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Up to `count` distinct block starts in [first, first + TILE), ascending, and which are of the kind "anywhere".
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Up to `count` distinct block starts in [first, first + TILE), ascending, and their kinds of `Start`.
 
     No draft begins before position 2: BOS and a byte are known by then.
     """
     places = np.arange(max(first, 2), first + TILE)
-    anywhere = rng.binomial(count, config.random_starts)
+    away = config.closed_starts + config.forced_starts
+    anywhere = rng.binomial(count, away)
     at_patches = rng.permutation(places[starts[places]])[: count - anywhere]
     others = rng.permutation(np.setdiff1d(places, at_patches, assume_unique=True))[: count - len(at_patches)]
+    forced = rng.binomial(len(others), config.forced_starts / away) if config.forced_starts else 0
+    kinds = np.repeat([Start.PATCH, Start.FORCED, Start.CLOSED], [len(at_patches), forced, len(others) - forced])
     chosen = np.concatenate([at_patches, others])
     order = np.argsort(chosen)
-    return chosen[order], (np.arange(len(chosen)) >= len(at_patches))[order]
+    return chosen[order], kinds[order]
 
 
 def draw_noise(total: int, rng: np.random.Generator) -> NDArray[np.float64]:

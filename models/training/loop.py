@@ -29,12 +29,14 @@ STALL_SECONDS = 10.0
 class LoopConfig:
     """How long and how. The length is `steps`, or else `minutes` of training time (compilation not counted).
 
-    Only under `steps` does a run give the same weights twice: the schedule then does not depend on the clock.
+    `stop_after` so many steps the run stops, with the schedule of its whole length, and can go on later. Only under
+    `steps` does a run give the same weights twice: the schedule then does not depend on the clock.
     """
 
     folder: Path
     minutes: float = 60.0
     steps: int | None = None
+    stop_after: int | None = None
     warmup_steps: int = 60
     hold: float = 0.3
     final_scale: float = 0.03
@@ -52,6 +54,22 @@ class LoopConfig:
         warm = min(1.0, (step + 1) / self.warmup_steps)
         down = max(0.0, (progress - self.hold) / (1 - self.hold))
         return warm * (1 - (1 - self.final_scale) * min(1.0, down))
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run has been: steps, training time, and the processor time of all processes (compiling included)."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+
+    def metadata(self) -> dict[str, str]:
+        return {name: repr(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Length:
+        return cls(int(metadata["steps"]), float(metadata["seconds"]), float(metadata["processor_seconds"]))
 
 
 class Task(Protocol):
@@ -112,11 +130,12 @@ def _process(rank: int, rendezvous: Path, config: LoopConfig, make_task: Callabl
 def _loop(rank: int, config: LoopConfig, task: Task) -> None:
     optimizer = Optimizer(task.model, config.optimizer)
     state = config.folder / "state.safetensors"
-    step, seconds = (_restore(state, task.model, optimizer)) if state.is_file() else (0, 0.0)
-    clock = seconds
+    before = _restore(state, task.model, optimizer) if state.is_file() else Length()
+    step, seconds = before.steps, before.seconds
+    clock, processor = seconds, before.processor_seconds
     loss_function = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    gradients = torch.zeros(sum(parameter.numel() for parameter in parameters) + 1)
+    gradients = torch.zeros(sum(parameter.numel() for parameter in parameters) + 2)
     views, offset = [], 0
     for parameter in parameters:
         views.append(gradients[offset : offset + parameter.numel()].view_as(parameter))
@@ -136,7 +155,7 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
         refresh_per_second=1,
     ) as bar:
         line = bar.add_task(config.folder.name, total=1.0, figures="compiling" if config.compile else "")
-        while (progress := _progress(config, step, seconds)) < 1.0:
+        while (progress := _progress(config, step, seconds)) < 1.0 and step != config.stop_after:
             began = time.monotonic()
             batch = task.batch(step, rank, config.processes)
             loss, figures = loss_function(batch)
@@ -144,9 +163,10 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
             torch._foreach_copy_(views, [parameter.grad for parameter in parameters if parameter.grad is not None])
             # Everybody follows the first process's clock, which travels with the gradients.
             gradients[-1] = clock if rank == 0 else 0.0
+            gradients[-2] = time.process_time() + (before.processor_seconds if rank == 0 else 0.0)
             if config.processes > 1:
                 dist.all_reduce(gradients)
-            seconds = float(gradients[-1])
+            seconds, processor = float(gradients[-1]), float(gradients[-2])
             progress = _progress(config, step, seconds)
             gradients /= config.processes
             for parameter, view in zip(parameters, views, strict=True):
@@ -170,11 +190,11 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
                 sums.clear()
             due = step % config.save_steps == 0 if config.save_steps else time.monotonic() - saved > config.save_seconds
             if rank == 0 and due:
-                _save(state, task.model, optimizer, step, clock)
+                _save(state, task.model, optimizer, Length(step, clock, processor))
                 task.checkpoint(step, progress)
                 saved = time.monotonic()
     if rank == 0:
-        _save(state, task.model, optimizer, step, clock)
+        _save(state, task.model, optimizer, Length(step, clock, processor))
 
 
 def _progress(config: LoopConfig, step: int, seconds: float) -> float:
@@ -191,14 +211,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial.replace(path)
 
 
-def _save(path: Path, model: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
+def _save(path: Path, model: nn.Module, optimizer: Optimizer, length: Length) -> None:
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda to: save_file(tensors, to, {"step": str(step), "seconds": repr(seconds)}))
+    write_atomically(path, lambda to: save_file(tensors, to, length.metadata()))
 
 
-def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
+def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> Length:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -207,7 +227,7 @@ def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, f
             parameter.copy_(tensors[f"model.{name}"])
     prefix = "optimizer."
     optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return int(metadata["step"]), float(metadata["seconds"])
+    return Length.read(metadata)
 
 
 def _truncate_log(path: Path, step: int) -> None:

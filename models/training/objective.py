@@ -126,16 +126,26 @@ class Objective:
         return model.local_encoder(embedded.view(*ids.shape, -1), self._encoder_attend)
 
     def latents(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Latents [N, P, dg] of the kept patches."""
+        """Latents [N, P + F, dg] of the kept patches and of those closed by force (F may be 0)."""
         encoder = self.model.local_encoder
         count, length, size = states.shape
-        inside = batch["pool_inside"].flatten(0, 1)
+        pool_index, inside = batch["pool_index"], batch["pool_inside"]
+        places = torch.arange(inside.shape[1]).expand(count, -1)
+        if "forced_place" in batch:
+            pool_index = torch.cat([pool_index, batch["forced_index"]], 1)
+            inside = torch.cat([inside, batch["forced_inside"]], 1)
+            places = torch.cat([places, batch["forced_place"]], 1)
+        # A patch sees itself and the kept ones before it.
+        kept = batch["pool_inside"].shape[1]
+        rows = torch.arange(places.shape[1])
+        sees = (places[:, :, None] > places[:, None]) & (rows < kept) | (rows[:, None] == rows)
+        inside = inside.flatten(0, 1)
         offset = torch.arange(count)[:, None, None] * length
         cross: CrossAttention = encoder.cross_attn_layers[-1]  # type: ignore[assignment]
         k, v = cross.keys_values(states)
         table = torch.cat([states, k.flatten(-2), v.flatten(-2)], -1).flatten(0, 1)
         # Padded to the longest patch, together with keys and values that each byte has once.
-        padded = gather(table, (batch["pool_index"] + offset).flatten()).view(*inside.shape, -1)
+        padded = gather(table, (pool_index + offset).flatten()).view(*inside.shape, -1)
         peak = padded[..., :size].masked_fill(~inside[..., None], float("-inf")).amax(1)
         queries = encoder.patch_embedding_projection(peak).view(-1, encoder.k, size)
         heads = padded[..., size:].unflatten(-1, (2, *k.shape[-2:]))
@@ -144,19 +154,18 @@ class Objective:
             return dense(q, heads[:, :, 0], heads[:, :, 1], inside[:, None].expand(-1, encoder.k, -1))
 
         vectors = cross(queries, attend, 0).reshape(count, -1, encoder.k * size)
-        return self.model.global_transformer(vectors, self._global_attend)
+        turns = self._global_turns[places]
 
-    def _global_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        count, patches, heads = q.shape[:3]
-        turns = self._global_turns[:patches]
-        q, k = rotate(q, turns), rotate(k, turns)
-        groups = heads // k.shape[2]
-        # Queries that share a key head are rows of one product.
-        q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)
-        places = torch.arange(patches)
-        mask = (places.repeat_interleave(groups)[:, None] >= places).expand(count, -1, -1)
-        out = dense(q, k, v, mask).unflatten(1, (patches, groups))
-        return out.transpose(2, 3).flatten(2, 3)
+        def global_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            patches, heads = q.shape[1:3]
+            q, k = rotate(q, turns), rotate(k, turns)
+            groups = heads // k.shape[2]
+            # Queries that share a key head are rows of one product.
+            q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)
+            out = dense(q, k, v, sees.repeat_interleave(groups, 1)).unflatten(1, (patches, groups))
+            return out.transpose(2, 3).flatten(2, 3)
+
+        return self.model.global_transformer(vectors, global_attend)
 
     def decode(self, states: Tensor, latents: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Final decoder states [N * S, TILE + BLOCK_ROWS, d] of every tile's clean rows and block rows."""

@@ -1,4 +1,4 @@
-"""Makes the shipped checkpoint from nothing: corpus, entropy model, threshold, BLT-D, evaluation, export.
+"""Makes the shipped checkpoint, from nothing or from an earlier one: corpus, entropy model, threshold, BLT-D, export.
 
 Each stage leaves its result in the working folder, and a command that was killed goes on where it was.
 """
@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors import safe_open
@@ -20,16 +19,16 @@ from torch import Tensor
 from models.blt import Blt, Patcher
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.config import BltConfig
-from models.patching import PatchRule
 from models.training import corpus
-from models.training.card import model_card
 from models.training.data import load_array, save_corpus
-from models.training.entropy import EntropyTask, choose_threshold, measure, patch_starts
-from models.training.evaluate import evaluate, human_eval_lines, leak_check
+from models.training.entropy import EntropyTask, choose_threshold, measure
 from models.training.layout import LayoutConfig
-from models.training.loop import LoopConfig, describe, fast_matmul, train, write_atomically
+from models.training.loop import Length, LoopConfig, describe, fast_matmul, train, write_atomically
 from models.training.optimizer import OptimizerConfig
 from models.training.recipe import BltTask, shape
+
+#: Beside exported weights: the corpus and the runs that made them.
+RUNS_FILE = "training.json"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,14 +41,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=80.0, help="training time of the BLT-D")
     parser.add_argument("--entropy-minutes", type=float, default=9.0, help="training time of the entropy model")
     parser.add_argument("--steps", type=int, help="steps of the BLT-D instead of minutes: a repeatable run")
+    parser.add_argument("--stop-after", type=int, help="stop after so many of them; the same command goes on later")
     parser.add_argument("--entropy-steps", type=int, help="steps of the entropy model instead of minutes")
     parser.add_argument("--bytes-per-patch", type=float, default=4.5, help="mean patch size the threshold aims at")
     parser.add_argument("--max-patch-length", type=int, default=8)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--masked-weight", type=float, default=0.5, help="weight of the diffusion loss")
-    parser.add_argument("--random-starts", type=float, default=0.33, help="share of blocks that start within a patch")
-    parser.add_argument("--full-blocks", type=float, default=0.0, help="share of blocks that are masked altogether")
-    parser.add_argument("--decay", type=float, default=1.0, help="of the loss from position to position of such blocks")
+    parser.add_argument("--closed-starts", type=float, default=0.7, help="share of blocks that start as drafts do")
+    parser.add_argument("--forced-starts", type=float, default=0.0, help="share of blocks that start as BLT-D's do")
+    parser.add_argument("--full-blocks", type=float, default=0.5, help="share of blocks that are masked altogether")
+    parser.add_argument("--decay", type=float, default=0.8, help="of the loss from position to position of such blocks")
     parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
@@ -58,7 +59,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
-    parser.add_argument("--no-human-eval", dest="human_eval", action="store_false", help="skip the HumanEval lines")
     return parser.parse_args(argv)
 
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare_corpus(work / "data", args.length, console)
     except corpus.CorpusError as error:
         raise SystemExit(f"fastblt train: {error}") from error
+    earlier = read_runs(args.start) if args.start is not None else []
     config = shape(max_patch_length=args.max_patch_length, block_sizes=tuple(args.block_sizes))
     optimizer = OptimizerConfig(muon_lr=args.muon_lr, lr=args.lr)
     common = LoopConfig(
@@ -90,17 +91,55 @@ def main(argv: list[str] | None = None) -> int:
         patching = choose_patching(config, patcher, work, args.bytes_per_patch, console)
         config = config.with_patching(threshold=patching["threshold"])
     layout = LayoutConfig(
-        patching["patches"], args.max_patch_length, config.block_sizes, args.random_starts, args.full_blocks, args.decay
+        patching["patches"],
+        args.max_patch_length,
+        config.block_sizes,
+        closed_starts=args.closed_starts,
+        forced_starts=args.forced_starts,
+        full_blocks=args.full_blocks,
+        decay=args.decay,
     )
-    second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps)
+    second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps, stop_after=args.stop_after)
     snapshots = work / "snapshot"
     make = (config, patcher, work / "data", layout, args.batch, args.masked_weight, args.seed, snapshots, args.start)
     settings = {"entropy": describe(first), "blt": describe(second), "patching": patching, "command": vars(args)}
     _write_json(work / "settings.json", json.loads(json.dumps(settings, default=str)))
     train(second, BltTask, *make)
-    figures = finish(config, patcher, work, args.export or work / "checkpoint", human_eval=args.human_eval)
-    console.print_json(data=figures)
+    if length_of_run(work / "blt" / "state.safetensors").steps == args.stop_after:
+        console.print(f"stopped after {args.stop_after} steps; the same command without --stop-after goes on")
+        return 0
+    export: Path = args.export or work / "checkpoint"
+    model = Blt(config)
+    model.load_state_dict(weights(work / "blt" / "state.safetensors"), strict=False)
+    model.patcher.load_state_dict(patcher)
+    save_checkpoint(model, export, torch.bfloat16)
+    entropy_state = None if args.start is not None else work / "entropy" / "state.safetensors"
+    run = describe_run(work / "blt" / "state.safetensors", entropy_state, args)
+    corpus_record = json.loads((work / "data" / "corpus.json").read_text())
+    _write_json(export / RUNS_FILE, {"corpus": corpus_record, "runs": [*earlier, run]})
+    console.print(f"exported to {export}; measure it with: python -m benchmarks.checkpoint {export} --write")
     return 0
+
+
+def describe_run(state: Path, entropy_state: Path | None, args: argparse.Namespace) -> dict[str, Any]:
+    """What a finished run cost and its settings. Processor minutes are those of all processes, compiling included."""
+    length = length_of_run(state)
+    own = ("work", "export", "start", "minutes", "entropy_minutes", "steps", "stop_after", "entropy_steps")
+    return {
+        "from": "new weights" if args.start is None else "the weights of the run before",
+        "steps": length.steps,
+        "megabytes": round(length.steps * args.processes * args.batch * args.length / 1e6, 1),
+        "minutes": round(length.seconds / 60, 1),
+        "processor_minutes": round(length.processor_seconds / 60, 1),
+        "entropy_minutes": round(length_of_run(entropy_state).seconds / 60, 1) if entropy_state else 0.0,
+        "settings": {name: value for name, value in vars(args).items() if name not in own},
+    }
+
+
+def read_runs(checkpoint: Path) -> list[dict[str, Any]]:
+    """The runs that made an exported checkpoint, oldest first; none where it does not say."""
+    record = checkpoint / RUNS_FILE
+    return json.loads(record.read_text())["runs"] if record.is_file() else []
 
 
 def prepare_corpus(folder: Path, length: int, console: Console) -> None:
@@ -148,61 +187,6 @@ def choose_patching(
     return json.loads(record.read_text())
 
 
-def finish(
-    config: BltConfig, patcher: dict[str, Tensor], work: Path, export: Path, *, human_eval: bool = True
-) -> dict[str, Any]:
-    """Export the trained weights in bf16 with a model card, and measure what was exported."""
-    model = Blt(config)
-    model.load_state_dict(weights(work / "blt" / "state.safetensors"), strict=False)
-    model.patcher.load_state_dict(patcher)
-    save_checkpoint(model, export, torch.bfloat16)
-    figures = report(export, work / "data", work / "figures.json", human_eval=human_eval)
-    card(work, export, figures)
-    return figures
-
-
-def card(work: Path, export: Path, figures: dict[str, Any]) -> None:
-    """Write README.md beside exported weights."""
-    model = load_checkpoint(export)
-    rows = json.loads((work / "data" / "corpus.json").read_text())
-    settings = json.loads((work / "settings.json").read_text())
-    last = length_of_run(work / "blt" / "state.safetensors")
-    entropy_state = work / "entropy" / "state.safetensors"
-    last_entropy = length_of_run(entropy_state) if entropy_state.is_file() else (0, 0.0)
-    length = load_array(work / "data" / "held_out.npy").shape[1]
-    step_bytes = settings["blt"]["processes"] * settings["command"]["batch"] * length
-    run = {
-        "minutes": last[1] / 60,
-        "entropy_minutes": last_entropy[1] / 60,
-        "steps": last[0],
-        "megabytes": last[0] * step_bytes / 1e6,
-        "sha256": rows["sha256"],
-        "held_out": rows["held_out_chunks"],
-        "length": length,
-    }
-    parameters = {
-        "all": sum(parameter.numel() for parameter in model.parameters()),
-        "tables": model.encoder_hash_tok_embedding.weight.numel(),
-    }
-    text = model_card(model.config, parameters, run, figures)
-    write_atomically(export / "README.md", lambda to: to.write_text(text))
-
-
-def report(checkpoint: Path, data: Path, record: Path, *, human_eval: bool = True) -> dict[str, Any]:
-    """Figures of a checkpoint folder on the held-out chunks of a data folder, also written to `record`."""
-    model = load_checkpoint(checkpoint)
-    chunks = np.asarray(load_array(data / "held_out.npy"))
-    figures = evaluate(model, chunks)
-    entropy, _ = measure(model.patcher, model.config.patcher, chunks[:2])
-    starts = patch_starts(entropy, PatchRule(model.config.patching_threshold, model.config.max_patch_length))
-    figures["leak"] = max(leak_check(model, chunks[:2], starts, size) for size in model.config.block_sizes)
-    if human_eval:
-        lines = human_eval_lines(model, every=4)
-        figures["human_eval_lines"] = {"prompts": lines.prompts, "parsed": lines.parsed, "doctest": lines.doctest}
-    _write_json(record, figures)
-    return figures
-
-
 def weights(state: Path) -> dict[str, Tensor]:
     """The model's weights in a loop's state file."""
     with safe_open(state, "pt") as file:
@@ -210,11 +194,10 @@ def weights(state: Path) -> dict[str, Tensor]:
         return {name.removeprefix("model."): file.get_tensor(name) for name in names}
 
 
-def length_of_run(state: Path) -> tuple[int, float]:
-    """Steps and seconds of training in a loop's state file."""
+def length_of_run(state: Path) -> Length:
+    """How long the run behind a loop's state file was."""
     with safe_open(state, "pt") as file:
-        metadata = file.metadata()
-    return int(metadata["step"]), float(metadata["seconds"])
+        return Length.read(file.metadata())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

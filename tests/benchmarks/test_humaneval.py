@@ -7,7 +7,14 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.humaneval import first_line, humaneval_prompts, humaneval_texts, measure, parses_strictly
+from benchmarks.humaneval import (
+    first_line,
+    humaneval_prompts,
+    humaneval_texts,
+    measure,
+    parses,
+    parses_strictly,
+)
 from models.vocabulary import BOS_ID, decode
 
 
@@ -34,6 +41,24 @@ def test_first_line(text: str, line: str) -> None:
     assert first_line(text).strip() == line.strip()
     assert text.startswith(first_line(text))
     assert first_line(text) == line or not line
+
+
+@pytest.mark.parametrize(
+    ("line", "fits"),
+    [
+        ("    return 2 * x\n", True),
+        ("\n    for y in x:", True),
+        ("    try:", True),
+        ("    # twice", True),
+        ("    return 2 *", False),
+        ("    >>> double(2)", False),
+        ("        return x", False),
+        ("", False),
+        ("\n\n", False),
+    ],
+)
+def test_parses(line: str, fits: bool) -> None:
+    assert parses('def double(x):\n    """Twice x."""\n', line) is fits
 
 
 def test_strict_parsing() -> None:

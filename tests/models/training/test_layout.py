@@ -39,7 +39,7 @@ def test_block_rows(seed: int, size: int, t: float) -> None:
 
 def test_blocks_anywhere_read_what_the_last_verification_left() -> None:
     ids, starts = toy_sequences(2)
-    layout = LayoutConfig(LENGTH, 8, random_starts=1.0)
+    layout = LayoutConfig(LENGTH, 8, closed_starts=1.0)
     arrays = block_arrays(ids, starts, np.ones(2), np.array([8, 16]), layout, np.random.default_rng(0))
     places, latents = arrays["block_start"], arrays["block_latent"]
     for sequence in range(2):
@@ -61,9 +61,9 @@ def test_weights_of_a_full_block_fall_and_add_up_to_its_size() -> None:
         np.testing.assert_allclose(weights[~full], 1 / 0.4, rtol=1e-5)
 
 
-def test_without_random_starts_blocks_begin_with_patches() -> None:
+def test_without_closed_starts_blocks_begin_with_patches() -> None:
     ids, starts = toy_sequences(2)
-    layout = LayoutConfig(LENGTH, 8, random_starts=0.0)
+    layout = LayoutConfig(LENGTH, 8, closed_starts=0.0)
     arrays = block_arrays(ids, starts, np.ones(2), np.array([8, 16]), layout, np.random.default_rng(0))
     for sequence in range(2):
         chosen = arrays["block_start"][sequence][arrays["block_valid"][sequence]]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from models.training.data import rows, save_array
-from models.training.loop import LoopConfig, train
+from models.training.loop import Length, LoopConfig, train
 from models.training.optimizer import Optimizer, OptimizerConfig, orthogonalize
 from models.training.recipe import BltTask
 from tests.models.training.toys import LAYOUT, LENGTH, toy_config, toy_model
@@ -77,6 +80,26 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     ]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
+
+
+def test_a_stopped_run_is_the_beginning_of_a_whole_one(tmp_path: Path) -> None:
+    prepare(tmp_path / "run")
+    config = toy_config().with_patching(threshold=5.0)
+    loop = LoopConfig(tmp_path / "run", steps=5, warmup_steps=2, processes=1, compile=False, log_every=1)
+    make = (BltTask, config, toy_model().patcher.state_dict(), tmp_path / "run", LAYOUT, 1, 0.5, 0)
+    train(replace(loop, stop_after=2), *make)
+    state = tmp_path / "run" / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        stopped = Length.read(file.metadata())
+    assert stopped.steps == 2
+    assert stopped.processor_seconds > 0
+    train(loop, *make)
+    with safe_open(state, "pt") as file:
+        whole = Length.read(file.metadata())
+    assert whole.steps == 5
+    assert whole.processor_seconds > stopped.processor_seconds
+    rows = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert [row["progress"] for row in rows] == [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 def test_schedule() -> None:

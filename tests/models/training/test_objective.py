@@ -8,7 +8,7 @@ import torch
 
 from models.training.attention import TILE
 from models.training.evaluate import leak_check
-from models.training.layout import BLOCK_ROWS
+from models.training.layout import BLOCK_ROWS, Start
 from models.training.objective import Objective
 from tests.models.training.toys import LENGTH, WINDOW, toy_batch, toy_model, toy_sequences, with_ids
 
@@ -84,10 +84,13 @@ def test_a_block_knows_nothing_of_other_blocks() -> None:
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
+@pytest.mark.parametrize("kind", Start)
 @pytest.mark.parametrize("decoder_input", ["encoder", "embedding"])
-def test_training_layout_agrees_with_decoding(size: int, decoder_input: str) -> None:
+def test_training_layout_agrees_with_decoding(size: int, kind: Start, decoder_input: str) -> None:
     ids, starts = toy_sequences()
-    assert leak_check(toy_model(decoder_input=decoder_input), ids, starts, size) < 1e-4
+    leak = leak_check(toy_model(decoder_input=decoder_input), ids, starts, kind, size)
+    assert leak.largest < 1e-4
+    assert leak.asked > 0
 
 
 def test_the_leak_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +103,7 @@ def test_the_leak_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, starts = toy_sequences()
     model = toy_model()
     monkeypatch.setattr(Objective, "mask", leaking)
-    assert leak_check(model, ids, starts, 8) > 1e-2
+    assert leak_check(model, ids, starts, Start.CLOSED, 8).largest > 1e-2
 
 
 def test_the_loss_is_the_definition() -> None:
