@@ -67,10 +67,10 @@ def prediction(model: Blt, text: NDArray[np.uint16]) -> dict[str, Any]:
     """`evaluate`, and the leak check of every kind of start and block size."""
     result = evaluate(model, text)
     rule = PatchRule(model.config.patching_threshold, model.config.max_patch_length)
-    few = text[:: max(1, len(text) // 3)][:3]
+    few = text[:: max(1, len(text) // 4)][:4, : LENGTH // 2]
     starts = patch_starts(measure_patcher(model.patcher, model.config.patcher, few)[0], rule)
     result["leak"] = {
-        f"{kind.name.lower()} B={size}": vars(leak_check(model, few, starts, kind, size))
+        f"{kind.name.lower()} B={size}": vars(leak_check(model, few, starts, kind, size, blocks=6))
         for kind in Start
         for size in model.config.block_sizes
     }

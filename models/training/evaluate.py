@@ -31,7 +31,7 @@ def corpus_starts(model: Blt, chunks: NDArray) -> tuple[NDArray[np.bool_], float
 
 
 @torch.inference_mode()
-def evaluate(model: Blt, chunks: NDArray, masked: int = 16, batch: int = 4, seed: int = 0) -> dict[str, Any]:
+def evaluate(model: Blt, chunks: NDArray, masked: int = 12, batch: int = 4, seed: int = 0) -> dict[str, Any]:
     """Figures on held-out chunks uint16 [N, T].
 
     Those of the diffusion head, of one block size, one t and one kind of start at a time, come from `masked` of the
@@ -51,14 +51,17 @@ def evaluate(model: Blt, chunks: NDArray, masked: int = 16, batch: int = 4, seed
         chosen = order[first : first + batch]
         ids, begun = chunks[chosen].astype(np.int64), starts[chosen]
         states = objective.states(torch.from_numpy(ids))
-        clean = None
+        clean = closed = None
         for number, ((kind, size, t), tally) in enumerate(tallies.items()):
             layout = starts_of(kind, patches, model.config.max_patch_length or length, size)
             rng = np.random.default_rng([seed, first, number])
             blocks = block_arrays(ids, begun, np.full(len(ids), t), np.full(len(ids), size), layout, rng)
             arrays = {"ids": ids, **patch_arrays(begun, layout), **blocks}
             inputs = {k: torch.from_numpy(v) for k, v in arrays.items()}
-            hidden = objective.decode(states, objective.latents(states, inputs), inputs)
+            if kind == Start.FORCED or closed is None:
+                latents = objective.latents(states, inputs)
+                closed = latents[:, :patches]
+            hidden = objective.decode(states, latents if kind == Start.FORCED else closed, inputs)
             logits, block = objective.project(hidden, len(ids))
             if clean is None:
                 clean = logits
@@ -149,7 +152,8 @@ def leak_check(
     """
     ids = ids.astype(np.int64)
     count, length = ids.shape
-    config = starts_of(kind, length, model.config.max_patch_length or length, size)
+    patches = int(starts[:, :length].sum(1).max())
+    config = starts_of(kind, patches, model.config.max_patch_length or length, size)
     rng = np.random.default_rng(seed)
     arrays = block_arrays(ids, starts, np.full(count, 0.6), np.full(count, size), config, rng)
     inputs = {"ids": ids, **patch_arrays(starts, config), **arrays}
