@@ -14,7 +14,7 @@ from kernels.attention import TILE
 from kernels.hash_embedding import hash_embedding_torch
 from kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
 from kernels.selection import SelectionParams, select, select_torch
-from kernels.unmasking import ENTROPY, unmask_torch
+from kernels.unmasking import ENTROPY, pick_torch, unmask_torch
 from kernels.verification import verify_torch
 from models.blt import LatentRows
 from models.checkpoint import load_checkpoint
@@ -86,6 +86,17 @@ def ragged(spans: list[tuple[int, int, int]], lows: list[int], page: int, pages:
     )
 
 
+def unfused(
+    logits: Tensor, masked: Tensor, ids: Tensor, params: SelectionParams, rule: Tensor, bound: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of unmasking in torch's operations alone, selection included: (ids, what is still masked)."""
+    chosen = select_torch(logits.view(-1, 260), params, need_statistics=True)
+    assert chosen.confidence is not None and chosen.entropy is not None
+    statistics = (chosen.confidence.view(masked.shape), chosen.entropy.view(masked.shape))
+    picked = pick_torch(*statistics, masked, rule, bound, last)
+    return torch.where(picked, chosen.ids.view(masked.shape), ids), masked & ~picked
+
+
 def cases() -> Iterator[Case]:
     """Small calls, on torch's default device: the interpreter takes milliseconds a program."""
     from kernels.hash_embedding_triton import hash_embedding_triton
@@ -114,7 +125,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"select and unmask, 2 x 8, {name}",
             lambda given=given: tensors(unmask_triton(*given)),
-            lambda given=given: unmask_torch(*given),
+            lambda given=given: unfused(*given),
             [blocks, masked, ids, *control, *tensors(params)],
         )
     drafts = torch.randint(4, 260, (32, 16), generator=g)

@@ -6,12 +6,12 @@
     python -m benchmarks.kernels --gpu
 
 `--compile` builds every kernel ahead of time and prints registers, spills, shared memory, an estimate of the occupancy
-and the instructions that must be there; it exits 1 on a spill or where one is missing. `--traffic` counts the bytes
-that each kernel loads and stores under the interpreter, beside the least possible and beside what the torch path's
-separate operations move, and exits 1 where a kernel moves a quarter more than the least. `--cpu` times unmasking,
-and selection with verification, against a decoder pass of the shipped model at batch 32, and exits 1 where one takes
-more than a tenth of it; beside it stands what it would take with selection in torch.
-`--gpu` times every kernel on the GPU against the torch path's separate operations there, and exits 1 without a GPU.
+and the instructions that must be there; it exits 1 on a spill or where one is missing.`--traffic`
+counts the launches, and the bytes that each kernel loads and stores, under the interpreter, beside the least possible
+and beside the torch path's separate operations; it exits 1 where a kernel moves a quarter more than the least. `--cpu`
+times unmasking, and selection with verification, against a decoder pass of the shipped model at batch 32, and exits 1
+where one takes more than a tenth of it; beside it stands what it would take with selection in torch. `--gpu` times
+every kernel on the GPU against the torch path's separate operations there, and exits 1 without a GPU.
 """
 
 from __future__ import annotations
@@ -279,17 +279,18 @@ class Meter:
         return int(inside.sum())
 
 
-def torch_bytes(call: Callable[[], Any]) -> int:
-    """What the operations of a torch function read and write, each its arguments and its result; views are free."""
+def torch_cost(call: Callable[[], Any]) -> tuple[int, int]:
+    """What the operations of a torch function read and write in bytes, each its arguments and its result, and how many
+    operations they are; views are free."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_flatten
 
-    total = 0
+    total = operations = 0
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal total
+            nonlocal total, operations
             out = func(*args, **(kwargs or {}))
             name = func._schema.name.removeprefix("aten::")
             given, made = (
@@ -301,12 +302,13 @@ def torch_bytes(call: Callable[[], Any]) -> int:
                 given = given[1:] + made  # of the table only what is taken
             elif name == "index_copy_":
                 given, made = given[1:], given[-1:]
+            operations += 1
             total += sum(t.numel() * t.element_size() for t in given + made)
             return out
 
     with Counting():
         call()
-    return total
+    return total, operations
 
 
 def report_traffic() -> int:
@@ -315,20 +317,33 @@ def report_traffic() -> int:
     from benchmarks.kernel_cases import cases
 
     worst = 0.0
-    print(f"{'operation':34} {'loaded':>9} {'stored':>9} {'least':>9} {'ratio':>6} {'torch':>10} {'ratio':>6}")
+    launches: list[str] = []
+    launch = interpreter.GridExecutor.__call__
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        launches.append(self.fn.__name__)
+        launch(self, *arguments, **options)
+
+    print(
+        f"{'operation':34} {'launches':>8} {'torch':>5} {'loaded':>9} {'stored':>9} {'least':>9} {'ratio':>6} "
+        f"{'torch':>10} {'ratio':>6}"
+    )
     for case in cases():
         meter = Meter(interpreter._interpreter, case.arguments)
         interpreter._interpreter = meter
+        interpreter.GridExecutor.__call__ = noted
+        launches.clear()
         try:
             results = case.fused()
         finally:
             interpreter._interpreter = meter._inner
+            interpreter.GridExecutor.__call__ = launch
         meter._ranges += Meter(None, results)._ranges
-        moved, least, apart = meter.loaded + meter.stored, meter.least(), torch_bytes(case.unfused)
+        (apart, operations), moved, least = torch_cost(case.unfused), meter.loaded + meter.stored, meter.least()
         worst = max(worst, moved / least)
         print(
-            f"{case.name:34} {meter.loaded:9,} {meter.stored:9,} {least:9,} {moved / least:6.2f} {apart:10,} "
-            f"{apart / least:6.1f}"
+            f"{case.name:34} {len(launches):8} {operations:5} {meter.loaded:9,} {meter.stored:9,} {least:9,} "
+            f"{moved / least:6.2f} {apart:10,} {apart / least:6.1f}"
         )
     return 1 if worst > 1.25 else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def test_kernels_compile_for_every_target() -> None:
     """No spills, and matrix instructions and asynchronous copies where they should be."""
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     results = compile_all(list(TARGETS))
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Two processes at a time: 50 seconds on an idle machine of two cores.
+    assert spent.ru_utime + spent.ru_stime - begun.ru_utime - begun.ru_stime < 100
     assert {result["target"] for result in results} == set(TARGETS) == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert not [(result["kernel"], result["target"], faults(result)) for result in results if faults(result)]
     names = {result["kernel"].split()[0] for result in results}

@@ -78,7 +78,7 @@ def random_blocks(rng: np.random.Generator, requests: int, size: int) -> tuple[T
         repeated = random_logits(rng, "normal")
         for b in range(size):
             # Peaked rows to pass the bounds, equal rows for ties.
-            kind = str(rng.choice(["normal", "peaked", "alone", "ties"]))
+            kind = str(rng.choice(["normal", "peaked", "alone", "ties", "extreme", "sparse", "constant"]))
             row_logits = repeated if rng.random() < 0.3 else random_logits(rng, kind)
             logits[r, b] = torch.as_tensor(row_logits)
             rows.append(random_row(rng))

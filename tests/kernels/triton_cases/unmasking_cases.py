@@ -16,15 +16,20 @@ from tests.kernels.test_unmasking import (  # noqa: F401
 )
 from tests.oracles.selection_oracle import Row
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-@pytest.mark.parametrize(("requests", "size"), [(1, 1), (3, 7), (4, 4), (1, 32)])
+
+@pytest.mark.parametrize(
+    ("requests", "size", "dtype"), [(1, 1, DTYPES[0]), *((3, 7, d) for d in DTYPES), (1, 32, DTYPES[1])]
+)
 @pytest.mark.parametrize("seed", range(2))
-def test_random_blocks(requests: int, size: int, seed: int) -> None:
-    rng = np.random.default_rng([seed, requests, size])
+def test_random_blocks(requests: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    rng = np.random.default_rng([seed, requests, size, dtype.itemsize])
     logits, masked, ids, rows = random_blocks(rng, requests, size)
     if size == 32:
         masked[0, :20] = True
         logits = torch.as_tensor(np.stack([random_logits(rng, "peaked") for _ in rows])).view_as(logits)
+    logits = logits.to(dtype)
     control = [
         torch.as_tensor(rng.integers(0, 4, requests)),
         torch.as_tensor(rng.choice([0.1, 0.5, 2.0, 12.0], requests)).float(),
