@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import completions, errors, operations
+from server.api import completions, errors, operations, tokenization
 from server.api.metrics import Metrics
 from server.api.middleware import Requests
 from server.api.security import Gate
@@ -46,6 +46,7 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     client.observers = (metrics.observe, tracer.observe) if tracer is not None else (metrics.observe,)
     errors.install(app)
     app.include_router(completions.router)
+    app.include_router(tokenization.router)
     app.include_router(operations.router)
     # The last one added comes first. A browser asks for permission without a key.
     app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected)

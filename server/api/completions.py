@@ -2,81 +2,69 @@
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from server.api.errors import ApiError, failure
-from server.api.schemas import MAX_BODY_BYTES, CompletionRequest, parse_completion
-from server.api.streaming import DONE, ChoiceText, EventStream, event, until_disconnect
+from models.vocabulary import decode
+from server.api.body import parse_body, read_body
+from server.api.errors import ERROR_RESPONSES, check_model, failure
+from server.api.fields import request_body
+from server.api.names import NUMBER_NAMES, TOKEN_NAMES
+from server.api.schemas import CompletionRequest, Prompt
+from server.api.streaming import DONE, MIN_LOGPROB, ChoiceText, EventStream, event, to_json, until_disconnect
 from server.engine.client import EngineClient
 from server.engine.stream import DeltaStream
-from server.request import DecodingParams, Delta, FinishReason, Ledger, PatchReport
-from server.request import Request as EngineRequest
+from server.request import ByteLogprobs, DecodingParams, Delta, FinishReason, Ledger, PatchReport
 
-#: Seconds a client has to send its body.
-BODY_SECONDS = 60.0
+#: Names the fields of a request that were ignored.
+IGNORED_HEADER = "x-ignored-fields"
 
-router = APIRouter()
+router = APIRouter(responses=ERROR_RESPONSES)
 
 
 @router.post(
     "/v1/completions",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},
-        }
-    },
+    openapi_extra=request_body(CompletionRequest),
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )
 async def create_completion(request: Request) -> Response:
     client: EngineClient = request.app.state.client
     # Before the body is read: nothing in it matters to an engine that is loading or dead.
     model = client.model_name
-    body = parse_completion(await _read_body(request))
-    if body.model is not None and body.model != model:
-        raise ApiError(404, f"the model {body.model!r} is not served here", code="model_not_found", param="model")
-    completion = _Completion(body, model, client.max_model_len)
+    body, ignored = parse_body(await read_body(request), CompletionRequest, "prompt")
+    check_model(body.model, model)
+    headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
+    completion = _Completion(body, model, body.prompts(client.max_model_len))
     stream = await client.submit(*completion.requests, whole=not body.stream)
     if body.stream:
-        return EventStream(completion.events(stream), stream.close)
+        return EventStream(completion.events(stream), stream.close, headers)
     try:
-        return JSONResponse(await until_disconnect(request.receive, completion.answer(stream)))
+        answer = await until_disconnect(request.receive, completion.answer(stream))
+        return Response(to_json(answer), media_type="application/json", headers=headers)
     finally:
         stream.close()
 
 
-async def _read_body(request: Request) -> bytes:
-    """Raises ApiError for a body of another kind, too large or too slow, ClientDisconnect for one that never ends."""
-    kind = request.headers.get("content-type", "json").lower()
-    if "json" not in kind:
-        raise ApiError(415, "the content type must be application/json", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS:g} s", code="body_timeout") from None
-    return bytes(body)
-
-
 @dataclass
 class _Choice:
+    """What has come of one request. `fresh` are its ids since the last rendering, where they are to be shown."""
+
+    index: int
+    prompt: Prompt
     text: ChoiceText
     ids: int = 0
+    begun: bool = False
+    fresh: list[int] = field(default_factory=list)
+    shown_prompt: bool = False
+    prompt_logprobs: list[ByteLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     patches: PatchReport | None = None
@@ -86,32 +74,47 @@ class _Choice:
 class _Completion:
     """One call: its requests, and what has come of them."""
 
-    def __init__(self, body: CompletionRequest, model: str, max_model_len: int) -> None:
+    def __init__(self, body: CompletionRequest, model: str, prompts: list[Prompt]) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._body = body
         self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
-        self.requests = body.requests(self.id, max_model_len, time.monotonic())
-        self._choices = [self._choice(request) for request in self.requests]
-        self._index = {request.request_id: index for index, request in enumerate(self.requests)}
+        self.requests = body.requests(self.id, prompts, time.monotonic())
+        names = NUMBER_NAMES if body.return_tokens_as_token_ids else TOKEN_NAMES
+        self._choices = {
+            request.request_id: _Choice(
+                index, prompts[index // body.n], ChoiceText(logprobs=body.logprobs, names=names)
+            )
+            for index, request in enumerate(self.requests)
+        }
+        self._shows_ids = body.return_token_ids or body.return_base64
         self._ledger = Ledger()
         self._decoding = DecodingParams()
+        # BOS stands in front of every prompt and is not the user's.
+        self._prompt_bytes = sum(len(prompt.ids) - 1 for prompt in prompts)
 
     async def answer(self, stream: DeltaStream) -> dict[str, Any]:
         """The whole response. Raises ApiError when a choice failed."""
-        texts: list[list[str]] = [[] for _ in self._choices]
+        texts: dict[str, list[str]] = {request_id: [] for request_id in self._choices}
         async for news in stream:
             for delta in news:
                 if delta.finish_reason is FinishReason.ERROR:
                     raise failure(delta)
-                texts[self._index[delta.request_id]].append(self._feed(delta))
-        choices = [self._rendered(index, "".join(text)) for index, text in enumerate(texts)]
+                texts[delta.request_id].append(self._feed(self._choices[delta.request_id], delta))
+        choices = [self._rendered(self._choices[request_id], "".join(text)) for request_id, text in texts.items()]
         return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
 
     async def events(self, stream: DeltaStream) -> AsyncGenerator[bytes]:
         """The response as server-sent events; one item holds all events that one step made."""
+        options = self._body.stream_options
+        continuous = options is not None and options.continuous_usage_stats
         usage: dict[str, Any] = {}
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
+        if options is not None and (options.include_usage or continuous):
             usage = {"usage": None}
+        # What all events with nothing but text have in common: they are many, and made by hand.
+        plain = not continuous and not self._shows_ids and self._body.logprobs is None
+        before = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
+        after = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + (b',"usage":null}' if usage else b"}")
+        after += b"\n\n"
         async for news in stream:
             chunks = []
             for delta in news:
@@ -119,59 +122,126 @@ class _Completion:
                     chunks += [event(failure(delta).body), DONE]
                     yield b"".join(chunks)
                     return
-                text = self._feed(delta)
-                if text or delta.finish_reason is not None:
-                    choice = self._rendered(self._index[delta.request_id], text)
-                    chunks.append(event({**self._head, "choices": [choice], **usage}))
+                choice = self._choices[delta.request_id]
+                text = self._feed(choice, delta)
+                if delta.finish_reason is None:
+                    if plain:
+                        if text:
+                            middle = f'{choice.index},"text":{encode_basestring(text)}'
+                            chunks += [before, middle.encode(), after]
+                        continue
+                    if not text and not choice.fresh:
+                        continue
+                if continuous:
+                    usage = {"usage": self._usage_so_far()}
+                chunks.append(event({**self._head, "choices": [self._rendered(choice, text)], **usage}))
             if chunks:
                 yield b"".join(chunks)
-        if usage:
+        if options is not None and options.include_usage:
             last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
             yield event({**self._head, **last})
         yield DONE
 
-    def _choice(self, request: EngineRequest) -> _Choice:
-        echo = request.prompt_ids if self._body.echo else ()
-        return _Choice(ChoiceText(logprobs=self._body.logprobs is not None, echo=echo))
-
-    def _feed(self, delta: Delta) -> str:
+    def _feed(self, choice: _Choice, delta: Delta) -> str:
         """Account for a delta; the text it completes."""
-        choice = self._choices[self._index[delta.request_id]]
+        text = ""
+        if not choice.begun:
+            choice.begun = True
+            text = self._begin(choice, delta)
+        final = delta.finish_reason is not None
+        if final:
+            choice.finish_reason = delta.finish_reason
+            choice.stop_reason = delta.stop_reason
+            choice.patches = delta.patches
+            choice.cached = delta.cached
+            self._ledger.add(delta.ledger or Ledger())
+            self._decoding = delta.decoding or self._decoding
+        if self._body.max_tokens == 0:
+            # The byte that the engine made is nobody's, and so is what ended it.
+            if delta.finish_reason is FinishReason.STOP:
+                choice.finish_reason, choice.stop_reason = FinishReason.LENGTH, None
+            return text + choice.text.feed([], None, final=final)
         choice.ids += len(delta.ids)
-        choice.finish_reason = delta.finish_reason
-        choice.stop_reason = delta.stop_reason
-        choice.patches = delta.patches
-        choice.cached = delta.cached
-        if delta.ledger is not None:
-            self._ledger.add(delta.ledger)
-        self._decoding = delta.decoding or self._decoding
-        return choice.text.feed(delta.ids, delta.logprobs, final=delta.finish_reason is not None)
+        if self._shows_ids:
+            choice.fresh += delta.ids
+        return text + choice.text.feed(delta.ids, delta.logprobs, final=final, ending=delta.ending)
 
-    def _rendered(self, index: int, text: str) -> dict[str, Any]:
-        choice = self._choices[index]
+    def _begin(self, choice: _Choice, delta: Delta) -> str:
+        """Take what the first delta says of the prompt; its text if it is to be echoed."""
+        sent = choice.prompt.sent_ids
+        values: list[ByteLogprobs | None] | None = None
+        if self._body.scores_prompt is not None:
+            # Nothing stands before the first id that the client sent; an aborted prompt may not be scored.
+            scores = delta.prompt_logprobs or []
+            values = [None, *scores[len(scores) - len(sent) + 1 :]] if len(scores) + 1 >= len(sent) else None
+            values = values or [None] * len(sent)
+            choice.prompt_logprobs = values
+        if not self._body.echo:
+            return ""
+        if self._shows_ids:
+            choice.fresh += sent
+        return choice.text.feed(sent, values, final=False)
+
+    def _rendered(self, choice: _Choice, text: str) -> dict[str, Any]:
+        body = self._body
         rendered = {
-            "index": index,
+            "index": choice.index,
             "text": text,
             "logprobs": choice.text.take_logprobs(),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
-        return rendered if choice.patches is None else rendered | {"patches": asdict(choice.patches)}
+        fresh, choice.fresh = choice.fresh, []
+        if body.return_token_ids:
+            rendered["token_ids"] = fresh
+            if not choice.shown_prompt:
+                choice.shown_prompt = True
+                rendered["prompt_token_ids"] = choice.prompt.sent_ids
+        if body.return_base64:
+            rendered["base64"] = base64.b64encode(decode(fresh)).decode()
+        if body.prompt_logprobs is not None:
+            rendered["prompt_logprobs"] = self._prompt_logprobs(choice, body.prompt_logprobs)
+        if choice.patches is not None:
+            rendered["patches"] = asdict(choice.patches)
+        return rendered
+
+    def _prompt_logprobs(self, choice: _Choice, top: int) -> list[dict[str, Any] | None]:
+        """vLLM's: for every id of the prompt, ids with their logprobs, ranks and names."""
+        rendered: list[dict[str, Any] | None] = []
+        values = choice.prompt_logprobs or []
+        for token, value in zip(choice.prompt.sent_ids, values, strict=True):
+            if value is None:
+                rendered.append(None)
+                continue
+            ranked = [(i, logprob, rank) for rank, (i, logprob) in enumerate(value.top[:top], 1)]
+            if token not in [i for i, _, _ in ranked]:
+                ranked.append((token, value.logprob, value.rank or 0))
+            rendered.append(
+                {
+                    str(i): {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": TOKEN_NAMES[i]}
+                    for i, logprob, rank in ranked
+                }
+            )
+        return rendered
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        completion = sum(choice.ids for choice in self._choices.values())
+        return {
+            "prompt_tokens": self._prompt_bytes,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_bytes + completion,
+        }
 
     def _usage(self) -> dict[str, Any]:
-        # BOS stands in front of every prompt and is not the user's.
-        first = [index for index, request in enumerate(self.requests) if request.choice == 0]
-        prompt = sum(len(self.requests[index].prompt_ids) - 1 for index in first)
-        completion = sum(choice.ids for choice in self._choices)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self._choices[index].cached for index in first)},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": self._ledger.kept,
-                "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,
-            },
+        details = {
+            "accepted_prediction_tokens": self._ledger.kept,
+            "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,
+        }
+        # Of every prompt once, as its bytes are counted.
+        cached = sum(choice.cached for choice in self._choices.values() if choice.index % self._body.n == 0)
+        return self._usage_so_far() | {
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": details,
         }
 
     def _efficiency(self) -> dict[str, Any]:

@@ -27,6 +27,31 @@ _RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+            "properties": {
+                "message": {"type": "string", "maxLength": MAX_MESSAGE},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+#: `responses` of every route, for /openapi.json.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": f"{who} error", "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
+    for status, who in (("4XX", "The client's"), ("5XX", "The server's"))
+}
+
+
 class ApiError(Exception):
     """An answer that is not 200. `code` is a short word for programs, and the cause under which metrics count it."""
 
@@ -61,6 +86,12 @@ def error_object(status: int, message: str, code: str, param: str | None = None)
         text = text[: MAX_MESSAGE - 3] + "..."
     fallback = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": text, "type": _TYPES.get(status, fallback), "param": param, "code": code}}
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raises ApiError (404) for the name of another model; none at all is the one that is served."""
+    if asked is not None and asked != served:
+        raise ApiError(404, f"the model {asked!r} is not served here", code="model_not_found", param="model")
 
 
 def failure(delta: Delta) -> ApiError:

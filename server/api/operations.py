@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.api.errors import ApiError, error_object
+from server.api.errors import ERROR_RESPONSES, check_model, error_object
 from server.engine.client import EngineClient, EngineState
 
-router = APIRouter()
+router = APIRouter(responses=ERROR_RESPONSES)
 
 _STARTED = int(time.time())
 
@@ -40,8 +40,7 @@ async def models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> Response:
     card = _card(request.app.state.client)
-    if model != card["id"]:
-        raise ApiError(404, f"the model {model!r} is not served here", code="model_not_found", param="model")
+    check_model(model, card["id"])
     return JSONResponse(card)
 
 

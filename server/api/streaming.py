@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from models.vocabulary import BYTE_OFFSET, decode
+from server.api.names import TOKEN_NAMES
 from server.request import ByteLogprobs
 
 #: What JSON cannot carry as -inf.
 MIN_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
-_SPECIALS = ("<boe>", "<bos>", "<eos>", "<bpe>")
-
 T = TypeVar("T")
-
-
-def token_name(token: int) -> str:
-    """How logprobs name an id: ASCII as it is, other bytes as OpenAI names parts of characters, `<eos>` and the like.
-
-    Decoded alone, the bytes from 0x80 on would all become U+FFFD and collide as keys of `top_logprobs`.
-    """
-    if token < BYTE_OFFSET:
-        return _SPECIALS[token]
-    byte = token - BYTE_OFFSET
-    return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
 
 
 class TextDecoder:
@@ -66,21 +54,28 @@ class TextDecoder:
 class LogprobsBuilder:
     """Collects OpenAI's legacy `logprobs` object, `{text_offset, token_logprobs, tokens, top_logprobs}`.
 
-    A byte's offset is the number of characters before its own; all bytes of one character share it.
+    A byte's offset is the number of characters before its own; all bytes of one character share it. `names` are those
+    of the ids.
     """
 
-    def __init__(self) -> None:
-        self._fields: dict[str, list[Any]] = {}
+    def __init__(self, top: int, names: Sequence[str]) -> None:
+        self._top = top
+        self._names = names
         self._clear()
 
-    def add(self, token: int, value: ByteLogprobs, offset: int) -> None:
-        logprob = max(value.logprob, MIN_LOGPROB)
-        top = {token_name(other): max(other_logprob, MIN_LOGPROB) for other, other_logprob in value.top}
-        # Always there, and the very same number: whoever asks if the byte was the greedy one compares for equality.
-        top[token_name(token)] = logprob
+    def add(self, token: int, value: ByteLogprobs | None, offset: int) -> None:
+        """One id; None where nothing stands before it that could say how likely it is."""
+        names = self._names
+        name = names[token]
+        logprob = top = None
+        if value is not None:
+            logprob = max(value.logprob, MIN_LOGPROB)
+            top = {names[other]: max(other_logprob, MIN_LOGPROB) for other, other_logprob in value.top[: self._top]}
+            # Always there, and the very same number: whoever asks if the byte was the greedy one compares for equality.
+            top[name] = logprob
         self._fields["text_offset"].append(offset)
         self._fields["token_logprobs"].append(logprob)
-        self._fields["tokens"].append(token_name(token))
+        self._fields["tokens"].append(name)
         self._fields["top_logprobs"].append(top)
 
     def take(self) -> dict[str, list[Any]]:
@@ -90,47 +85,70 @@ class LogprobsBuilder:
         return fields
 
     def _clear(self) -> None:
-        self._fields = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        self._fields: dict[str, list[Any]] = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
 
 
 class ChoiceText:
-    """The text of one choice as it grows, and its logprobs if they were asked for.
+    """The text of one choice as it grows, and its logprobs if they were asked for, with `logprobs` alternatives.
 
-    With `echo`, ids of the prompt, its text comes first, joined with the completion's even within a character.
+    An echoed prompt is fed first: then its text is joined with the completion's even within a character.
     """
 
-    def __init__(self, *, logprobs: bool, echo: Iterable[int] = ()) -> None:
+    def __init__(self, *, logprobs: int | None, names: Sequence[str] = TOKEN_NAMES) -> None:
         self._decoder = TextDecoder()
-        self._logprobs = LogprobsBuilder() if logprobs else None
-        self._echo = self._decoder.feed(decode(echo))
+        self._logprobs = LogprobsBuilder(logprobs, names) if logprobs is not None else None
 
-    def feed(self, ids: list[int], logprobs: list[ByteLogprobs] | None, *, final: bool) -> str:
-        """The text that `ids` complete; everything that was held back with `final`."""
-        text, self._echo = self._echo, ""
-        if self._logprobs is None or not logprobs:
-            return text + self._decoder.feed(decode(ids), final=final)
-        decoder = self._decoder
-        for token, value in zip(ids, logprobs, strict=True):
-            text += decoder.feed(decode([token]))
-            starts_next = decoder.pending or token < BYTE_OFFSET
-            self._logprobs.add(token, value, decoder.completed - (0 if starts_next else 1))
-        return text + decoder.feed(b"", final=final)
+    def feed(
+        self,
+        ids: list[int],
+        logprobs: Sequence[ByteLogprobs | None] | None,
+        *,
+        final: bool,
+        ending: tuple[int, ByteLogprobs] | None = None,
+    ) -> str:
+        """The text that `ids` complete; everything that was held back with `final`. `ending` ended the completion
+        without being part of it, and stands in the logprobs only."""
+        decoder, builder = self._decoder, self._logprobs
+        if builder is None or not logprobs:
+            text = decoder.feed(decode(ids), final=final)
+        else:
+            text = ""
+            for token, value in zip(ids, logprobs, strict=True):
+                text += decoder.feed(decode([token]))
+                starts_next = decoder.pending or token < BYTE_OFFSET
+                builder.add(token, value, decoder.completed - (0 if starts_next else 1))
+            text += decoder.feed(b"", final=final)
+        if builder is not None and ending is not None:
+            builder.add(*ending, decoder.completed)
+        return text
 
     def take_logprobs(self) -> dict[str, list[Any]] | None:
         """The logprobs of the bytes fed since the last call, or None where none were asked for."""
         return self._logprobs.take() if self._logprobs is not None else None
 
 
-def event(data: Mapping[str, Any]) -> bytes:
+def to_json(data: Any) -> bytes:
+    """One line of UTF-8."""
+    return msgspec.json.encode(data)
+
+
+def event(data: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
 
 
 class EventStream(Response):
     """Sends events as they come, then calls `close`. A client that leaves ends it at once, whatever it waits for."""
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         # Without a length: the base class has counted an empty body.
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from server.api.body import MAX_BODY_BYTES
 from server.api.errors import MAX_MESSAGE
-from server.api.schemas import MAX_BODY_BYTES, MAX_CHOICES
+from server.api.fields import MAX_CHOICES
 from server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 from tests.server.api.running import MAX_MODEL_LEN, RunningServer
 
@@ -76,7 +77,16 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("stop_token_ids of strings", {"stop_token_ids": ["a"]}, "stop_token_ids"),
     ("stop_token_ids too many", {"stop_token_ids": [5] * 1000}, "stop_token_ids"),
     ("suffix", {"suffix": "x"}, "suffix"),
-    ("echo with logprobs", {"echo": True, "logprobs": 1}, "logprobs"),
+    ("salt empty", {"cache_salt": ""}, "cache_salt"),
+    ("salt too long", {"cache_salt": "s" * 1000}, "cache_salt"),
+    ("salt a number", {"cache_salt": 5}, "cache_salt"),
+    ("priority a float", {"priority": 1.5}, "priority"),
+    ("priority too large", {"priority": 2**63}, "priority"),
+    ("prompt_encoding unknown", {"prompt_encoding": "hex"}, "prompt_encoding"),
+    ("prompt is no base64", {"prompt_encoding": "base64", "prompt": "a?b"}, "prompt"),
+    ("base64 of nothing", {"prompt_encoding": "base64", "prompt": [""]}, "prompt"),
+    ("base64 that is no ASCII", {"prompt_encoding": "base64", "prompt": "é"}, "prompt"),
+    ("user a number", {"user": 5}, "user"),
     ("echo a string", {"echo": "yes"}, "echo"),
     ("stream a number", {"stream": 1}, "stream"),
     ("stream_options without stream", {"stream_options": {"include_usage": True}}, "stream_options"),

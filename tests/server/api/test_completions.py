@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import defaultdict
 from typing import Any
 
@@ -322,50 +323,69 @@ def test_stop_token_is_named(server: RunningServer) -> None:
     assert len(events) == 2 and events[0]["choices"][0]["finish_reason"] == "stop"
 
 
-class TestOpenAiClient:
-    @pytest.fixture
-    def client(self, server: RunningServer) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def test_raw_bytes_in_and_out(server: RunningServer) -> None:
+    data = b"\xff\xe2\x82 raw \x00"
+    body = {**GOOD, "prompt": encode(data), "logit_bias": {str(0xE2 + 4): 3}, "max_tokens": 40}
+    answer = server.complete(**body, return_token_ids=True, return_base64=True)
+    [choice] = answer["choices"]
+    assert choice["prompt_token_ids"] == encode(data) and len(choice["token_ids"]) == 40
+    out = base64.b64decode(choice["base64"])
+    assert out == decode(choice["token_ids"]) and out.decode("utf-8", "replace") == choice["text"]
+    assert "\ufffd" in choice["text"]
+    encoded = {**body, "prompt": base64.b64encode(data).decode(), "prompt_encoding": "base64"}
+    assert server.complete(**encoded)["choices"][0]["text"] == choice["text"]
+    both = server.complete(**encoded | {"prompt": [encoded["prompt"]] * 2})["choices"]
+    assert [c["text"] for c in both] == [choice["text"]] * 2
+    chunks = [event["choices"][0] for event in server.events(**body, return_token_ids=True, return_base64=True)[:-1]]
+    assert b"".join(base64.b64decode(chunk["base64"]) for chunk in chunks) == out
+    assert [i for chunk in chunks for i in chunk["token_ids"]] == choice["token_ids"]
+    assert chunks[0]["prompt_token_ids"] == encode(data) and "prompt_token_ids" not in chunks[1]
+    # Bytes need not wait for the character that they are part of.
+    assert any(chunk["token_ids"] and not chunk["text"] for chunk in chunks)
+    echoed = server.complete(**body, return_base64=True, echo=True)["choices"][0]
+    assert base64.b64decode(echoed["base64"]) == data + out
 
-    def test_completion(self, server: RunningServer, client: openai.OpenAI) -> None:
-        answer = client.completions.create(
-            model=MODEL, prompt="Hello", max_tokens=24, seed=1, logprobs=2, extra_body={"ignore_eos": True}
-        )
-        assert answer.choices[0].text == server.complete(**GOOD)["choices"][0]["text"]
-        assert answer.usage is not None and answer.usage.completion_tokens == 24
-        assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.tokens is not None
-        assert len(answer.choices[0].logprobs.tokens) == 24
 
-    def test_stream(self, server: RunningServer, client: openai.OpenAI) -> None:
-        stream = client.completions.create(
-            model=MODEL,
-            prompt="Hello",
-            max_tokens=24,
-            seed=1,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, "decoding": {"method": "blt-dv", "block_size": 4}},
-        )
-        chunks = list(stream)
-        assert "".join(c.choices[0].text for c in chunks if c.choices) == server.complete(**GOOD)["choices"][0]["text"]
-        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 24
+def test_tokens_named_by_their_ids(server: RunningServer) -> None:
+    body = {**GOOD, "logprobs": 1, "return_token_ids": True}
+    [choice] = server.complete(**body, return_tokens_as_token_ids=True)["choices"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
+    assert all(name.startswith("token_id:") for top in choice["logprobs"]["top_logprobs"] for name in top)
 
-    async def test_async_stream(self, server: RunningServer) -> None:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            stream = await client.completions.create(
-                model=MODEL, prompt="Hello", max_tokens=24, seed=1, stream=True, extra_body={"ignore_eos": True}
-            )
-            text = "".join([chunk.choices[0].text async for chunk in stream])
-        assert text == server.complete(**GOOD)["choices"][0]["text"]
 
-    def test_models_and_errors(self, client: openai.OpenAI) -> None:
-        assert [model.id for model in client.models.list()] == [MODEL]
-        assert client.models.retrieve(MODEL).id == MODEL
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="other", prompt="x")
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model=MODEL, prompt="x", max_tokens=0)
-        assert caught.value.param == "max_tokens"
+def test_usage_in_every_event(server: RunningServer) -> None:
+    for include in (True, False):
+        options = {"include_usage": include, "continuous_usage_stats": True}
+        *chunks, done = server.events(**GOOD, stream_options=options)
+        assert done == "[DONE]"
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and counts[0] > 0 and counts[-1] == 24
+        assert all(chunk["usage"]["prompt_tokens"] == 5 for chunk in chunks)
+        assert [not chunk["choices"] for chunk in chunks] == [False] * (len(chunks) - 1) + [include]
+
+
+def test_every_form_of_a_prompt_in_a_list(server: RunningServer) -> None:
+    texts = ["Hello", "Hullo"]
+    by_text = server.complete(**GOOD | {"prompt": texts}, n=2, best_of=2)["choices"]
+    by_ids = server.complete(**GOOD | {"prompt": [encode(t.encode()) for t in texts]}, n=2)["choices"]
+    assert by_text == by_ids and [choice["index"] for choice in by_text] == [0, 1, 2, 3]
+    assert by_text[0]["text"] == server.complete(**GOOD)["choices"][0]["text"]
+
+
+def test_salt_priority_and_user_change_no_byte(server: RunningServer) -> None:
+    answer = server.complete(**GOOD, cache_salt="s", priority=-3, user="somebody")
+    assert answer["choices"] == server.complete(**GOOD)["choices"]
+
+
+def test_ignored_fields_are_told(server: RunningServer) -> None:
+    body = {**GOOD, "max_token": 3, "skip_special_tokens": True, "a\r\nb,é": 1}
+    for stream in (False, True):
+        response = server.http.post("/v1/completions", json={**body, "stream": stream})
+        assert response.status_code == 200
+        assert response.headers["x-ignored-fields"] == "max_token, skip_special_tokens, a??b?\\xe9"
+    assert "x-ignored-fields" not in server.http.post("/v1/completions", json=GOOD).headers
+    many = {**GOOD, **{f"{i}{'x' * 1000}": i for i in range(1000)}}
+    assert len(server.http.post("/v1/completions", json=many).headers["x-ignored-fields"]) < 2000
 
 
 def test_an_error_in_mid_stream_is_an_event_and_done_follows() -> None:

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.vocabulary import EOS_ID, decode, encode
-from server.api.streaming import MIN_LOGPROB, ChoiceText, TextDecoder, event, token_name
+from server.api.names import token_name
+from server.api.streaming import MIN_LOGPROB, ChoiceText, TextDecoder, event
 from server.request import ByteLogprobs
 
 # Random bytes seldom come near a character of four bytes, whole or broken.
@@ -73,8 +74,10 @@ def test_a_hopeless_byte_comes_out_at_once() -> None:
 @unhurried
 @given(raw_bytes, st.lists(st.integers(0, 10**6), max_size=20), raw_bytes)
 def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt: bytes) -> None:
-    choice = ChoiceText(logprobs=True, echo=[1, *encode(prompt)])
-    text, tokens, offsets = "", [], []
+    choice = ChoiceText(logprobs=0)
+    echoed = [1, *encode(prompt)]
+    values: list[ByteLogprobs | None] = [None] * len(echoed)
+    text, tokens, offsets = choice.feed(echoed, values, final=False), [], []
     for part in [*split(data, cuts), b""]:
         ids = encode(part)
         values = [ByteLogprobs(-1.0, []) for _ in ids]
@@ -89,13 +92,13 @@ def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt
     taken = choice.take_logprobs()
     assert taken is not None
     tokens += taken["tokens"]
-    assert tokens == [token_name(i) for i in encode(data)]
+    assert tokens == [token_name(i) for i in echoed + encode(data)]
 
 
 @unhurried
 @given(st.text(max_size=12))
 def test_offsets_count_characters(text: str) -> None:
-    choice = ChoiceText(logprobs=True)
+    choice = ChoiceText(logprobs=1)
     ids = encode(text.encode("utf-8", "replace"))
     choice.feed(ids, [ByteLogprobs(-1.0, []) for _ in ids], final=True)
     taken = choice.take_logprobs()
@@ -105,7 +108,7 @@ def test_offsets_count_characters(text: str) -> None:
 
 
 def test_offsets_of_broken_text_point_at_the_byte_s_own_character() -> None:
-    choice = ChoiceText(logprobs=True)
+    choice = ChoiceText(logprobs=1)
     ids = [*encode(b"\xffa\xe2\x82b\xc3"), EOS_ID]
     assert choice.feed(ids, [ByteLogprobs(-1.0, []) for _ in ids], final=True) == "\ufffda\ufffdb\ufffd"
     taken = choice.take_logprobs()
@@ -127,7 +130,7 @@ def test_token_names_are_distinct_and_undoable() -> None:
 
 
 def test_logprobs_always_hold_the_chosen_byte_and_stay_finite() -> None:
-    choice = ChoiceText(logprobs=True)
+    choice = ChoiceText(logprobs=2)
     choice.feed([69], [ByteLogprobs(float("-inf"), [(70, -0.25), (71, float("-inf"))])], final=True)
     taken = choice.take_logprobs()
     assert taken is not None
