@@ -13,11 +13,12 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format gpu-check clean
+.PHONY: help install serve test compat lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
 	@echo "make test       lint and test"
+	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
 	@echo "make format     let ruff rewrite the tree"
@@ -40,6 +41,10 @@ serve: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+compat: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compat $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -39,7 +39,7 @@ def url(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     try:
         until(lambda: "ready: " in log.read_text() or process.poll() is not None, 60)
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
-        assert found is not None, log.read_text()
+        assert found is not None and process.poll() is None, log.read_text()
         yield found.group()
         metrics = httpx.get(f"{found.group()}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
         assert not re.search(r'fastblt_http_requests_total\{.*status="500".*\} [^0]', metrics)
