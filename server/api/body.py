@@ -81,7 +81,7 @@ def _parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         refuse(f"the body is not valid UTF-8 at byte {error.start}")
     try:
-        data = json.loads(text, parse_constant=refuse_constant)
+        data = json.loads(text, parse_constant=refuse_constant, parse_float=_number)
         if "\\ud" in text or "\\uD" in text:
             # Half of a surrogate pair has no UTF-8, and would fail wherever it is written out.
             json.dumps(data, ensure_ascii=False).encode("utf-8")
@@ -92,6 +92,12 @@ def _parse_json(body: bytes) -> Any:
     except ValueError as error:
         refuse(f"the body is not valid JSON: {error}")
     return data
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of number: 5.0 is the integer 5."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
@@ -107,9 +113,10 @@ def _validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
 
 def _ignored(data: dict[str, Any], schema: type[BaseModel]) -> list[str]:
     """Fields of `data` that the schema has not, of bounded number and length, in ASCII; each is logged once."""
-    unknown = [key for key in data if key not in schema.model_fields][:_MAX_IGNORED]
-    names = [key[:_MAX_NAME].encode("ascii", "backslashreplace").decode() for key in unknown]
-    names = ["".join(c if c.isprintable() and c != "," else "?" for c in name) for name in names]
+    unknown = [key for key, value in data.items() if key not in schema.model_fields and value is not None]
+    names = [key[:_MAX_NAME].encode("ascii", "backslashreplace").decode() for key in unknown[:_MAX_IGNORED]]
+    # Fit for a header's value and for a line of the log.
+    names = ["".join(c if "!" <= c <= "~" and c != "," else "?" for c in name) or "?" for name in names]
     if fresh := set(names) - _logged:
         if len(_logged) < _MAX_LOGGED:
             logger.warning("requests have fields that mean nothing here: %s", ", ".join(sorted(fresh)))

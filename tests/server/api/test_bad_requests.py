@@ -25,7 +25,7 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("prompt is an object", {"prompt": {"a": 1}}, "prompt"),
     ("prompt mixes kinds", {"prompt": [65, "a"]}, "prompt"),
     ("prompt holds booleans", {"prompt": [True, False]}, "prompt"),
-    ("prompt holds floats", {"prompt": [65.0]}, "prompt"),
+    ("prompt holds floats", {"prompt": [65.5]}, "prompt"),
     ("prompt nested too deep", {"prompt": [[["a"]]]}, "prompt"),
     ("id too large", {"prompt": [260]}, "prompt"),
     ("negative id", {"prompt": [-1]}, "prompt"),

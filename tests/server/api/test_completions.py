@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -372,17 +373,23 @@ def test_every_form_of_a_prompt_in_a_list(server: RunningServer) -> None:
     assert by_text[0]["text"] == server.complete(**GOOD)["choices"][0]["text"]
 
 
+def test_integers_may_be_written_as_floats(server: RunningServer) -> None:
+    body = json.dumps(GOOD | {"prompt": encode(b"Hello")}).replace("24", "2.4e1").replace("76", "76.0")
+    answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"}).json()
+    assert "76.0" in body and answer["choices"] == server.complete(**GOOD)["choices"]
+
+
 def test_salt_priority_and_user_change_no_byte(server: RunningServer) -> None:
     answer = server.complete(**GOOD, cache_salt="s", priority=-3, user="somebody")
     assert answer["choices"] == server.complete(**GOOD)["choices"]
 
 
 def test_ignored_fields_are_told(server: RunningServer) -> None:
-    body = {**GOOD, "max_token": 3, "skip_special_tokens": True, "a\r\nb,é": 1}
+    body = {**GOOD, "max_token": 3, "skip_special_tokens": True, "a\r\nb,é": 1, " ": 2, "": 3, "x": None}
     for stream in (False, True):
         response = server.http.post("/v1/completions", json={**body, "stream": stream})
         assert response.status_code == 200
-        assert response.headers["x-ignored-fields"] == "max_token, skip_special_tokens, a??b?\\xe9"
+        assert response.headers["x-ignored-fields"] == "max_token, skip_special_tokens, a??b?\\xe9, ?, ?"
     assert "x-ignored-fields" not in server.http.post("/v1/completions", json=GOOD).headers
     many = {**GOOD, **{f"{i}{'x' * 1000}": i for i in range(1000)}}
     assert len(server.http.post("/v1/completions", json=many).headers["x-ignored-fields"]) < 2000

@@ -61,7 +61,7 @@ def test_names_of_tokens(server: RunningServer) -> None:
         ("/detokenize", {"tokens": [260]}, 400, "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
         ("/detokenize", {"tokens": [True]}, 400, "tokens"),
-        ("/detokenize", {"tokens": [1.0]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [1.5]}, 400, "tokens"),
         ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
         ("/detokenize", {"tokens": [], "model": "other"}, 404, "model"),
     ],
