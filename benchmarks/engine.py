@@ -5,6 +5,7 @@
     python -m benchmarks.engine modes       how often the default mode's bytes differ from a request's solo run
     python -m benchmarks.engine auto        bytes per second of BLT and of the drafting methods at 1, 8 and 32 requests
     python -m benchmarks.engine threads     BLT at 1, 8 and 32 requests with one torch thread and with two
+    python -m benchmarks.engine prefix      time to the first byte after a prefix hit, and without
 
 Each prints what it measured as ratios of one run, and as JSON with --json FILE.
 """
@@ -195,6 +196,45 @@ def threads(model: str, rounds: int) -> dict[str, Any]:
     return result
 
 
+def prefix(model: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds to the first byte: after 4,000 bytes that were seen before and 50 new ones, and after 300 new ones.
+
+    Three kinds of prompt alternate in one engine, and no two prompts are the same.
+    """
+    engine = Engine(load_checkpoint(model), EngineSettings(model=model))
+    short = iter(prompt_ids(rounds + 1, 300))
+    long = iter(prompt_ids(rounds + 1, 4050))
+    shared, *endings = prompt_ids(2 * (rounds + 1), 4051)
+    kinds = {
+        "new_300": lambda: next(short),
+        "hit_4000": lambda: shared[:4001] + endings.pop()[-50:],
+        "new_4050": lambda: next(long),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds + 1):
+        for kind, prompt in kinds.items():
+            times[kind].append(first_byte(engine, prompt()))
+    hits, queries = engine.stats().prefix_hits, engine.stats().prefix_queries
+    # The first round warms up, and computes what the others hit.
+    result: dict[str, Any] = {f"{kind}_ms": 1e3 * statistics.median(t[1:]) for kind, t in times.items()}
+    ratios = [hit / new for hit, new in zip(times["hit_4000"][1:], times["new_300"][1:], strict=True)]
+    result |= {"hit_over_new_300": statistics.median(ratios), "hit_bytes": hits, "looked_up_bytes": queries}
+    print(", ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    return result
+
+
+def first_byte(engine: Engine, ids: list[int]) -> float:
+    """Seconds from a request's submission to its first byte; nothing else runs."""
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    clock = time.perf_counter()
+    engine.add(Request(f"r-{time.monotonic_ns()}", ids, params, time.monotonic()))
+    while not any(delta.ids for delta in engine.step()):
+        pass
+    took = time.perf_counter() - clock
+    drain(engine)
+    return took
+
+
 def outputs(blt: Any, model: str, prompts: list[list[int]], params: SamplingParams, running: int) -> list[list[int]]:
     engine = Engine(blt, EngineSettings(model=model, max_running=running))
     made: dict[str, list[int]] = {}
@@ -207,7 +247,14 @@ def outputs(blt: Any, model: str, prompts: list[list[int]], params: SamplingPara
     return list(made.values())
 
 
-MEASURES = {"overhead": overhead, "context": context, "modes": modes, "auto": auto, "threads": threads}
+MEASURES = {
+    "overhead": overhead,
+    "context": context,
+    "modes": modes,
+    "auto": auto,
+    "threads": threads,
+    "prefix": prefix,
+}
 
 
 def main() -> None:
