@@ -7,8 +7,8 @@
 sampled, mixed in one deterministic engine. An output is valid if it parses and validates (by the package jsonschema),
 and equal if it is BLT's. *UTF-8*: completions of 1 to 64 bytes at temperature 1.5, half of them with a bias to bytes
 that ASCII has not, in every method; the last column says how many of the same requests decode without `strict`.
-*Cost*: bytes a second of the same requests free, with strict UTF-8, and under a grammar that any text satisfies, as
-ratios of the median of alternating runs. Any output that fails makes the exit status 1.
+*Cost*: bytes a processor second of the same requests free, with strict UTF-8, and under a grammar that any text
+satisfies, as ratios of the median of alternating runs. Any output that fails makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -85,20 +85,20 @@ def verified_settings(block_size: int) -> dict[str, DecodingParams]:
 
 
 def run_all(model: Blt, requests: list[Request], *, deterministic: bool = True) -> tuple[dict[str, Delta], float]:
-    """Run requests in one engine: each one's last delta, with all ids in it, and the seconds they took."""
+    """Run requests in one engine: each one's last delta, with all ids in it, and the processor's seconds."""
     settings = EngineSettings(deterministic=deterministic, max_running=64, max_waiting=len(requests))
     engine = Engine(model, settings)
     for request in requests:
         engine.add(request)
     ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
     done: dict[str, Delta] = {}
-    clock = time.perf_counter()
+    clock = time.process_time()
     while engine.has_work():
         for delta in engine.step():
             ids[delta.request_id] += delta.ids
             if delta.finish_reason is not None:
                 done[delta.request_id] = replace(delta, ids=ids[delta.request_id])
-    return done, time.perf_counter() - clock
+    return done, time.process_time() - clock
 
 
 def check_schemas(model: Blt, count: int, temperature: float, seed: int = 0) -> dict[str, Checked]:
@@ -199,7 +199,7 @@ def _decodes(text: bytes) -> bool:
 
 
 def cost(model: Blt, repeats: int, requests: int = 32, length: int = 128) -> dict[str, dict[str, float]]:
-    """Bytes a second, as ratios to those without a constraint, by method and constraint."""
+    """Bytes a processor second, as ratios to those without a constraint, by method and constraint."""
     prompts = held_out_prompts(requests, 128)
     any_text = StructuredOutput.grammar("start: /(?s:.)*/")
     constraints: dict[str, dict[str, Any]] = {
@@ -274,7 +274,8 @@ def main() -> None:
             failed |= tally.decoded < tally.outputs
     if args.repeats:
         ratios = result["cost"] = cost(model, args.repeats)
-        print("\nbytes a second over those without a constraint\n| method | strict UTF-8 | grammar |\n|---|---|---|")
+        print("\nbytes a processor second over those without a constraint")
+        print("| method | strict UTF-8 | grammar |\n|---|---|---|")
         for name, row in ratios.items():
             grammar = f"{row['grammar']:.2f}" if "grammar" in row else ""
             print(f"| {name} | {row['strict UTF-8']:.2f} | {grammar} |")
