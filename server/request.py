@@ -384,8 +384,6 @@ class Delta:
     request_id: str
     ids: list[int] = field(default_factory=list)
     logprobs: list[ByteLogprobs] | None = None
-    prompt_logprobs: list[ByteLogprobs] | None = None
-    ending: tuple[int, ByteLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
@@ -395,6 +393,8 @@ class Delta:
     decoding: DecodingParams | None = None
     patches: PatchReport | None = None
     cached: int = 0
+    prompt_logprobs: list[ByteLogprobs] | None = None
+    ending: tuple[int, ByteLogprobs] | None = None
 
 
 def read_prompt(prompt: str | bytes | list[int]) -> list[int]:

@@ -16,6 +16,9 @@ from server.api.security import MAX_HEADER_BYTES
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0
 
+#: Bytes that may wait for a slow reader; what comes beyond them is merged where it arises.
+_WAITING_BYTES = 16 * 2**10
+
 #: Open files that are not connections.
 _RESERVED_FILES = 128
 
@@ -26,6 +29,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_WAITING_BYTES)
         self._seen: Any = None
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > max_connections():

@@ -441,7 +441,7 @@ class Engine:
         if not released:
             return None
         wanted = values if logprobs is not None else None
-        return Delta(sequence.request.request_id, released, wanted, sequence.take_scores())
+        return Delta(sequence.request.request_id, released, wanted, prompt_logprobs=sequence.take_scores())
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
@@ -465,8 +465,6 @@ class Engine:
             sequence.request.request_id,
             released,
             values if sequence.params.logprobs is not None else None,
-            sequence.take_scores(),
-            output.ending,
             finish_reason=reason,
             stop_reason=output.stop_reason,
             error=error,
@@ -476,6 +474,8 @@ class Engine:
             decoding=sequence.decoding,
             patches=sequence.report(),
             cached=sequence.cached or 0,
+            prompt_logprobs=sequence.take_scores(),
+            ending=output.ending,
         )
 
 

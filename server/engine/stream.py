@@ -7,13 +7,18 @@ from collections.abc import Callable, Sequence
 
 from server.request import Delta, FinishReason, Request
 
+#: Seconds between two items of a stream. Each costs its reader a write, whatever is in it, and bytes come much faster
+#: than anybody reads them.
+ITEM_SECONDS = 0.02
+
 
 class DeltaStream:
     """Asynchronous iterator over the news of requests that were submitted together; one reader.
 
     Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
-    holds no more than the requests' outputs. With `whole`, news is held back until every request has ended, or one has
-    failed. Whoever stops before the end must `close()`: it aborts what is unfinished.
+    holds no more than the requests' outputs. The first item and the last come at once, the others no closer together
+    than ITEM_SECONDS. With `whole`, news is held back until every request has ended, or one has failed. Whoever
+    stops before the end must `close()`: it aborts what is unfinished.
     """
 
     def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:
@@ -22,6 +27,9 @@ class DeltaStream:
         self._news: dict[str, Delta] = {}
         self._wake = asyncio.Event()
         self._whole = whole
+        self._loop = asyncio.get_running_loop()
+        self._next = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._failed = False
 
@@ -35,11 +43,12 @@ class DeltaStream:
             self._wake.clear()
             await self._wake.wait()
         news, self._news = self._news, {}
+        self._next = self._loop.time() + ITEM_SECONDS
         return list(news.values())
 
     @property
     def _held(self) -> bool:
-        return self._whole and bool(self._open) and not self._failed
+        return bool(self._open) and not self._failed and (self._whole or self._loop.time() < self._next)
 
     def push(self, delta: Delta) -> None:
         """Take over a delta. After `close` it is dropped."""
@@ -52,6 +61,13 @@ class DeltaStream:
         self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
         if not self._held:
             self._wake.set()
+        elif not self._whole and self._timer is None:
+            self._timer = self._loop.call_at(self._next, self._release)
+
+    def _release(self) -> None:
+        self._timer = None
+        self._next = 0.0
+        self._wake.set()
 
     def close(self) -> None:
         """End the iteration and abort the requests that have not finished. May be called again."""

@@ -227,6 +227,26 @@ async def test_merging_keeps_logprobs() -> None:
     assert (delta.ids, delta.logprobs, delta.stop_reason) == ([5, 6], [one, two], "x")
 
 
+async def test_items_keep_their_distance_but_for_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Far more than a busy machine's hiccups.
+    monkeypatch.setattr("server.engine.stream.ITEM_SECONDS", distance := 1.0)
+    stream = DeltaStream(lambda *_: None, [request("a")])
+    loop = asyncio.get_running_loop()
+    stream.push(Delta("a", [5]))
+    start = loop.time()
+    [delta] = await anext(stream)
+    assert delta.ids == [5] and loop.time() - start < distance
+    stream.push(Delta("a", [6]))
+    loop.call_later(distance / 4, stream.push, Delta("a", [7]))
+    [delta] = await anext(stream)
+    assert delta.ids == [6, 7] and loop.time() - start >= distance
+    start = loop.time()
+    stream.push(Delta("a", [8]))
+    loop.call_later(distance / 4, stream.push, Delta("a", [9], None, FinishReason.LENGTH))
+    [delta] = await anext(stream)
+    assert delta.ids == [8, 9] and loop.time() - start < distance
+
+
 async def test_a_failed_step_ends_every_request_and_the_engine() -> None:
     async with running(fail_at=20, pause=0.01) as client:
         streams = [await client.submit(request(f"r{i}", 100)) for i in range(4)]
