@@ -10,7 +10,6 @@ import os
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.blt import Blt
 from models.config import BltConfig, StackConfig
@@ -46,14 +45,18 @@ class CacheGroup:
         self.layers = [torch.empty((pages + 1) * page_size, *shape, dtype=dtype, device=device) for shape in shapes]
         for layer in self.layers:
             layer[:page_size].zero_()
-        self.table = np.zeros((rows, -(-max_length // page_size)), dtype=np.int32)
-        self._table = torch.from_numpy(self.table)
+        shape = (rows, -(-max_length // page_size))
+        self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.table: np.ndarray = self._host.numpy()
+        #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
+        self.device_table = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
         self._first = [0] * rows
         self._last = [0] * rows
 
-    def table_on(self, device: torch.device) -> Tensor:
-        """The page table int32 [state rows, pages]; on a CPU the very memory of `table`."""
-        return self._table.to(device)
+    def send_table(self) -> None:
+        """Bring the device's table up to date: before a pass, never within one, which may be a captured graph."""
+        if self.device_table is not self._host:
+            self.device_table.copy_(self._host, non_blocking=True)
 
     def first_page(self, position: int) -> int:
         """Of the pages that a row at `position` reads."""
@@ -218,6 +221,11 @@ class Caches:
             group.clear(row)
         self._reached[row] = (0, 0)
         self._rows.append(row)
+
+    def send_tables(self) -> None:
+        """Bring the device's page tables up to date."""
+        for group in self.groups.values():
+            group.send_table()
 
     def balanced(self) -> bool:
         """Whether everything is free or cached: true whenever no request is running."""

@@ -144,7 +144,7 @@ class Passes:
     def _state_slots(self, owners: Tensor, positions: Tensor) -> Tensor:
         """int64 slots of encoder states; `owners` broadcasts against `positions`."""
         page = self._states.page_size
-        return self._states.table_on(owners.device)[owners, positions // page].long() * page + positions % page
+        return self._states.device_table[owners, positions // page].long() * page + positions % page
 
 
 def _read_latents(store: Tensor, slots: Tensor, layer: int, q: Tensor) -> Tensor:
@@ -159,14 +159,13 @@ class _Group:
         self, cache: CacheGroup, stack: StackConfig, max_length: int, device: torch.device, tiled: bool
     ) -> None:
         self._cache = cache
-        self._device = device
         self._tiled = tiled
         self._length = max_length
         self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
 
     def attend(self, rows: Rows) -> _PagedAttention:
         at = RaggedRows(
-            table=self._cache.table_on(self._device),
+            table=self._cache.device_table,
             rows=rows.owners,
             positions=rows.positions,
             lows=rows.lows(self._cache.window),

@@ -115,6 +115,7 @@ class Runner:
             longest = -(-longest // TILE) * TILE
         elif self._static:
             longest = bucket(longest)
+        self._caches.send_tables()
         owners, index, starts, ends, latents, highs = self._staging["upstream"].send().unbind()
         rows = Rows(owners, index, index, highs, _with_padding(spans, total, columns.shape[1]))
         self._passes.upstream(Patches(rows, starts, ends, latents, longest))
@@ -202,6 +203,7 @@ class Runner:
         self, kind: str, run: Callable[[Tensor], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
     ) -> Tensor:
         """Run a function of the staged columns, replaying its graph where shapes are few and launches many."""
+        self._caches.send_tables()
         columns = self._staging[kind].send()
         size = columns.shape[1]
         if self._graphs is None or size > MOST_CAPTURED:
