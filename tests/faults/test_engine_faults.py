@@ -69,6 +69,8 @@ def test_a_killed_engine_is_seen_by_everybody(checkpoint: str, tmp_path: Path) -
         assert answer.status_code == 503 and answer.headers["x-should-retry"] == "false"
         assert answer.json()["error"]["code"] == "dead"
         assert server.ended()["error"] == 24
+        values = server.metrics()
+        assert values["fastblt_num_requests_running"] == values["fastblt_kv_cache_usage_perc"] == 0
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
 
