@@ -74,7 +74,9 @@ class Tally:
 
 @dataclass
 class Sample:
-    """`bytes` generated, private memory (bytes), requests running and waiting, `seconds` after the start."""
+    """`bytes` generated, private memory (bytes), requests running and waiting, the engine's processor time (s),
+    `seconds` after the start.
+    """
 
     seconds: float
     bytes: float
@@ -82,6 +84,7 @@ class Sample:
     engine_memory: int
     running: float
     waiting: float
+    engine_cpu: float
 
 
 class Server:
@@ -111,6 +114,7 @@ class Server:
             private_memory(int(engine)),
             values["fastblt_num_requests_running"],
             values["fastblt_num_requests_waiting"],
+            values["fastblt_engine_process_cpu_seconds_total"],
         )
 
 
@@ -280,6 +284,12 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
     return {
         "seconds": seconds,
         "bytes_per_second": {"first_fifth": before, "last_fifth": after, "ratio": after / before},
+        # Does not depend on what else the machine does.
+        "bytes_per_engine_cpu_second": {
+            "first_fifth": before / _busy(first),
+            "last_fifth": after / _busy(last),
+            "ratio": after / before * _busy(first) / _busy(last),
+        },
         "memory": memory,
         "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
         "left_unread": tally.left,
@@ -313,6 +323,11 @@ def private_memory(pid: int) -> int:
 
 def _rate(samples: list[Sample]) -> float:
     return (samples[-1].bytes - samples[0].bytes) / (samples[-1].seconds - samples[0].seconds)
+
+
+def _busy(samples: list[Sample]) -> float:
+    """Processors that the engine had, on average."""
+    return (samples[-1].engine_cpu - samples[0].engine_cpu) / (samples[-1].seconds - samples[0].seconds)
 
 
 def _balanced(final: dict[str, float]) -> bool:

@@ -40,7 +40,7 @@ def test_a_few_seconds(tmp_path: Path) -> None:
 def steady() -> tuple[Tally, list[Sample], dict[str, float]]:
     tally = Tally()
     tally.statuses.update({200: 10, 429: 5})
-    samples = [Sample(float(i), 100.0 * i, 50 << 20, 500 << 20, 4, 2) for i in range(50)]
+    samples = [Sample(float(i), 100.0 * i, 50 << 20, 500 << 20, 4, 2, 0.8 * i) for i in range(50)]
     final = {
         "fastblt_num_requests_running": 0.0,
         "fastblt_num_requests_waiting": 0.0,
