@@ -267,8 +267,8 @@ def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=PRETRAINED)
-    parser.add_argument("--sequences", type=int, default=16, help="held-out sequences that drafts are made along")
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts to decode from")
+    parser.add_argument("--sequences", type=int, default=12, help="held-out sequences that drafts are made along")
+    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts to decode from")
     parser.add_argument("--bytes", type=int, default=128, help="bytes to decode after each")
     parser.add_argument("--write", action="store_true", help="into the checkpoint's README.md and config.json")
     parser.add_argument("--json", type=Path)
