@@ -92,7 +92,8 @@ def test_a_stalled_engine(checkpoint: str, tmp_path: Path) -> None:
         start = time.monotonic()
         try:
             while (seconds := time.monotonic() - start) < limit and server.status("/ready") == 200:
-                assert server.status("/health") == 200
+                # It answers, whatever it says: the limit may be reached between the two.
+                assert server.status("/health") in (200, 503)
                 assert time.monotonic() - start - seconds < 1
             assert server.status("/ready") == 503 and time.monotonic() - start < limit
             # It may come back; until then nobody is to wait for it.

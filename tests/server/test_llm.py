@@ -92,6 +92,7 @@ def test_a_stream_given_up_frees_everything(llm: LLM) -> None:
 
 
 def test_lazy_names() -> None:
-    assert set(server.__all__) == {"LLM", "Completion", "DecodingParams", "SamplingParams"}
+    names = {"LLM", "Completion", "DecodingParams", "SamplingParams", "StructuredOutput", "Utf8"}
+    assert set(server.__all__) == names and all(getattr(server, name) for name in names)
     with pytest.raises(AttributeError):
         _ = server.nothing
