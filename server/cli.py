@@ -224,6 +224,14 @@ def serve(
     deterministic: Deterministic = False,
     prefix_cache: PrefixCache = True,
     threads: Threads = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes, each with a device, that the global transformer is split over: GPUs from --device on.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = _DEFAULTS.tensor_parallel_size,
 ) -> None:
     """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
     import asyncio
@@ -263,6 +271,7 @@ def serve(
         deterministic=deterministic,
         prefix_cache=prefix_cache,
         threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
         decoding=decoding,
         allow_untrained_block_size=allow_untrained_block_size,
     )

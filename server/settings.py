@@ -20,6 +20,7 @@ class EngineSettings:
     the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
     passes after one upstream pass; 1 never holds. `deterministic` makes arithmetic independent of batching.
     `prefix_cache` keeps what requests computed for later ones that begin with the same bytes.
+    `tensor_parallel_size` is the number of processes, and devices, that the global transformer is split over.
     `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
     diffusion head.
     """
@@ -40,6 +41,7 @@ class EngineSettings:
     deterministic: bool = False
     prefix_cache: bool = True
     threads: int | None = None
+    tensor_parallel_size: int = 1
     decoding: DecodingParams = field(default_factory=DecodingParams)
     allow_untrained_block_size: bool = False
 

@@ -7,6 +7,7 @@ the null page of every group.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ class CacheGroup:
         self.table: np.ndarray = self._host.numpy()
         #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
         self.device_table = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
+        #: Told of every copy of a page: source, target, and how many positions.
+        self.on_copy: Callable[[int, int, int], None] | None = None
         self._first = [0] * rows
         self._last = [0] * rows
 
@@ -110,11 +113,17 @@ class CacheGroup:
         """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
         index = self._last[row] - 1
         shared, own = int(self.table[row, index]), self.pool.take()
-        for layer in self.layers:
-            pages = layer.view(-1, self.page_size, *layer.shape[1:])
-            pages[own, :count] = pages[shared, :count]
+        self.copy(shared, own, count)
         self.table[row, index] = own
         self.pool.give_back(shared)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a page to another, in every layer."""
+        for layer in self.layers:
+            pages = layer.view(-1, self.page_size, *layer.shape[1:])
+            pages[target, :count] = pages[source, :count]
+        if self.on_copy is not None:
+            self.on_copy(source, target, count)
 
     def swap(self, row: int, index: int, page: int) -> None:
         """Put a page of the same content in place of a row's own."""

@@ -20,6 +20,7 @@ import torch
 from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
+from models.config import BltConfig
 from models.patching import PatchRule
 from server.decoding.choose import check_block_size, make_method, resolve
 from server.decoding.method import Plan, Progress
@@ -28,6 +29,7 @@ from server.engine.choosing import Result
 from server.engine.constraints import Constraint
 from server.engine.grammar import Grammars
 from server.engine.prefix_cache import PrefixCache
+from server.engine.ranks import RankLostError, leader_of, spread
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Patch, Sequence
@@ -72,17 +74,18 @@ class Engine:
         device = next(model.parameters()).device
         dtype = model.lm_head.weight.dtype
         if device.type == "cpu":
-            torch.set_num_threads(settings.threads or _suitable_threads(ModuleParameters.of(model)))
+            torch.set_num_threads(_threads(config, settings))
         if settings.deterministic and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False
         self.model_name = name
         self.config = config
         self.settings = settings
         self._check_defaults()
-        self._parameters = ModuleParameters.of(model)
+        self._parameters = _parameters(config)
         self._bytes_per_weight = dtype.itemsize
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
-        self._caches = Caches(model, config, settings, device, dtype)
+        leader = leader_of(model)
+        self._caches = Caches(model, leader.share(config) if leader else config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
@@ -103,7 +106,13 @@ class Engine:
         if settings.dtype not in _DTYPES:
             raise ValueError(f"dtype must be {', '.join(_DTYPES)}, not {settings.dtype!r}")
         dtype = _DTYPES[settings.dtype]
-        model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=settings.device)
+        if (size := settings.tensor_parallel_size) < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, not {size}")
+        # Weights that will be spread need not fit one device.
+        device = settings.device if size == 1 else "cpu"
+        model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=device)
+        if size > 1:
+            spread(model, settings, _threads(model.config, settings))
         folder = Path(settings.model)
         name = settings.model
         if folder.exists():
@@ -185,6 +194,8 @@ class Engine:
             if not batch:
                 return deltas
             results = self._runner.decode(batch)
+        except RankLostError:
+            raise
         except Exception as error:
             return deltas + (self._retry(batch) if _out_of_memory(error) else self._give_up(batch, error))
         self._passes += 1
@@ -479,14 +490,23 @@ class Engine:
         )
 
 
-def _suitable_threads(parameters: ModuleParameters) -> int:
-    """Threads of one operation on this machine's processor.
+def _parameters(config: BltConfig) -> ModuleParameters:
+    """Of the whole model, wherever its weights are."""
+    with torch.device("meta"):
+        return ModuleParameters.of(Blt(config))
+
+
+def _threads(config: BltConfig, settings: EngineSettings) -> int:
+    """Threads of one operation on this machine's processor, which the ranks share.
 
     In a small model an operation is shorter than waking a second thread for it: with two, the shipped model served 32
     requests at half the speed (docs/benchmarks.md).
     """
+    if settings.threads is not None:
+        return settings.threads
+    parameters = _parameters(config)
     weights = parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder
-    return 1 if weights < _SMALL else os.cpu_count() or 1
+    return 1 if weights < _SMALL else max(1, (os.cpu_count() or 1) // settings.tensor_parallel_size)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -50,14 +50,9 @@ class EngineLink(asyncio.Protocol):
     async def start(self, command: Sequence[str]) -> None:
         """Start the process. Raises OSError if it cannot be."""
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        # Waiting threads that spin would cost their neighbors whole time slices; read when torch is imported.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
-        # The server's own options; there may be keys among them.
-        environment = {name: value for name, value in environment.items() if not name.startswith("FASTBLT_SERVE_")}
         try:
             with theirs:
-                self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
+                self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=child_environment())
         except OSError:
             ours.close()
             raise
@@ -118,6 +113,15 @@ class EngineLink(asyncio.Protocol):
             status = await asyncio.to_thread(self._process.wait)
         self._ended.set()
         self._on_end(_how(status))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process of ours."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    # Waiting threads that spin would cost their neighbors whole time slices; read when torch is imported.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
+    # The server's own options; there may be keys among them.
+    return {name: value for name, value in environment.items() if not name.startswith("FASTBLT_SERVE_")}
 
 
 def _how(status: int) -> str:

@@ -73,7 +73,8 @@ class Passes:
             "global": config.global_,
         }
         self._groups = {
-            name: _Group(caches.groups[name], stack, caches.max_length, device, tiled) for name, stack in stacks.items()
+            name: AttendedGroup(caches.groups[name], stack, caches.max_length, device, tiled)
+            for name, stack in stacks.items()
         }
         # The first hash windows read zeros before the ids.
         self._pad = model.hash_window - 1
@@ -152,7 +153,7 @@ def _read_latents(store: Tensor, slots: Tensor, layer: int, q: Tensor) -> Tensor
     return stored_latent_attention(q, store, layer, slots)
 
 
-class _Group:
+class AttendedGroup:
     """A cache group seen by the layers of its module."""
 
     def __init__(

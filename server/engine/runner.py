@@ -24,6 +24,7 @@ from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
 from server.engine.graphs import Graphs
 from server.engine.passes import Passes, Patches, Rows
+from server.engine.ranks import leader_of
 from server.engine.scoring import Scored
 from server.engine.sequence import Sequence
 from server.engine.staging import Fetch, Staging
@@ -45,6 +46,9 @@ def bucket(count: int) -> int:
 class Runner:
     def __init__(self, model: Blt, caches: Caches, settings: EngineSettings) -> None:
         self._caches = caches
+        self._leader = leader_of(model)
+        if self._leader is not None:
+            self._leader.prepare(caches.groups["global"], caches.max_length, settings.deterministic)
         self._deterministic = settings.deterministic
         device = next(model.parameters()).device
         self._static = use_triton(device)
@@ -116,8 +120,11 @@ class Runner:
         elif self._static:
             longest = bucket(longest)
         self._caches.send_tables()
+        every = _with_padding(spans, total, columns.shape[1])
+        if self._leader is not None:
+            self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
         owners, index, starts, ends, latents, highs = self._staging["upstream"].send().unbind()
-        rows = Rows(owners, index, index, highs, _with_padding(spans, total, columns.shape[1]))
+        rows = Rows(owners, index, index, highs, every)
         self._passes.upstream(Patches(rows, starts, ends, latents, longest))
         self.ledger.global_ += 1
 
