@@ -96,7 +96,8 @@ def block_arrays(
 
     block_start (where its block starts), block_position, block_latent, block_target (its own byte), block_input (that
     or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
-    block_masked, block_weight (of its loss: 1/t, by position in full blocks).
+    block_masked, block_full (its block is masked altogether on purpose), block_weight (of its loss: 1/t, by position in
+    full blocks).
 
     And of the patches closed by force for blocks, whose latents come after the kept ones: forced_index and
     forced_inside [N, F, L] as of `patch_arrays`, forced_place [N, F] which patch of the sequence each is.
@@ -140,10 +141,11 @@ def block_arrays(
     target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
     # What lies past the end is shown as masked, and is not asked for.
     t = np.broadcast_to(noise[:, None, None], shape)
+    full = np.zeros(shape, bool)
     if config.full_blocks:
         # One draw for every block number of every tile.
-        full = rng.random(shape) < config.full_blocks
-        t = np.where(np.take_along_axis(full, number, 2), 1.0, t)
+        full = np.take_along_axis(rng.random(shape) < config.full_blocks, number, 2)
+        t = np.where(full, 1.0, t)
     masked = (rng.random(shape) < t) | ~valid
     # The weights of a full block add up to its size.
     size_of = np.broadcast_to(sizes[:, None, None], shape)
@@ -157,6 +159,7 @@ def block_arrays(
         "block_number": number,
         "block_valid": valid,
         "block_masked": masked & valid,
+        "block_full": full,
         "block_weight": np.where(t == 1.0, falling, 1 / t).astype(np.float32),
     }
     if room:

@@ -70,11 +70,15 @@ def make_batch(
 
 
 class Objective:
-    """Logits and losses of a model over batches of `make_batch`, all with sequences of `length` bytes."""
+    """Logits and losses of a model over batches of `make_batch`, all with sequences of `length` bytes.
 
-    def __init__(self, model: Blt, length: int, masked_weight: float = 1.0) -> None:
+    `distill`: of the loss of blocks that are masked altogether, the share whose target is not the text's byte but what
+    the causal head makes of the text before it: that is what verification compares a draft with.
+    """
+
+    def __init__(self, model: Blt, length: int, masked_weight: float = 1.0, distill: float = 0.0) -> None:
         config = model.config
-        self.model, self.masked_weight = model, masked_weight
+        self.model, self.masked_weight, self.distill = model, masked_weight, distill
         self._encoder_attend = WindowAttention(config.encoder, length)
         self._global_turns = (
             Rope(config.global_.head_dim, config.global_.rope_theta).at(torch.arange(length), length).clone()
@@ -106,13 +110,25 @@ class Objective:
         masked = batch["block_masked"].float()
         losses = losses.view_as(masked) * masked
         cells = batch["block_valid"].float().sum()
-        masked_loss = (losses * batch["block_weight"]).sum() / cells
+        aimed = losses
+        if self.distill:
+            share = self.distill * batch["block_full"].float()
+            aimed = losses + share * (self._distilled(clean, block, batch) * masked - losses)
+        masked_loss = (aimed * batch["block_weight"]).sum() / cells
         figures = {
             "bits": clean_loss.detach() / math.log(2),
             "masked": masked_loss.detach(),
             "masked_nats": losses.detach().sum() / masked.sum().clamp_min(1.0),
         }
         return clean_loss + self.masked_weight * masked_loss, figures
+
+    def _distilled(self, clean: Tensor, block: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy [N, S, BLOCK_ROWS] of block rows against the causal head's distribution of their bytes."""
+        count, length = batch["ids"].shape
+        before = (batch["block_position"] - 1).clamp(0, length - 1)
+        index = (before + torch.arange(count)[:, None, None] * length).flatten()
+        taught = torch.softmax(clean.detach(), -1).flatten(0, 1).index_select(0, index)
+        return -(taught * torch.log_softmax(block.flatten(0, 2), -1)).sum(-1).view_as(batch["block_weight"])
 
     def states(self, ids: Tensor) -> Tensor:
         """Encoder states [N, T, d]."""

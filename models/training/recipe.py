@@ -56,6 +56,7 @@ class BltTask:
         seed: int,
         snapshots: Path | None = None,
         start: Path | None = None,
+        distill: float = 0.0,
     ) -> None:
         self.model = Blt(config)
         init_weights(self.model, seed)
@@ -66,7 +67,7 @@ class BltTask:
         self._rows = load_array(data / "train.npy")
         self._layout, self._batch, self._seed, self._snapshots = layout, batch, seed, snapshots
         length = self._rows.shape[1]
-        self._objective = Objective(self.model, length, masked_weight)
+        self._objective = Objective(self.model, length, masked_weight, distill)
         self._patcher_attend = WindowAttention(config.patcher, length)
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
 

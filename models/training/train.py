@@ -51,6 +51,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--forced-starts", type=float, default=0.0, help="share of blocks that start as BLT-D's do")
     parser.add_argument("--full-blocks", type=float, default=0.5, help="share of blocks that are masked altogether")
     parser.add_argument("--decay", type=float, default=0.8, help="of the loss from position to position of such blocks")
+    parser.add_argument(
+        "--distill", type=float, default=0.0, help="share of their loss that is aimed at the causal head's prediction"
+    )
     parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
@@ -104,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     make = (config, patcher, work / "data", layout, args.batch, args.masked_weight, args.seed, snapshots, args.start)
     settings = {"entropy": describe(first), "blt": describe(second), "patching": patching, "command": vars(args)}
     _write_json(work / "settings.json", json.loads(json.dumps(settings, default=str)))
-    train(second, BltTask, *make)
+    train(second, BltTask, *make, args.distill)
     if length_of_run(work / "blt" / "state.safetensors").steps == args.stop_after:
         console.print(f"stopped after {args.stop_after} steps; the same command without --stop-after goes on")
         return 0

@@ -122,3 +122,36 @@ def test_the_loss_is_the_definition() -> None:
     )
     assert float(loss) == pytest.approx(float(expected) + 0.5 * masked, rel=1e-4)
     assert float(figures["masked"]) == pytest.approx(masked, rel=1e-4)
+
+
+def test_distilled_blocks_aim_at_the_causal_prediction() -> None:
+    """Only blocks masked on purpose do, and nothing of it moves the causal head."""
+    model = toy_model()
+    ids, starts = toy_sequences()
+    batch = toy_batch(ids, starts, [4, 8], t=0.6, full_blocks=0.5)
+    share = 0.75
+    objective = Objective(model, LENGTH, masked_weight=0.5, distill=share)
+    loss, figures = objective.loss(batch)
+    clean, block = (logits.detach() for logits in objective.logits(batch))
+    total = 0.0
+    for at in map(tuple, batch["block_masked"].nonzero().tolist()):
+        target, place = int(batch["block_target"][at]), int(batch["block_position"][at])
+        own = torch.log_softmax(block[at], -1)
+        value = -float(own[target])
+        if batch["block_full"][at]:
+            taught = torch.softmax(clean[at[0], place - 1], -1)
+            value = share * -float((taught * own).sum()) + (1 - share) * value
+        total += value * float(batch["block_weight"][at])
+    assert float(figures["masked"]) == pytest.approx(total / int(batch["block_valid"].sum()), rel=1e-4)
+
+    def causal_gradient(weight: float) -> torch.Tensor:
+        """Of the loss without its masked part, as far as it reaches the logits of clean rows."""
+        logits = clean.clone().requires_grad_()
+        aimed = Objective(model, LENGTH, weight, share)
+        aimed.logits = lambda batch: (logits, block)  # type: ignore[method-assign]
+        aimed.loss(batch)[0].backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    assert torch.equal(causal_gradient(0.0), causal_gradient(1.0))
+    assert loss.requires_grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -58,10 +60,10 @@ def toy_sequences(count: int = 2, seed: int = 0) -> tuple[NDArray[np.int64], NDA
 
 
 def toy_batch(
-    ids: NDArray, starts: NDArray, sizes: list[int], seed: int = 0, t: float = 0.5
+    ids: NDArray, starts: NDArray, sizes: list[int], seed: int = 0, t: float = 0.5, full_blocks: float = 0.0
 ) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    return make_batch(ids, starts, np.full(len(ids), t), np.array(sizes), LAYOUT, rng)
+    layout = replace(LAYOUT, full_blocks=full_blocks)
+    return make_batch(ids, starts, np.full(len(ids), t), np.array(sizes), layout, np.random.default_rng(seed))
 
 
 def with_ids(batch: dict[str, torch.Tensor], ids: NDArray) -> dict[str, torch.Tensor]:
