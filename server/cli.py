@@ -400,6 +400,24 @@ def convert(
         typer.echo(f"wrote {output}")
 
 
+@app.command()
+def widen(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write: 6 GB for 1b, 12 GB for 3b.")],
+    shape: Annotated[str, typer.Option(help="1b or 3b: the paper's.")] = "1b",
+    patcher: Annotated[
+        bool, typer.Option("--patcher", help="Widen the entropy model too, to the published one's 100 million weights.")
+    ] = False,
+) -> None:
+    """Widen a checkpoint to a large shape that computes the same: real acceptance at a large model's cost."""
+    _quiet_openmp()
+    with _clean_errors():
+        from models.widen import paper_shape, widen_checkpoint
+
+        widen_checkpoint(source, output, paper_shape(shape, patcher=patcher))
+        typer.echo(f"wrote {output}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def train(context: typer.Context) -> None:
     """Train a model; `fastblt train --help` lists the options."""
