@@ -1,0 +1,16 @@
+"""The whole command `fastblt`: the server's commands, and the evaluation, which stands above the server."""
+
+from __future__ import annotations
+
+from benchmarks.evaluation.command import app as evaluation
+from server.cli import app
+
+app.add_typer(evaluation, name="eval")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""An evaluation of programs: completions of every setting, their verdicts, and a row of a table each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.evaluation.completions import Job, complete_all, cost, key
+from benchmarks.evaluation.endpoint import Endpoint
+from benchmarks.evaluation.journal import Journal, Record
+from benchmarks.evaluation.judging import judge, score
+from benchmarks.evaluation.sandbox import Sandbox
+from benchmarks.evaluation.settings import every_method
+
+
+async def evaluate(
+    name: str,
+    base_url: str,
+    api_key: str | None,
+    concurrency: int,
+    settings: Sequence[str] | None,
+    jobs: Sequence[Job],
+    programs: Mapping[str, Callable[[str], str]],
+    sandbox: Sandbox,
+    output: Path,
+    workers: int = 2,
+) -> Record:
+    """pass@1 and cost by setting; `programs` make a job's completion a program. Raises EndpointError, JournalError."""
+    async with Endpoint(base_url, api_key, concurrency) as endpoint:
+        served = await endpoint.served()
+        settings = list(settings or every_method(served.block_sizes))
+        run = {"task": name, "model": vars(served), "jobs": [vars(job) for job in jobs]}
+        journal = Journal(output / f"{name}.jsonl", run)
+        await complete_all(endpoint, journal, settings, jobs)
+    print(f"| {name} | pass@1 % | passed | bytes/s | decoder NFE | global NFE |\n|{'---|' * 6}")
+    rows = {}
+    for setting in settings:
+        keys = [key(setting, job.name) for job in jobs]
+        texts = {key(setting, job.name): programs[job.name] for job in jobs}
+        judge(journal, sandbox, {k: program(journal.records[k]["text"]) for k, program in texts.items()}, workers)
+        row = score(journal, keys) | cost([journal.records[k] for k in keys])
+        rows[setting] = row
+        print(
+            f"| {setting} | {100 * row['pass_at_1']:.1f} | {row['passed']} of {row['programs']} "
+            f"| {row['bytes_per_second']} | {row['decoder_nfe']} | {row['global_nfe']} |"
+        )
+    return {"model": vars(served), "settings": rows}

@@ -1,0 +1,93 @@
+"""Many completions of many settings, with progress, kept in a journal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.evaluation.endpoint import Completion, Endpoint
+from benchmarks.evaluation.journal import Journal, Record, busy_seconds
+from benchmarks.evaluation.settings import decoding
+
+
+@dataclass(frozen=True)
+class Job:
+    """One completion to be made: its name within its setting, its prompt, and the request's other fields."""
+
+    name: str
+    prompt: str | list[int]
+    body: dict[str, Any]
+
+
+def bar() -> Progress:
+    """Progress on the error output."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(file=sys.stderr))
+
+
+async def complete_all(endpoint: Endpoint, journal: Journal, settings: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Make what the journal lacks, a setting after the other, the jobs of one at once. Raises EndpointError."""
+    with bar() as progress:
+        for setting in settings:
+            left = [job for job in jobs if key(setting, job.name) not in journal.records]
+            task = progress.add_task(setting, total=len(jobs), completed=len(jobs) - len(left))
+
+            async def one(job: Job, setting: str = setting, task: Any = task) -> None:
+                body = job.body | {"decoding": decoding(setting)}
+                journal.add(key(setting, job.name), record(await endpoint.complete(job.prompt, **body)))
+                progress.advance(task)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for job in left:
+                        group.create_task(one(job))
+            except ExceptionGroup as errors:
+                # One reason is enough, and the others are the same or follow from it.
+                raise errors.exceptions[0] from None
+
+
+def key(setting: str, name: str) -> str:
+    return f"{setting}/{name}"
+
+
+def record(completion: Completion) -> Record:
+    """What is kept of a completion. `data` is its bytes as Latin-1 characters, for what is no text."""
+    efficiency = completion.efficiency
+    return {
+        "text": completion.text,
+        "data": completion.data.decode("latin-1"),
+        "bytes": completion.bytes,
+        "finish_reason": completion.finish_reason,
+        "started": completion.started,
+        "ended": completion.ended,
+        "decoder_nfe": efficiency.get("nfe", {}).get("decoder"),
+        "global_nfe": efficiency.get("nfe", {}).get("global"),
+        "gb_paper": efficiency.get("gb_paper"),
+        "patches": efficiency.get("patches"),
+    }
+
+
+def cost(records: Sequence[Record]) -> Record:
+    """What the completions of one setting cost: bytes, bytes a second of wall time while any was under way, passes."""
+    made = sum(record["bytes"] for record in records)
+    seconds = busy_seconds([(record["started"], record["ended"]) for record in records])
+    counted = [record for record in records if record["decoder_nfe"] is not None]
+    return {
+        "completions": len(records),
+        "bytes": made,
+        "seconds": round(seconds, 3),
+        "bytes_per_second": round(made / seconds, 1) if seconds else None,
+        "decoder_nfe": _mean(counted, "decoder_nfe"),
+        "global_nfe": _mean(counted, "global_nfe"),
+        "gb_paper": _mean(counted, "gb_paper"),
+    }
+
+
+def _mean(records: Sequence[Record], name: str) -> float | None:
+    return round(sum(record[name] for record in records) / len(records), 4) if records else None

@@ -1,0 +1,143 @@
+"""A running server's completions endpoint, as every evaluation asks it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from benchmarks.soak import serving
+
+#: Seconds between tries at a server that is full or not ready, where it does not say when to come back.
+_PAUSE = 1.0
+_TRIES = 60
+
+
+class EndpointError(RuntimeError):
+    """The server cannot be asked, or refused a request that it would refuse again; the message says why."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says of its model. Lengths are bytes, the threshold nats."""
+
+    name: str
+    max_model_len: int
+    block_sizes: tuple[int, ...] = ()
+    patching_threshold: float | None = None
+    max_patch_length: int | None = None
+
+
+@dataclass
+class Completion:
+    """A choice of an answer, with the usage and the cost of the whole call. Times are seconds since the epoch."""
+
+    text: str
+    data: bytes
+    finish_reason: str
+    bytes: int
+    efficiency: dict[str, Any]
+    started: float
+    ended: float
+    logprobs: list[float | None] = field(default_factory=list)
+
+
+class Endpoint:
+    """Asks `concurrency` completions at a time; a full queue is waited for.
+
+    `base_url` is that of the server, with or without `/v1`; `timeout`, in seconds, that of one answer.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str | None = None, concurrency: int = 32, timeout: float = 1800.0
+    ) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._client = httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
+        self._turns = asyncio.Semaphore(concurrency)
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def served(self) -> Served:
+        """The model. Raises EndpointError."""
+        [card, *_] = (await self._ask("GET", "/v1/models"))["data"]
+        return Served(
+            card["id"],
+            card.get("max_model_len") or 2**31,
+            tuple(card.get("block_sizes") or ()),
+            card.get("patching_threshold"),
+            card.get("max_patch_length"),
+        )
+
+    async def complete(self, prompt: str | list[int], **body: Any) -> Completion:
+        """One completion. Raises EndpointError where it is refused or does not come to its end."""
+        async with self._turns:
+            started = time.time()
+            answer = await self._ask("POST", "/v1/completions", {"prompt": prompt, "return_token_ids": True, **body})
+            ended = time.time()
+        choice = answer["choices"][0]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EndpointError(f"a completion ended with {choice['finish_reason']}")
+        return Completion(
+            choice["text"],
+            # Bytes are ids less four; the few specials stand for none.
+            bytes(token - 4 for token in choice["token_ids"] if token >= 4),
+            choice["finish_reason"],
+            answer["usage"]["completion_tokens"],
+            answer.get("efficiency", {}),
+            started,
+            ended,
+            (choice.get("logprobs") or {}).get("token_logprobs", []),
+        )
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        for _ in range(_TRIES):
+            try:
+                response = await self._client.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                raise EndpointError(f"cannot ask {self.base_url}: {type(error).__name__} {error}".rstrip()) from error
+            if response.status_code not in (429, 503):
+                break
+            await asyncio.sleep(_pause(response))
+        if response.status_code != 200:
+            raise EndpointError(f"{self.base_url}{path} answered {response.status_code}: {_message(response)}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+def _pause(response: httpx.Response) -> float:
+    try:
+        return min(60.0, max(0.05, float(response.headers["retry-after"])))
+    except (KeyError, ValueError):
+        return _PAUSE
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:500]
+
+
+@contextmanager
+def at(base_url: str | None, model: str, concurrency: int = 32) -> Iterator[str]:
+    """The URL of the server to ask: the one given, or one of `model` that runs while the context lasts."""
+    if base_url is not None:
+        yield base_url
+        return
+    options = ["--max-running", str(max(concurrency, 1)), "--log-level", "warning"]
+    with serving(model, options) as server:
+        yield f"http://127.0.0.1:{server.port}"
