@@ -1,10 +1,12 @@
-"""The whole command `fastblt`: the server's commands, and the evaluation, which stands above the server."""
+"""The whole command `fastblt`: the server's commands, and what measures them, which stands above the server."""
 
 from __future__ import annotations
 
+from benchmarks.command import app as bench
 from benchmarks.evaluation.command import app as evaluation
 from server.cli import app
 
+app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 
 

@@ -1,0 +1,130 @@
+"""One streamed completion, timed chunk by chunk. Speaks to any server of OpenAI's completions API."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from benchmarks.load.workload import Job
+
+
+@dataclass
+class Record:
+    """What came of one request. Times in seconds: `start` after the run's, `queued` waiting for a free place in the
+    client, `ttft` to the first chunk, `latency` to the last; `chunks` are times after the request's start with the
+    bytes of text that came. `error` is empty where all went well.
+    """
+
+    label: str
+    prompt_bytes: int
+    start: float = 0.0
+    queued: float = 0.0
+    ttft: float = 0.0
+    latency: float = 0.0
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+    error: str = ""
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(size for _, size in self.chunks)
+
+
+class Endpoint:
+    """A server, and the model that is asked there."""
+
+    def __init__(self, base_url: str, model: str, session: aiohttp.ClientSession, timeout: float) -> None:
+        self.base_url, self.model = base_url, model
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+
+    async def ask(self, job: Job) -> Record:
+        """Send one request and read its answer to the end; what fails is in the record's `error`, by cause."""
+        record = Record(job.label, job.prompt_bytes)
+        body = {
+            "model": self.model,
+            "prompt": job.prompt,
+            "max_tokens": job.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **job.extra,
+        }
+        begin = time.perf_counter()
+        try:
+            url = f"{self.base_url}/v1/completions"
+            async with self._session.post(url, json=body, timeout=self._timeout) as answer:
+                if answer.status != 200:
+                    record.error = _refusal(answer.status, await answer.text())
+                else:
+                    async for line in answer.content:
+                        self._take(record, line, time.perf_counter() - begin)
+                    if not record.error and record.finish_reason is None:
+                        record.error = "stream ended early"
+        except TimeoutError:
+            record.error = "timeout"
+        except aiohttp.ClientConnectorError:
+            record.error = "cannot connect"
+        except aiohttp.ClientError as error:
+            record.error = f"connection lost ({type(error).__name__})"
+        return record
+
+    def _take(self, record: Record, line: bytes, now: float) -> None:
+        if not line.startswith(b"data:"):
+            return
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except json.JSONDecodeError:
+            record.error = "an event that is no JSON"
+            return
+        if not isinstance(event, dict) or "error" in event:
+            record.error = _stream_error(event)
+            return
+        if usage := event.get("usage"):
+            record.prompt_tokens = usage.get("prompt_tokens")
+            record.output_tokens = usage.get("completion_tokens")
+        for choice in event.get("choices") or ():
+            text = choice.get("text") or ""
+            record.finish_reason = choice.get("finish_reason") or record.finish_reason
+            if text or record.finish_reason:
+                record.ttft = record.ttft or now
+                record.latency = now
+                record.chunks.append((now, len(text.encode("utf-8", "surrogatepass"))))
+
+
+async def first_model(session: aiohttp.ClientSession, base_url: str) -> dict[str, Any]:
+    """The first model that a server lists. Raises ValueError, saying what to do, where there is none."""
+    url = f"{base_url}/v1/models"
+    try:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=30)) as answer:
+            if answer.status != 200:
+                raise ValueError(f"{url} answers {answer.status}; give --model, or a key in OPENAI_API_KEY")
+            listed = (await answer.json()).get("data") or []
+    except (TimeoutError, aiohttp.ClientError) as error:
+        raise ValueError(f"{url} cannot be asked ({error}); start the server, or correct --base-url") from error
+    if not listed:
+        raise ValueError(f"{url} lists no model; give --model")
+    return dict(listed[0])
+
+
+def _refusal(status: int, text: str) -> str:
+    try:
+        error = json.loads(text)["error"]
+        detail = error.get("code") or error.get("type") or ""
+    except (ValueError, KeyError, TypeError, AttributeError):
+        detail = ""
+    return f"HTTP {status} {detail}".strip()
+
+
+def _stream_error(event: Any) -> str:
+    error = event.get("error") if isinstance(event, dict) else None
+    detail = error.get("code") or error.get("type") if isinstance(error, dict) else None
+    return f"error in the stream ({detail})" if detail else "error in the stream"

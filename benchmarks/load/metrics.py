@@ -1,0 +1,157 @@
+"""From records to figures, under the names of `vllm bench serve`.
+
+Tokens are the server's own, by its `usage`; a token of a byte server is a byte. Because those of other servers are not,
+everything is counted in bytes of text beside it: `*_bytes`, `*_byte_*` and `tpob`, the time per byte after the first
+chunk. `itl` is the time between chunks. Of a byte server bytes are its tokens, for text shows an invalid byte as three.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load.client import Record
+
+#: What a service level can be set for, and how a request's value is found (seconds; None: it has none).
+LEVELS: dict[str, Callable[[Record, int, int], float | None]] = {
+    "ttft": lambda record, _tokens, _size: record.ttft,
+    "tpot": lambda record, tokens, _size: (record.latency - record.ttft) / (tokens - 1) if tokens > 1 else None,
+    "tpob": lambda record, _tokens, size: _after_first(record, size),
+    "e2el": lambda record, _tokens, _size: record.latency,
+}
+
+
+def parse_levels(texts: Sequence[str]) -> dict[str, float]:
+    """Service levels in milliseconds from `ttft:500` and the like. Raises ValueError."""
+    levels = {}
+    for text in texts:
+        name, _, value = text.partition(":")
+        try:
+            levels[name] = float(value)
+        except ValueError:
+            levels[name] = 0.0
+        if name not in LEVELS or not levels[name] > 0:
+            raise ValueError(f"{text!r} is no service level; write {', '.join(LEVELS)}, then a colon and ms")
+    return levels
+
+
+def summarize(
+    records: Sequence[Record],
+    duration: float,
+    *,
+    percentiles: Sequence[float] = (50, 90, 95, 99),
+    levels: Mapping[str, float] | None = None,
+    byte_tokens: bool = True,
+    detailed: bool = True,
+) -> dict[str, Any]:
+    """Figures of a run of `duration` seconds. Failed requests count as such, and in nothing else.
+
+    `detailed` adds the lists of single requests that vLLM's result has.
+    """
+    done = [record for record in records if not record.error]
+    tokens = [record.text_bytes if record.output_tokens is None else record.output_tokens for record in done]
+    sizes = tokens if byte_tokens else [record.text_bytes for record in done]
+    prompts = [record.prompt_bytes if record.prompt_tokens is None else record.prompt_tokens for record in done]
+    prompt_bytes = sum(record.prompt_bytes for record in done)
+    good = sum(
+        all(
+            (value := LEVELS[name](record, count, size)) is None or 1000 * value <= limit
+            for name, limit in (levels or {}).items()
+        )
+        for record, count, size in zip(done, tokens, sizes, strict=True)
+    )
+    result: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(done),
+        "failed": len(records) - len(done),
+        "total_input_tokens": sum(prompts),
+        "total_output_tokens": sum(tokens),
+        "total_input_bytes": prompt_bytes,
+        "total_output_bytes": sum(sizes),
+        "request_throughput": len(done) / duration,
+        "request_goodput": good / duration if levels else None,
+        "good_requests": good if levels else None,
+        "output_throughput": sum(tokens) / duration,
+        "total_token_throughput": (sum(prompts) + sum(tokens)) / duration,
+        "output_byte_throughput": sum(sizes) / duration,
+        "total_byte_throughput": (prompt_bytes + sum(sizes)) / duration,
+        "max_output_bytes_per_s": _busiest_second(done),
+        "max_concurrent_requests": _most_together(done),
+        "errors_by_cause": dict(Counter(record.error for record in records if record.error)),
+    }
+    series: dict[str, list[float | None]] = {
+        name: [value(*row) for row in zip(done, tokens, sizes, strict=True)] for name, value in LEVELS.items()
+    }
+    series["itl"] = [gap for record in done for gap in _gaps(record)]
+    series["client_queue_time"] = [record.queued for record in done]
+    for name, values in series.items():
+        result |= _statistics(name, [value for value in values if value is not None], percentiles)
+    if detailed:
+        result |= {
+            "input_lens": prompts,
+            "output_lens": tokens,
+            "ttfts": [record.ttft for record in done],
+            "itls": [[round(gap, 5) for gap in _gaps(record)] for record in done],
+            "latencies": [record.latency for record in done],
+            "start_times": [record.start for record in done],
+            "queue_times": [record.queued for record in done],
+            "errors": [record.error for record in records],
+        }
+    return result
+
+
+def by_label(records: Sequence[Record], duration: float, **options: Any) -> dict[str, Any]:
+    """The figures of every group of requests, where there are several."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.label, []).append(record)
+    if len(groups) < 2:
+        return {}
+    return {name: summarize(group, duration, detailed=False, **options) for name, group in sorted(groups.items())}
+
+
+def _after_first(record: Record, size: int) -> float | None:
+    """Seconds a byte after the first chunk; chunks say how text is shared among them, `size` how many bytes it is."""
+    if not record.text_bytes:
+        return None
+    later = size * (1 - record.chunks[0][1] / record.text_bytes)
+    return (record.latency - record.ttft) / later if later > 0 else None
+
+
+def _gaps(record: Record) -> list[float]:
+    times = [at for at, _ in record.chunks]
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def _statistics(name: str, values: list[float], percentiles: Sequence[float]) -> dict[str, float]:
+    """Mean, median, deviation and percentiles in milliseconds; nothing where there are no values."""
+    if not values:
+        return {}
+    array = 1000 * np.array(values)
+    result = {
+        f"mean_{name}_ms": float(array.mean()),
+        f"median_{name}_ms": float(np.median(array)),
+        f"std_{name}_ms": float(array.std()),
+    }
+    return result | {f"p{share:g}_{name}_ms": float(np.percentile(array, share)) for share in percentiles}
+
+
+def _busiest_second(records: Sequence[Record]) -> int:
+    seconds: Counter[int] = Counter()
+    for record in records:
+        for at, size in record.chunks:
+            seconds[int(record.start + at)] += size
+    return max(seconds.values(), default=0)
+
+
+def _most_together(records: Sequence[Record]) -> int:
+    changes = sorted([(r.start, 1) for r in records] + [(r.start + r.latency, -1) for r in records])
+    most = now = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
