@@ -21,6 +21,7 @@ from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
 from models.config import BltConfig
+from models.fused import fuse
 from models.patching import PatchRule
 from server.decoding.choose import check_block_size, make_method, resolve
 from server.decoding.method import Plan, Progress
@@ -51,7 +52,7 @@ from server.settings import PRETRAINED, EngineSettings
 
 logger = logging.getLogger(__name__)
 
-#: Weights below which one thread serves best.
+#: Weights below which one thread serves best, and fused layers do, which copy them.
 _SMALL = 50_000_000
 
 #: Passes without trouble after which one more request may run, where memory had run out.
@@ -75,6 +76,8 @@ class Engine:
         dtype = model.lm_head.weight.dtype
         if device.type == "cpu":
             torch.set_num_threads(_threads(config, settings))
+            if _small(config):
+                fuse(model)
         if settings.deterministic and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False
         self.model_name = name
@@ -496,6 +499,11 @@ def _parameters(config: BltConfig) -> ModuleParameters:
         return ModuleParameters.of(Blt(config))
 
 
+def _small(config: BltConfig) -> bool:
+    parameters = _parameters(config)
+    return parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder < _SMALL
+
+
 def _threads(config: BltConfig, settings: EngineSettings) -> int:
     """Threads of one operation on this machine's processor, which the ranks share.
 
@@ -504,9 +512,7 @@ def _threads(config: BltConfig, settings: EngineSettings) -> int:
     """
     if settings.threads is not None:
         return settings.threads
-    parameters = _parameters(config)
-    weights = parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder
-    return 1 if weights < _SMALL else max(1, (os.cpu_count() or 1) // settings.tensor_parallel_size)
+    return 1 if _small(config) else max(1, (os.cpu_count() or 1) // settings.tensor_parallel_size)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,163 @@
+/* The linear maps of a layer on a CPU, fp32, with the norm before and the sum behind them. The mathematics and the shapes
+ * stand in dense.py.
+ *
+ * Every output is one sum over the inputs in their order, whatever rows are computed beside it: so a row's result cannot
+ * depend on its batch. Weights lie in panels of PANEL outputs, [panel][input][PANEL], and are read once for up to BLOCK
+ * rows.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "exp_below.h"
+
+#define PANEL 16
+/* Rows whose inputs and intermediate results stay in the cache together. */
+#define BLOCK 48
+
+typedef float v8 __attribute__((vector_size(32)));
+
+static inline v8 load(const float *x) {
+    v8 out;
+    memcpy(&out, x, sizeof out);
+    return out;
+}
+
+/* What becomes of a sum: it is stored, or a row of `residual` is added to it `times` times. */
+struct target {
+    float *out;
+    const float *residual;
+    int64_t size, times;
+};
+
+static inline void store(v8 low, v8 high, struct target to, int64_t row, int64_t column) {
+    int64_t count = to.size - column < PANEL ? to.size - column : PANEL;
+    float sums[PANEL], *out = to.out + row * to.size + column;
+    if (count == PANEL && !to.times) {
+        memcpy(out, &low, sizeof low), memcpy(out + 8, &high, sizeof high);
+        return;
+    }
+    memcpy(sums, &low, sizeof low), memcpy(sums + 8, &high, sizeof high);
+    for (int64_t t = 0; t < to.times; t++)
+        for (int64_t i = 0; i < count; i++) sums[i] += to.residual[row * to.size + column + i];
+    memcpy(out, sums, sizeof(float) * count);
+}
+
+/* ROWS rows from `row` on by PANELS panels from `panel` on; both are constants where this is inlined. */
+static inline __attribute__((always_inline)) void tile(const float *x, const float *weights, int64_t depth,
+                                                       struct target to, int64_t row, int64_t panel, int64_t ROWS,
+                                                       int64_t PANELS) {
+    v8 sums[12][2];
+    const float *w = weights + panel * depth * PANEL;
+    x += row * depth;
+    for (int64_t i = 0; i < ROWS * PANELS; i++) sums[i][0] = sums[i][1] = (v8){0};
+    for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < PANELS; p++) {
+            v8 low = load(w + (p * depth + k) * PANEL), high = load(w + (p * depth + k) * PANEL + 8);
+#pragma GCC unroll 6
+            for (int64_t r = 0; r < ROWS; r++) {
+                sums[r * PANELS + p][0] += x[r * depth + k] * low;
+                sums[r * PANELS + p][1] += x[r * depth + k] * high;
+            }
+        }
+    for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t p = 0; p < PANELS; p++)
+            store(sums[r * PANELS + p][0], sums[r * PANELS + p][1], to, row + r, (panel + p) * PANEL);
+}
+
+/* n rows x [n, depth] through the map. Few rows take several panels at once: eight sums or more hide the latency of one. */
+static void map(const float *x, int64_t n, int64_t depth, const float *weights, struct target to) {
+    int64_t panels = (to.size + PANEL - 1) / PANEL, p = 0;
+    if (n == 1)
+        for (; p + 4 <= panels; p += 4) tile(x, weights, depth, to, 0, p, 1, 4);
+    if (n == 2)
+        for (; p + 2 <= panels; p += 2) tile(x, weights, depth, to, 0, p, 2, 2);
+    if (n == 3)
+        for (; p + 2 <= panels; p += 2) tile(x, weights, depth, to, 0, p, 3, 2);
+    for (; p < panels; p++) {
+        int64_t r = 0;
+        for (; r + 6 <= n; r += 6) tile(x, weights, depth, to, r, p, 6, 1);
+        switch (n - r) {
+            case 5: tile(x, weights, depth, to, r, p, 5, 1); break;
+            case 4: tile(x, weights, depth, to, r, p, 4, 1); break;
+            case 3: tile(x, weights, depth, to, r, p, 3, 1); break;
+            case 2: tile(x, weights, depth, to, r, p, 2, 1); break;
+            case 1: tile(x, weights, depth, to, r, p, 1, 1); break;
+        }
+    }
+}
+
+static void norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
+    for (int64_t row = 0; row < n; row++, x += size, out += size) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; i++) sum += x[i] * x[i];
+        float scale = 1.0f / sqrtf(sum / (float)size + eps);
+        for (int64_t i = 0; i < size; i++) out[i] = gain[i] * (x[i] * scale);
+    }
+}
+
+/* gate = silu(gate) * up */
+static void gated(float *gate, const float *up, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        float g = gate[i], e = exp_below(g < 0.0f ? g : -g);
+        float sigmoid = (g < 0.0f ? e : 1.0f) / (1.0f + e);
+        gate[i] = g * sigmoid * up[i];
+    }
+}
+
+int fastblt_rms_norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
+    norm(x, n, size, gain, eps, out);
+    return 0;
+}
+
+/* Up to three maps of the same rows, normed before where there is a gain. Returns 0, or 1 when memory ran out. */
+int fastblt_project(const float *x, int64_t n, int64_t depth, const float *gain, float eps, const float *w0,
+                    int64_t m0, float *out0, const float *w1, int64_t m1, float *out1, const float *w2, int64_t m2,
+                    float *out2) {
+    float *scratch = NULL;
+    if (gain && !(scratch = malloc(sizeof(float) * BLOCK * depth))) return 1;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t count = n - first < BLOCK ? n - first : BLOCK;
+        const float *rows = x + first * depth;
+        if (gain) norm(rows, count, depth, gain, eps, scratch), rows = scratch;
+        map(rows, count, depth, w0, (struct target){out0 + first * m0, NULL, m0, 0});
+        if (w1) map(rows, count, depth, w1, (struct target){out1 + first * m1, NULL, m1, 0});
+        if (w2) map(rows, count, depth, w2, (struct target){out2 + first * m2, NULL, m2, 0});
+    }
+    free(scratch);
+    return 0;
+}
+
+/* out = x W + times * residual. */
+int fastblt_project_add(const float *x, int64_t n, int64_t depth, const float *w, int64_t size, const float *residual,
+                        int64_t times, float *out) {
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t count = n - first < BLOCK ? n - first : BLOCK;
+        map(x + first * depth, count, depth, w,
+            (struct target){out + first * size, residual + first * size, size, times});
+    }
+    return 0;
+}
+
+/* out = x + down(silu(gate(norm(x))) * up(norm(x))). Returns 0, or 1 when memory ran out. */
+int fastblt_feed_forward(const float *x, int64_t n, int64_t depth, const float *gain, float eps, const float *gate,
+                         const float *up, int64_t inner, const float *down, float *out) {
+    int64_t rows = n < BLOCK ? n : BLOCK;
+    float *normed = malloc(sizeof(float) * rows * (depth + 2 * inner));
+    if (!normed) return 1;
+    float *gates = normed + rows * depth, *ups = gates + rows * inner;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t count = n - first < BLOCK ? n - first : BLOCK;
+        norm(x + first * depth, count, depth, gain, eps, normed);
+        map(normed, count, depth, gate, (struct target){gates, NULL, inner, 0});
+        map(normed, count, depth, up, (struct target){ups, NULL, inner, 0});
+        gated(gates, ups, count * inner);
+        map(gates, count, inner, down, (struct target){out + first * depth, x + first * depth, depth, 1});
+    }
+    free(normed);
+    return 0;
+}
