@@ -15,8 +15,8 @@ from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAtten
 def fuse(model: Blt) -> bool:
     """Let a model's fp32 layers on the CPU run fused under `torch.inference_mode`; whether they do now.
 
-    Weights are copied, so they must not change any more. Layers that are split over ranks stay as they are. Where the model is asked for gradients or over rows of more
-    than one leading dimension, its layers run as before.
+    Weights are copied, so they must not change any more. Layers that are split over ranks stay as they are. Where the
+    model is asked for gradients, or over rows of more than one leading dimension, its layers run as before.
     """
     if not available():
         return False
