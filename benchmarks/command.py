@@ -200,6 +200,48 @@ def latency(
         _write(json_path, result)
 
 
+@app.command()
+def methods(
+    model: Model = str(PRETRAINED),
+    shape: Annotated[str | None, typer.Option(help="Widen to 1b or 3b first, in memory.")] = None,
+    patcher: Annotated[bool, typer.Option("--patcher", help="Widen the entropy model too.")] = False,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time; may be given again.")] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    settings: Annotated[str, typer.Option(help="all, headline, or a part of the settings' names.")] = "all",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts; at least one batch.")] = 8,
+    input_len: Length = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Bytes to decode for each.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each setting; the median counts.")] = 1,
+    threads: Threads = None,
+    json_path: Result = None,
+) -> None:
+    """The paper's tables with seconds beside them: what each method saves, by its passes, by prediction, in time."""
+    with _engine_errors():
+        from benchmarks.held_out import held_out_prompts
+        from benchmarks.machine import measured_with
+        from benchmarks.methods import chosen_settings, measure
+        from models.checkpoint import load_checkpoint
+        from models.widen import paper_shape, widen
+
+        blt = load_checkpoint(model)
+        if shape is not None:
+            blt = widen(blt, paper_shape(shape, patcher=patcher))
+        result: dict[str, Any] = {**measured_with(model), "shape": shape, "temperature": temperature, "batches": {}}
+        for size in batch or [1, 8, 32]:
+            typer.echo(f"\nBatch {size}, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}\n")
+            result["batches"][str(size)] = measure(
+                blt,
+                held_out_prompts(max(num_prompts, size), input_len),
+                output_len,
+                temperature,
+                chosen_settings(blt.config.block_sizes, settings),
+                batch=size,
+                rounds=rounds,
+                threads=threads,
+            )
+            _write(json_path, result)
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)

@@ -1,14 +1,19 @@
-"""What each decoding method saves on the shipped checkpoint, over held-out prompts: the paper's settings, one a row.
+"""What each decoding method saves, over held-out prompts: the paper's settings, one a row, with seconds beside them.
 
-    python -m benchmarks.methods                    24 prompts of 256 bytes, 256 bytes each, greedy
-    python -m benchmarks.methods --temperature 0.8  the same, sampled with a seed a prompt
+    fastblt bench methods                                    the shipped checkpoint at batch 1, 8 and 32
+    fastblt bench methods --shape 1b --settings headline     the same function at the paper's 1B shape
+    python -m benchmarks.methods --temperature 0.8           24 prompts of 256 bytes, 256 bytes each, in one batch
 
 Passes are those of each request's own ledger, the prompt's included, and both GB figures are estimates made of them, as
-saved against BLT. "bytes/s" is wall clock: the whole batch at once on this machine, the prompts'
-pass left out. BLT-S and BLT-DV give BLT's bytes, BLT-D does not: `leading` is the share of its bytes before the first
-that differs, `equal` the share of equal positions. `loops` and `distinct` tell how much of the text repeats itself,
-which flatters every other figure. The second table compares drafts on the newest closed latent (one upstream pass a
-round) with the paper's, on the open patch closed by force (two).
+saved against BLT. "bytes/s" is wall clock, the prompts' pass left out. BLT-S and BLT-DV give BLT's bytes, BLT-D does
+not: `leading` is the share of its bytes before the first that differs, `equal` that of equal positions. `loops` and
+`distinct` tell how much of the text repeats itself, which flatters every other figure. The second table compares drafts
+on the newest closed latent (one upstream pass a round) with the paper's, on the open patch closed by force (two).
+
+With a cost curve (`benchmarks.cost_curve`) there are also, against BLT and after the prompts' pass: the weights that
+the batch's passes read, the time that they should take, and the time they took. The gap between weights saved and time
+saved has three parts, in points: *row curve*, for a pass of many rows is dearer than one of a few; *attention*, with
+cache, which is what passes took beyond the curve; *engine*, which is all else: selection, host, scheduling.
 """
 
 from __future__ import annotations
@@ -18,17 +23,22 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cost_curve import CostCurve, Pass, Recorder, weights_read
 from benchmarks.held_out import held_out_prompts
 from benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
+from models.accounting import ModuleParameters
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
 from server.engine.engine import Engine
+from server.engine.stats import EngineStats
 from server.request import (
     MAX_BLOCK_SIZE,
     DecodingMethod,
@@ -101,13 +111,32 @@ class Output:
 
 @dataclass
 class Batch:
-    """Outputs of requests that ran together, in order, and the bytes per second after the prompts' pass."""
+    """Outputs of requests that ran together, in order; seconds and bytes after the prompts' pass, and the engine's
+    passes in that time where they were recorded.
+    """
 
     outputs: list[Output]
-    bytes_per_second: float
+    seconds: float
+    bytes: int
+    passes: list[Pass] = field(default_factory=list)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.seconds
+
+    def join(self, other: Batch) -> Batch:
+        """Both, one after the other."""
+        return Batch(
+            self.outputs + other.outputs,
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+            self.passes + other.passes,
+        )
 
 
-def run(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Batch:
+def run(
+    engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], recorder: Recorder | None = None
+) -> Batch:
     """Run requests to their ends, all at once. Raises RuntimeError where one ends in an error."""
     outputs = {str(index): Output([], Ledger()) for index in range(len(prompts))}
     for (name, _), ids, one in zip(outputs.items(), prompts, params, strict=True):
@@ -121,9 +150,29 @@ def run(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingP
                 raise RuntimeError(delta.error)
             output.ledger = delta.ledger or output.ledger
         if not clock:
+            if recorder is not None:
+                recorder.passes.clear()
             clock, before = time.perf_counter(), sum(len(output.ids) for output in outputs.values())
+    seconds = time.perf_counter() - clock
     made = sum(len(output.ids) for output in outputs.values()) - before
-    return Batch(list(outputs.values()), made / (time.perf_counter() - clock))
+    return Batch(list(outputs.values()), seconds, made, list(recorder.passes) if recorder is not None else [])
+
+
+def run_in_batches(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    size: int,
+    recorder: Recorder | None = None,
+) -> Batch:
+    """The same, `size` requests at a time."""
+    parts = [
+        run(engine, prompts[at : at + size], params[at : at + size], recorder) for at in range(0, len(prompts), size)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.join(part)
+    return total
 
 
 def figures(batch: Batch, plain: Batch) -> dict[str, Any]:
@@ -147,6 +196,61 @@ def figures(batch: Batch, plain: Batch) -> dict[str, Any]:
         "loops": statistics.mean(map(loops, texts)),
         "distinct4": statistics.mean(map(distinct4, texts)),
         "bytes_per_second": batch.bytes_per_second,
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What figures of time are made of: the curve, and the weights of a model."""
+
+    curve: CostCurve
+    parameters: ModuleParameters
+    head: int
+    bytes_per_weight: int
+
+    @classmethod
+    def of(cls, model: Blt, engine: Engine, most_rows: int) -> Cost:
+        head = model.lm_head.weight
+        return cls(CostCurve.measure(engine, most_rows), ModuleParameters.of(model), head.numel(), head.itemsize)
+
+    def gigabytes(self, batch: Batch) -> float:
+        return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
+
+    def predicted(self, batch: Batch) -> float:
+        """Seconds that the batch's passes take by the curve."""
+        return sum(self.curve.predict(done) for done in batch.passes)
+
+
+def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
+    """Seconds of a batch, and what of BLT's it saves; shares of saving are per byte."""
+    bytes_ratio = plain.bytes / batch.bytes
+
+    def saved(value: float, base: float) -> float:
+        return 1 - bytes_ratio * value / base
+
+    predicted, before = cost.predicted(batch), cost.predicted(plain)
+    inside, inside_before = (sum(done.seconds for done in b.passes) for b in (batch, plain))
+    weights = saved(cost.gigabytes(batch), cost.gigabytes(plain))
+    by_curve, by_passes = saved(predicted, before), saved(inside, inside_before)
+    measured = saved(batch.seconds, plain.seconds)
+    return {
+        "seconds": batch.seconds,
+        "bytes": batch.bytes,
+        "weights_saved": weights,
+        "predicted_saved": by_curve,
+        "time_saved": measured,
+        "gap": {
+            "row_curve": weights - by_curve,
+            "attention_and_cache": by_curve - by_passes,
+            "engine": by_passes - measured,
+        },
+        "predicted_seconds": predicted,
+        "attention_and_cache_seconds": inside - predicted,
+        "engine_seconds": batch.seconds - inside,
+        "predicted_over_measured": predicted / batch.seconds,
+        "module_seconds": {
+            name: sum(done.seconds for done in batch.passes if done.module == name) for name in cost.curve.seconds
+        },
     }
 
 
@@ -185,26 +289,83 @@ def measure(
     length: int,
     temperature: float = 0.0,
     settings: dict[str, DecodingParams] | None = None,
+    *,
+    batch: int | None = None,
+    rounds: int = 1,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """Run every setting over the prompts, printing a row of a table for each."""
+    """Run every setting over the prompts, printing a row of a table for each.
+
+    With `batch`, that many requests run at a time and there are figures of time, from the median of `rounds` runs.
+    """
     settings = settings or paper_settings(model.config.block_sizes)
     rows: dict[str, dict[str, Any]] = {}
     batches: dict[str, Batch] = {}
-    print(_HEADER)
-    for name, decoding in settings.items():
-        params = [
-            SamplingParams(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding)
-            for seed in range(len(prompts))
-        ]
-        batches[name] = run(Engine(model, batch_settings(prompts, length)), prompts, params)
-        rows[name] = figures(batches[name], batches["blt"])
-        print(_row(name, rows[name]), flush=True)
+    engine = Engine(model, replace(batch_settings(prompts[:batch], length), prefix_cache=False, threads=threads))
+    recorder = cost = None
+    if batch is not None:
+        recorder = Recorder(engine)
+        cost = Cost.of(model, engine, min(512, 2 * batch * MAX_BLOCK_SIZE))
+    print(_HEADER if cost is None else _TIMED_HEADER)
+    with recorder.on() if recorder is not None else nullcontext():
+        for name, decoding in settings.items():
+            params = [
+                SamplingParams(
+                    max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding
+                )
+                for seed in range(len(prompts))
+            ]
+            before = engine.stats()
+            runs = [run_in_batches(engine, prompts, params, batch or len(prompts), recorder) for _ in range(rounds)]
+            batches[name] = sorted(runs, key=lambda one: one.seconds)[(rounds - 1) // 2]
+            rows[name] = figures(batches[name], batches["blt"])
+            rows[name] |= _by_position(before, engine.stats())
+            if cost is not None:
+                rows[name] |= times(batches[name], batches["blt"], cost)
+            print(_row(name, rows[name]) if cost is None else _timed_row(name, rows[name]), flush=True)
     latents = latent_question(batches)
-    print("\n| draft | closed latent % | forced latent % | difference, points |\n|---|---|---|---|")
+    if latents:
+        print("\n| draft | closed latent % | forced latent % | difference, points |\n|---|---|---|---|")
     for name, row in latents.items():
         error = f"{100 * row['difference']:+.2f} ± {100 * row['standard_error']:.2f}"
         print(f"| {name} | {_percent(row['closed'])} | {_percent(row['forced'])} | {error} |")
-    return {"settings": rows, "draft_latent": latents}
+    result: dict[str, Any] = {"settings": rows, "draft_latent": latents}
+    if cost is not None:
+        result["curve"] = {"rows": cost.curve.rows, "seconds": cost.curve.seconds}
+    return result
+
+
+def _by_position(before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    """Share of drafted bytes that were accepted at each position of a draft; nothing where nothing was drafted."""
+    pairs = [
+        (late - early, taken - had)
+        for early, late, had, taken in zip_longest(
+            before.drafted_by_position,
+            after.drafted_by_position,
+            before.accepted_by_position,
+            after.accepted_by_position,
+            fillvalue=0,
+        )
+    ]
+    shares = [accepted / drafted for drafted, accepted in pairs if drafted]
+    return {"acceptance_by_position": shares} if shares else {}
+
+
+#: Settings that stand for the others where a run is long.
+HEADLINE = ("blt", *(f"blt-s k{length}" for length in (4, 8, 16)))
+
+
+def chosen_settings(sizes: Sequence[int], which: str) -> dict[str, DecodingParams]:
+    """`all` of the paper's settings, `headline` ones (BLT-S, BLT-D a0.7, BLT-DV in one step), or those whose names
+    contain `which`, beside BLT.
+    """
+    settings = paper_settings(sizes)
+    if which == "all":
+        return settings
+    if which != "headline":
+        return {name: one for name, one in settings.items() if name == "blt" or which in name}
+    names = {*HEADLINE, *(f"blt-d-{size} a0.7" for size in sizes), *(f"blt-dv-{size} 1step" for size in sizes)}
+    return {name: one for name, one in settings.items() if name in names}
 
 
 def batch_settings(prompts: Sequence[list[int]], length: int) -> EngineSettings:
@@ -232,6 +393,29 @@ def _row(name: str, row: dict[str, Any]) -> str:
     )
 
 
+#: Share of looping texts from which on a row is no headline.
+MOST_LOOPS = 0.10
+_TIMED_COLUMNS = (
+    "acc % | dec/byte | up/byte | bytes/patch | GB paper saved % | weights saved % | predicted saved % | time saved % "
+    "| row curve | attention | engine | predicted/measured | equal % | loops % | distinct | bytes/s |"
+)
+_TIMED_HEADER = f"| setting | {_TIMED_COLUMNS}\n|{'---|' * 17}"
+
+
+def _timed_row(name: str, row: dict[str, Any]) -> str:
+    patch = "-" if row["bytes_per_patch"] is None else f"{row['bytes_per_patch']:.2f}"
+    passes = f"{row['decoder_per_byte']:.3f} | {row['upstream_per_byte']:.3f} | {patch}"
+    saved = " | ".join(
+        _percent(row[key]) for key in ("gb_paper_saved", "weights_saved", "predicted_saved", "time_saved")
+    )
+    gap = " | ".join(_percent(row["gap"][key]) for key in ("row_curve", "attention_and_cache", "engine"))
+    return (
+        f"| {name} | {_percent(row['acceptance'])} | {passes} | {saved} | {gap} | {row['predicted_over_measured']:.2f} "
+        f"| {_percent(row['equal_positions'])} | {_percent(row['loops'])} | {row['distinct4']:.3f} "
+        f"| {row['bytes_per_second']:.1f} |"
+    )
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
@@ -243,18 +427,17 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=256, help="bytes of each prompt")
     parser.add_argument("--bytes", type=int, default=256, help="bytes to decode for each prompt")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--only", help="settings whose names contain this, beside blt")
+    parser.add_argument("--only", default="all", help="headline, or settings whose names contain this, beside blt")
+    parser.add_argument("--batch", type=int, help="requests at a time, with figures of time")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_checkpoint(args.model)
-    settings = paper_settings(model.config.block_sizes)
-    if args.only:
-        settings = {name: s for name, s in settings.items() if name == "blt" or args.only in name}
+    settings = chosen_settings(model.config.block_sizes, args.only)
     prompts = held_out_prompts(args.prompts, args.prompt_length)
-    result = measure(model, prompts, args.bytes, args.temperature, settings)
+    result = measure(model, prompts, args.bytes, args.temperature, settings, batch=args.batch, threads=args.threads)
     if args.json:
         run_settings = {k: v for k, v in vars(args).items() if k not in ("model", "json")}
         result |= {"run": run_settings | {"threads": torch.get_num_threads()}}

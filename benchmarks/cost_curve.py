@@ -1,0 +1,142 @@
+"""What a pass costs on this machine by module and rows, and what a decoding's passes should take by that.
+
+Predicted time is the sum over passes of t_m(rows) (design §6.6). The curve is measured on the engine's own passes with
+rows at the very beginning of a request: all weights are read and each row attends to one key. So what a real pass takes
+beyond it is attention over a context, and cache; and what a step takes beyond its passes is the engine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.accounting import ModuleParameters
+from server.engine.engine import Engine
+from server.engine.passes import Passes, Patches, Rows
+
+#: Rows the curve is measured at; between them it is a line.
+_GRID = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+#: Bytes of the patches that the curve's upstream passes pool.
+_PATCH = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a module: entropies, encode, upstream, decode, or logits (the head)."""
+
+    module: str
+    rows: int
+    seconds: float
+
+
+class Recorder:
+    """Times every pass of an engine on a CPU while it is on. `passes` is emptied by whoever starts a clock."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.passes: list[Pass] = []
+        self._device = engine._runner._passes
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        for module in _MODULES:
+            setattr(self._device, module, self._timed(module, getattr(self._device, module)))
+        try:
+            yield
+        finally:
+            for module in _MODULES:
+                delattr(self._device, module)
+
+    def _timed(self, module: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            clock = time.perf_counter()
+            result = call(*args)
+            self.passes.append(Pass(module, _rows_of(module, args), time.perf_counter() - clock))
+            return result
+
+        return timed
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a pass by module, at the rows it was measured at."""
+
+    rows: tuple[int, ...]
+    seconds: dict[str, tuple[float, ...]]
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(cls, engine: Engine, most: int, budget: float = 0.1) -> CostCurve:
+        """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows."""
+        passes = engine._runner._passes
+        rows = [count for count in _GRID if count < most] + [most]
+        seconds: dict[str, list[float]] = {module: [] for module in _MODULES}
+        for count in rows:
+            for module, call in _calls(passes, count, engine).items():
+                call()
+                seconds[module].append(_median(call, budget))
+        return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
+
+    def predict(self, done: Pass) -> float:
+        """Seconds that a pass of so many rows takes by the curve; beyond its end it goes on as a line."""
+        values = self.seconds[done.module]
+        if done.rows <= self.rows[-1]:
+            return float(np.interp(done.rows, self.rows, values))
+        return values[-1] * done.rows / self.rows[-1]
+
+
+def weights_read(passes: Sequence[Pass], parameters: ModuleParameters, head: int, bytes_per_weight: int) -> float:
+    """Gigabytes of weights that passes read, each once whatever its rows; the entropy model's weights have 4 bytes."""
+    sizes = {
+        "entropies": 4 * parameters.patcher,
+        "encode": bytes_per_weight * parameters.encoder,
+        "upstream": bytes_per_weight * parameters.global_,
+        "decode": bytes_per_weight * (parameters.decoder - head),
+        "logits": bytes_per_weight * head,
+    }
+    return sum(sizes[done.module] for done in passes) / 1e9
+
+
+_MODULES = ("entropies", "encode", "upstream", "decode", "logits")
+
+
+def _rows_of(module: str, args: tuple[Any, ...]) -> int:
+    if module == "upstream":
+        return len(args[0].starts)
+    if module == "logits":
+        states, index = args
+        return len(states) if index is None else len(index)
+    return len(args[0].owners)
+
+
+def _calls(passes: Passes, count: int, engine: Engine) -> dict[str, Callable[[], Any]]:
+    """A pass of `count` rows of every module, on the page that belongs to nobody."""
+    device = passes.tokens.device
+    zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    rows = Rows(zeros, zeros, zeros, zeros + 1, [(at, 1) for at in range(count)])
+    patches = Patches(rows, zeros, zeros + (_PATCH - 1), zeros, _PATCH)
+    states = torch.zeros(
+        count, engine.config.decoder.hidden_size, dtype=passes._model.lm_head.weight.dtype, device=device
+    )
+    return {
+        "entropies": lambda: passes.entropies(rows),
+        "encode": lambda: passes.encode(rows),
+        "upstream": lambda: passes.upstream(patches),
+        "decode": lambda: passes.decode(rows, zeros, None),
+        "logits": lambda: passes.logits(states, None),
+    }
+
+
+def _median(call: Callable[[], Any], budget: float) -> float:
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 50):
+        clock = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - clock)
+    return statistics.median(taken)
