@@ -63,7 +63,7 @@ def _layer(layer: Layer) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, attend: SelfAttend, index: int) -> Tensor:
         q, k, v = (one.view(len(x), -1, dim) for one in project(x, before, maps))
-        x = project_add(attend(index, q, k, v).view(len(x), -1), out, x)
+        x = project_add(attend(index, q, k, v).reshape(len(x), -1), out, x)
         return feed_forward(x, behind, gate, up, down)
 
     return forward
@@ -77,7 +77,7 @@ def _cross_attention(cross: CrossAttention) -> Callable[..., Tensor]:
     def forward(x: Tensor, attend: CrossAttend, index: int) -> Tensor:
         (q,) = project(x, norm, queries)
         attended = attend(index, q.view(len(x), -1, dim))
-        return project_add(attended.view(len(x), -1), out, x, times=2)
+        return project_add(attended.reshape(len(x), -1), out, x, times=2)
 
     return forward
 
