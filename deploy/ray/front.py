@@ -1,0 +1,150 @@
+"""The HTTP side in front of the replicas: an ASGI application that knows no model.
+
+A request goes to the replica whose cache may know its prompt. If that replica is lost before it has said anything, the
+request goes to another one; later, its client reads of an error that it may retry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+import ray.exceptions
+import ray.serve.exceptions
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.requests import ClientDisconnect
+
+from deploy.ray.calls import Call, Head, affinity
+from deploy.ray.metrics import merge
+from server.api.body import MAX_BODY_BYTES
+from server.api.errors import RETRY_AFTER_SECONDS, error_object
+from server.api.streaming import DONE, until_disconnect
+
+logger = logging.getLogger("fastblt.front")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+#: How often a request is sent to a replica, where the ones before were lost without a word.
+ATTEMPTS = 3
+
+#: Seconds that all replicas have to tell their metrics.
+METRICS_SECONDS = 5.0
+
+_LOST = (ray.exceptions.RayError, ray.serve.exceptions.RayServeException)
+_JSON = [(b"content-type", b"application/json")]
+
+
+class Front:
+    """`replicas` is the handle of the deployment of `Replica`."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await _lifespan(receive, send)
+        if scope["type"] != "http":
+            return
+        call = await _read(scope, receive)
+        if call is None:
+            return  # Its client left before all of it had come.
+        if call.path == "/metrics":
+            return await self._metrics(send)
+        # The client's leaving ends the answer, and that the request.
+        with suppress(ClientDisconnect):
+            await until_disconnect(receive, self._forward(call, send))
+
+    async def _forward(self, call: Call, send: Send) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            answer = _Answer(send)
+            pieces: DeploymentResponseGenerator[Head | bytes] | None = None
+            try:
+                pieces = self._replicas.options(stream=True, session_id=affinity(call)).answer.remote(call)
+                async for piece in pieces:
+                    await answer.piece(piece)
+                return await answer.end()
+            except ray.serve.exceptions.BackPressureError:
+                return await _refuse(send, 429, "queue_full", "all replicas are busy, and the queue is full")
+            except _LOST as error:
+                logger.warning("a replica was lost with a request (attempt %d): %s", attempt, type(error).__name__)
+                if answer.began:
+                    return await answer.broken()
+            finally:
+                if pieces is not None:
+                    pieces.cancel()
+        await _refuse(send, 503, "replica_lost", "the replicas that had this request were lost; send it again")
+
+    async def _metrics(self, send: Send) -> None:
+        """Those of every replica, told apart by the label `replica`."""
+        found = await self._replicas.broadcast("metrics").results_async(
+            timeout_s=METRICS_SECONDS, return_exceptions=True
+        )
+        text = merge(dict(one for one in found if isinstance(one, tuple)))
+        kind = b"text/plain; version=0.0.4; charset=utf-8"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": text})
+
+
+class _Answer:
+    """What a client has got of an answer."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.began = False
+        self._events = False
+
+    async def piece(self, piece: Head | bytes) -> None:
+        if isinstance(piece, Head):
+            self.began = True
+            self._events = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in piece.headers)
+            await self._send({"type": "http.response.start", "status": piece.status, "headers": piece.headers})
+        else:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def broken(self) -> None:
+        """The replica was lost within it: an event says so; of any other answer the connection is cut."""
+        if not self._events:
+            raise ConnectionError("a replica was lost within its answer")
+        lost = error_object(503, "the replica that had this request was lost; send it again", "replica_lost")
+        await self._send({"type": "http.response.body", "body": b"data: " + json.dumps(lost).encode() + b"\n\n" + DONE})
+
+
+async def _read(scope: Message, receive: Receive) -> Call | None:
+    """The whole request; of a body that is too large, as much as tells a replica so. None if its client left."""
+    body = bytearray()
+    more = True
+    while more and len(body) <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    # The length that the client gave may be of a body that was not read to its end.
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    return Call(
+        scope["method"],
+        scope["path"],
+        scope["query_string"],
+        [*headers, (b"content-length", b"%d" % len(body))],
+        bytes(body),
+    )
+
+
+async def _refuse(send: Send, status: int, code: str, message: str) -> None:
+    headers = [*_JSON, (b"retry-after", b"%d" % RETRY_AFTER_SECONDS)]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(error_object(status, message, code)).encode()})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (message := await receive())["type"] != "lifespan.shutdown":
+        await send({"type": f"{message['type']}.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
