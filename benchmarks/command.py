@@ -242,6 +242,28 @@ def methods(
             _write(json_path, result)
 
 
+@app.command("all")
+def all_parts(
+    folder: Annotated[Path, typer.Argument(help="Of the results, and of the report made from them.")] = Path(
+        "docs/benchmarks/proof"
+    ),
+    model: Model = str(PRETRAINED),
+    traces: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the Azure LLM inference traces of 2023.", exists=True, file_okay=False),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Parts whose names contain this.")] = "",
+    large: Annotated[bool, typer.Option(help="The widened 1B and 3B shapes too: 6 and 12 GB.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes, to see whether all of it works.")] = False,
+) -> None:
+    """Run every part of the report that is missing or of another checkpoint, then write the report."""
+    with _engine_errors():
+        from benchmarks.proof.parts import Plan
+        from benchmarks.proof.run import run_parts
+
+        run_parts(Plan(model, traces, quick), folder, only=only, large=large, say=typer.echo)
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)

@@ -94,13 +94,47 @@ class CostCurve:
 def weights_read(passes: Sequence[Pass], parameters: ModuleParameters, head: int, bytes_per_weight: int) -> float:
     """Gigabytes of weights that passes read, each once whatever its rows; the entropy model's weights have 4 bytes."""
     sizes = {
-        "entropies": 4 * parameters.patcher,
-        "encode": bytes_per_weight * parameters.encoder,
-        "upstream": bytes_per_weight * parameters.global_,
-        "decode": bytes_per_weight * (parameters.decoder - head),
-        "logits": bytes_per_weight * head,
+        module: count * (4 if module == "entropies" else bytes_per_weight)
+        for module, count in module_weights(parameters, head).items()
     }
     return sum(sizes[done.module] for done in passes) / 1e9
+
+
+def machine_limits(threads: int, device: torch.device) -> dict[str, float]:
+    """What no pass can beat here: `read_gb_s`, reading memory far larger than any cache, and `gflop_s`, fp32 products.
+
+    On the device and with as many CPU threads as the passes have.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        block = torch.ones(2**26, device=device)
+        square = torch.ones(1024, 1024, device=device)
+
+        def best(call: Callable[[], Any]) -> float:
+            times = []
+            for _ in range(6):
+                clock = time.perf_counter()
+                # The sum comes to the host, so a device is waited for.
+                float(call())
+                times.append(time.perf_counter() - clock)
+            return min(times)
+
+        read, product = best(lambda: block.sum()), best(lambda: (square @ square)[0, 0])
+    finally:
+        torch.set_num_threads(before)
+    return {"read_gb_s": block.nbytes / read / 1e9, "gflop_s": 2 * 1024**3 / product / 1e9}
+
+
+def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
+    """Weights that a pass of each module reads, the head apart from the decoder."""
+    return {
+        "entropies": parameters.patcher,
+        "encode": parameters.encoder,
+        "upstream": parameters.global_,
+        "decode": parameters.decoder - head,
+        "logits": head,
+    }
 
 
 _MODULES = ("entropies", "encode", "upstream", "decode", "logits")

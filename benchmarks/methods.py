@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost_curve import CostCurve, Pass, Recorder, weights_read
+from benchmarks.cost_curve import CostCurve, Pass, Recorder, machine_limits, module_weights, weights_read
 from benchmarks.held_out import held_out_prompts
 from benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
 from models.accounting import ModuleParameters
@@ -331,7 +331,13 @@ def measure(
         print(f"| {name} | {_percent(row['closed'])} | {_percent(row['forced'])} | {error} |")
     result: dict[str, Any] = {"settings": rows, "draft_latent": latents}
     if cost is not None:
-        result["curve"] = {"rows": cost.curve.rows, "seconds": cost.curve.seconds}
+        result["curve"] = {
+            "rows": cost.curve.rows,
+            "seconds": cost.curve.seconds,
+            "weights": module_weights(cost.parameters, cost.head),
+            "limits": machine_limits(torch.get_num_threads(), model.lm_head.weight.device),
+        }
+        result["threads"] = torch.get_num_threads()
     return result
 
 

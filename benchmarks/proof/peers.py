@@ -1,0 +1,213 @@
+"""What a user would run instead, on the same machine: `transformers`' BLT on the same weights, and a token-level model
+of as many weights under llama.cpp.
+
+    python -m benchmarks.proof.peers transformers --json FILE
+    python -m benchmarks.proof.peers gguf FOLDER        a random model of the checkpoint's size, with a tokenizer
+
+The token-level model's weights are random, for what it costs does not depend on them; its tokenizer is trained on the
+corpus that the shipped checkpoint was trained on, so that its bytes per token are those of text, not of noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.held_out import held_out_prompts, held_out_sources
+from benchmarks.machine import measured_with
+from models.training.corpus import collect, standard_library
+from server.settings import PRETRAINED
+
+#: The token-level model: width, heads, feed-forward width, vocabulary.
+_WIDTH, _HEADS, _INNER, _VOCABULARY = 256, 8, 704, 4096
+#: Bytes of the corpus that merges are counted in.
+_TRAINED_ON = 2_000_000
+_SPECIALS = ("<s>", "</s>")
+
+
+def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 128) -> dict[str, Any]:
+    """Bytes a second of `transformers` on a checkpoint of ours, greedy, one prompt at a time.
+
+    `use_cache=False` is its only correct path: with its cache, patches and hashes are made from the newest byte alone.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    seconds = []
+    with torch.inference_mode():
+        for ids in [held_out_prompts(1, 16, seed=9)[0], *held_out_prompts(prompts, prompt_len)]:
+            clock = time.perf_counter()
+            length = 4 if not seconds else output_len
+            theirs.generate(
+                torch.tensor([ids]), use_cache=False, do_sample=False, min_new_tokens=length, max_new_tokens=length
+            )
+            seconds.append(time.perf_counter() - clock)
+    # The first was the warm-up.
+    return {
+        **measured_with(model),
+        "peer": "transformers BltForCausalLM.generate(use_cache=False), the same weights",
+        "prompt_len": prompt_len,
+        "output_len": output_len,
+        "num_prompts": prompts,
+        "threads": torch.get_num_threads(),
+        "seconds": seconds[1:],
+        "output_byte_throughput": prompts * output_len / sum(seconds[1:]),
+    }
+
+
+def write_gguf(path: Path, weights: int) -> dict[str, float]:
+    """Write a random Llama of about so many fp32 weights; its `weights`, `layers` and `bytes_per_token` of text."""
+    from gguf import GGUFWriter, TokenType
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=list(_SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = b"\n".join(source.data for source in collect(standard_library()) if not source.held_out)
+    tokenizer.train_from_iterator([seen[:_TRAINED_ON].decode("utf-8", "ignore")], trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    held_out = b"\n".join(source.data for source in held_out_sources()).decode("utf-8", "ignore")[:200_000]
+    bytes_per_token = len(held_out.encode()) / len(tokenizer.encode(held_out).ids)
+
+    tables = 2 * len(tokens) * _WIDTH + _WIDTH
+    per_layer = 4 * _WIDTH**2 + 3 * _WIDTH * _INNER + 2 * _WIDTH
+    layers = max(1, round((weights - tables) / per_layer))
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("random-llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(_WIDTH)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(_INNER)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_HEADS)
+    writer.add_rope_dimension_count(_WIDTH // _HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in _SPECIALS else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(vocabulary["<s>"])
+    writer.add_eos_token_id(vocabulary["</s>"])
+
+    def tensor(name: str, rows: int, columns: int) -> None:
+        values = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+        writer.add_tensor(name, values)
+
+    def gain(name: str) -> None:
+        writer.add_tensor(name, np.ones(_WIDTH, np.float32))
+
+    tensor("token_embd.weight", len(tokens), _WIDTH)
+    tensor("output.weight", len(tokens), _WIDTH)
+    gain("output_norm.weight")
+    for layer in range(layers):
+        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            tensor(f"blk.{layer}.{part}.weight", _WIDTH, _WIDTH)
+        tensor(f"blk.{layer}.ffn_gate.weight", _INNER, _WIDTH)
+        tensor(f"blk.{layer}.ffn_up.weight", _INNER, _WIDTH)
+        tensor(f"blk.{layer}.ffn_down.weight", _WIDTH, _INNER)
+        gain(f"blk.{layer}.attn_norm.weight")
+        gain(f"blk.{layer}.ffn_norm.weight")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"weights": tables + layers * per_layer, "layers": layers, "bytes_per_token": bytes_per_token}
+
+
+def weights_of(model: str) -> int:
+    """All weights of a checkpoint, hash tables included."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in Path(model).glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            total += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+@contextmanager
+def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """llama-cpp-python's own server over a random model of the size of `model`: its address, and what it is."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder) / "random.gguf", Path(folder) / "log"
+        about = write_gguf(path, weights_of(model))
+        options = ["-m", "llama_cpp.server", "--n_ctx", "4096", "--model", str(path), "--port", str(port)]
+        with log.open("wb") as output:
+            process = subprocess.Popen([sys.executable, *options], stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 60
+            while not _answers(f"{url}/v1/models"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"llama_cpp.server did not start:\n{log.read_text(errors='replace')}")
+                time.sleep(0.2)
+            shown = (
+                "python -m benchmarks.proof.peers gguf . && python -m llama_cpp.server --n_ctx 4096 --model random.gguf"
+            )
+            yield url, {"server": "llama_cpp.server", "server_command": shown, **about}
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    blt = commands.add_parser("transformers")
+    blt.add_argument("--model", default=str(PRETRAINED))
+    blt.add_argument("--num-prompts", type=int, default=3)
+    blt.add_argument("--output-len", type=int, default=64)
+    blt.add_argument("--json", type=Path)
+    gguf = commands.add_parser("gguf")
+    gguf.add_argument("folder", type=Path)
+    gguf.add_argument("--model", default=str(PRETRAINED))
+    args = parser.parse_args()
+    if args.command == "gguf":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        print(write_gguf(args.folder / "random.gguf", weights_of(args.model)))
+        return
+    result = transformers_blt(args.model, args.num_prompts, args.output_len)
+    print(f"{result['output_byte_throughput']:.2f} bytes/s")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
