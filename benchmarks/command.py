@@ -262,6 +262,24 @@ def all_parts(
         from benchmarks.proof.run import run_parts
 
         run_parts(Plan(model, traces, quick), folder, only=only, large=large, say=typer.echo)
+        _report(folder)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of the results that `bench all` left.", exists=True)] = Path(
+        "docs/benchmarks/proof"
+    ),
+) -> None:
+    """Make one page of HTML, and its charts, from the results."""
+    with _clean_errors():
+        _report(folder)
+
+
+def _report(folder: Path) -> None:
+    from benchmarks.proof.report import write_report
+
+    typer.echo(f"wrote {write_report(folder)}")
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def run(load: Load, *, show: bool = True) -> dict[str, Any]:
 
 def result(load: Load, done: Run, levels: dict[str, float], factors: dict[str, float]) -> dict[str, Any]:
     options: dict[str, Any] = {"levels": levels, "byte_tokens": done.byte_tokens}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(load).items()}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in asdict(load).items()}
     return {
         **measured_with(),
         "backend": "openai",

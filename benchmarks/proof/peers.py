@@ -28,7 +28,10 @@ import numpy as np
 
 from benchmarks.held_out import held_out_prompts, held_out_sources
 from benchmarks.machine import measured_with
+from benchmarks.text_statistics import equal_positions
 from models.training.corpus import collect, standard_library
+from server.llm import LLM
+from server.request import DecodingMethod, DecodingParams, SamplingParams
 from server.settings import PRETRAINED
 
 #: The token-level model: width, heads, feed-forward width, vocabulary.
@@ -38,25 +41,31 @@ _TRAINED_ON = 2_000_000
 _SPECIALS = ("<s>", "</s>")
 
 
-def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 128) -> dict[str, Any]:
-    """Bytes a second of `transformers` on a checkpoint of ours, greedy, one prompt at a time.
+def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 256) -> dict[str, Any]:
+    """Bytes a second of `transformers` and of this engine on one checkpoint, greedy, one prompt at a time.
 
-    `use_cache=False` is its only correct path: with its cache, patches and hashes are made from the newest byte alone.
+    `use_cache=False` is the only correct path of `transformers`: with its cache, patches and hashes are made from the
+    newest byte alone. `equal_bytes` counts the positions at which both wrote the same. Seconds are whole requests'.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    asked = held_out_prompts(prompts, prompt_len)
+    warm_up = held_out_prompts(1, 16, seed=9)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    seconds = []
-    with torch.inference_mode():
-        for ids in [held_out_prompts(1, 16, seed=9)[0], *held_out_prompts(prompts, prompt_len)]:
-            clock = time.perf_counter()
-            length = 4 if not seconds else output_len
-            theirs.generate(
+
+    def generate(ids: list[int], length: int) -> list[int]:
+        with torch.inference_mode():
+            made = theirs.generate(
                 torch.tensor([ids]), use_cache=False, do_sample=False, min_new_tokens=length, max_new_tokens=length
             )
-            seconds.append(time.perf_counter() - clock)
-    # The first was the warm-up.
+        return made[0, len(ids) :].tolist()
+
+    generate(warm_up[0], 4)
+    clock = time.perf_counter()
+    written = [generate(ids, output_len) for ids in asked]
+    seconds = time.perf_counter() - clock
+    ours, texts = _ours(model, warm_up, asked, output_len)
     return {
         **measured_with(model),
         "peer": "transformers BltForCausalLM.generate(use_cache=False), the same weights",
@@ -64,9 +73,27 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
         "output_len": output_len,
         "num_prompts": prompts,
         "threads": torch.get_num_threads(),
-        "seconds": seconds[1:],
-        "output_byte_throughput": prompts * output_len / sum(seconds[1:]),
+        "output_byte_throughput": prompts * output_len / seconds,
+        "ours": ours,
+        "equal_bytes": sum(equal_positions(one, other) for one, other in zip(written, texts, strict=True)),
     }
+
+
+def _ours(
+    model: str, warm_up: list[list[int]], prompts: list[list[int]], length: int
+) -> tuple[dict[str, float], list[list[int]]]:
+    """Bytes a second of this engine by method, and the bytes of BLT."""
+    llm = LLM(model, max_running=1, prefix_cache=False)
+    rates: dict[str, float] = {}
+    texts: list[list[int]] = []
+    for method in (DecodingMethod.BLT, DecodingMethod.AUTO, DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method))
+        llm.generate(warm_up, params)
+        clock = time.perf_counter()
+        made = [llm.generate([ids], params)[0].ids for ids in prompts]
+        rates[method.value] = len(prompts) * length / (time.perf_counter() - clock)
+        texts = texts or made
+    return rates, texts
 
 
 def write_gguf(path: Path, weights: int) -> dict[str, float]:

@@ -61,7 +61,12 @@ def _grouped(parts: list[Part]) -> Iterator[tuple[tuple[str, ...] | None, list[P
 
 def _key(part: Part, folder: Path, digest: str, plan: Plan) -> dict[str, Any]:
     """What makes a part's result this run's: a command without this run's port, and the checkpoint."""
-    return {"command": part.command(load_results(folder), "URL"), "checkpoint": digest, "model": Path(plan.model).name}
+    command = part.command(load_results(folder), "URL")
+    if plan.traces is not None:
+        # Where a file lies is of one machine.
+        command = [argument.replace(str(plan.traces), "TRACES") for argument in command]
+    command = ["MODEL" if argument == plan.model else argument for argument in command]
+    return {"command": command, "checkpoint": digest, "model": Path(plan.model).name}
 
 
 def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
