@@ -11,9 +11,17 @@ from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 class BltDV:
     """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after
-    it for the rest. Verify as BLT-S does."""
+    it for the rest. Verify as BLT-S does. `begun`: the request has had its first pass."""
 
-    def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None, paper_accounting: bool = False) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        unmask: Unmask,
+        max_steps: int | None,
+        paper_accounting: bool = False,
+        *,
+        begun: bool = False,
+    ) -> None:
         self._paper = paper_accounting
         self._size = block_size
         self._unmask = unmask
@@ -22,7 +30,7 @@ class BltDV:
         self._block: list[int] = []
         self._steps = 0
         self._drafted = False
-        self._begun = False
+        self._begun = begun
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:

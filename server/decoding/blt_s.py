@@ -27,14 +27,14 @@ def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
 
 class BltS:
     """`paper_accounting` drafts on the open patch's latent, at the price of an upstream pass of its own (design §2.8),
-    and does not shorten the last draft."""
+    and does not shorten the last draft. `begun`: the request has had its first pass."""
 
-    def __init__(self, draft_length: int, paper_accounting: bool = False) -> None:
+    def __init__(self, draft_length: int, paper_accounting: bool = False, *, begun: bool = False) -> None:
         self._length = draft_length
         self._paper = paper_accounting
         self._draft: list[int] = []
         #: The first pass gives the first byte at once: it drafts nothing, however little is left to compute.
-        self._begun = False
+        self._begun = begun
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         # The verification gives a byte of its own, so the last one is never drafted.

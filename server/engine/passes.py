@@ -83,6 +83,10 @@ class Passes:
         self._window = torch.arange(model.hash_window, device=device)
         self._offsets = torch.arange(caches.max_length + 1, device=device)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
     def write_prompt(self, row: int, ids: list[int]) -> None:
         """Known ids of a newly admitted request."""
         self.tokens[row, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)

@@ -1,0 +1,120 @@
+"""What a pass of each module costs on this machine, by its rows: measured, not modeled."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.passes import Passes, Patches, Rows
+
+#: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
+Announce = Callable[[np.ndarray, list[tuple[int, int]]], None]
+
+#: Modules, as the runner names their passes.
+MODULES = ("patcher", "encoder", "global", "decoder")
+
+#: Bytes of the patches that a measured upstream pass pools.
+_PATCH = 5
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a pass by its rows: straight lines between the measured points, and on beyond the last."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, rows: float) -> float:
+        if rows <= 0:
+            return 0.0
+        if rows <= self.rows[0] or len(self.rows) == 1:
+            return self.seconds[0] * max(1.0, rows / self.rows[0])
+        at = min(bisect_right(self.rows, rows), len(self.rows) - 1)
+        low, high = self.rows[at - 1], self.rows[at]
+        share = (rows - low) / (high - low)
+        return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
+
+
+Costs = dict[str, CostCurve]
+
+
+def measure(
+    passes: Passes,
+    context: int,
+    patches: int,
+    counts: Sequence[int],
+    *,
+    announce: Announce | None = None,
+    repeats: int = 3,
+    limit: float = 0.1,
+) -> Costs:
+    """The cost curve of every module at the row counts `counts` (ascending, each at least once).
+
+    Rows stand at position `context` of the null request and, in the global transformer, at patch `patches`: what they
+    write goes to null pages, which nothing reads. `announce` is told of upstream passes. The fastest of `repeats` counts. A module is measured no further once
+    a pass took `limit` seconds.
+    """
+    curves: Costs = {}
+    for module in MODULES:
+        done: list[int] = []
+        seconds: list[float] = []
+        for count in counts:
+            call = _call(passes, module, count, patches if module == "global" else context, announce)
+            done.append(count)
+            seconds.append(min(_seconds(call, passes.device) for _ in range(repeats)))
+            if seconds[-1] > limit:
+                break
+        # A pass of more rows that came out faster was noise in the smaller one.
+        for at in range(len(seconds) - 2, -1, -1):
+            seconds[at] = min(seconds[at], seconds[at + 1])
+        curves[module] = CostCurve(tuple(done), tuple(seconds))
+    return curves
+
+
+@torch.inference_mode()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    began = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _call(
+    passes: Passes, module: str, count: int, position: int, announce: Announce | None
+) -> Callable[[], object]:
+    """A pass of `count` single rows of the null request."""
+
+    def column(value: int) -> Tensor:
+        return torch.full((count,), value, dtype=torch.int32, device=passes.device)
+
+    null, positions = column(0), column(position)
+    rows = Rows(null, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
+    match module:
+        case "patcher":
+            return lambda: passes.entropies(rows)
+        case "encoder":
+            return lambda: passes.encode(rows)
+        case "decoder":
+            return lambda: passes.decode(rows, null, None)
+    closed = Patches(rows, null, column(_PATCH - 1), null, _PATCH)
+
+    def upstream() -> None:
+        if announce is not None:
+            where = np.zeros((3, count), np.int32)
+            where[1], where[2] = position, position + 1
+            announce(where, rows.spans)
+        passes.upstream(closed)
+
+    return upstream
