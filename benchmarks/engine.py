@@ -154,8 +154,9 @@ def modes(model: str, rounds: int) -> dict[str, Any]:
 
 
 def auto(model: str, rounds: int) -> dict[str, Any]:
-    """What the choice of `auto` rests on: mean bytes per second over `rounds` sets of held-out prompts."""
+    """`auto` against fixed settings: mean bytes per second over `rounds` sets of held-out prompts."""
     candidates = {
+        "auto": DecodingParams(DecodingMethod.AUTO),
         "blt": BLT,
         **{f"blt-s k{k}": speculation(k) for k in (4, 8, 16)},
         **{f"blt-dv-{b} 1step": diffusion(DecodingMethod.BLT_DV, b, "1step") for b in (4, 8)},

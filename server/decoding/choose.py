@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP
 from models.config import BltConfig
+from server.decoding.auto import Auto, Draft
 from server.decoding.blt import Blt
 from server.decoding.blt_d import BltD
 from server.decoding.blt_dv import BltDV
 from server.decoding.blt_s import BltS
 from server.decoding.method import Method, Unmask
 from server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
-
-#: What `auto` runs: the lossless method that measured fastest on the shipped checkpoint (docs/benchmarks.md). Where it
-#: needs a diffusion head that a checkpoint has not, `auto` is plain BLT.
-AUTO = DecodingParams(DecodingMethod.BLT_S, draft_length=8)
 
 DEFAULT_DRAFT_LENGTH = 8
 DEFAULT_BLOCK_SIZE = 8
@@ -25,6 +23,7 @@ DEFAULT_ENTROPY = 0.8
 _DIFFUSION = (DecodingMethod.BLT_D, DecodingMethod.BLT_DV)
 _OF_METHOD = {
     DecodingMethod.BLT: (),
+    DecodingMethod.AUTO: (),
     DecodingMethod.BLT_S: ("draft_length", "paper_accounting"),
     DecodingMethod.BLT_D: ("block_size", "unmasking", "align_blocks"),
     DecodingMethod.BLT_DV: ("block_size", "unmasking", "paper_accounting"),
@@ -60,19 +59,14 @@ def resolve(
                 "decoding.method",
             )
         method = DecodingMethod.AUTO
-    auto = DecodingParams()
-    if method == DecodingMethod.AUTO:
-        auto = AUTO if config.has_diffusion or AUTO.method not in _DIFFUSION else DecodingParams(DecodingMethod.BLT)
-        assert auto.method is not None
-        method = auto.method
     unmasking = None
     if method in _DIFFUSION:
         built_in = Unmasking.ONE_STEP if method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
-        unmasking = _asked_unmasking(asked) or defaults.unmasking or auto.unmasking or built_in
+        unmasking = _asked_unmasking(asked) or defaults.unmasking or built_in
     names = (*_OF_METHOD[method], *_OF_UNMASKING[unmasking])
     _refuse_others(asked, method, unmasking, names)
     # A setting of another rule than the one that runs is no default for it, and the rule itself is decided.
-    sources = [vars(asked), vars(defaults), vars(auto), _built_in(config)]
+    sources = [vars(asked), vars(defaults), _built_in(config)]
     values = {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
     values |= {"unmasking": unmasking} if unmasking else {}
     if method in _DIFFUSION:
@@ -80,9 +74,12 @@ def resolve(
     return DecodingParams(method, **values)
 
 
-def make_method(decoding: DecodingParams) -> Method:
-    """The method object of one request, from its resolved decoding."""
+def make_method(decoding: DecodingParams, choose: Callable[[], Draft] | None = None) -> Method:
+    """The method object of one request, from its resolved decoding; `auto` asks `choose` how to draft."""
     method = decoding.method
+    if method == DecodingMethod.AUTO:
+        assert choose is not None
+        return Auto(choose)
     if method == DecodingMethod.BLT:
         return Blt()
     if method == DecodingMethod.BLT_S:

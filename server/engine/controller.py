@@ -26,7 +26,7 @@ _CLEARLY = 1.05
 #: Passes after which the choice is looked at again.
 _REVIEW = 16
 #: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
-_PRIOR_ROUNDS, _MEMORY = 16.0, 400.0
+_PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
 #: Share of the newest value in running means.
 _NEWEST = 0.05
 #: Acceptance assumed where a checkpoint says nothing.
@@ -34,24 +34,29 @@ _UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
 
 
 class Acceptance:
-    """How often a draft's bytes are right, by position, given that all before them were; `prior` to begin with."""
+    """How often a draft's bytes are right, by position, given that all before them were; `prior` to begin with.
+
+    What is known of a position is, for want of more, taken to hold of the next one.
+    """
 
     def __init__(self, length: int, prior: float) -> None:
-        self._tried = [_PRIOR_ROUNDS] * length
-        self._right = [_PRIOR_ROUNDS * prior] * length
+        self._prior = prior
+        self._tried = [0.0] * length
+        self._right = [0.0] * length
 
     def count(self, drafted: int, accepted: int) -> None:
         """Count a round; older rounds fade."""
         for at in range(min(accepted + 1, drafted)):
-            fade = 1 - self._tried[at] / (_MEMORY + self._tried[at]) if self._tried[at] > _MEMORY else 1.0
+            fade = 1 - 1 / _MEMORY
             self._tried[at] = fade * self._tried[at] + 1
             self._right[at] = fade * self._right[at] + (at < accepted)
 
     def bytes(self, length: int) -> float:
         """Bytes of a draft of `length` that will be right, on average."""
-        expected, all_right = 0.0, 1.0
+        expected, all_right, chance = 0.0, 1.0, self._prior
         for at in range(length):
-            all_right *= self._right[at] / self._tried[at]
+            chance = (self._right[at] + _PRIOR_ROUNDS * chance) / (self._tried[at] + _PRIOR_ROUNDS)
+            all_right *= chance
             expected += all_right
         return expected
 
@@ -74,14 +79,11 @@ class Controller:
         self._fed = config.decoder_input == "encoder"
         self.drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in LENGTHS)]
         self.drafts += [Draft(DecodingMethod.BLT_DV, size) for size in config.block_sizes]
-        # BLT-S drafts of every length are the beginnings of one another; blocks are not.
-        shared = Acceptance(max(LENGTHS), _prior(config.acceptance, DecodingMethod.BLT_S, LENGTHS))
+        # Drafts of a kind are much alike in their first bytes, whatever their length.
         self._acceptance = {
-            draft: shared
-            if draft.method == DecodingMethod.BLT_S
-            else Acceptance(draft.length, _prior(config.acceptance, draft.method, (draft.length,)))
-            for draft in self.drafts
-            if draft.length
+            method: Acceptance(max(lengths), _prior(config.acceptance, method, lengths))
+            for method, lengths in ((DecodingMethod.BLT_S, LENGTHS), (DecodingMethod.BLT_DV, config.block_sizes))
+            if lengths
         }
         self._load = Load(1.0, 0.25, 0.0)
         self._passes = 0
@@ -96,12 +98,14 @@ class Controller:
 
     def settled(self, draft: Draft, drafted: int, accepted: int) -> None:
         """A round ended. One that was cut short by its request's end says nothing."""
-        if drafted == draft.length and draft in self._acceptance:
-            self._acceptance[draft].count(drafted, accepted)
+        if drafted == draft.length:
+            self._acceptance[draft.method].count(drafted, accepted)
 
-    def passed(self, requests: int, patches_per_byte: float, overhead: float) -> None:
-        """A pass ended that `requests` could have taken part in; it took `overhead` seconds more than its modules."""
+    def passed(self, requests: int, patches_per_byte: float, seconds: float, work: list[tuple[str, int]]) -> None:
+        """A step of the engine ended: `seconds` for the `work`, passes by module and rows, of which `requests` could
+        have been part."""
         load = self._load
+        overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         self._load = Load(
             load.requests + _NEWEST * (requests - load.requests),
             patches_per_byte,
@@ -120,7 +124,7 @@ class Controller:
         rows = count * (draft.length + 1)
         # A round's bytes and the passes it takes: verification, or BLT's one byte.
         if draft.length:
-            made = 1 + self._acceptance[draft].bytes(draft.length)
+            made = 1 + self._acceptance[draft.method].bytes(draft.length)
             closing = 1 - (1 - patches) ** (draft.length + 1)
             upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
             seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)

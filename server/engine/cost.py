@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention import TILE
 from server.engine.passes import Passes, Patches, Rows
 
 #: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
@@ -57,8 +58,8 @@ def measure(
     """The cost curve of every module at the row counts `counts` (ascending, each at least once).
 
     Rows stand at position `context` of the null request and, in the global transformer, at patch `patches`: what they
-    write goes to null pages, which nothing reads. `announce` is told of upstream passes. The fastest of `repeats` counts. A module is measured no further once
-    a pass took `limit` seconds.
+    write goes to null pages, which nothing reads. `announce` is told of upstream passes. The fastest of `repeats`
+    counts. A module is measured no further once a pass took `limit` seconds.
     """
     curves: Costs = {}
     for module in MODULES:
@@ -91,9 +92,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _call(
-    passes: Passes, module: str, count: int, position: int, announce: Announce | None
-) -> Callable[[], object]:
+def _call(passes: Passes, module: str, count: int, position: int, announce: Announce | None) -> Callable[[], object]:
     """A pass of `count` single rows of the null request."""
 
     def column(value: int) -> Tensor:
@@ -108,7 +107,7 @@ def _call(
             return lambda: passes.encode(rows)
         case "decoder":
             return lambda: passes.decode(rows, null, None)
-    closed = Patches(rows, null, column(_PATCH - 1), null, _PATCH)
+    closed = Patches(rows, null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
 
     def upstream() -> None:
         if announce is not None:

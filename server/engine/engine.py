@@ -23,11 +23,13 @@ from models.checkpoint import load_checkpoint
 from models.config import BltConfig
 from models.fused import fuse
 from models.patching import PatchRule
+from server.decoding.auto import Auto
 from server.decoding.choose import check_block_size, make_method, resolve
 from server.decoding.method import Plan, Progress
 from server.engine.caches import Caches
 from server.engine.choosing import Result
 from server.engine.constraints import Constraint
+from server.engine.controller import Controller
 from server.engine.grammar import Grammars
 from server.engine.prefix_cache import PrefixCache
 from server.engine.ranks import RankLostError, leader_of, spread
@@ -64,6 +66,9 @@ _OVERSHOOT = MAX_BLOCK_SIZE + 1
 #: What drafts add to the ledgers; the engine's own has those of ended requests, until it is asked.
 _DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
+#: Where and at how many rows the controller of `auto` has the modules' costs measured.
+_COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -93,6 +98,7 @@ class Engine:
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
         self._grammars = Grammars()
+        self._controller: Controller | None = None
         self._sequences: dict[str, Sequence] = {}
         self._aborted: list[str] = []
         #: Ids of the requests that the last step took from the queue for the first time.
@@ -148,7 +154,10 @@ class Engine:
         constraint = Constraint.of(params, self._grammars)
         # The seed is drawn once and outlives preemption.
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        sequence = Sequence(request, decoding, make_method(decoding), seed, constraint)
+        if decoding.method == DecodingMethod.AUTO:
+            self.calibrate()
+        method = make_method(decoding, self._controller.next if self._controller else None)
+        sequence = Sequence(request, decoding, method, seed, constraint)
         self._scheduler.enqueue(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -157,11 +166,30 @@ class Engine:
         if request_id in self._sequences:
             self._aborted.append(request_id)
 
+    def calibrate(self) -> None:
+        """Measure what passes cost here, for `auto`: a fraction of a second. The first such request does it otherwise.
+
+        Ends without effect once it was done.
+        """
+        if self._controller is None:
+            context = min(_COST_CONTEXT, self._caches.max_length - 1)
+            self._controller = Controller(self.config, self._runner.costs(context, context // 4, _COST_ROWS))
+
     def has_work(self) -> bool:
         return bool(self._sequences)
 
     def step(self) -> list[Delta]:
         """One decoder pass, and the upstream pass before it if it is due; what came of it, request by request."""
+        began = time.perf_counter()
+        self._runner.work.clear()
+        deltas = self._step()
+        if self._controller is not None and self._runner.work:
+            decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
+            seconds = time.perf_counter() - began
+            self._controller.passed(decoding, self._scheduler.patches_per_byte(), seconds, self._runner.work)
+        return deltas
+
+    def _step(self) -> list[Delta]:
         deltas: list[Delta] = []
         for request_id in self._aborted:
             if request_id in self._sequences:
@@ -392,6 +420,8 @@ class Engine:
         if progress.drafted:
             self._drafts[progress.drafted] += 1
             self._accepted[progress.accepted] += 1
+            if self._controller is not None and isinstance(sequence.method, Auto):
+                self._controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
         if sequence.params.return_patches:
             sequence.steps += progress.commit_steps or [1] * len(progress.commit)
         logprobs = self._logprobs(sequence, plan, progress, result)

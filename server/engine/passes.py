@@ -63,7 +63,7 @@ class Passes:
         self._model = model
         self._caches = caches
         self._states = caches.groups["states"]
-        self._tiled = tiled
+        self.tiled = tiled
         config = model.config
         self._from_encoder = config.decoder_input == "encoder"
         stacks = {
@@ -122,7 +122,7 @@ class Passes:
         inside = offsets <= last
         positions = patches.starts[:, None] + torch.minimum(offsets, last)
         slots = self._state_slots(patches.rows.owners[:, None], positions)
-        vectors = self._model.local_encoder.pool(self._states.layers[0][slots], inside, tiled=self._tiled)
+        vectors = self._model.local_encoder.pool(self._states.layers[0][slots], inside, tiled=self.tiled)
         latents = self._model.global_transformer(vectors, self._groups["global"].attend(patches.rows))
         kv = self._model.local_decoder.latent_keys_values(latents)
         self._caches.latents.index_copy_(0, patches.latents.long(), kv)

@@ -31,7 +31,7 @@ from server.engine.channel import (
     Stop,
     Verdict,
 )
-from server.request import InvalidRequestError, QueueFullError, Request
+from server.request import DecodingMethod, InvalidRequestError, QueueFullError, Request
 from server.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -157,7 +157,10 @@ def _load_checkpoint(settings: EngineSettings) -> Engine:
     # Not at the top: torch takes seconds, and a test's engine needs none of it.
     from server.engine.engine import Engine
 
-    return Engine.load(settings)
+    engine = Engine.load(settings)
+    if settings.decoding.method in (None, DecodingMethod.AUTO):
+        engine.calibrate()
+    return engine
 
 
 if __name__ == "__main__":

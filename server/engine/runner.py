@@ -11,6 +11,7 @@ rows a linear map's result for one row does not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -22,6 +23,7 @@ from kernels.backend import use_triton
 from models.blt import Blt
 from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
+from server.engine.cost import Announce, Costs, measure
 from server.engine.graphs import Graphs
 from server.engine.passes import Passes, Patches, Rows
 from server.engine.ranks import leader_of
@@ -60,6 +62,15 @@ class Runner:
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
         self.ledger = Ledger()
+        #: Passes since they were last taken away: module and rows, padding included.
+        self.work: list[tuple[str, int]] = []
+
+    def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
+        """Cost curves of the modules, at position `context` and patch `patches`, at ascending row counts."""
+        announce: Announce | None = None
+        if self._leader is not None:
+            announce = partial(self._leader.announce, group=self._caches.groups["global"])
+        return measure(self._passes, context, patches, counts, announce=announce)
 
     @property
     def copies(self) -> int:
@@ -126,6 +137,7 @@ class Runner:
         owners, index, starts, ends, latents, highs = self._staging["upstream"].send().unbind()
         rows = Rows(owners, index, index, highs, every)
         self._passes.upstream(Patches(rows, starts, ends, latents, longest))
+        self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
     @torch.inference_mode()
@@ -143,6 +155,7 @@ class Runner:
             return self._passes.decode(rows, latents, block if with_blocks else None)
 
         states = self._launch("decode", run, spans, with_blocks)
+        self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
         staged = self._chooser.stage(sequences, batch)
         tensors = self._chooser.choose(states, staged)
@@ -199,6 +212,7 @@ class Runner:
         np.add(requests[:, 1], np.arange(total, dtype=np.int32), out=columns[1, :total])
         np.add(columns[1], 1, out=columns[2])
         every = _with_padding(spans, total, columns.shape[1])
+        self.work.append(("encoder" if kind == "encode" else "patcher", columns.shape[1]))
 
         def run(columns: Tensor) -> Tensor:
             owners, positions, highs = columns.unbind()

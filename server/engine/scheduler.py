@@ -109,6 +109,12 @@ class Scheduler:
             if slot:
                 self._caches.latent_pool.give_back(slot)
 
+    def patches_per_byte(self) -> float:
+        """Of all text so far; 0.5 before there is any."""
+        scanned = self._scanned + sum(s.scanned for s in self.running)
+        closed = self._closed + sum(s.closed for s in self.running)
+        return (closed + 1) / (scanned + 1) if scanned else 0.5
+
     def fit(self, ready: list[Sequence]) -> list[Sequence]:
         """The plans of one pass, within the row budget; whoever waited longest goes first."""
         if sum(s.plan.rows for s in ready if s.plan) <= self._settings.max_pass_rows:

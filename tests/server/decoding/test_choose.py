@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import server.decoding.choose as choose
 from server.decoding.blt import Blt
 from server.decoding.blt_d import BltD
 from server.decoding.blt_dv import BltDV
@@ -90,16 +89,11 @@ def test_a_request_goes_before_the_server_field_by_field() -> None:
     assert what_runs({"method": "blt-s"}, defaults)["draft_length"] == 3
 
 
-def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "AUTO", params(method="blt-dv", block_size=4, max_steps=2, unmasking="confidence"))
-    runs = what_runs({})
-    assert runs == what_runs({"method": "auto"}) == what_runs({"method": "auto"}, {"method": "blt-d"})
-    assert (runs["method"], runs["block_size"], runs["max_steps"]) == ("blt-dv", 4, 2)
-    assert runs["confidence_threshold"] == 0.7
-    # Its operator knows better, and its user best.
-    assert what_runs({}, {"block_size": 8})["block_size"] == 8
-    assert what_runs({"block_size": 4}, {"block_size": 8})["block_size"] == 4
-    assert what_runs({}, config=PLAIN) == {"method": "blt"}
+def test_auto() -> None:
+    """It has no settings: a controller chooses them."""
+    assert what_runs({}) == what_runs({"method": "auto"}) == {"method": "auto"}
+    assert what_runs({"method": "auto"}, {"method": "blt-d", "block_size": 8}) == {"method": "auto"}
+    assert what_runs({}, {"draft_length": 3}, config=PLAIN) == {"method": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +122,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "blt-dv", "unmasking": "one_step", "max_steps": 2}, "max_steps", "confidence or entropy"),
         ({"method": "blt-dv", "max_steps": 2}, "max_steps", "this request's is one_step"),
         ({"block_size": 4}, "block_size", "which this server chose; name a method"),
+        ({"method": "auto", "draft_length": 4}, "draft_length", "belongs to blt-s, and this request runs auto"),
         ({"method": "blt-d", "block_size": 5}, "block_size", "was not trained; this checkpoint has 4, 8"),
     ],
 )

@@ -1,0 +1,90 @@
+"""`auto` gives the bytes of BLT, whatever it is told to draft."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from hypothesis import HealthCheck, given, strategies
+from hypothesis import settings as hypothesis_settings
+
+from server.decoding.auto import Auto, Draft
+from server.decoding.method import Outcome
+from server.engine.controller import Controller
+from server.engine.engine import Engine
+from server.request import DecodingMethod, DecodingParams
+from tests.server.harness import MODELS, model, random_params, random_request, run, settings, with_method
+
+AUTO = DecodingParams(DecodingMethod.AUTO)
+
+
+class Fickle(Controller):
+    """Names any draft at any time."""
+
+    def __init__(self, drafts: list[Draft], rng: random.Random) -> None:
+        self.drafts, self._rng = drafts, rng
+        self.named: set[Draft] = set()
+
+    def next(self) -> Draft:
+        draft = self._rng.choice(self.drafts)
+        self.named.add(draft)
+        return draft
+
+    def passed(self, *of_a_pass: object) -> None:
+        pass
+
+    def settled(self, draft: Draft, drafted: int, accepted: int) -> None:
+        assert draft in self.drafts and accepted <= drafted <= draft.length
+
+
+def fickle_engine(which: int, seed: int, **changes: object) -> tuple[Engine, Fickle]:
+    engine = Engine(model(which), settings(**changes))
+    drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in (1, 3, 16))]
+    drafts += [Draft(DecodingMethod.BLT_DV, size) for size in model(which).config.block_sizes]
+    controller = Fickle(drafts, random.Random(seed))
+    engine._controller = controller
+    return engine, controller
+
+
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(strategies.integers(0, 2**32))
+def test_no_draft_changes_a_byte(seed: int) -> None:
+    rng = random.Random(seed)
+    which = rng.choice(MODELS)
+    base = random_request(rng, "blt", random_params(rng, decoding=DecodingParams(DecodingMethod.BLT)))
+    plain = run(Engine(model(which), settings()), [base])["blt"]
+    engine, _ = fickle_engine(which, seed)
+    others = [random_request(rng, f"other{i}") for i in range(2)]
+    done = run(engine, [with_method(base, "a", AUTO), with_method(base, "b", AUTO), *others], [0, 3, 1, 5])
+    for name in ("a", "b"):
+        assert (done[name].ids, done[name].reason) == (plain.ids, plain.reason)
+
+
+def test_every_kind_of_draft_takes_part() -> None:
+    rng = random.Random(5)
+    params = replace(random_params(rng, decoding=AUTO), max_tokens=60, min_tokens=60, stop=(), ignore_eos=True)
+    request = random_request(rng, "auto", params)
+    engine, controller = fickle_engine(1, 5)
+    done = run(engine, [request])["auto"]
+    assert controller.named == set(controller.drafts)
+    assert len(done.ids) == 60
+    plain = run(Engine(model(1), settings()), [with_method(request, "blt", DecodingParams(DecodingMethod.BLT))])
+    assert done.ids == plain["blt"].ids
+
+
+def test_a_round_keeps_its_draft_to_the_end() -> None:
+    """And the first pass, as one after a preemption, drafts nothing."""
+    drafts = iter([Draft(DecodingMethod.BLT_S, 2), Draft(DecodingMethod.BLT_DV, 4)])
+    auto = Auto(lambda: next(drafts))
+    assert auto.plan(10, 0, 50).causal == 10
+    assert auto.advance(auto.plan(10, 0, 50), Outcome(ids=[7])).commit == [7]
+    for drafted in (8, 9):
+        plan = auto.plan(11, 10, 49)
+        assert plan.draft and plan.causal == 1
+        auto.advance(plan, Outcome(ids=[drafted]))
+    verification = auto.plan(11, 10, 49)
+    assert verification.select == 3
+    auto.advance(verification, Outcome(ids=[8, 5], accepted=1))
+    assert len(auto.plan(13, 12, 47).block_ids) == 4
+    auto.reset()
+    assert not auto.plan(13, 0, 47).draft
