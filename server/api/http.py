@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,7 +27,8 @@ class HttpProtocol(H11Protocol):
     """HTTP/1.1 with bounds on what a connection may do before it is a request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        # Not asserted: uvloop's own transports are of no class of asyncio's.
+        transport = cast(asyncio.Transport, transport)
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=_WAITING_BYTES)
         self._seen: Any = None

@@ -32,6 +32,9 @@ class Metrics:
         self._failed = self._counter("requests_failed", "Those of them that ended in an error, by cause", ["cause"])
         self._aborted = self._counter("requests_aborted", "Those of them that were aborted, by cause", ["cause"])
         self._corrupted = self._counter("corrupted_requests", "Those of them whose logits were not finite", [])
+        self._method_requests = self._counter("method_requests", "Ended requests by the method that ran", ["method"])
+        self._method_bytes = self._counter("method_tokens", "Bytes of their output", ["method"])
+        self._method_passes = self._counter("method_passes", "Decoder passes that they had a part in", ["method"])
         for reason in FinishReason:
             self._finished.labels(finished_reason=reason)
         for code in ErrorCode:
@@ -116,6 +119,11 @@ class Metrics:
         ledger = delta.ledger
         if ledger is None:
             return
+        if delta.decoding is not None:
+            method = delta.decoding.method
+            self._method_requests.labels(method=method).inc()
+            self._method_bytes.labels(method=method).inc(count)
+            self._method_passes.labels(method=method).inc(ledger.decoder)
         if ledger.bytes_per_patch is not None:
             self._patch.observe(ledger.bytes_per_patch)
         if ledger.decoder and count:

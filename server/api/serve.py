@@ -54,6 +54,8 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
     config = uvicorn.Config(
         create_app(client, http),
         http=HttpProtocol,
+        # Not whichever happens to be installed.
+        loop="asyncio",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_config=None,
         access_log=False,
