@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -103,6 +104,23 @@ class Endpoint:
             (choice.get("logprobs") or {}).get("token_logprobs", []),
         )
 
+    async def score(self, ids: list[int]) -> list[float]:
+        """Log-probabilities (nats) of all ids but the first, which is to be BOS. Raises EndpointError."""
+        answer = await self.complete(ids, max_tokens=0, echo=True, logprobs=0, temperature=0)
+        scores = [value for value in answer.logprobs if value is not None]
+        if len(scores) != len(ids) - 1:
+            raise EndpointError(f"{len(scores)} log-probabilities came back for {len(ids)} ids")
+        return scores
+
+    async def processor_seconds(self) -> float | None:
+        """What the engine's process has used so far; None where the server does not tell."""
+        try:
+            response = await self._client.get("/metrics")
+        except httpx.HTTPError:
+            return None
+        found = re.search(r"^fastblt_engine_process_cpu_seconds_total ([\d.e+]+)$", response.text, re.M)
+        return float(found[1]) if found else None
+
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         for _ in range(_TRIES):
             try:
@@ -132,12 +150,28 @@ def _message(response: httpx.Response) -> str:
         return response.text[:500]
 
 
-@contextmanager
-def at(base_url: str | None, model: str, concurrency: int = 32) -> Iterator[str]:
-    """The URL of the server to ask: the one given, or one of `model` that runs while the context lasts."""
-    if base_url is not None:
-        yield base_url
-        return
-    options = ["--max-running", str(max(concurrency, 1)), "--log-level", "warning"]
-    with serving(model, options) as server:
-        yield f"http://127.0.0.1:{server.port}"
+@dataclass(frozen=True)
+class Target:
+    """Which server to ask, and how: the one at `base_url`, or one of `model` that runs as long as it is asked."""
+
+    base_url: str | None
+    model: str
+    api_key: str | None = None
+    concurrency: int = 32
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Endpoint]:
+        """Raises RuntimeError where a server of `model` does not start."""
+        with self.running() as url:
+            async with Endpoint(url, self.api_key, self.concurrency) as endpoint:
+                yield endpoint
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """The server's URL."""
+        if self.base_url is not None:
+            yield self.base_url
+            return
+        options = ["--max-running", str(self.concurrency), "--log-level", "warning"]
+        with serving(self.model, options) as server:
+            yield f"http://127.0.0.1:{server.port}"

@@ -12,11 +12,11 @@ from benchmarks.evaluation.sandbox import Sandbox, Verdict
 
 
 def run_programs(
-    sandbox: Sandbox, programs: Mapping[str, str], workers: int = 2, done: Callable[[str, Verdict], None] | None = None
+    sandbox: Sandbox, programs: Mapping[str, str], done: Callable[[str, Verdict], None] | None = None
 ) -> dict[str, Verdict]:
     """Verdicts by name; `done` hears of each as it falls, in this thread."""
     verdicts = {}
-    with ThreadPoolExecutor(workers) as pool, bar() as progress:
+    with ThreadPoolExecutor(sandbox.workers) as pool, bar() as progress:
         task = progress.add_task("programs", total=len(programs))
         futures = {pool.submit(sandbox.run, program): name for name, program in programs.items()}
         for future in as_completed(futures):
@@ -28,14 +28,14 @@ def run_programs(
     return verdicts
 
 
-def judge(journal: Journal, sandbox: Sandbox, programs: Mapping[str, str], workers: int = 2) -> None:
+def judge(journal: Journal, sandbox: Sandbox, programs: Mapping[str, str]) -> None:
     """Run what the journal has no verdict of; `programs` are by the keys of their completions' records."""
     left = {key: program for key, program in programs.items() if _verdict_key(key) not in journal.records}
 
     def keep(key: str, verdict: Verdict) -> None:
         journal.add(_verdict_key(key), {"passed": verdict.passed, "reason": verdict.reason})
 
-    run_programs(sandbox, left, workers, keep)
+    run_programs(sandbox, left, keep)
 
 
 def score(journal: Journal, keys: list[str]) -> Record:

@@ -96,6 +96,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, workers: int = 2, allow_weak: bool = False) -> None:
         self.limits = limits or Limits()
+        self.workers = workers
         root = hasattr(os, "geteuid") and os.geteuid() == 0
         self._uids: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         for number in range(workers):

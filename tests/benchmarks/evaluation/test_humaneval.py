@@ -30,17 +30,19 @@ def test_every_method_and_going_on(url: str, tmp_path: Path) -> None:
     settings = ["blt", "blt-s k8", "blt-dv-8 1step", "blt-d-4 a0.7", "blt-d-8 a0.7"]
     code, output = run(*options, "--setting", "blt")
     assert code == 0 and "| blt | 0.0 | 0 of 2 |" in output
-    lines = (tmp_path / "humaneval.jsonl").read_text().splitlines()
+    lines = (tmp_path / "humaneval-answers.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 2 + 2
     code, output = run(*options)
     assert code == 0 and all(f"| {name} |" in output for name in settings)
-    assert (tmp_path / "humaneval.jsonl").read_text().splitlines()[:5] == lines
+    assert (tmp_path / "humaneval-answers.jsonl").read_text().splitlines()[:5] == lines
     result = json.loads((tmp_path / "humaneval.json").read_text())
     assert list(result["settings"]) == settings and result["model"]["block_sizes"] == [4, 8]
     plain, speculative = result["settings"]["blt"], result["settings"]["blt-s k8"]
     assert plain["programs"] == 2 and sum(plain["failures"].values()) == 2 and plain["pass_at_1"] == 0
     assert plain["bytes"] == plain["decoder_nfe"] * 2 > 0 and plain["bytes_per_second"] > 0
-    records = {r["key"]: r for r in map(json.loads, (tmp_path / "humaneval.jsonl").read_text().splitlines()[1:])}
+    records = {
+        r["key"]: r for r in map(json.loads, (tmp_path / "humaneval-answers.jsonl").read_text().splitlines()[1:])
+    }
     assert records["blt/HumanEval/0"]["bytes"] == len(records["blt/HumanEval/0"]["data"])
     assert speculative["completions"] == 2
 
@@ -49,7 +51,7 @@ def test_a_passing_completion_is_counted(url: str, tmp_path: Path) -> None:
     """The journal's completion is replaced by the canonical one, as if the model had written it."""
     options = ["humaneval", "--base-url", url, "--limit", "2", "--max-tokens", "8", "--output", str(tmp_path)]
     run(*options, "--setting", "blt")
-    path = tmp_path / "humaneval.jsonl"
+    path = tmp_path / "humaneval-answers.jsonl"
     head, *records = map(json.loads, path.read_text().splitlines())
     records = [record for record in records if not record["key"].startswith("verdict")]
     for record in records:

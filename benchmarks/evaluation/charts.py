@@ -1,0 +1,92 @@
+"""The two charts: quality against speed, and diversity against decoder passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evaluation.journal import Record
+from benchmarks.evaluation.settings import family
+
+_COLORS = {
+    "blt": "black",
+    "blt-s": "tab:gray",
+    "blt-dv": "tab:green",
+    "blt-d-4": "tab:blue",
+    "blt-d-8": "tab:orange",
+    "blt-d-16": "tab:red",
+}
+_MARKERS = {0.8: "v", 0.9: "s", 0.95: "D", 1.0: "o"}
+
+
+def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None:
+    """Right next lines against bytes per second, alone and together. `clock` is the speed to take: that of wall time,
+    or bytes_per_processor_second, which other jobs on the machine do not change.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    together = f"{result['concurrency']} requests at a time"
+    unit = "bytes per second" + (" of processor time" if clock != "bytes_per_second" else "")
+    for axis, where, title in zip(axes, ("alone", "together"), ("one request at a time", together), strict=True):
+        for setting, row in result["settings"].items():
+            x, y = row[where][clock], 100 * row["exact_match"]
+            kind = family(setting)
+            axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
+            axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+        axis.set_title(title)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("next lines that are right, %")
+    _legend(axes[0])
+    _save(plt, figure, file)
+
+
+def diversity(result: Record, file: Path) -> None:
+    """Type-token ratio and distinct pairs of words against decoder passes; a color a block size, a marker a top-p."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
+    for axis, name, title in zip(
+        axes, ("type_token_ratio", "distinct_2"), ("type-token ratio of words", "distinct-2 of words"), strict=True
+    ):
+        for row in result["points"]:
+            kind = family(row["setting"])
+            axis.scatter(
+                row["decoder_nfe"],
+                row[name],
+                color=_COLORS.get(kind, "tab:purple"),
+                marker=_MARKERS.get(row["top_p"], "x"),
+                label=kind,
+                s=28,
+            )
+        axis.set_xlabel(f"decoder passes for {result['length']} bytes")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    _legend(axes[0])
+    for top_p, marker in _MARKERS.items():
+        axes[1].scatter([], [], color="gray", marker=marker, label=f"top-p {top_p}")
+    _legend(axes[1])
+    _save(plt, figure, file)
+
+
+def _legend(axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axis.legend(unique.values(), unique.keys(), fontsize=7)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    # No window, whatever the machine has.
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(plt: Any, figure: Any, file: Path) -> None:
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Without a date: the same figures give the same file.
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)

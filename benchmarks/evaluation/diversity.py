@@ -1,0 +1,97 @@
+"""Diversity against decoder passes, as section 6 of the paper: unconditional samples of BLT-D, from BOS alone.
+
+Entropy-bounded unmasking at several bounds, with top-p, at temperature 1. Diversity is the type-token ratio of words
+(split at white space), and the share of different pairs of words and of runs of four bytes; the cost is decoder passes
+a sample. Repetitive text has low entropy and so is decoded in fewer steps: speed at a low top-p is in part repetition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.evaluation.completions import bar
+from benchmarks.evaluation.endpoint import Endpoint, Target
+from benchmarks.evaluation.journal import Journal, Record
+from benchmarks.evaluation.settings import decoding
+from benchmarks.text_statistics import distinct4, loops
+
+BOUNDS = (0.5, 0.8, 1.0, 1.2)
+TOP_P = (0.8, 0.9, 0.95, 1.0)
+_UNCONDITIONAL = [1]
+
+T = TypeVar("T")
+
+
+def distinct(items: Sequence[T], run: int = 1) -> float:
+    """Different runs of items over all of them: for words and 1, their type-token ratio; 0 where there is none."""
+    runs = [tuple(items[at : at + run]) for at in range(len(items) - run + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
+
+
+async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, length: int) -> Record:
+    """Means over samples of `length` bytes, of seeds 0, 1, ..."""
+    answers = await asyncio.gather(
+        *(
+            endpoint.complete(
+                _UNCONDITIONAL,
+                max_tokens=length,
+                temperature=1.0,
+                top_p=top_p,
+                seed=seed,
+                ignore_eos=True,
+                decoding=decoding(setting),
+            )
+            for seed in range(samples)
+        )
+    )
+    words = [answer.text.split() for answer in answers]
+    return {
+        "setting": setting,
+        "top_p": top_p,
+        "type_token_ratio": _mean([distinct(text) for text in words]),
+        "distinct_2": _mean([distinct(text, 2) for text in words]),
+        "distinct_4_bytes": _mean([distinct4(list(answer.data)) for answer in answers]),
+        "loops": _mean([loops(list(answer.data)) for answer in answers]),
+        "decoder_nfe": _mean([answer.efficiency["nfe"]["decoder"] for answer in answers]),
+        "global_nfe": _mean([answer.efficiency["nfe"]["global"] for answer in answers]),
+        "words": _mean([len(text) for text in words]),
+        "sample": answers[0].text[:200],
+    }
+
+
+async def evaluate(
+    target: Target, sizes: Sequence[int] | None, bounds: Sequence[float], samples: int, length: int, output: Path
+) -> Record:
+    """A point for BLT and for BLT-D of every size and bound, at every top-p. Raises EndpointError, JournalError."""
+    async with target.open() as endpoint:
+        served = await endpoint.served()
+        sizes = tuple(sizes or served.block_sizes)
+        if not sizes:
+            raise ValueError(f"{served.name} has no diffusion head: diversity is measured of BLT-D only")
+        run = {"task": "diversity", "model": vars(served), "samples": samples, "length": length}
+        journal = Journal(output / "diversity.jsonl", run)
+        settings = ["blt", *(f"blt-d-{size} g{bound}" for size in sizes for bound in bounds)]
+        points = [(setting, top_p) for setting in settings for top_p in TOP_P]
+        with bar() as progress:
+            for setting, top_p in progress.track(points, description="points"):
+                if _key(setting, top_p) not in journal.records:
+                    journal.add(_key(setting, top_p), await sample(endpoint, setting, top_p, samples, length))
+    rows = [journal.records[_key(*point)] for point in points]
+    print("| setting | top-p | decoder NFE | type-token ratio | distinct-2 | 4 bytes | loops % |\n|" + "---|" * 7)
+    for row in rows:
+        print(
+            f"| {row['setting']} | {row['top_p']} | {row['decoder_nfe']:.0f} | {row['type_token_ratio']:.3f} "
+            f"| {row['distinct_2']:.3f} | {row['distinct_4_bytes']:.3f} | {100 * row['loops']:.0f} |"
+        )
+    return {**run, "points": rows}
+
+
+def _key(setting: str, top_p: float) -> str:
+    return f"{setting} p{top_p}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,119 @@
+"""Everything of docs/evaluation/ anew, for the checkpoint that ships: about ten minutes on two idle cores.
+
+    python -m benchmarks.evaluation.publish                    JSON and charts into docs/evaluation/
+    python -m benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
+
+One server is asked for it all: HumanEval of every method, the quality table, diversity, bits per byte of the held-out
+files, and a likelihood task in ARC's format (which of four lines of a file comes next) through lm-evaluation-harness,
+compared with the model's own log-likelihoods. Prints the tables that docs/evaluation.md shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.evaluation import bits, charts, diversity, humaneval, likelihood, quality
+from benchmarks.evaluation.code import evaluate as evaluate_code
+from benchmarks.evaluation.code import prove
+from benchmarks.evaluation.direct import largest_difference
+from benchmarks.evaluation.endpoint import Target
+from benchmarks.evaluation.journal import Record
+from benchmarks.evaluation.next_lines import Cut, cuts
+from benchmarks.evaluation.options import write
+from benchmarks.evaluation.sandbox import Sandbox
+from benchmarks.held_out import held_out_sources
+from models.checkpoint import load_checkpoint
+from server.settings import PRETRAINED
+
+_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evaluation"
+_LABELS = ("A", "B", "C", "D")
+
+
+def questions(chosen: list[Cut]) -> list[Record]:
+    """ARC's format: a prompt, its next line and three others of its file, the right one at each place in turn."""
+    rows = []
+    for number, cut in enumerate(cut for cut in chosen if len(cut.others) == 3):
+        right = number % 4
+        choices = [*cut.others[:right], cut.line, *cut.others[right:]]
+        rows.append(
+            {
+                "id": str(number),
+                "question": cut.prompt[-400:],
+                "choices": {"text": choices, "label": list(_LABELS)},
+                "answerKey": _LABELS[right],
+            }
+        )
+    return rows
+
+
+def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) -> Record:
+    """The harness's accuracy on the questions, and how far its log-likelihoods are from the model's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "next_lines.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in questions(cuts(count))))
+    name = likelihood.local_task(data, folder)
+    result = likelihood.run(url, target, [name], folder, local=True, samples=True)
+    samples = result.pop("samples")[name]
+    print(likelihood.table(result))
+    worst = largest_difference(load_checkpoint(Path(model)), samples)
+    choices = sum(len(sample["arguments"]) for sample in samples)
+    print(f"{choices} log-likelihoods: at most {worst:.1e} nats from the model's own")
+    return {**result, "largest_difference": worst, "log_likelihoods": choices}
+
+
+def publish(model: str, output: Path, work: Path, scale: float, clock: str) -> None:
+    """Make everything, `scale` times the usual number of prompts and samples."""
+
+    def some(count: int) -> int:
+        return max(4, round(count * scale))
+
+    began = time.monotonic()
+
+    def done(name: str, result: Record) -> None:
+        write(output, name, result)
+        print(f"-- {name}: {time.monotonic() - began:.0f} s since the start\n", flush=True)
+
+    with Target(None, model).running() as url:
+        target = Target(url, model)
+        # First, while prompts that are not cached are not.
+        result = asyncio.run(quality.evaluate(target, None, some(192), some(32), 64, work))
+        charts.quality(result, output / "quality.png", clock)
+        done("quality", result)
+        result = asyncio.run(diversity.evaluate(target, None, diversity.BOUNDS, some(8), 1000, work))
+        charts.diversity(result, output / "diversity.png")
+        done("diversity", result)
+        with Sandbox() as sandbox:
+            problems = humaneval.problems(some(164) if scale < 1 else None)
+            proof = prove("HumanEval", sandbox, problems)
+            programs = {problem.name: problem.program for problem in problems}
+            jobs = humaneval.jobs(problems)
+            result = asyncio.run(evaluate_code("humaneval", target, None, jobs, programs, sandbox, work))
+            done("humaneval", result | {"own_solutions": proof})
+        texts = {source.path: source.data for source in held_out_sources()}
+        done("bits", asyncio.run(bits.evaluate(target, texts, 1024, 1024, work)))
+        done("likelihood", ask_harness(Target(url, model, concurrency=4), url, model, some(192), work / "likelihood"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(PRETRAINED))
+    parser.add_argument("--output", type=Path, default=_FOLDER)
+    parser.add_argument("--work", type=Path, help="where to keep answers and go on from; default: a folder of its own")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of prompts and samples")
+    parser.add_argument("--processor-clock", action="store_true", help="chart the engine's processor time")
+    args = parser.parse_args()
+    clock = "bytes_per_processor_second" if args.processor_clock else "bytes_per_second"
+    work = args.work or Path(tempfile.mkdtemp(prefix="fastblt-evaluation-"))
+    publish(args.model, args.output, work, args.scale, clock)
+    if args.work is None:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.cli import app
+from benchmarks.evaluation.endpoint import Completion
+from benchmarks.evaluation.next_lines import Cut, cuts
+from benchmarks.evaluation.publish import questions
+from benchmarks.evaluation.quality import judge
+from benchmarks.held_out import held_out_sources
+from benchmarks.humaneval import parses
+
+
+def answer(text: str) -> Completion:
+    efficiency = {"nfe": {"decoder": 4}, "gb_paper": 0.002}
+    return Completion(text, text.encode(), "length", 8, efficiency, 0.0, 1.0)
+
+
+def test_cuts_are_places_in_held_out_files() -> None:
+    chosen = cuts(60)
+    assert chosen == cuts(60) and len({cut.prompt for cut in chosen}) == 60
+    files = [source.data.decode("utf-8", "replace") for source in held_out_sources()]
+    for cut in chosen:
+        assert any(f"{cut.prompt}{cut.line}" in file for file in files)
+        assert 256 <= len(cut.prompt.encode()) <= 1500 and parses(cut.prompt, cut.line)
+        assert cut.line not in cut.others and cut.prompt.endswith("\n") and not cut.prompt[0].isspace()
+    with pytest.raises(ValueError, match="ask for fewer"):
+        cuts(100_000)
+
+
+def test_questions_have_the_right_line_at_every_place() -> None:
+    chosen = cuts(12)
+    rows = questions(chosen)
+    assert [row["answerKey"] for row in rows[:5]] == ["A", "B", "C", "D", "A"]
+    right = [row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])] for row in rows]
+    assert right == [cut.line for cut in chosen if len(cut.others) == 3]
+    assert all(len(set(row["choices"]["text"])) == 4 for row in rows)
+
+
+def test_judging() -> None:
+    cut = Cut("def f(x):\n", "    return x", ())
+    texts = {"    return x\n    more": 1, "\n\n    return x": 1, "    return x  ": 1, "    return y": 0, "return x": 0}
+    for text, right in texts.items():
+        assert judge([cut], [answer(text)])["exact_match"] == right, text
+    row = judge([cut] * 4, [answer(text) for text in ("    return x", "    for y in x:\n", "    ret urn", "")])
+    assert (row["exact_match"], row["parses"], row["parses_strictly"]) == (0.25, 0.5, 0.25)
+    assert row["decoder_nfe_per_byte"] == 0.5 and row["gb_paper_per_kilobyte"] == pytest.approx(0.25)
+
+
+def test_the_command(url: str, tmp_path: Path) -> None:
+    options = ["--base-url", url, "--prompts", "4", "--alone", "2", "--bytes", "8", "--output", str(tmp_path)]
+    names = ["blt", "blt-s k4", "blt-dv-4 1step", "blt-d-4 a0.7", "blt-d-8 g1.0"]
+    chosen = [word for name in names for word in ("--setting", name)]
+    result = CliRunner().invoke(app, ["eval", "quality", *options, *chosen])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "quality.json").read_text())
+    assert list(found["settings"]) == names and all(f"| {name} |" in result.output for name in names)
+    for name, row in found["settings"].items():
+        assert row["prompts"] == 4 and row["together"]["bytes_per_second"] > 0 and row["alone"]["bytes_per_second"] > 0
+        assert row["together"]["bytes_per_processor_second"] > 0
+        if name in ("blt-s k4", "blt-dv-4 1step"):
+            assert row["exact_match"] == found["settings"]["blt"]["exact_match"]
+    # A pass a byte, and another for the beginnings of prompts.
+    assert 1 <= found["settings"]["blt"]["decoder_nfe_per_byte"] < 1.5
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "quality.jsonl").read_text()
+    again = CliRunner().invoke(app, ["eval", "quality", *options, *chosen, "--processor-clock"])
+    assert again.exit_code == 0 and (tmp_path / "quality.jsonl").read_text() == lines
