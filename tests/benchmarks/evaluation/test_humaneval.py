@@ -39,7 +39,8 @@ def test_every_method_and_going_on(url: str, tmp_path: Path) -> None:
     assert list(result["settings"]) == settings and result["model"]["block_sizes"] == [4, 8]
     plain, speculative = result["settings"]["blt"], result["settings"]["blt-s k8"]
     assert plain["programs"] == 2 and sum(plain["failures"].values()) == 2 and plain["pass_at_1"] == 0
-    assert plain["bytes"] == plain["decoder_nfe"] * 2 > 0 and plain["bytes_per_second"] > 0
+    # A pass a byte; a prompt that shares a pass with others may take two.
+    assert 0 < plain["bytes"] <= plain["decoder_nfe"] * 2 <= plain["bytes"] + 4 and plain["bytes_per_second"] > 0
     records = {
         r["key"]: r for r in map(json.loads, (tmp_path / "humaneval-answers.jsonl").read_text().splitlines()[1:])
     }
