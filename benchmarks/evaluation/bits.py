@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Endpoint, Target
+from benchmarks.evaluation.endpoint import Endpoint, Target, together
 from benchmarks.evaluation.journal import Journal, Record
 
 _BOS, _BYTE = 1, 4
@@ -41,12 +40,7 @@ async def score_all(endpoint: Endpoint, journal: Journal, pieces: list[tuple[str
             journal.add(name, {"bytes": new, "loglikelihood": math.fsum(scores[len(scores) - new :])})
             progress.advance(task)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for piece in left:
-                    group.create_task(one(*piece))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        await together(one(*piece) for piece in left)
 
 
 def total(journal: Journal, names: list[str]) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.evaluation.endpoint import Completion, Endpoint
+from benchmarks.evaluation.endpoint import Completion, Endpoint, together
 from benchmarks.evaluation.journal import Journal, Record, busy_seconds
 from benchmarks.evaluation.settings import decoding
 
@@ -43,13 +42,7 @@ async def complete_all(endpoint: Endpoint, journal: Journal, settings: Sequence[
                 journal.add(key(setting, job.name), record(await endpoint.complete(job.prompt, **body)))
                 progress.advance(task)
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for job in left:
-                        group.create_task(one(job))
-            except ExceptionGroup as errors:
-                # One reason is enough, and the others are the same or follow from it.
-                raise errors.exceptions[0] from None
+            await together(map(one, left))
 
 
 def key(setting: str, name: str) -> str:

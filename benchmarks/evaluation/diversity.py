@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Endpoint, Target
+from benchmarks.evaluation.endpoint import Endpoint, Target, together
 from benchmarks.evaluation.journal import Journal, Record
 from benchmarks.evaluation.settings import decoding
 from benchmarks.text_statistics import distinct4, loops
@@ -33,8 +33,8 @@ def distinct(items: Sequence[T], run: int = 1) -> float:
 
 async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, length: int) -> Record:
     """Means over samples of `length` bytes, of seeds 0, 1, ..."""
-    answers = await asyncio.gather(
-        *(
+    answers = await together(
+        
             endpoint.complete(
                 _UNCONDITIONAL,
                 max_tokens=length,
@@ -45,7 +45,7 @@ async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, l
                 decoding=decoding(setting),
             )
             for seed in range(samples)
-        )
+        
     )
     words = [answer.text.split() for answer in answers]
     return {
@@ -62,6 +62,24 @@ async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, l
     }
 
 
+async def sample_all(
+    endpoint: Endpoint, journal: Journal, points: Sequence[tuple[str, float]], samples: int, length: int
+) -> None:
+    """Put the points that the journal lacks into it, several at a time. Raises EndpointError."""
+    left = [point for point in points if _key(*point) not in journal.records]
+    with bar() as progress:
+        task = progress.add_task("points", total=len(points), completed=len(points) - len(left))
+        # Enough to keep the endpoint busy, and few enough that each is soon on the disk.
+        turns = asyncio.Semaphore(max(1, 2 * endpoint.concurrency // samples))
+
+        async def one(setting: str, top_p: float) -> None:
+            async with turns:
+                journal.add(_key(setting, top_p), await sample(endpoint, setting, top_p, samples, length))
+            progress.advance(task)
+
+        await together(one(*point) for point in left)
+
+
 async def evaluate(
     target: Target, sizes: Sequence[int] | None, bounds: Sequence[float], samples: int, length: int, output: Path
 ) -> Record:
@@ -75,10 +93,7 @@ async def evaluate(
         journal = Journal(output / "diversity.jsonl", run)
         settings = ["blt", *(f"blt-d-{size} g{bound}" for size in sizes for bound in bounds)]
         points = [(setting, top_p) for setting in settings for top_p in TOP_P]
-        with bar() as progress:
-            for setting, top_p in progress.track(points, description="points"):
-                if _key(setting, top_p) not in journal.records:
-                    journal.add(_key(setting, top_p), await sample(endpoint, setting, top_p, samples, length))
+        await sample_all(endpoint, journal, points, samples, length)
     rows = [journal.records[_key(*point)] for point in points]
     print("| setting | top-p | decoder NFE | type-token ratio | distinct-2 | 4 bytes | loops % |\n|" + "---|" * 7)
     for row in rows:

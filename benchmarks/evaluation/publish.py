@@ -33,6 +33,7 @@ from server.settings import PRETRAINED
 
 _FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evaluation"
 _LABELS = ("A", "B", "C", "D")
+PARTS = ("humaneval", "quality", "diversity", "bits", "likelihood")
 
 
 def questions(chosen: list[Cut]) -> list[Record]:
@@ -67,37 +68,54 @@ def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) 
     return {**result, "largest_difference": worst, "log_likelihoods": choices}
 
 
-def publish(model: str, output: Path, work: Path, scale: float, clock: str) -> None:
-    """Make everything, `scale` times the usual number of prompts and samples."""
+class Publisher:
+    """Makes the parts one by one; `scale` times the usual number of prompts and samples."""
 
-    def some(count: int) -> int:
-        return max(4, round(count * scale))
+    def __init__(self, url: str, model: str, output: Path, work: Path, scale: float, clock: str) -> None:
+        self._target = Target(url, model)
+        self._url = url
+        self._model = model
+        self._output = output
+        self._work = work
+        self._scale = scale
+        self._clock = clock
 
-    began = time.monotonic()
+    def make(self, part: str) -> None:
+        """Make one of PARTS: its JSON, its chart if it has one, and its table on the output."""
+        began = time.monotonic()
+        write(self._output, part, getattr(self, part)())
+        print(f"-- {part}: {time.monotonic() - began:.0f} s\n", flush=True)
 
-    def done(name: str, result: Record) -> None:
-        write(output, name, result)
-        print(f"-- {name}: {time.monotonic() - began:.0f} s since the start\n", flush=True)
+    def quality(self) -> Record:
+        result = asyncio.run(quality.evaluate(self._target, None, self._some(192), self._some(24), 64, self._work))
+        charts.quality(result, self._output / "quality.png", self._clock)
+        return result
 
-    with Target(None, model).running() as url:
-        target = Target(url, model)
-        # First, while prompts that are not cached are not.
-        result = asyncio.run(quality.evaluate(target, None, some(192), some(32), 64, work))
-        charts.quality(result, output / "quality.png", clock)
-        done("quality", result)
-        result = asyncio.run(diversity.evaluate(target, None, diversity.BOUNDS, some(8), 1000, work))
-        charts.diversity(result, output / "diversity.png")
-        done("diversity", result)
+    def humaneval(self) -> Record:
         with Sandbox() as sandbox:
-            problems = humaneval.problems(some(164) if scale < 1 else None)
+            problems = humaneval.problems(self._some(164) if self._scale < 1 else None)
             proof = prove("HumanEval", sandbox, problems)
             programs = {problem.name: problem.program for problem in problems}
             jobs = humaneval.jobs(problems)
-            result = asyncio.run(evaluate_code("humaneval", target, None, jobs, programs, sandbox, work))
-            done("humaneval", result | {"own_solutions": proof})
+            result = asyncio.run(evaluate_code("humaneval", self._target, None, jobs, programs, sandbox, self._work))
+        return result | {"own_solutions": proof}
+
+    def diversity(self) -> Record:
+        result = asyncio.run(diversity.evaluate(self._target, None, diversity.BOUNDS, self._some(6), 1000, self._work))
+        charts.diversity(result, self._output / "diversity.png")
+        return result
+
+    def bits(self) -> Record:
         texts = {source.path: source.data for source in held_out_sources()}
-        done("bits", asyncio.run(bits.evaluate(target, texts, 1024, 1024, work)))
-        done("likelihood", ask_harness(Target(url, model, concurrency=4), url, model, some(192), work / "likelihood"))
+        some = dict(list(texts.items())[: self._some(len(texts))] if self._scale < 1 else texts.items())
+        return asyncio.run(bits.evaluate(self._target, some, 1024, 1024, self._work))
+
+    def likelihood(self) -> Record:
+        target = Target(self._url, self._model, concurrency=4)
+        return ask_harness(target, self._url, self._model, self._some(192), self._work / "likelihood")
+
+    def _some(self, count: int) -> int:
+        return max(4, round(count * self._scale))
 
 
 def main() -> None:
@@ -105,12 +123,16 @@ def main() -> None:
     parser.add_argument("--model", default=str(PRETRAINED))
     parser.add_argument("--output", type=Path, default=_FOLDER)
     parser.add_argument("--work", type=Path, help="where to keep answers and go on from; default: a folder of its own")
+    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of prompts and samples")
     parser.add_argument("--processor-clock", action="store_true", help="chart the engine's processor time")
     args = parser.parse_args()
     clock = "bytes_per_processor_second" if args.processor_clock else "bytes_per_second"
     work = args.work or Path(tempfile.mkdtemp(prefix="fastblt-evaluation-"))
-    publish(args.model, args.output, work, args.scale, clock)
+    with Target(None, args.model).running() as url:
+        publisher = Publisher(url, args.model, args.output, work, args.scale, clock)
+        for part in args.only or PARTS:
+            publisher.make(part)
     if args.work is None:
         shutil.rmtree(work)
 

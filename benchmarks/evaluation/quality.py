@@ -8,13 +8,12 @@ and, on fewer prompts, of one at a time.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Completion, Endpoint, Target
+from benchmarks.evaluation.endpoint import Completion, Endpoint, Target, together
 from benchmarks.evaluation.journal import Journal, Record
 from benchmarks.evaluation.next_lines import Cut, cuts
 from benchmarks.evaluation.settings import decoding, trade
@@ -24,7 +23,7 @@ from benchmarks.humaneval import first_line, parses, parses_strictly
 async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> list[Completion]:
     """Greedy completions of `length` bytes, as many at a time as the endpoint allows."""
     body = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": decoding(setting)}
-    return list(await asyncio.gather(*(endpoint.complete(cut.prompt, **body) for cut in chosen)))
+    return await together(endpoint.complete(cut.prompt, **body) for cut in chosen)
 
 
 async def timed(

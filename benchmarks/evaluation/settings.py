@@ -51,7 +51,7 @@ def trade(block_sizes: Sequence[int]) -> list[str]:
     return [
         *("blt", "blt-s k4", "blt-s k8", "blt-s k16"),
         *(f"blt-dv-{size} 1step" for size in block_sizes),
-        *(f"blt-d-{size} {rule}" for size in block_sizes for rule in ("a0.5", "a0.7", "a0.9", "g0.8", "g1.0")),
+        *(f"blt-d-{size} {rule}" for size in block_sizes for rule in ("a0.5", "a0.7", "g0.8", "g1.0")),
     ]
 
 
