@@ -34,18 +34,16 @@ def distinct(items: Sequence[T], run: int = 1) -> float:
 async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, length: int) -> Record:
     """Means over samples of `length` bytes, of seeds 0, 1, ..."""
     answers = await together(
-        
-            endpoint.complete(
-                _UNCONDITIONAL,
-                max_tokens=length,
-                temperature=1.0,
-                top_p=top_p,
-                seed=seed,
-                ignore_eos=True,
-                decoding=decoding(setting),
-            )
-            for seed in range(samples)
-        
+        endpoint.complete(
+            _UNCONDITIONAL,
+            max_tokens=length,
+            temperature=1.0,
+            top_p=top_p,
+            seed=seed,
+            ignore_eos=True,
+            decoding=decoding(setting),
+        )
+        for seed in range(samples)
     )
     words = [answer.text.split() for answer in answers]
     return {

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -186,5 +189,18 @@ class Target:
             yield self.base_url
             return
         options = ["--max-running", str(self.concurrency), "--log-level", "warning"]
-        with serving(self.model, options) as server:
+        with _in_order(), serving(self.model, options) as server:
             yield f"http://127.0.0.1:{server.port}"
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Let SIGTERM end the process as Ctrl-C does: a server that was started is not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -69,7 +69,7 @@ def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) 
 
 
 class Publisher:
-    """Makes the parts one by one; `scale` times the usual number of prompts and samples."""
+    """Makes the parts one by one, with `scale` times the usual prompts, samples, and bytes of HumanEval."""
 
     def __init__(self, url: str, model: str, output: Path, work: Path, scale: float, clock: str) -> None:
         self._target = Target(url, model)
@@ -93,10 +93,10 @@ class Publisher:
 
     def humaneval(self) -> Record:
         with Sandbox() as sandbox:
-            problems = humaneval.problems(self._some(164) if self._scale < 1 else None)
+            problems = humaneval.problems()
             proof = prove("HumanEval", sandbox, problems)
             programs = {problem.name: problem.program for problem in problems}
-            jobs = humaneval.jobs(problems)
+            jobs = humaneval.jobs(problems, self._some(humaneval.MAX_TOKENS))
             result = asyncio.run(evaluate_code("humaneval", self._target, None, jobs, programs, sandbox, self._work))
         return result | {"own_solutions": proof}
 
@@ -115,7 +115,7 @@ class Publisher:
         return ask_harness(target, self._url, self._model, self._some(192), self._work / "likelihood")
 
     def _some(self, count: int) -> int:
-        return max(4, round(count * self._scale))
+        return max(2, round(count * self._scale))
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=_FOLDER)
     parser.add_argument("--work", type=Path, help="where to keep answers and go on from; default: a folder of its own")
     parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of prompts and samples")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of prompts, samples, bytes")
     parser.add_argument("--processor-clock", action="store_true", help="chart the engine's processor time")
     args = parser.parse_args()
     clock = "bytes_per_processor_second" if args.processor_clock else "bytes_per_second"
