@@ -20,24 +20,30 @@ _MARKERS = {0.8: "v", 0.9: "s", 0.95: "D", 1.0: "o"}
 
 
 def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None:
-    """Right next lines against bytes per second, alone and together. `clock` is the speed to take: that of wall time,
-    or bytes_per_processor_second, which other jobs on the machine do not change.
+    """Right next lines, and lines that parse, against bytes per second, alone and together.
+
+    `clock` is the speed: bytes_per_second of wall time, or bytes_per_processor_second, which other jobs hardly change.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    together = f"{result['concurrency']} requests at a time"
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
+    titles = {"alone": "one request at a time", "together": f"{result['concurrency']} requests at a time"}
+    shares = {"exact_match": "next lines that are right, %", "parses": "next lines that parse, %"}
     unit = "bytes per second" + (" of processor time" if clock != "bytes_per_second" else "")
-    for axis, where, title in zip(axes, ("alone", "together"), ("one request at a time", together), strict=True):
-        for setting, row in result["settings"].items():
-            x, y = row[where][clock], 100 * row["exact_match"]
-            kind = family(setting)
-            axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
-            axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+    for row, (share, label) in zip(axes, shares.items(), strict=True):
+        for axis, where in zip(row, titles, strict=True):
+            for setting, found in result["settings"].items():
+                x, y = found[where][clock], 100 * found[share]
+                kind = family(setting)
+                axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
+                axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(label)
+    for axis, title in zip(axes[0], titles.values(), strict=True):
         axis.set_title(title)
+    for axis in axes[1]:
         axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("next lines that are right, %")
-    _legend(axes[0])
+    _legend(axes[0][0])
     _save(plt, figure, file)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.evaluation.completions import Job, complete_all, cost, key
+from benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
 from benchmarks.evaluation.endpoint import Target
 from benchmarks.evaluation.journal import Journal, Record
 from benchmarks.evaluation.judging import judge, run_programs, score
@@ -48,7 +48,7 @@ async def evaluate(
     async with target.open() as endpoint:
         served = await endpoint.served()
         settings = list(settings or every_method(served.block_sizes))
-        run = {"task": name, "model": vars(served), "jobs": [vars(job) for job in jobs]}
+        run = {"task": name, "model": vars(served), "jobs": digest(jobs)}
         journal = Journal(output / f"{name}-answers.jsonl", run)
         await complete_all(endpoint, journal, settings, jobs)
     print(f"| {name} | pass@1 % | passed | bytes/s | decoder NFE | global NFE |\n|{'---|' * 6}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,11 @@ class Job:
     name: str
     prompt: str | list[int]
     body: dict[str, Any]
+
+
+def digest(jobs: Sequence[Job]) -> str:
+    """Tells whether two runs ask for the same."""
+    return hashlib.sha256(json.dumps([vars(job) for job in jobs]).encode()).hexdigest()
 
 
 def bar() -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import signal
 import sys
@@ -21,6 +22,7 @@ from benchmarks.soak import serving
 #: Seconds between tries at a server that is full or not ready, where it does not say when to come back.
 _PAUSE = 1.0
 _TRIES = 60
+_FIXED = [1, *(byte + 4 for byte in b"def mean(values):\n    return sum(values) / len(values)\n")]
 
 T = TypeVar("T")
 
@@ -31,13 +33,16 @@ class EndpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of its model. Lengths are bytes, the threshold nats."""
+    """What a server says of its model. Lengths are bytes, the threshold nats; `fingerprint` is the log-likelihood
+    (nats) of a text that never changes, and so tells weights apart that have the same name.
+    """
 
     name: str
     max_model_len: int
     block_sizes: tuple[int, ...] = ()
     patching_threshold: float | None = None
     max_patch_length: int | None = None
+    fingerprint: float | None = None
 
 
 @dataclass
@@ -87,6 +92,8 @@ class Endpoint:
             tuple(card.get("block_sizes") or ()),
             card.get("patching_threshold"),
             card.get("max_patch_length"),
+            # Rounded to what arithmetic in another batch does not change.
+            round(math.fsum(await self.score(_FIXED)), 2),
         )
 
     async def complete(self, prompt: str | list[int], **body: Any) -> Completion:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.evaluation.completions import Job, complete_all, cost, key
+from benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
 from benchmarks.evaluation.endpoint import Target
 from benchmarks.evaluation.journal import Journal, Record
 from benchmarks.evaluation.settings import every_method
@@ -101,7 +101,7 @@ async def evaluate(
     async with target.open() as endpoint:
         served = await endpoint.served()
         settings = list(settings or every_method(served.block_sizes))
-        run = {"task": "flores", "model": vars(served), "jobs": [vars(job) for job in asked]}
+        run = {"task": "flores", "model": vars(served), "jobs": digest(asked)}
         journal = Journal(output / "flores-answers.jsonl", run)
         await complete_all(endpoint, journal, settings, asked)
     print(f"| flores | BLEU ({tokenizer}) | chrF++ | bytes/s | decoder NFE | global NFE |\n|{'---|' * 6}")

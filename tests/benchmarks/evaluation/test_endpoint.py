@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from benchmarks.evaluation.endpoint import Endpoint, EndpointError, Target, together
-from server.engine.client import EngineClient
+from models.checkpoint import save_checkpoint
 from server.settings import HttpSettings
-from tests.server.api.running import MODEL, RunningServer, tiny_settings
+from tests.benchmarks.evaluation.conftest import ready
+from tests.server.api.running import MODEL, tiny_settings
+from tests.tiny import tiny_model
 
 KEY = "a-key"
 
@@ -20,10 +23,8 @@ KEY = "a-key"
 def small(checkpoint: str) -> Iterator[str]:
     """A server with a key that runs one request and lets one wait."""
     settings = tiny_settings(checkpoint, max_running=1, max_waiting=1)
-    with RunningServer(
-        EngineClient(settings, name=MODEL), HttpSettings(api_keys=(KEY,), shutdown_timeout=0.0)
-    ) as running:
-        yield running.url
+    with ready(settings, HttpSettings(api_keys=(KEY,), shutdown_timeout=0.0)) as url:
+        yield url
 
 
 async def test_what_a_server_says_of_its_model(small: str) -> None:
@@ -31,6 +32,17 @@ async def test_what_a_server_says_of_its_model(small: str) -> None:
         async with Endpoint(base, KEY) as endpoint:
             served = await endpoint.served()
             assert served.name == MODEL and served.block_sizes == (4, 8) and served.max_model_len > 1000
+
+
+async def test_other_weights_have_another_fingerprint(small: str, url: str, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(4, block_sizes=(4, 8)), tmp_path)
+    with ready(tiny_settings(str(tmp_path))) as other:
+        found = []
+        for base, key in ((small, KEY), (url, None), (other, None)):
+            async with Endpoint(base, key) as endpoint:
+                found.append(await endpoint.served())
+    assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
+    assert found[0].name == found[2].name
 
 
 async def test_a_full_queue_is_waited_for(small: str) -> None:
@@ -90,6 +102,6 @@ def test_a_target_starts_a_server_and_ends_it(checkpoint: str) -> None:
         asyncio.run(again())
 
 
-def test_a_checkpoint_that_is_none_is_said(tmp_path: object) -> None:
+def test_a_checkpoint_that_is_none_is_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="did not start"), Target(None, str(tmp_path)).running():
         pass
