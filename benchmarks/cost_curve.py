@@ -72,13 +72,16 @@ class CostCurve:
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, engine: Engine, most: int, budget: float = 0.1) -> CostCurve:
-        """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows."""
+    def measure(cls, engine: Engine, most: int, budget: float = 0.1, context: int = 0) -> CostCurve:
+        """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows.
+
+        Rows stand at position `context`, and attend to what their windows hold of the keys up to there.
+        """
         passes = engine._runner._passes
         rows = [count for count in _GRID if count < most] + [most]
         seconds: dict[str, list[float]] = {module: [] for module in _MODULES}
         for count in rows:
-            for module, call in _calls(passes, count, engine).items():
+            for module, call in _calls(passes, count, engine, context).items():
                 call()
                 seconds[module].append(_median(call, budget))
         return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
@@ -149,12 +152,15 @@ def _rows_of(module: str, args: tuple[Any, ...]) -> int:
     return len(args[0].owners)
 
 
-def _calls(passes: Passes, count: int, engine: Engine) -> dict[str, Callable[[], Any]]:
-    """A pass of `count` rows of every module, on the page that belongs to nobody."""
+def _calls(passes: Passes, count: int, engine: Engine, context: int) -> dict[str, Callable[[], Any]]:
+    """A pass of `count` rows of every module at position `context`, on the page that belongs to nobody."""
     device = passes.tokens.device
     zeros = torch.zeros(count, dtype=torch.int32, device=device)
-    rows = Rows(zeros, zeros, zeros, zeros + 1, [(at, 1) for at in range(count)])
-    patches = Patches(rows, zeros, zeros + (_PATCH - 1), zeros, _PATCH)
+    spans = [(at, 1) for at in range(count)]
+    rows = Rows(zeros, zeros + context, zeros + context, zeros + context + 1, spans)
+    patch = context // _PATCH
+    closed = Rows(zeros, zeros + patch, zeros + patch, zeros + patch + 1, spans)
+    patches = Patches(closed, zeros, zeros + (_PATCH - 1), zeros, _PATCH)
     states = torch.zeros(
         count, engine.config.decoder.hidden_size, dtype=passes._model.lm_head.weight.dtype, device=device
     )

@@ -11,11 +11,16 @@ Shapes: windows int64 [..., W], powers int64 [tables, W], offsets int64 [tables]
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from kernels.backend import use_triton
+from kernels.native import library
 
 
 def hash_embedding_torch(
@@ -29,6 +34,31 @@ def hash_embedding_torch(
     return embedded + embedding(hashes + offsets, hash_table).sum(-2)
 
 
+@cache
+def _entry() -> Callable[..., None] | None:
+    native = library("hash_embedding")
+    if native is None:
+        return None
+    function = native.fastblt_hash_embedding
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, pointer, integer, pointer]
+    function.restype = None
+    return function
+
+
+def _native(
+    function: Callable[..., None], windows: Tensor, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
+) -> Tensor:
+    windows = windows.contiguous()
+    width, size = windows.shape[-1], byte_table.shape[1]
+    out = torch.empty(*windows.shape[:-1], size)
+    function(
+        windows.data_ptr(), windows.numel() // width, width, powers.data_ptr(), len(powers), vocab,
+        byte_table.data_ptr(), hash_table.data_ptr(), size, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 def hash_embedding(
     windows: Tensor, powers: Tensor, offsets: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
 ) -> Tensor:
@@ -38,4 +68,7 @@ def hash_embedding(
         from kernels.hash_embedding_triton import hash_embedding_triton
 
         return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
+    plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
+    if plain and not learning and (native := _entry()) is not None:
+        return _native(native, windows, powers, vocab, byte_table, hash_table)
     return hash_embedding_torch(windows, powers, offsets, vocab, byte_table, hash_table)

@@ -1,0 +1,134 @@
+"""Where the time of a beat goes, and what is left to gain.
+
+    python -m benchmarks.roofline                    the shipped checkpoint at 1 and 32 requests
+    python -m benchmarks.roofline --model FOLDER --batch 1 --bytes 64
+
+First what the machine can do: memory bandwidth in reading, and the rate of a large product. Then a pass of every
+module by its rows, at a context of a few hundred bytes; beside it the least time that its weights and products could
+take, from those two limits. Weights that stay in the processor's caches can be read faster than memory.
+
+Then, for every method and number of requests: microseconds a byte measured, and predicted as the sum of the run's
+passes on the curve (design §6.6); and the parts of the former: each module's passes, what they took beyond the curve,
+and the engine, which is all else (selection, host, scheduling).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cost_curve import CostCurve, Recorder, machine_limits, module_weights
+from benchmarks.held_out import held_out_prompts
+from benchmarks.methods import Batch, batch_settings, chosen_settings, run_in_batches
+from models.accounting import ModuleParameters
+from models.blt import Blt
+from models.checkpoint import load_checkpoint
+from server.engine.engine import Engine
+from server.request import MAX_BLOCK_SIZE, DecodingMethod, DecodingParams, SamplingParams
+from server.settings import PRETRAINED
+
+_SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def floor(weights: int, rows: int, limits: dict[str, float], width: int = 4) -> float:
+    """Seconds that no pass of `rows` rows can beat: reading its weights once, or its products."""
+    return max(width * weights / limits["read_gb_s"], 2 * weights * rows / limits["gflop_s"]) / 1e9
+
+
+def curve_table(curve: CostCurve, weights: dict[str, int], limits: dict[str, float]) -> str:
+    """Microseconds of a pass by rows, and how many times its floor that is."""
+    lines = ["| rows | " + " | ".join(curve.seconds) + " |", "|---" * (1 + len(curve.seconds)) + "|"]
+    for at, rows in enumerate(curve.rows):
+        if rows not in _SHOWN:
+            continue
+        cells = [
+            f"{1e6 * seconds[at]:.0f} ({seconds[at] / floor(weights[module], rows, limits):.1f}x)"
+            for module, seconds in curve.seconds.items()
+        ]
+        lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parts(batch: Batch, curve: CostCurve) -> dict[str, Any]:
+    """Microseconds a byte of a run: measured, predicted, and what the difference is made of."""
+    scale = 1e6 / batch.bytes
+    predicted = sum(curve.predict(done) for done in batch.passes)
+    inside = sum(done.seconds for done in batch.passes)
+    return {
+        "measured": scale * batch.seconds,
+        "predicted": scale * predicted,
+        "predicted_over_measured": predicted / batch.seconds,
+        "beyond_curve": scale * (inside - predicted),
+        "engine": scale * (batch.seconds - inside),
+        "modules": {
+            module: scale * sum(done.seconds for done in batch.passes if done.module == module)
+            for module in curve.seconds
+        },
+        "passes_per_byte": len(batch.passes) / batch.bytes,
+        "rows_per_pass": sum(done.rows for done in batch.passes) / len(batch.passes),
+    }
+
+
+def measure(
+    model: Blt, prompts: Sequence[list[int]], length: int, batches: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """Print and return the tables."""
+    settings = {"auto": DecodingParams(DecodingMethod.AUTO)} | chosen_settings(model.config.block_sizes, "headline")
+    context = len(prompts[0]) + length // 2
+    result: dict[str, Any] = {"context": context, "batches": {}}
+    for size in batches:
+        engine = Engine(model, batch_settings(prompts[:size], length))
+        if "curve" not in result:
+            limits = machine_limits(torch.get_num_threads(), model.lm_head.weight.device)
+            weights = module_weights(ModuleParameters.of(model), model.lm_head.weight.numel())
+            curve = CostCurve.measure(engine, min(512, 2 * max(batches) * MAX_BLOCK_SIZE), context=context)
+            result |= {"limits": limits, "weights": weights, "threads": torch.get_num_threads()}
+            result["curve"] = {"rows": curve.rows, "seconds": curve.seconds}
+            print("{threads} threads: reads {read_gb_s:.1f} GB/s, {gflop_s:.0f} GFLOP/s".format(**result, **limits))
+            print(f"\nMicroseconds of a pass at position {context} (times the least it could take):\n")
+            print(curve_table(curve, weights, limits))
+        recorder = Recorder(engine)
+        print(f"\n{size} requests, microseconds a byte:\n")
+        modules = " | ".join(curve.seconds)
+        print(f"| setting | measured | predicted | predicted/measured | {modules} | beyond the curve | engine |")
+        print("|---" * (6 + len(curve.seconds)) + "|", flush=True)
+        rows = result["batches"][size] = {}
+        with recorder.on():
+            for name, decoding in settings.items():
+                params = [
+                    SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=decoding)
+                    for _ in prompts
+                ]
+                runs = [run_in_batches(engine, prompts[:size], params[:size], size, recorder) for _ in range(rounds)]
+                row = rows[name] = parts(sorted(runs, key=lambda one: one.seconds)[(rounds - 1) // 2], curve)
+                cells = " | ".join(f"{value:.0f}" for value in row["modules"].values())
+                print(
+                    f"| {name} | {row['measured']:.0f} | {row['predicted']:.0f} | {row['predicted_over_measured']:.2f} "
+                    f"| {cells} | {row['beyond_curve']:.0f} | {row['engine']:.0f} |",
+                    flush=True,
+                )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(PRETRAINED))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--prompt-length", type=int, default=256)
+    parser.add_argument("--bytes", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    prompts = held_out_prompts(max(args.batch), args.prompt_length)
+    result = measure(load_checkpoint(args.model), prompts, args.bytes, args.batch, args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
