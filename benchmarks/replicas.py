@@ -189,30 +189,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--model", help="checkpoint folder; the shipped one by default")
+    phases = ["one", "two", "killed", "upgraded", "growing"]
+    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     asked = parser.parse_args(arguments)
     engine = {"cache_bytes": 256 << 20, "max_running": 16, "threads": 1}
-    for replicas in (1, 2):
-        options = Options(replicas=replicas, model=asked.model, engine=engine)
+    options = Options(replicas=1, model=asked.model, engine=engine)
+    if "one" in asked.phases:
         with serving(options, cpus=2) as url:
             asyncio.run(load(url, 8, 8, 16))  # What compiles, compiles now.
-            _show(f"{replicas} replicas", _measure(url, asked))
-            if replicas == 2:
-                killed = Kill()
-                _show("2 replicas, 1 killed", _measure(url, asked, killed))
-                print(f"2 healthy replicas again {killed.await_return(2):.1f} s after the kill", flush=True)
-                upgrade = Upgrade(options.model_copy(update={"engine": engine | {"max_running": 12}}))
-                _show("2 replicas, upgraded meanwhile", _measure(url, asked, upgrade))
-                print(f"{upgrade.finish()} of the replicas before the upgrade are left", flush=True)
-    growing = Options(
-        replicas=1,
-        max_replicas=2,
-        target_requests=4,
-        upscale_delay=2,
-        downscale_delay=5,
-        model=asked.model,
-        engine=engine,
-    )
-    with serving(growing, cpus=2) as url:
+            _show("1 replica", _measure(url, asked))
+    if {"two", "killed", "upgraded"} & set(asked.phases):
+        with serving(options.model_copy(update={"replicas": 2}), cpus=2) as url:
+            asyncio.run(load(url, 16, 8, 16))
+            _two(url, asked, options.model_copy(update={"replicas": 2, "engine": engine | {"max_running": 12}}))
+    if "growing" in asked.phases:
+        _grow(asked, engine)
+
+
+def _two(url: str, asked: argparse.Namespace, changed: Options) -> None:
+    if "two" in asked.phases:
+        _show("2 replicas", _measure(url, asked))
+    if "killed" in asked.phases:
+        killed = Kill()
+        _show("2 replicas, 1 killed", _measure(url, asked, killed))
+        print(f"2 healthy replicas again {killed.await_return(2):.1f} s after the kill", flush=True)
+    if "upgraded" in asked.phases:
+        upgrade = Upgrade(changed)
+        _show("2 replicas, upgraded meanwhile", _measure(url, asked, upgrade))
+        print(f"{upgrade.finish()} of the replicas before the upgrade are left", flush=True)
+
+
+def _grow(asked: argparse.Namespace, engine: dict[str, int]) -> None:
+    bounds = {"replicas": 1, "max_replicas": 2, "target_requests": 4, "upscale_delay": 2, "downscale_delay": 5}
+    with serving(Options.model_validate({**bounds, "model": asked.model, "engine": engine}), cpus=2) as url:
         _show("1 replica that may become 2", _measure(url, asked))
         print(f"{len(replica_pids())} replicas at its end", flush=True)
         began = time.monotonic()
