@@ -216,9 +216,14 @@ def serve(
     ] = _DEFAULTS.max_waiting,
     max_model_len: MaxModelLen = _DEFAULTS.max_model_len,
     max_pass_rows: MaxPassRows = _DEFAULTS.max_pass_rows,
-    max_passes_per_beat: Annotated[
-        int, typer.Option(min=1, help="Decoder passes after one upstream pass.", rich_help_panel=_ENGINE)
-    ] = _DEFAULTS.max_passes_per_beat,
+    max_hold_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="A request that needs the global transformer waits at most so many milliseconds for others to need it "
+            "too: 0 is the lowest latency, more is more throughput. Default: until nobody can go on.",
+        ),
+    ] = _DEFAULTS.max_hold_ms,
     patching_threshold: Threshold = None,
     max_patch_length: MaxPatchLength = None,
     deterministic: Deterministic = False,
@@ -265,7 +270,7 @@ def serve(
         max_waiting=max_waiting,
         max_model_len=max_model_len,
         max_pass_rows=max_pass_rows,
-        max_passes_per_beat=max_passes_per_beat,
+        max_hold_ms=max_hold_ms,
         patching_threshold=patching_threshold,
         max_patch_length=max_patch_length,
         deterministic=deterministic,

@@ -18,8 +18,9 @@ class EngineSettings:
 
     `cache_bytes` is the memory for all page groups together (None: an eighth of the machine's). `max_pass_rows` bounds
     the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
-    passes after one upstream pass; 1 never holds. `deterministic` makes arithmetic independent of batching.
-    `prefix_cache` keeps what requests computed for later ones that begin with the same bytes.
+    passes after one upstream pass; 1 never holds. `max_hold_ms` bounds how long a request is held (None: to the end of
+    the beat). `deterministic` makes arithmetic independent of batching. `prefix_cache` keeps what
+    requests computed for later ones that begin with the same bytes.
     `tensor_parallel_size` is the number of processes, and devices, that the global transformer is split over.
     `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
     diffusion head.
@@ -36,6 +37,7 @@ class EngineSettings:
     max_model_len: int = 32768
     max_pass_rows: int = 512
     max_passes_per_beat: int = 64
+    max_hold_ms: float | None = None
     patching_threshold: float | None = None
     max_patch_length: int | None = None
     deterministic: bool = False

@@ -104,6 +104,8 @@ class Engine:
         #: Ids of the requests that the last step took from the queue for the first time.
         self.started: list[str] = []
         self._passes = self._beats = self._holds = self._passes_in_beat = 0
+        #: Since when somebody waits for the next upstream pass.
+        self._held_since: float | None = None
         self._bytes_generated = self._bytes_prompt = 0
         # Verified drafts by their length, and by how much of it was accepted.
         self._drafts = [0] * (MAX_DRAFT_LENGTH + 1)
@@ -219,8 +221,11 @@ class Engine:
                 ready = [s for s in running if s.ready]
                 self._beats += 1
                 self._passes_in_beat = 0
+                self._held_since = None
             else:
                 self._holds += len(waiting)
+                if not waiting:
+                    self._held_since = None
             batch = self._scheduler.fit(ready)
             if not batch:
                 return deltas
@@ -356,7 +361,12 @@ class Engine:
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
-        return self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.ledger.global_ == 0 for s in waiting)
+        longest, now = self.settings.max_hold_ms, time.monotonic()
+        if self._held_since is None:
+            self._held_since = now
+        if self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.ledger.global_ == 0 for s in waiting):
+            return True
+        return longest is not None and 1e3 * (now - self._held_since) >= longest
 
     # After a pass
 

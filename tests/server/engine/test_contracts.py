@@ -32,6 +32,7 @@ def tight_settings(rng: random.Random, seed: int, requests: int) -> dict:
     chosen: dict = {
         "max_pass_rows": rng.choice((5, 16, 64, 300)),
         "max_passes_per_beat": rng.choice((1, 2, 8, 64)),
+        "max_hold_ms": rng.choice((None, 0.0, 2.0)),
         "page_size": rng.choice((16, 64)),
         "max_running": rng.choice((2, requests)),
     }
@@ -76,6 +77,18 @@ def test_preempted_requests_give_the_same_bytes() -> None:
             alone = run(Engine(model(which), settings()), [request])[request.request_id]
             assert together[request.request_id].ids == alone.ids
             assert together[request.request_id].patches == alone.patches
+
+
+def test_holding_has_a_bound() -> None:
+    """In milliseconds: no hold at 0; without a bound as long as anybody can go on."""
+    requests = [random_request(random.Random(i), f"r{i}", max_tokens=40, min_tokens=40, stop=()) for i in range(6)]
+    holds, beats = {}, {}
+    for bound in (0.0, 3.0, None):
+        engine = Engine(model(1), settings(max_hold_ms=bound))
+        run(engine, requests)
+        holds[bound], beats[bound] = engine.stats().holds, engine.stats().beats
+    assert holds[0.0] == 0 < holds[3.0] <= holds[None]
+    assert beats[0.0] > beats[3.0] >= beats[None]
 
 
 @few
