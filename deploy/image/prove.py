@@ -120,6 +120,7 @@ class Builder:
     def _make_python(self, folder: Path) -> None:
         """What an image of Python has beside a Debian with one; and this machine's names and certificates."""
         link = folder / "usr/local/bin/python"
+        link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to("/usr/bin/python3")
         for path in self._extra:
