@@ -5,6 +5,7 @@
     python -m benchmarks.engine modes       how often the default mode's bytes differ from a request's solo run
     python -m benchmarks.engine auto        bytes per second of BLT and of the drafting methods at 1, 8 and 32 requests
     python -m benchmarks.engine threads     BLT at 1, 8 and 32 requests with one torch thread and with two
+    python -m benchmarks.engine fused       layers in C against the same layers in torch, 1 and 32 requests
     python -m benchmarks.engine prefix      time to the first byte after a prefix hit, and without
 
 Each prints what it measured as ratios of one run, and as JSON with --json FILE.
@@ -19,9 +20,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+import server.engine.engine
 from benchmarks.bare_loop import BareLoop
 from benchmarks.held_out import held_out_prompts
 from benchmarks.methods import diffusion, speculation
@@ -197,6 +200,26 @@ def threads(model: str, rounds: int) -> dict[str, Any]:
     return result
 
 
+def fused(model: str, rounds: int) -> dict[str, Any]:
+    """Bytes per second with fused layers over those without, in alternating stretches; medians of the ratios."""
+    kinds = {"blt": BLT, "blt-s k8": speculation(8), "blt-dv-8 1step": diffusion(DecodingMethod.BLT_DV, 8, "1step")}
+    result: dict[str, Any] = {}
+    for batch in (1, 32):
+        prompts = held_out_prompts(batch, 256)
+        for name, decoding in kinds.items():
+            params = SamplingParams(max_tokens=10_000, temperature=0, ignore_eos=True, decoding=decoding)
+            engines = []
+            for fuse in (server.engine.engine.fuse, lambda blt: False):
+                with patch.object(server.engine.engine, "fuse", fuse):
+                    engines.append(Engine(load_checkpoint(model), EngineSettings(model=model, max_running=batch)))
+                start(engines[-1], prompts, params)
+            speeds = [[bytes_per_second(engine, 50 * batch) for engine in engines] for _ in range(rounds + 1)][1:]
+            ratio = statistics.median(one / other for one, other in speeds)
+            print(f"{batch} requests, {name}: {ratio:.2f}x, {statistics.median(s[0] for s in speeds):.0f} B/s")
+            result[f"batch_{batch}_{name}"] = ratio
+    return result
+
+
 def prefix(model: str, rounds: int) -> dict[str, Any]:
     """Milliseconds to the first byte: after 4,000 bytes that were seen before and 50 new ones, and after 300 new ones.
 
@@ -254,6 +277,7 @@ MEASURES = {
     "modes": modes,
     "auto": auto,
     "threads": threads,
+    "fused": fused,
     "prefix": prefix,
 }
 
