@@ -116,12 +116,14 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> dict[str
 
 
 def _refusal(status: int, text: str) -> str:
+    """Status, and the server's own code for the error or the beginning of what it says."""
     try:
-        error = json.loads(text)["error"]
-        detail = error.get("code") or error.get("type") or ""
-    except (ValueError, KeyError, TypeError, AttributeError):
+        answer = json.loads(text)
+        error = answer.get("error") or answer
+        detail = error.get("code") or error.get("type") or error.get("detail") or ""
+    except (ValueError, AttributeError):
         detail = ""
-    return f"HTTP {status} {detail}".strip()
+    return f"HTTP {status} {str(detail)[:80]}".strip()
 
 
 def _stream_error(event: Any) -> str:

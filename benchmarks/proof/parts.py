@@ -29,8 +29,8 @@ Earlier = Mapping[str, dict[str, Any]]
 @dataclass(frozen=True)
 class Part:
     """`command` makes a part's arguments of `python -m`, given the results of earlier parts and, if the part is of a
-    `server`, its address. `server` names a kind of server (`fastblt`, `llama.cpp`) and its options. `needs` are
-    packages, without which the part is left out.
+    `server`, its address. `server` names a kind of server (`fastblt`, `llama.cpp`, `transformers`) and its options.
+    `needs` are packages, without which the part is left out.
     """
 
     name: str
@@ -110,19 +110,16 @@ class Plan:
                 needs=("transformers",),
             )
         ]
-        for together in (1, 8):
-            # Its own tokens: about as many bytes as our 128.
-            options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
-            options += ["--output-len", "48", "--no-ignore-eos"]
-            parts.append(
-                _bench(
-                    f"peer-llama-cpp-c{together}",
-                    "serve",
-                    *options,
-                    server=("llama.cpp",),
-                    needs=("llama_cpp", "gguf", "tokenizers"),
-                )
-            )
+        peers = {
+            "llama-cpp": ("llama.cpp", ("llama_cpp", "gguf", "tokenizers")),
+            "transformers-serve": ("transformers", ("transformers", "accelerate", "tokenizers")),
+        }
+        for name, (server, packages) in peers.items():
+            for together in (1, 8):
+                # Its own tokens: about as many bytes as our 128. Strict servers refuse fields that they do not know.
+                options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
+                options += ["--output-len", "48", "--no-ignore-eos"]
+                parts.append(_bench(f"peer-{name}-c{together}", "serve", *options, server=(server,), needs=packages))
         return parts
 
     def _large(self) -> list[Part]:

@@ -2,6 +2,7 @@
 of as many weights under llama.cpp.
 
     python -m benchmarks.proof.peers transformers --json FILE
+    python -m benchmarks.proof.peers hub FOLDER         the same for `transformers serve`
     python -m benchmarks.proof.peers gguf FOLDER        a random model of the checkpoint's size, with a tokenizer
 
 The token-level model's weights are random, for what it costs does not depend on them; its tokenizer is trained on the
@@ -99,28 +100,13 @@ def _ours(
 def write_gguf(path: Path, weights: int) -> dict[str, float]:
     """Write a random Llama of about so many fp32 weights; its `weights`, `layers` and `bytes_per_token` of text."""
     from gguf import GGUFWriter, TokenType
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=list(_SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    seen = b"\n".join(source.data for source in collect(standard_library()) if not source.held_out)
-    tokenizer.train_from_iterator([seen[:_TRAINED_ON].decode("utf-8", "ignore")], trainer)
+    tokenizer, bytes_per_token = _tokenizer()
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     vocabulary = tokenizer.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    held_out = b"\n".join(source.data for source in held_out_sources()).decode("utf-8", "ignore")[:200_000]
-    bytes_per_token = len(held_out.encode()) / len(tokenizer.encode(held_out).ids)
 
-    tables = 2 * len(tokens) * _WIDTH + _WIDTH
-    per_layer = 4 * _WIDTH**2 + 3 * _WIDTH * _INNER + 2 * _WIDTH
-    layers = max(1, round((weights - tables) / per_layer))
+    layers = _layers(weights, len(tokens))
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, "llama")
     writer.add_name("random-llama")
@@ -164,7 +150,64 @@ def write_gguf(path: Path, weights: int) -> dict[str, float]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"weights": tables + layers * per_layer, "layers": layers, "bytes_per_token": bytes_per_token}
+    return {"weights": _count(layers, len(tokens)), "layers": layers, "bytes_per_token": bytes_per_token}
+
+
+def write_hub_folder(folder: Path, weights: int) -> dict[str, float]:
+    """The same model as a folder of `transformers`; what `write_gguf` returns."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer, bytes_per_token = _tokenizer()
+    size = tokenizer.get_vocab_size()
+    layers = _layers(weights, size)
+    begin, end = (tokenizer.token_to_id(token) for token in _SPECIALS)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=_WIDTH,
+        intermediate_size=_INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=_HEADS,
+        max_position_embeddings=4096,
+        bos_token_id=begin,
+        eos_token_id=end,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_SPECIALS[0], eos_token=_SPECIALS[1]).save_pretrained(
+        folder
+    )
+    return {"weights": _count(layers, size), "layers": layers, "bytes_per_token": bytes_per_token}
+
+
+def _tokenizer() -> tuple[Any, float]:
+    """A byte-level BPE of the corpus, and its bytes per token of held-out text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=list(_SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = b"\n".join(source.data for source in collect(standard_library()) if not source.held_out)
+    tokenizer.train_from_iterator([seen[:_TRAINED_ON].decode("utf-8", "ignore")], trainer)
+    held_out = b"\n".join(source.data for source in held_out_sources()).decode("utf-8", "ignore")[:200_000]
+    return tokenizer, len(held_out.encode()) / len(tokenizer.encode(held_out).ids)
+
+
+_PER_LAYER = 4 * _WIDTH**2 + 3 * _WIDTH * _INNER + 2 * _WIDTH
+
+
+def _layers(weights: int, vocabulary: int) -> int:
+    return max(1, round((weights - _count(0, vocabulary)) / _PER_LAYER))
+
+
+def _count(layers: int, vocabulary: int) -> int:
+    return 2 * vocabulary * _WIDTH + _WIDTH + layers * _PER_LAYER
 
 
 def weights_of(model: str) -> int:
@@ -181,26 +224,42 @@ def weights_of(model: str) -> int:
 @contextmanager
 def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """llama-cpp-python's own server over a random model of the size of `model`: its address, and what it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        about = write_gguf(path, weights_of(model))
+        options = ["llama_cpp.server", "--n_ctx", "4096", "--model"]
+        with _running([*options, str(path)], "/v1/models") as url:
+            command = f"python -m benchmarks.proof.peers gguf . && python -m {' '.join(options)} random.gguf"
+            yield url, {"server": "llama_cpp.server", "model_id": "random-llama", "server_command": command, **about}
+
+
+@contextmanager
+def transformers_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`transformers serve`, as it is, over the same random model."""
+    with tempfile.TemporaryDirectory() as folder:
+        about = write_hub_folder(Path(folder), weights_of(model))
+        options = ["transformers.cli.transformers", "serve", "--device", "cpu"]
+        with _running([*options, folder], "/health") as url:
+            command = "python -m benchmarks.proof.peers hub FOLDER && transformers serve --device cpu FOLDER"
+            yield url, {"server": "transformers serve", "model_id": "random-llama", "server_command": command, **about}
+
+
+@contextmanager
+def _running(arguments: list[str], ready: str) -> Iterator[str]:
+    """The address of a server that `python -m` starts and that answers at the path `ready`."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder) / "random.gguf", Path(folder) / "log"
-        about = write_gguf(path, weights_of(model))
-        options = ["-m", "llama_cpp.server", "--n_ctx", "4096", "--model", str(path), "--port", str(port)]
-        with log.open("wb") as output:
-            process = subprocess.Popen([sys.executable, *options], stdout=output, stderr=output)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, "-m", *arguments, "--port", str(port)], stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 60
-            while not _answers(f"{url}/v1/models"):
+            deadline = time.monotonic() + 300
+            while not _answers(f"http://127.0.0.1:{port}{ready}"):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"llama_cpp.server did not start:\n{log.read_text(errors='replace')}")
+                    log.seek(0)
+                    raise RuntimeError(f"{arguments[0]} did not start: {log.read().decode(errors='replace')[-2000:]}")
                 time.sleep(0.2)
-            shown = (
-                "python -m benchmarks.proof.peers gguf . && python -m llama_cpp.server --n_ctx 4096 --model random.gguf"
-            )
-            yield url, {"server": "llama_cpp.server", "server_command": shown, **about}
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(30)
@@ -225,10 +284,18 @@ def main() -> None:
     gguf = commands.add_parser("gguf")
     gguf.add_argument("folder", type=Path)
     gguf.add_argument("--model", default=str(PRETRAINED))
+    hub = commands.add_parser("hub")
+    hub.add_argument("folder", type=Path)
+    hub.add_argument("--model", default=str(PRETRAINED))
     args = parser.parse_args()
-    if args.command == "gguf":
+    if args.command in ("gguf", "hub"):
         args.folder.mkdir(parents=True, exist_ok=True)
-        print(write_gguf(args.folder / "random.gguf", weights_of(args.model)))
+        weights = weights_of(args.model)
+        print(
+            write_gguf(args.folder / "random.gguf", weights)
+            if args.command == "gguf"
+            else write_hub_folder(args.folder, weights)
+        )
         return
     result = transformers_blt(args.model, args.num_prompts, args.output_len)
     print(f"{result['output_byte_throughput']:.2f} bytes/s")

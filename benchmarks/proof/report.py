@@ -137,7 +137,7 @@ def _loads(results: Results) -> str:
     )  # fmt: skip
     rows, notes = [], []
     for name, result in results.items():
-        if not name.startswith(("sweep-", "trace-", "saturation-", "peer-llama")):
+        if not name.startswith(("sweep-", "trace-", "saturation-", "peer-llama", "peer-transformers-serve")):
             continue
         good = result["request_goodput"]
         cells = [
@@ -175,11 +175,11 @@ def _peers(results: Results) -> str:
             f"time: {ours} bytes/s. Of {peer['num_prompts'] * peer['output_len']} greedy bytes {peer['equal_bytes']} "
             "are equal."
         )
-    for name in ("peer-llama-cpp-c1", "peer-llama-cpp-c8"):
-        if peer := results.get(name):
+    for name, peer in results.items():
+        if name.startswith("peer-") and "bytes_per_token" in peer:
             rate = peer["output_throughput"]
             texts.append(
-                f"{name}: llama_cpp.server, a random Llama of {peer['weights'] / 1e6:.1f} million fp32 weights: "
+                f"{name}: {peer['server']}, a random Llama of {peer['weights'] / 1e6:.1f} million fp32 weights: "
                 f"{rate:.0f} tokens/s, which at {peer['bytes_per_token']:.2f} bytes per token of held-out code are "
                 f"{rate * peer['bytes_per_token']:.0f} bytes/s."
             )

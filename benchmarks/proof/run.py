@@ -94,7 +94,8 @@ def _run(part: Part, folder: Path, digest: str, plan: Plan, url: str, about: dic
         if done.returncode or not out.exists():
             return done.stderr or f"status {done.returncode}"
         result = json.loads(out.read_text(encoding="utf-8"))
-    result = {"part": key, **about, **_without_lists(result)}
+    # What is known of a server goes before what it calls itself.
+    result = {"part": key, **_without_lists(result), **about}
     (folder / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(f"{part.name}: {time.monotonic() - start:.0f} s")
     return None
@@ -122,7 +123,7 @@ def _server(kind: tuple[str, ...] | None, model: str) -> Iterator[tuple[str, dic
             command = f"fastblt serve {' '.join(options)}"
             yield f"http://127.0.0.1:{server.port}", {"server": "fastblt", "server_command": command}
     else:
-        from benchmarks.proof.peers import llama_server
+        from benchmarks.proof.peers import llama_server, transformers_server
 
-        with llama_server(model) as (url, about):
+        with (llama_server if kind[0] == "llama.cpp" else transformers_server)(model) as (url, about):
             yield url, about

@@ -115,6 +115,8 @@ LAST = b'data: {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}\
         ([HEAD, b"data: {nothing\n\n"], "an event that is no JSON"),
         ([b"HTTP/1.1 503 no\r\ncontent-length: 0\r\n\r\n"], "HTTP 503"),
         ([b"HTTP/1.1 429 no\r\n\r\n" + b'{"error": {"code": "queue_full"}}'], "HTTP 429 queue_full"),
+        ([b"HTTP/1.1 422 no\r\n\r\n" + b'{"detail": "unexpected: ignore_eos"}'], "HTTP 422 unexpected: ignore_eos"),
+        ([b"HTTP/1.1 500 no\r\n\r\n" + b"no JSON"], "HTTP 500"),
         ([b"nothing like HTTP\r\n\r\n"], "connection lost (ClientResponseError)"),
     ],
 )

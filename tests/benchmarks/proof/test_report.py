@@ -48,7 +48,7 @@ def results(model: Blt, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
             "peer", peer="theirs", output_byte_throughput=2.0, ours={"blt": 80.0, "auto": 120.0}, num_prompts=3,
             output_len=8, equal_bytes=24,
         ),
-        "peer-llama-cpp-c1": load(2, weights=11e6, bytes_per_token=3.0),
+        "peer-llama-cpp-c1": load(2, weights=11e6, bytes_per_token=3.0, server="llama_cpp.server"),
     }  # fmt: skip
 
 

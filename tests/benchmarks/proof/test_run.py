@@ -16,7 +16,13 @@ def test_plan_has_every_part_once(tmp_path: Path) -> None:
     names = [part.name for part in Plan("model", tmp_path).parts]
     assert len(names) == len(set(names))
     wanted = {"methods-greedy-b1", "methods-sampled-b32", "methods-1b-b8", "methods-3b-b1", "sweep-auto-c64"}
-    assert wanted | {"trace-code", "trace-conv", "peer-transformers", "peer-llama-cpp-c1"} < set(names)
+    assert wanted | {
+        "trace-code",
+        "trace-conv",
+        "peer-transformers",
+        "peer-llama-cpp-c1",
+        "peer-transformers-serve-c8",
+    } < set(names)
     assert not [part for part in Plan("model", None).parts if part.name.startswith("trace")]
 
 
