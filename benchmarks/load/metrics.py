@@ -77,6 +77,8 @@ def summarize(
         "good_requests": good if levels else None,
         "output_throughput": sum(tokens) / duration,
         "total_token_throughput": (sum(prompts) + sum(tokens)) / duration,
+        # Without `usage` a server's tokens are not known, and the bytes of its text stand for them.
+        "usage_reported": all(record.output_tokens is not None for record in done),
         "output_byte_throughput": sum(sizes) / duration,
         "total_byte_throughput": (prompt_bytes + sum(sizes)) / duration,
         "max_output_bytes_per_s": _busiest_second(done),

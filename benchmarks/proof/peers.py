@@ -227,7 +227,8 @@ def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
         about = write_gguf(path, weights_of(model))
-        options = ["llama_cpp.server", "--n_ctx", "4096", "--model"]
+        # By default a request ends the one before it.
+        options = ["llama_cpp.server", "--interrupt_requests", "False", "--n_ctx", "4096", "--model"]
         with _running([*options, str(path)], "/v1/models") as url:
             command = f"python -m benchmarks.proof.peers gguf . && python -m {' '.join(options)} random.gguf"
             yield url, {"server": "llama_cpp.server", "model_id": "random-llama", "server_command": command, **about}

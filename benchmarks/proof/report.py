@@ -177,11 +177,15 @@ def _peers(results: Results) -> str:
         )
     for name, peer in results.items():
         if name.startswith("peer-") and "bytes_per_token" in peer:
-            rate = peer["output_throughput"]
+            text = f"{peer['output_byte_throughput']:.0f} bytes/s of its random text"
+            if peer["usage_reported"]:
+                rate = peer["output_throughput"]
+                text += (
+                    f"; {rate:.0f} tokens/s, which at {peer['bytes_per_token']:.2f} bytes per token of held-out code "
+                    f"are {rate * peer['bytes_per_token']:.0f} bytes/s"
+                )
             texts.append(
-                f"{name}: {peer['server']}, a random Llama of {peer['weights'] / 1e6:.1f} million fp32 weights: "
-                f"{rate:.0f} tokens/s, which at {peer['bytes_per_token']:.2f} bytes per token of held-out code are "
-                f"{rate * peer['bytes_per_token']:.0f} bytes/s."
+                f"{name}: {peer['server']}, a random Llama of {peer['weights'] / 1e6:.1f} million fp32 weights: {text}."
             )
     if not texts:
         return ""

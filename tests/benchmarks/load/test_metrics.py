@@ -35,6 +35,7 @@ def test_names_and_values() -> None:
     assert result["mean_itl_ms"] == pytest.approx(300) and result["max_concurrent_requests"] == 2
     assert result["request_goodput"] == 0.5 and result["errors_by_cause"] == {"timeout": 1}
     assert result["max_output_bytes_per_s"] == 10
+    assert result["usage_reported"] and not summarize([record(0.0, [0.1], output_tokens=None)], 1.0)["usage_reported"]
     assert len(result["ttfts"]) == 2 and result["errors"] == ["", "", "timeout"]
 
 
