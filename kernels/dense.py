@@ -72,14 +72,14 @@ def pack_norm(gain: Tensor, eps: float) -> Norm:
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    _native().rms_norm(x.data_ptr(), len(x), x.shape[1], norm.pointer, norm.eps, out.data_ptr())
+    _native().rms_norm(x.data_ptr(), x.shape[0], x.shape[1], norm.pointer, norm.eps, out.data_ptr())
     return out
 
 
 def project(x: Tensor, norm: Norm | None, maps: tuple[Packed, ...]) -> list[Tensor]:
     """The results of one to three maps [N, outputs of each]."""
     x = x.contiguous()
-    n = len(x)
+    n = x.shape[0]
     outs = [torch.empty(n, one.outputs) for one in maps]
     where: list[int | None] = []
     for one, out in zip(maps, outs, strict=True):
@@ -94,7 +94,7 @@ def project_add(x: Tensor, one: Packed, residual: Tensor, times: int = 1) -> Ten
     x, residual = x.contiguous(), residual.contiguous()
     out = torch.empty_like(residual)
     _native().project_add(
-        x.data_ptr(), len(x), one.inputs, one.pointer, one.outputs, residual.data_ptr(), times, out.data_ptr()
+        x.data_ptr(), x.shape[0], one.inputs, one.pointer, one.outputs, residual.data_ptr(), times, out.data_ptr()
     )
     return out
 
@@ -105,7 +105,7 @@ def feed_forward(x: Tensor, norm: Norm, gate: Packed, up: Packed, down: Packed) 
     native = _native()
     _check(
         native.feed_forward(
-            x.data_ptr(), len(x), gate.inputs, norm.pointer, norm.eps, gate.pointer, up.pointer, gate.outputs,
+            x.data_ptr(), x.shape[0], gate.inputs, norm.pointer, norm.eps, gate.pointer, up.pointer, gate.outputs,
             down.pointer, out.data_ptr(),
         )
     )  # fmt: skip

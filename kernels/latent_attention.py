@@ -60,7 +60,7 @@ def _native(function: Callable[..., int], q: Tensor, store: Tensor, layer: int, 
     _, layers, _, keys, kv_heads, dim = store.shape
     one = 2 * keys * kv_heads * dim
     start = store.data_ptr() + layer * one * store.element_size()
-    sizes = (layers * one, len(q), q.shape[1], kv_heads, dim, keys, torch.get_num_threads())
+    sizes = (layers * one, q.shape[0], q.shape[1], kv_heads, dim, keys, torch.get_num_threads())
     if function(q.data_ptr(), start, slots.data_ptr(), *sizes, out.data_ptr()):
         return stored_latent_attention_torch(q, store, layer, slots)
     return out

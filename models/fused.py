@@ -62,8 +62,8 @@ def _layer(layer: Layer) -> Callable[..., Tensor]:
     dim = attention.head_dim
 
     def forward(x: Tensor, attend: SelfAttend, index: int) -> Tensor:
-        q, k, v = (one.view(len(x), -1, dim) for one in project(x, before, maps))
-        x = project_add(attend(index, q, k, v).reshape(len(x), -1), out, x)
+        q, k, v = (one.view(x.shape[0], -1, dim) for one in project(x, before, maps))
+        x = project_add(attend(index, q, k, v).reshape(x.shape[0], -1), out, x)
         return feed_forward(x, behind, gate, up, down)
 
     return forward
@@ -76,8 +76,8 @@ def _cross_attention(cross: CrossAttention) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, attend: CrossAttend, index: int) -> Tensor:
         (q,) = project(x, norm, queries)
-        attended = attend(index, q.view(len(x), -1, dim))
-        return project_add(attended.reshape(len(x), -1), out, x, times=2)
+        attended = attend(index, q.view(x.shape[0], -1, dim))
+        return project_add(attended.reshape(x.shape[0], -1), out, x, times=2)
 
     return forward
 
@@ -89,7 +89,7 @@ def _keys_values(cross: CrossAttention) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def keys_values(source: Tensor) -> tuple[Tensor, Tensor]:
         k, v = project(source, norm, maps)
-        return k.view(len(source), -1, dim), v.view(len(source), -1, dim)
+        return k.view(source.shape[0], -1, dim), v.view(source.shape[0], -1, dim)
 
     return keys_values
 
