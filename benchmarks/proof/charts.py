@@ -93,7 +93,7 @@ def savings(results: Results) -> Figure | None:
     for axis, (part, batch, run) in zip(axes.flat, runs, strict=False):
         rows = {name: row for name, row in run["settings"].items() if _shown(name)}
         for offset, (key, label) in enumerate(kinds):
-            at = [index + 0.27 * (1 - offset) for index in range(len(rows))]
+            at = [index + 0.27 * (offset - 1) for index in range(len(rows))]
             # Far below nothing is nothing to look at closely.
             axis.barh(at, [max(-100, 100 * row[key]) for row in rows.values()], height=0.25, label=label)
         axis.set_yticks(range(len(rows)), list(rows))

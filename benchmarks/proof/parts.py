@@ -7,6 +7,7 @@ on where it stopped, and a new checkpoint makes everything anew.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -167,5 +168,6 @@ def missing(part: Part) -> list[str]:
 
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder by their parts' names, in the order of names."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """The results in a folder by their parts' names, in the order of names, b8 before b32."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: [part.zfill(3) for part in re.split(r"(\d+)", path.stem)])
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}

@@ -178,7 +178,7 @@ def _peers(results: Results) -> str:
     for name, peer in results.items():
         if name.startswith("peer-") and "bytes_per_token" in peer:
             text = f"{peer['output_byte_throughput']:.0f} bytes/s of its random text"
-            if peer["usage_reported"]:
+            if peer.get("usage_reported"):
                 rate = peer["output_throughput"]
                 text += (
                     f"; {rate:.0f} tokens/s, which at {peer['bytes_per_token']:.2f} bytes per token of held-out code "

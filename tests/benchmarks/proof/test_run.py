@@ -58,6 +58,13 @@ def test_what_cannot_run_is_said(checkpoint: str, tmp_path: Path, monkeypatch: p
     assert all("llama_cpp" in reason for reason in left.values()) and len(left) == 2
 
 
+def test_results_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("sweep-blt-c16", "methods-greedy-b32", "sweep-blt-c2", "methods-greedy-b8", "methods-1b-b1"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    wanted = ["methods-1b-b1", "methods-greedy-b8", "methods-greedy-b32", "sweep-blt-c2", "sweep-blt-c16"]
+    assert list(load_results(tmp_path)) == wanted
+
+
 def test_limits_of_the_machine_are_sane() -> None:
     limits = machine_limits(1, torch.device("cpu"))
     assert 0.1 < limits["read_gb_s"] < 2000 and 0.1 < limits["gflop_s"] < 1e6
