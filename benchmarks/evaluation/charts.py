@@ -20,19 +20,19 @@ _MARKERS = {0.8: "v", 0.9: "s", 0.95: "D", 1.0: "o"}
 
 
 def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None:
-    """Right next lines, and lines that parse, against bytes per second, alone and together.
+    """Bytes of the next line that are right, and lines that parse, against bytes per second, alone and together.
 
     `clock` is the speed: bytes_per_second of wall time, or bytes_per_processor_second, which other jobs hardly change.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
     titles = {"alone": "one request at a time", "together": f"{result['concurrency']} requests at a time"}
-    shares = {"exact_match": "next lines that are right, %", "parses": "next lines that parse, %"}
+    shares = {"bytes_right": "bytes of the next line before the first wrong one", "parses": "share that parses"}
     unit = "bytes per second" + (" of processor time" if clock != "bytes_per_second" else "")
     for row, (share, label) in zip(axes, shares.items(), strict=True):
         for axis, where in zip(row, titles, strict=True):
             for setting, found in result["settings"].items():
-                x, y = found[where][clock], 100 * found[share]
+                x, y = found[where][clock], found[share]
                 kind = family(setting)
                 axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
                 axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)

@@ -1,13 +1,14 @@
 """The trade of a model on held-out code: what each setting's next line is worth, beside the bytes a second it makes.
 
 Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank is the real
-one, and parses if prompt and line are Python (a line that opens a block is given a body). All settings find the
-prompts in the server's prefix cache, so that speed is that of decoding; it is taken of `concurrency` requests at a time
-and, on fewer prompts, of one at a time.
+one, and parses if prompt and line are Python (a line that opens a block is given a body); of a weak model the bytes
+before the first wrong one say more. All settings find the prompts in the server's prefix cache, so that speed is that of
+decoding; it is taken of `concurrency` requests at a time and, on fewer prompts, of one at a time.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.evaluation.journal import Journal, Record
 from benchmarks.evaluation.next_lines import Cut, cuts
 from benchmarks.evaluation.settings import decoding, trade
 from benchmarks.humaneval import first_line, parses, parses_strictly
+from benchmarks.text_statistics import leading_equal
 
 
 async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> list[Completion]:
@@ -50,6 +52,10 @@ def judge(chosen: Sequence[Cut], answers: Sequence[Completion]) -> Record:
     return {
         "prompts": len(chosen),
         "exact_match": sum(right) / len(right),
+        "bytes_right": statistics.mean(
+            leading_equal(line.strip("\r\n").encode(), cut.line.encode())
+            for line, cut in zip(lines, chosen, strict=True)
+        ),
         "parses": sum(parses(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True)) / len(right),
         "parses_strictly": sum(parses_strictly(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True))
         / len(right),
@@ -90,18 +96,18 @@ async def evaluate(
 def table(rows: dict[str, Record]) -> str:
     """In Markdown. Bytes a second are of wall time, in brackets of the engine's processor time."""
     lines = [
-        "| setting | right lines % | parse % | as they stand % | bytes/s, one | bytes/s, together | decoder NFE a byte "
-        "| GB (paper) a kB |",
-        f"|{'---|' * 8}",
+        "| setting | right lines % | bytes right | parse % | as they stand % | bytes/s, one | bytes/s, together "
+        "| decoder NFE a byte | GB (paper) a kB |",
+        f"|{'---|' * 9}",
     ]
     for setting, row in rows.items():
-        shares = " | ".join(f"{100 * row[name]:.1f}" for name in ("exact_match", "parses", "parses_strictly"))
+        shares = f"{100 * row['exact_match']:.1f} | {row['bytes_right']:.2f} | {100 * row['parses']:.1f}"
         speeds = " | ".join(_speed(row[name]) for name in ("alone", "together"))
         costs = " | ".join(
             "-" if row[name] is None else f"{row[name]:.3f}"
             for name in ("decoder_nfe_per_byte", "gb_paper_per_kilobyte")
         )
-        lines.append(f"| {setting} | {shares} | {speeds} | {costs} |")
+        lines.append(f"| {setting} | {shares} | {100 * row['parses_strictly']:.1f} | {speeds} | {costs} |")
     return "\n".join(lines)
 
 

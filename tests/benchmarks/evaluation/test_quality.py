@@ -48,6 +48,7 @@ def test_judging() -> None:
         assert judge([cut], [answer(text)])["exact_match"] == right, text
     row = judge([cut] * 4, [answer(text) for text in ("    return x", "    for y in x:\n", "    ret urn", "")])
     assert (row["exact_match"], row["parses"], row["parses_strictly"]) == (0.25, 0.5, 0.25)
+    assert row["bytes_right"] == (12 + 4 + 7 + 0) / 4
     assert row["decoder_nfe_per_byte"] == 0.5 and row["gb_paper_per_kilobyte"] == pytest.approx(0.25)
 
 
