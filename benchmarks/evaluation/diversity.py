@@ -93,13 +93,19 @@ async def evaluate(
         points = [(setting, top_p) for setting in settings for top_p in TOP_P]
         await sample_all(endpoint, journal, points, samples, length)
     rows = [journal.records[_key(*point)] for point in points]
-    print("| setting | top-p | decoder NFE | type-token ratio | distinct-2 | 4 bytes | loops % |\n|" + "---|" * 7)
-    for row in rows:
-        print(
-            f"| {row['setting']} | {row['top_p']} | {row['decoder_nfe']:.0f} | {row['type_token_ratio']:.3f} "
-            f"| {row['distinct_2']:.3f} | {row['distinct_4_bytes']:.3f} | {100 * row['loops']:.0f} |"
-        )
+    print(table(rows))
     return {**run, "points": rows}
+
+
+def table(rows: Sequence[Record]) -> str:
+    """In Markdown."""
+    lines = ["| setting | top-p | decoder NFE | type-token ratio | distinct-2 | 4 bytes | loops % |", "|" + "---|" * 7]
+    lines += [
+        f"| {row['setting']} | {row['top_p']} | {row['decoder_nfe']:.0f} | {row['type_token_ratio']:.3f} "
+        f"| {row['distinct_2']:.3f} | {row['distinct_4_bytes']:.3f} | {100 * row['loops']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def _key(setting: str, top_p: float) -> str:

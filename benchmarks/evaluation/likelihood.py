@@ -90,7 +90,7 @@ def run(
             bootstrap_iters=1000,
         )
     kept = ("results", "n-shot", "versions", "n-samples", *(["samples"] if samples else []))
-    return {name: results[name] for name in kept if name in results}
+    return {"model": vars(served)} | {name: results[name] for name in kept if name in results}
 
 
 async def _served(url: str, target: Target) -> Served:

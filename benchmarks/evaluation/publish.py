@@ -1,11 +1,11 @@
 """Everything of docs/evaluation/ anew, for the checkpoint that ships: about ten minutes on two idle cores.
 
-    python -m benchmarks.evaluation.publish                    JSON and charts into docs/evaluation/
+    python -m benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
     python -m benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
 
 One server is asked for it all: HumanEval of every method, the quality table, diversity, bits per byte of the held-out
 files, and a likelihood task in ARC's format (which of four lines of a file comes next) through lm-evaluation-harness,
-compared with the model's own log-likelihoods. Prints the tables that docs/evaluation.md shows.
+compared with the model's own log-likelihoods. docs/evaluation/README.md is written of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.evaluation.endpoint import Target
 from benchmarks.evaluation.journal import Record
 from benchmarks.evaluation.next_lines import Cut, cuts
 from benchmarks.evaluation.options import write
+from benchmarks.evaluation.report import page
 from benchmarks.evaluation.sandbox import Sandbox
 from benchmarks.held_out import held_out_sources
 from models.checkpoint import load_checkpoint
@@ -83,7 +84,10 @@ class Publisher:
     def make(self, part: str) -> None:
         """Make one of PARTS: its JSON, its chart if it has one, and its table on the output."""
         began = time.monotonic()
-        write(self._output, part, getattr(self, part)())
+        result = getattr(self, part)()
+        made = {"scale": self._scale, "other_jobs": self._clock != "bytes_per_second"}
+        write(self._output, part, result | {"made": made})
+        (self._output / "README.md").write_text(page(self._output))
         print(f"-- {part}: {time.monotonic() - began:.0f} s\n", flush=True)
 
     def quality(self) -> Record:
@@ -98,7 +102,7 @@ class Publisher:
             programs = {problem.name: problem.program for problem in problems}
             jobs = humaneval.jobs(problems, self._some(humaneval.MAX_TOKENS))
             result = asyncio.run(evaluate_code("humaneval", self._target, None, jobs, programs, sandbox, self._work))
-        return result | {"own_solutions": proof}
+        return result | {"own_solutions": proof, "max_tokens": self._some(humaneval.MAX_TOKENS)}
 
     def diversity(self) -> Record:
         result = asyncio.run(diversity.evaluate(self._target, None, diversity.BOUNDS, self._some(6), 1000, self._work))

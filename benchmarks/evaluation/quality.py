@@ -2,8 +2,8 @@
 
 Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank is the real
 one, and parses if prompt and line are Python (a line that opens a block is given a body); of a weak model the bytes
-before the first wrong one say more. All settings find the prompts in the server's prefix cache, so that speed is that of
-decoding; it is taken of `concurrency` requests at a time and, on fewer prompts, of one at a time.
+before the first wrong one say more. All settings find the prompts in the server's prefix cache, so that speed is that
+of decoding; it is taken of `concurrency` requests at a time and, on fewer prompts, of one at a time.
 """
 
 from __future__ import annotations
