@@ -36,8 +36,9 @@ def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None
                 kind = family(setting)
                 axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
                 axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
+        # Room for the names of points at the top.
+        row[0].set_ylim(0, 1.1 * max(found[share] for found in result["settings"].values()) or 1)
         row[0].set_ylabel(label)
     for axis, title in zip(axes[0], titles.values(), strict=True):
         axis.set_title(title)
