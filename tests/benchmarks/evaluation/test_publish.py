@@ -28,7 +28,7 @@ def test_a_part_is_made_with_its_page(url: str, checkpoint: str, tmp_path: Path)
     assert text == page(output) and "while other jobs ran" in text and "--scale 0.02" in text
     bits = json.loads((output / "bits.json").read_text())["all"]["bits_per_byte"]
     # Random weights know next to nothing.
-    assert f"**{bits:.4f}**" in text and 7 < bits < 9
+    assert f"**{bits:.4f}**" in text and bits > 6
     assert "HumanEval" not in text
 
 
