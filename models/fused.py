@@ -11,15 +11,23 @@ from kernels.dense import Packed, available, feed_forward, pack, pack_norm, proj
 from models.blt import Blt
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend
 
+#: Where a model keeps which weights its layers were fused with.
+_FUSED = "_fused_weights"
+
 
 def fuse(model: Blt) -> bool:
     """Let a model's fp32 layers on the CPU run fused under `torch.inference_mode`; whether they do now.
 
-    Weights are copied, so they must not change any more. Layers that are split over ranks stay as they are. Where the
-    model is asked for gradients, or over rows of more than one leading dimension, its layers run as before.
+    Weights are copied: call it again when they have changed; nothing is done where they have not. Layers that are split
+    over ranks stay as they are. Where the model is asked for gradients, or over rows of more than one leading
+    dimension, its layers run as before.
     """
     if not available():
         return False
+    weights_now = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
+    if vars(model).get(_FUSED) == weights_now:
+        return True
+    setattr(model, _FUSED, weights_now)
     for module in list(model.modules()):
         weights = list(module.parameters(recurse=False)) + [
             p for child in module.children() for p in child.parameters()
@@ -44,6 +52,7 @@ def fuse(model: Blt) -> bool:
 
 def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forward") -> None:
     """Have `fused` take rows [N, d] in place of a method, which keeps all else."""
+    vars(module).pop(name, None)
     plain = getattr(module, name)
 
     def choose(x: Tensor, *args: object) -> object:

@@ -8,8 +8,8 @@ only where it promises clearly more, and one round in `_PROBE` tries a neighbor,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from models.config import BltConfig
 from server.decoding.auto import Draft
@@ -101,18 +101,21 @@ class Controller:
         if drafted == draft.length:
             self._acceptance[draft.method].count(drafted, accepted)
 
-    def passed(self, requests: int, patches_per_byte: float, seconds: float, work: list[tuple[str, int]]) -> None:
+    def passed(
+        self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
+    ) -> None:
         """A step of the engine ended: `seconds` for the `work`, passes by module and rows, of which `requests` could
-        have been part."""
+        have been part. `patches_per_byte` is asked now and then."""
         load = self._load
         overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         self._load = Load(
             load.requests + _NEWEST * (requests - load.requests),
-            patches_per_byte,
+            load.patches_per_byte,
             load.overhead + _NEWEST * (max(overhead, 0.0) - load.overhead),
         )
         self._passes += 1
         if self._passes % _REVIEW == 0:
+            self._load = replace(self._load, patches_per_byte=patches_per_byte())
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival

@@ -188,7 +188,7 @@ class Engine:
         if self._controller is not None and self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
             seconds = time.perf_counter() - began
-            self._controller.passed(decoding, self._scheduler.patches_per_byte(), seconds, self._runner.work)
+            self._controller.passed(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:

@@ -82,3 +82,18 @@ def test_other_dtypes_stay_as_they_are() -> None:
     fuse(model)
     assert "forward" not in vars(model.local_decoder.layers[0])
     assert "forward" in vars(model.patcher.layers[0])
+
+
+def test_it_is_done_once_until_weights_change() -> None:
+    """Every engine on a model asks for it: neither copies nor wrappers may pile up."""
+    model = make("encoder")
+    fuse(model)
+    before = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    fuse(model)
+    assert before == {name: vars(module).get("forward") for name, module in model.named_modules()}
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    x = torch.randn(3, model.config.decoder.hidden_size)
+    with torch.inference_mode():
+        fuse(model)
+        torch.testing.assert_close(model.lm_head(x), x @ model.lm_head.weight.T)

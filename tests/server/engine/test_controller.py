@@ -42,7 +42,7 @@ def replay(controller: Controller, right: Callable[[Draft, int], float], request
             accepted += 1
         if draft.length:
             controller.settled(draft, draft.length, accepted)
-        controller.passed(requests, 0.25, 0.0, [])
+        controller.passed(requests, lambda: 0.25, 0.0, [])
     return controller.best
 
 
@@ -125,7 +125,7 @@ def test_small_gains_do_not_switch() -> None:
             accepted += 1
         if draft.length:
             controller.settled(draft, draft.length, accepted)
-        controller.passed(4, 0.25, rng.uniform(0, 2e-4), [])
+        controller.passed(4, lambda: 0.25, rng.uniform(0, 2e-4), [])
         switches += controller.best != before
         before = controller.best
     assert switches <= 3
@@ -143,8 +143,8 @@ def test_the_engines_own_time_favors_few_passes() -> None:
     costs = costs | {"global": CostCurve((1, 64), (2e-2, 2e-2))}
     quick, slow = Controller(config(), costs), Controller(config(), costs)
     for _ in range(500):
-        slow.passed(1, 0.25, 1e-2, [("decoder", 1)])
-        quick.passed(1, 0.25, 1e-4, [("decoder", 1)])
+        slow.passed(1, lambda: 0.25, 1e-2, [("decoder", 1)])
+        quick.passed(1, lambda: 0.25, 1e-4, [("decoder", 1)])
     many, few = Draft(DecodingMethod.BLT_S, 8), Draft(DecodingMethod.BLT_DV, 8)
     assert quick.rate(many) > quick.rate(few)
     assert slow.rate(many) < slow.rate(few)
