@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_prompts_of_every_kind_in_order_and_beyond_the_queue(llm: LLM) -> None:
 
 
 def test_a_list_of_ids_is_one_prompt(llm: LLM) -> None:
-    assert llm.generate(encode(b"Hello"), GREEDY) == llm.generate("Hello", GREEDY)
+    # A ledger repeats only where the method is named: `auto` may draft otherwise the next time.
+    params = replace(GREEDY, decoding=DecodingParams(DecodingMethod.BLT_S))
+    assert llm.generate(encode(b"Hello"), params) == llm.generate("Hello", params)
     assert len(llm.generate([1], GREEDY)) == 1
     assert llm.generate([], GREEDY) == []
 
