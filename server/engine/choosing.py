@@ -102,18 +102,19 @@ class Chooser:
             ids[count:] = batch.block[index[count:]]
             masked[count:] = blocks.masked(ids[count:])
             # What fills up shorter blocks belongs to nobody.
-            if not blocks.inside.all():
+            if not blocks.even:
                 columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
             rules = self._allocate("blocks", 3, blocks.count)[:, : blocks.count]
-            rules[0] = [step.rule for step in blocks.steps]
-            rules[1].view(np.float32)[:] = [step.bound for step in blocks.steps]
-            rules[2] = [step.last_step for step in blocks.steps]
+            steps = [(step.rule, step.bound, step.last_step) for step in blocks.steps]
+            numbers, bounds, last = zip(*steps, strict=True)
+            rules[0], rules[2], rules[1].view(np.float32)[:] = numbers, last, bounds
         if causal.drafts is not None:
             picks, lengths = causal.drafts
             drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, picks.T
         rows = [sequence.row for sequence in sequences]
-        samples, truncates, penalizes = (bool(need[rows].any()) for need in self._needs)
+        needs: list[bool] = self._needs[:, rows].any(axis=1).tolist()
+        samples, truncates, penalizes = needs
         return Staged(
             causal,
             blocks,

@@ -419,8 +419,8 @@ class Engine:
             sequence.decoded = plan.end
         # A chunk of the prompt gives nothing that the method would know of.
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result.outcome)
-        if progress.keep is not None:
-            self._scheduler.free_latents(sequence.cut(progress.keep))
+        if progress.keep is not None and (freed := sequence.cut(progress.keep)):
+            self._scheduler.free_latents(freed)
         ledger = sequence.ledger
         if progress.steps or progress.rounds:
             ledger.drafted += progress.drafted
@@ -434,7 +434,9 @@ class Engine:
                 self._controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
         if sequence.params.return_patches:
             sequence.steps += progress.commit_steps or [1] * len(progress.commit)
-        logprobs = self._logprobs(sequence, plan, progress, result)
+        logprobs = None
+        if sequence.params.logprobs is not None:
+            logprobs = self._logprobs(sequence, plan, progress, result)
         delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
         if delta is not None and delta.finish_reason is not None:
             return delta
@@ -442,6 +444,9 @@ class Engine:
         if result.entropies is not None:
             ledger.patcher += 1
             sequence.scan(result.entropies, self._rule)
+        if not plan.upstream and not progress.commit:
+            # A draft's step: nothing stays computed, and no page is done with.
+            return delta
         if progress.commit:
             self._drop_provisional(sequence)
         self._prefix.extend(sequence)
@@ -451,12 +456,8 @@ class Engine:
         self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
         return delta
 
-    def _logprobs(
-        self, sequence: Sequence, plan: Plan, progress: Progress, result: Result
-    ) -> list[ByteLogprobs] | None:
+    def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
         """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
-        if sequence.params.logprobs is None:
-            return None
         if result.block_logprobs is not None and not plan.draft:
             for at, value in enumerate(result.block_logprobs):
                 if value is not None:
@@ -490,7 +491,8 @@ class Engine:
                 return self._finish(sequence, FinishReason.ERROR, problem, code)
             return self._finish(sequence, output.finish_reason)
         sequence.ids += ids
-        self._runner.commit(sequence, ids)
+        if sequence.params.penalizes:
+            self._runner.commit(sequence, ids)
         released, values = output.release()
         if not released:
             return None

@@ -67,10 +67,11 @@ class CausalPicks:
         self._sequences = sequences
         self.firsts = batch.firsts
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
-        self._verifying = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.select > 1]
+        selects = [s.plan.select if s.plan is not None else 0 for s in sequences]
+        self._verifying = [at for at, select in enumerate(selects) if select > 1]
         if self._verifying:
             firsts = np.array([self.firsts[at] for at in self._verifying])
-            lengths = np.array([s.plan.select - 1 for s in sequences if s.plan is not None and s.plan.select > 1])
+            lengths = np.array([selects[at] - 1 for at in self._verifying])
             self.drafts = (firsts[:, None] + np.minimum(np.arange(lengths.max() + 1), lengths[:, None]), lengths)
         self._values = _Values(sequences)
 
@@ -111,7 +112,6 @@ class BlockPicks:
     def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
         self.count = 0
         self.rows = np.empty((0, 0), dtype=np.int64)
-        self.inside = np.empty((0, 0), dtype=bool)
         if batch.in_block is None:
             return
         self._offset = len(batch.picked)
@@ -121,7 +121,9 @@ class BlockPicks:
         self._sizes = [len(plan.block_ids) for plan in self._plans]
         self.count = len(self._sizes)
         rows, width = np.flatnonzero(batch.in_block), max(self._sizes)
-        if len(rows) == self.count * width:
+        #: Whether all blocks have the same size.
+        self.even = len(rows) == self.count * width
+        if self.even:
             self.rows = rows.reshape(self.count, width)
             self.inside = np.ones(self.rows.shape, dtype=bool)
         else:
@@ -140,8 +142,8 @@ class BlockPicks:
     def masked(self, ids: np.ndarray) -> np.ndarray:
         """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
         self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
-        behind = [at for at, plan in enumerate(self._plans) if plan.select]
-        if behind:
+        behind = [plan.select > 0 for plan in self._plans]
+        if any(behind):
             self._masked[behind, 0] = False
         return self._masked.reshape(-1)
 

@@ -25,8 +25,13 @@ class Staging:
         """int32 [count, size] to be written by the host."""
         if count * size > len(self._array):
             self._allocate(2 * count * size)
-        self._sent = self._buffer[: count * size].view(count, size)
-        return self._array[: count * size].reshape(count, size)
+        views = self._views.get((count, size))
+        if views is None:
+            words = count * size
+            views = self._buffer[:words].view(count, size), self._array[:words].reshape(count, size)
+            self._views[count, size] = views
+        self._sent, columns = views
+        return columns
 
     def send(self) -> Tensor:
         """The columns on the device."""
@@ -35,6 +40,8 @@ class Staging:
     def _allocate(self, words: int) -> None:
         self._buffer = torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         self._array: np.ndarray = self._buffer.numpy()
+        # Shapes come again and again, and making a view costs more than writing a small one.
+        self._views: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
 
 
 class Fetch:
