@@ -113,8 +113,7 @@ class Chooser:
             drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, picks.T
         rows = [sequence.row for sequence in sequences]
-        needs: list[bool] = self._needs[:, rows].any(axis=1).tolist()
-        samples, truncates, penalizes = needs
+        samples, truncates, penalizes = np.logical_or.reduce(self._needs[:, rows], axis=1).tolist()
         return Staged(
             causal,
             blocks,
