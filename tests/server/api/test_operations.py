@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.histogram import Histogram
+from server.api.serve import listen
 from server.engine.client import EngineClient
 from server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
@@ -235,3 +237,11 @@ def test_weighted_histogram() -> None:
     [family] = histogram.collect()
     values = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
     assert values == {"0.1": 1, "1.0": 4, "+Inf": 5, "h_seconds_count": 5, "h_seconds_sum": pytest.approx(8.6)}
+
+
+def test_connections_send_at_once_what_they_are_given() -> None:
+    """Nagle's algorithm and delayed acknowledgements would hold an answer's end back for some 40 ms."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
