@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from models.accounting import ModuleParameters
+from server.engine.cost import MODULES, make_calls
 from server.engine.engine import Engine
-from server.engine.passes import Passes, Patches, Rows
+from server.engine.passes import Passes
 
 #: Rows the curve is measured at; between them it is a line.
 _GRID = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-#: Bytes of the patches that the curve's upstream passes pool.
+#: Bytes a patch, at which a position's patch is guessed.
 _PATCH = 4
 
 
@@ -81,7 +82,7 @@ class CostCurve:
         rows = [count for count in _GRID if count < most] + [most]
         seconds: dict[str, list[float]] = {module: [] for module in _MODULES}
         for count in rows:
-            for module, call in _calls(passes, count, engine, context).items():
+            for module, call in _calls(passes, count, context).items():
                 call()
                 seconds[module].append(_median(call, budget))
         return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
@@ -140,6 +141,7 @@ def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
     }
 
 
+#: Functions of `Passes`: those of `server.engine.cost.MODULES` in their order, and the head.
 _MODULES = ("entropies", "encode", "upstream", "decode", "logits")
 
 
@@ -152,25 +154,13 @@ def _rows_of(module: str, args: tuple[Any, ...]) -> int:
     return len(args[0].owners)
 
 
-def _calls(passes: Passes, count: int, engine: Engine, context: int) -> dict[str, Callable[[], Any]]:
-    """A pass of `count` rows of every module at position `context`, on the page that belongs to nobody."""
-    device = passes.tokens.device
-    zeros = torch.zeros(count, dtype=torch.int32, device=device)
-    spans = [(at, 1) for at in range(count)]
-    rows = Rows(zeros, zeros + context, zeros + context, zeros + context + 1, spans)
-    patch = context // _PATCH
-    closed = Rows(zeros, zeros + patch, zeros + patch, zeros + patch + 1, spans)
-    patches = Patches(closed, zeros, zeros + (_PATCH - 1), zeros, _PATCH)
-    states = torch.zeros(
-        count, engine.config.decoder.hidden_size, dtype=passes._model.lm_head.weight.dtype, device=device
-    )
-    return {
-        "entropies": lambda: passes.entropies(rows),
-        "encode": lambda: passes.encode(rows),
-        "upstream": lambda: passes.upstream(patches),
-        "decode": lambda: passes.decode(rows, zeros, None),
-        "logits": lambda: passes.logits(states, None),
-    }
+def _calls(passes: Passes, count: int, context: int) -> dict[str, Callable[[], Any]]:
+    """A pass of `count` rows of every module at position `context`, by the name of the function that runs it."""
+    of_module = make_calls(passes, count, context, context // _PATCH)
+    head = passes._model.lm_head.weight
+    states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
+    calls = zip(_MODULES, (of_module[name] for name in MODULES), strict=False)
+    return {**dict(calls), "logits": lambda: passes.logits(states, None)}
 
 
 def _median(call: Callable[[], Any], budget: float) -> float:

@@ -1,4 +1,4 @@
-"""Everything of docs/evaluation/ anew, for the checkpoint that ships: about ten minutes on two idle cores.
+"""Everything of docs/evaluation/ anew, for the checkpoint that ships: about 25 minutes on two idle cores.
 
     python -m benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
     python -m benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too

@@ -57,16 +57,15 @@ def measure(
 ) -> Costs:
     """The cost curve of every module at the row counts `counts` (ascending, each at least once).
 
-    Rows stand at position `context` of the null request and, in the global transformer, at patch `patches`: what they
-    write goes to null pages, which nothing reads. `announce` is told of upstream passes. The fastest of `repeats`
-    counts. A module is measured no further once a pass took `limit` seconds.
+    The passes are those of `make_calls`. The fastest of `repeats` counts. A module is measured no further once a pass
+    took `limit` seconds.
     """
     curves: Costs = {}
     for module in MODULES:
         done: list[int] = []
         seconds: list[float] = []
         for count in counts:
-            call = _call(passes, module, count, patches if module == "global" else context, announce)
+            call = make_calls(passes, count, context, patches, announce)[module]
             done.append(count)
             seconds.append(min(_seconds(call, passes.device) for _ in range(repeats)))
             if seconds[-1] > limit:
@@ -92,28 +91,35 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _call(passes: Passes, module: str, count: int, position: int, announce: Announce | None) -> Callable[[], object]:
-    """A pass of `count` single rows of the null request."""
+def make_calls(
+    passes: Passes, count: int, context: int, patches: int, announce: Announce | None = None
+) -> dict[str, Callable[[], object]]:
+    """A pass of every module over `count` single rows of the null request, at position `context` and patch `patches`.
+
+    What they write goes to null pages, which nothing reads. `announce` is told of upstream passes.
+    """
 
     def column(value: int) -> Tensor:
         return torch.full((count,), value, dtype=torch.int32, device=passes.device)
 
-    null, positions = column(0), column(position)
-    rows = Rows(null, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
-    match module:
-        case "patcher":
-            return lambda: passes.entropies(rows)
-        case "encoder":
-            return lambda: passes.encode(rows)
-        case "decoder":
-            return lambda: passes.decode(rows, null, None)
-    closed = Patches(rows, null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
+    def single(position: int) -> Rows:
+        positions = column(position)
+        return Rows(null, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
+
+    null = column(0)
+    rows = single(context)
+    closed = Patches(single(patches), null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
 
     def upstream() -> None:
         if announce is not None:
             where = np.zeros((3, count), np.int32)
-            where[1], where[2] = position, position + 1
+            where[1], where[2] = patches, patches + 1
             announce(where, rows.spans)
         passes.upstream(closed)
 
-    return upstream
+    return {
+        "patcher": lambda: passes.entropies(rows),
+        "encoder": lambda: passes.encode(rows),
+        "global": upstream,
+        "decoder": lambda: passes.decode(rows, null, None),
+    }
