@@ -2,8 +2,11 @@
 
 Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank is the real
 one, and parses if prompt and line are Python (a line that opens a block is given a body); of a weak model the bytes
-before the first wrong one say more. All settings find the prompts in the server's prefix cache, so that speed is that
-of decoding; it is taken of `concurrency` requests at a time and, on fewer prompts, of one at a time.
+before the first wrong one say more.
+
+Speed is taken of groups of `concurrency` requests and, on fewer prompts, of requests one at a time. All settings take
+their turn at a group, in another order each time, before the next group comes: whatever else slows a machine for
+minutes slows all of them. They find the group's prompts in the server's prefix cache: speed is that of decoding.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from benchmarks.evaluation.settings import decoding, trade
 from benchmarks.humaneval import first_line, parses, parses_strictly
 from benchmarks.text_statistics import leading_equal
 
+#: Requests in a group that is completed one at a time.
+_ALONE = 8
+
 
 async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> list[Completion]:
     """Greedy completions of `length` bytes, as many at a time as the endpoint allows."""
@@ -28,27 +34,44 @@ async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], leng
     return await together(endpoint.complete(cut.prompt, **body) for cut in chosen)
 
 
-async def timed(
-    endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int
-) -> tuple[list[Completion], Record]:
-    """The same, with bytes per second of wall time and of the engine's processor time."""
+async def timed(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> Record:
+    """The same with seconds of wall time and of the engine's processor time; of each answer what `judge` reads."""
     before, clock = await endpoint.processor_seconds(), time.perf_counter()
     answers = await complete(endpoint, setting, chosen, length)
     seconds, after = time.perf_counter() - clock, await endpoint.processor_seconds()
-    made = sum(answer.bytes for answer in answers)
-    used = after - before if after is not None and before is not None else None
-    return answers, {
-        "bytes_per_second": round(made / seconds, 1),
-        "bytes_per_processor_second": round(made / used, 1) if used else None,
+    return {
+        "seconds": seconds,
+        "processor_seconds": after - before if after is not None and before is not None else None,
+        "answers": [
+            {
+                "text": answer.text,
+                "bytes": answer.bytes,
+                "decoder_nfe": answer.efficiency["nfe"]["decoder"] if answer.efficiency else None,
+                "gb_paper": answer.efficiency["gb_paper"] if answer.efficiency else None,
+            }
+            for answer in answers
+        ],
     }
 
 
-def judge(chosen: Sequence[Cut], answers: Sequence[Completion]) -> Record:
+def speed(groups: Sequence[Record]) -> Record:
+    """Bytes a second of wall time and of processor time over all groups of a setting."""
+    made = sum(answer["bytes"] for group in groups for answer in group["answers"])
+    used = [group["processor_seconds"] for group in groups]
+    # A server that does not tell its processor time never does.
+    processor = None if None in used else sum(used)
+    return {
+        "bytes_per_second": round(made / sum(group["seconds"] for group in groups), 1),
+        "bytes_per_processor_second": round(made / processor, 1) if processor else None,
+    }
+
+
+def judge(chosen: Sequence[Cut], answers: Sequence[Record]) -> Record:
     """Shares of the completions, and their mean cost a byte."""
-    lines = [first_line(answer.text) for answer in answers]
-    made = sum(answer.bytes for answer in answers)
+    lines = [first_line(answer["text"]) for answer in answers]
+    made = sum(answer["bytes"] for answer in answers)
     right = [line.strip("\r\n").rstrip() == cut.line for line, cut in zip(lines, chosen, strict=True)]
-    costs = [answer.efficiency for answer in answers if answer.efficiency]
+    told = all(answer["decoder_nfe"] is not None for answer in answers)
     return {
         "prompts": len(chosen),
         "exact_match": sum(right) / len(right),
@@ -59,8 +82,8 @@ def judge(chosen: Sequence[Cut], answers: Sequence[Completion]) -> Record:
         "parses": sum(parses(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True)) / len(right),
         "parses_strictly": sum(parses_strictly(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True))
         / len(right),
-        "decoder_nfe_per_byte": sum(cost["nfe"]["decoder"] for cost in costs) / made if costs else None,
-        "gb_paper_per_kilobyte": 1000 * sum(cost["gb_paper"] for cost in costs) / made if costs else None,
+        "decoder_nfe_per_byte": sum(answer["decoder_nfe"] for answer in answers) / made if told else None,
+        "gb_paper_per_kilobyte": 1000 * sum(answer["gb_paper"] for answer in answers) / made if told else None,
     }
 
 
@@ -77,20 +100,37 @@ async def evaluate(
         settings = list(settings or trade(served.block_sizes))
         run = {"task": "quality", "model": vars(served), "prompts": prompts, "alone": alone, "length": length}
         journal = Journal(output / "quality.jsonl", run | {"concurrency": target.concurrency})
-        if any(setting not in journal.records for setting in settings):
-            # Also compiles and allocates whatever the first requests of a server do.
-            await complete(endpoint, "blt", chosen, 1)
         async with Endpoint(endpoint.base_url, target.api_key, concurrency=1) as one:
+            groups = [("together", endpoint, group) for group in _groups(chosen, target.concurrency)]
+            groups += [("alone", one, group) for group in _groups(chosen[:alone], _ALONE)]
             with bar() as progress:
-                for setting in progress.track(settings, description="settings"):
-                    if setting in journal.records:
-                        continue
-                    answers, together = await timed(endpoint, setting, chosen, length)
-                    _, apart = await timed(one, setting, chosen[:alone], length)
-                    journal.add(setting, judge(chosen, answers) | {"together": together, "alone": apart})
-    rows = {setting: journal.records[setting] for setting in settings}
+                task = progress.add_task("groups", total=len(groups))
+                for number, (where, asked, group) in enumerate(groups):
+                    turns = [settings[(number + at) % len(settings)] for at in range(len(settings))]
+                    due = [setting for setting in turns if _key(setting, where, number) not in journal.records]
+                    if due:
+                        # The prompts come into the cache, and whatever a server does at first is done.
+                        await complete(endpoint, "blt", group, 1)
+                    for setting in due:
+                        journal.add(_key(setting, where, number), await timed(asked, setting, group, length))
+                    progress.advance(task)
+    rows: dict[str, Record] = {}
+    for setting in settings:
+        found: dict[str, list[Record]] = {"together": [], "alone": []}
+        for number, (where, _, _) in enumerate(groups):
+            found[where].append(journal.records[_key(setting, where, number)])
+        answers = [answer for group in found["together"] for answer in group["answers"]]
+        rows[setting] = judge(chosen, answers) | {where: speed(records) for where, records in found.items()}
     print(table(rows))
     return {**run, "concurrency": target.concurrency, "settings": rows}
+
+
+def _groups(chosen: Sequence[Cut], size: int) -> list[Sequence[Cut]]:
+    return [chosen[at : at + size] for at in range(0, len(chosen), size)]
+
+
+def _key(setting: str, where: str, number: int) -> str:
+    return f"{setting}, {where} {number}"
 
 
 def table(rows: dict[str, Record]) -> str:

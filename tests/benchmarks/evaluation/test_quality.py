@@ -7,17 +7,16 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cli import app
-from benchmarks.evaluation.endpoint import Completion
+from benchmarks.evaluation.journal import Record
 from benchmarks.evaluation.next_lines import Cut, cuts
 from benchmarks.evaluation.publish import questions
-from benchmarks.evaluation.quality import judge
+from benchmarks.evaluation.quality import judge, speed
 from benchmarks.held_out import held_out_sources
 from benchmarks.humaneval import parses
 
 
-def answer(text: str) -> Completion:
-    efficiency = {"nfe": {"decoder": 4}, "gb_paper": 0.002}
-    return Completion(text, text.encode(), "length", 8, efficiency, 0.0, 1.0)
+def answer(text: str) -> Record:
+    return {"text": text, "bytes": 8, "decoder_nfe": 4, "gb_paper": 0.002}
 
 
 def test_cuts_are_places_in_held_out_files() -> None:
@@ -50,6 +49,13 @@ def test_judging() -> None:
     assert (row["exact_match"], row["parses"], row["parses_strictly"]) == (0.25, 0.5, 0.25)
     assert row["bytes_right"] == (12 + 4 + 7 + 0) / 4
     assert row["decoder_nfe_per_byte"] == 0.5 and row["gb_paper_per_kilobyte"] == pytest.approx(0.25)
+
+
+def test_speed_is_of_all_groups_together() -> None:
+    group = {"seconds": 1.0, "processor_seconds": 0.5, "answers": [answer("x")] * 4}
+    other = {"seconds": 3.0, "processor_seconds": 1.5, "answers": [answer("x")]}
+    assert speed([group, other]) == {"bytes_per_second": 10.0, "bytes_per_processor_second": 20.0}
+    assert speed([group | {"processor_seconds": None}])["bytes_per_processor_second"] is None
 
 
 def test_the_command(url: str, tmp_path: Path) -> None:
