@@ -134,7 +134,10 @@ def to_api_error(error: Exception) -> ApiError:
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
         case _:
-            return ApiError(500, "the server failed to handle this request", code="internal_error")
+            # The exception goes on to the HTTP server, which then closes the connection: a client that was not told
+            # would ask again on it, and lose that request.
+            headers = {"connection": "close"}
+            return ApiError(500, "the server failed to handle this request", code="internal_error", headers=headers)
 
 
 def install(app: FastAPI) -> None:

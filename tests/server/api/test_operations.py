@@ -61,6 +61,8 @@ def test_an_unforeseen_error_is_a_500_that_tells_nothing() -> None:
         response = server.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"x-request-id": "mine"})
         assert "secret" not in assert_error(response, 500)["message"]
         assert response.headers["x-request-id"] == "mine"
+        # The connection ends with it, and says so: the next request takes another.
+        assert response.headers["connection"] == "close"
         assert server.http.get("/health").status_code == 200
 
 
