@@ -62,7 +62,8 @@ def test_leaving_while_queued(checkpoint: str) -> None:
         with posted(server, **LONG | {"prompt": "b", "n": 1}, stream=True):
             until(lambda: server.metric("fastblt_num_requests_waiting") == 1)
         until(lambda: aborted(server) == 1)
-        assert server.metric("fastblt_num_requests_waiting") == 0
+        # What the engine holds is told in snapshots.
+        until(lambda: server.metric("fastblt_num_requests_waiting") == 0)
         assert server.metric("fastblt_num_requests_running") == 1
 
 
