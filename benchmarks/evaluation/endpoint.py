@@ -195,7 +195,8 @@ class Target:
         if self.base_url is not None:
             yield self.base_url
             return
-        options = ["--max-running", str(self.concurrency), "--log-level", "warning"]
+        # Pages are for so many running requests: half of them for those, half for what the prefix cache keeps.
+        options = ["--max-running", str(2 * self.concurrency), "--log-level", "warning"]
         with _in_order(), serving(self.model, options) as server:
             yield f"http://127.0.0.1:{server.port}"
 
