@@ -1,8 +1,8 @@
 """Replicas on Ray Serve under load: throughput of one and of two, and what a killed replica costs.
 
-`python -m benchmarks.replicas` starts a Ray of its own on this machine; it needs the extra `ray`. 200 streamed requests
-with 16 clients, against one replica, two, two of which one is killed (SIGKILL, its engine with it) when half of the
-requests have ended, two that are replaced by others then, and one that may become two.
+`python -m benchmarks.replicas` starts a Ray of its own on this machine; it needs the extras `bench` and `ray`. 200
+streamed requests with 16 clients, against one replica, two, two of which one is killed (SIGKILL, its engine with it)
+when half of the requests have ended, two that are replaced by others then, and one that may become two.
 """
 
 from __future__ import annotations
