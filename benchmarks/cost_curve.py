@@ -159,8 +159,8 @@ def _calls(passes: Passes, count: int, context: int) -> dict[str, Callable[[], A
     of_module = make_calls(passes, count, context, context // _PATCH)
     head = passes._model.lm_head.weight
     states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
-    calls = zip(_MODULES, (of_module[name] for name in MODULES), strict=False)
-    return {**dict(calls), "logits": lambda: passes.logits(states, None)}
+    calls = {function: of_module[module] for function, module in zip(_MODULES[:-1], MODULES, strict=True)}
+    return calls | {"logits": lambda: passes.logits(states, None)}
 
 
 def _median(call: Callable[[], Any], budget: float) -> float:

@@ -491,8 +491,7 @@ class Engine:
                 return self._finish(sequence, FinishReason.ERROR, problem, code)
             return self._finish(sequence, output.finish_reason)
         sequence.ids += ids
-        if sequence.params.penalizes:
-            self._runner.commit(sequence, ids)
+        self._runner.commit(sequence, ids)
         released, values = output.release()
         if not released:
             return None
