@@ -11,18 +11,11 @@
 #include <string.h>
 
 #include "exp_below.h"
+#include "vector.h"
 
 #define PANEL 16
 /* Rows whose inputs and intermediate results stay in the cache together. */
 #define BLOCK 48
-
-typedef float v8 __attribute__((vector_size(32)));
-
-static inline v8 load(const float *x) {
-    v8 out;
-    memcpy(&out, x, sizeof out);
-    return out;
-}
 
 /* What becomes of a sum: it is stored, or a row of `residual` is added to it `times` times. */
 struct target {

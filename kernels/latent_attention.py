@@ -15,7 +15,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.native import library
+from kernels.native import library, threads
+
+#: Latents a patch that the C code has room for; as in latent_attention.c.
+MOST_KEYS = 64
 
 
 def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,6 +47,22 @@ def stored_latent_attention_torch(q: Tensor, store: Tensor, layer: int, slots: T
     return latent_attention(q, k, v)
 
 
+class StoredLatents:
+    """The decoder's cross-attention for one pass: every row over the latent at its slot, int64 [N]."""
+
+    def __init__(self, store: Tensor, slots: Tensor) -> None:
+        self.store, self.slots = store, slots
+
+    @property
+    def native(self) -> bool:
+        """Whether the C code serves it."""
+        fits = self.store.device.type == "cpu" and self.store.dtype == torch.float32
+        return fits and self.store.shape[3] <= MOST_KEYS and _entry() is not None
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        return stored_latent_attention(q, self.store, layer, self.slots)
+
+
 @cache
 def _entry() -> Callable[..., int] | None:
     native = library("latent_attention")
@@ -60,7 +79,7 @@ def _native(function: Callable[..., int], q: Tensor, store: Tensor, layer: int, 
     _, layers, _, keys, kv_heads, dim = store.shape
     one = 2 * keys * kv_heads * dim
     start = store.data_ptr() + layer * one * store.element_size()
-    sizes = (layers * one, q.shape[0], q.shape[1], kv_heads, dim, keys, torch.get_num_threads())
+    sizes = (layers * one, q.shape[0], q.shape[1], kv_heads, dim, keys, threads())
     if function(q.data_ptr(), start, slots.data_ptr(), *sizes, out.data_ptr()):
         return stored_latent_attention_torch(q, store, layer, slots)
     return out

@@ -14,6 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 _SOURCES = Path(__file__).resolve().parent
 # Sums are reordered only where the source says so; NaN and infinity survive.
 _FLAGS = ["-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11"]
@@ -29,6 +31,20 @@ def _cpu_flags() -> list[str]:
     return []
 
 
+_threads: int | None = None
+
+
+def set_threads(count: int | None) -> None:
+    """How many threads C code may use from now on; None: as many as torch's operations."""
+    global _threads
+    _threads = count
+
+
+def threads() -> int:
+    """How many threads C code may use."""
+    return torch.get_num_threads() if _threads is None else _threads
+
+
 @cache
 def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """The library made from kernels/<name>.c, or None where it cannot be compiled or loaded.
@@ -40,7 +56,7 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
         return None
     source = _SOURCES / f"{name}.c"
     flags = [*_FLAGS, *_cpu_flags(), *more_flags]
-    code = b"".join(path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.h"))))
+    code = b"".join(path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.[ch]"))))
     digest = hashlib.sha256(code + " ".join([*flags, platform.machine()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastblt"
     target = folder / f"{name}-{digest}.so"

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "exp_below.h"
+#include "vector.h"
 
 #define TILE 64
 
@@ -25,15 +26,7 @@ struct layout {
     int64_t heads, kv_heads, dim, page;
 };
 
-/* Eight floats; compilers map them to whatever vectors the machine has. */
-typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
-
-static inline v8 load(const float *x) {
-    v8 out;
-    memcpy(&out, x, sizeof out);
-    return out;
-}
 
 /* The sums of eight vectors as one: pairs, then fours, then halves. */
 static inline v8 sums(const v8 *a) {

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.attention import TILE, masked_attention
 from kernels.backend import use_triton
-from kernels.native import library
+from kernels.native import library, threads
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,31 @@ def paged_attention(
         from kernels.paged_attention_triton import paged_attention_triton
 
         return paged_attention_triton(q, k, v, turns, store, at, tiled=tiled)
-    whole = q.shape[-1] % 8 == 0  # the native path counts in vectors of eight
-    if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32 and whole:
-        native = _entry()
-        if native is not None:
-            return _native(native, q, k, v, turns, store, at)
+    if q.dtype == torch.float32 and has_native(store):
+        return _native(q, k, v, turns, store, at)
     return paged_attention_torch(q, k, v, turns, store, at, tiled=tiled)
+
+
+class PagedAttention:
+    """The self-attention that a module is given for one pass: a store for every layer, and where the rows stand."""
+
+    def __init__(
+        self, stores: list[Tensor], turns: Tensor, at: RaggedRows, *, tiled: bool = False, native: bool = False
+    ) -> None:
+        self.stores, self.turns, self.at = stores, turns, at
+        self._tiled = tiled
+        #: Whether the C code serves it.
+        self.native = native
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return paged_attention(q, k, v, self.turns, self.stores[layer], self.at, tiled=self._tiled)
+
+
+def has_native(store: Tensor) -> bool:
+    """Whether the C code serves a store [slots, 2, Hkv, D]."""
+    whole = store.shape[-1] % 8 == 0  # it counts in vectors of eight
+    fits = store.device.type == "cpu" and store.dtype == torch.float32 and whole and not use_triton(store.device)
+    return fits and _entry() is not None
 
 
 @cache
@@ -73,9 +92,9 @@ def _entry() -> Callable[..., int] | None:
     return function
 
 
-def _native(
-    function: Callable[..., int], q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows
-) -> Tensor:
+def _native(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows) -> Tensor:
+    function = _entry()
+    assert function is not None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     n, heads, dim = q.shape
@@ -96,7 +115,7 @@ def _native(
         k.shape[1],
         dim,
         at.page_size,
-        torch.get_num_threads(),
+        threads(),
         out.data_ptr(),
     )
     if failed:

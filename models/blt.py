@@ -6,6 +6,7 @@ cache: it is what training and the reference decoders build on, and what parity 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +18,7 @@ from kernels.attention import masked_attention
 from kernels.hash_embedding import hash_embedding
 from kernels.latent_attention import latent_attention
 from models.config import BltConfig, StackConfig
-from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, Rope, SelfAttend, rotate
+from models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
 from models.patching import PatchRule, entropies
 from models.vocabulary import MASK_ID, VOCAB_SIZE
 
@@ -43,16 +44,13 @@ class Patcher(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCAB_SIZE, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = Stack(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, VOCAB_SIZE, bias=False)
 
     def forward(self, ids: Tensor, attend: SelfAttend) -> Tensor:
         """Next-byte logits [..., 260] (fp32) of ids [...]."""
-        x = self.embed_tokens(ids)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, attend, index)
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(self.layers(self.embed_tokens(ids), attend)))
 
 
 class LocalEncoder(nn.Module):
@@ -63,16 +61,14 @@ class LocalEncoder(nn.Module):
         stack = config.encoder
         self.k = config.cross_attn_k
         self.embed_tokens = nn.Embedding(VOCAB_SIZE, stack.hidden_size)
-        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack.num_layers))
+        self.layers = Stack(stack)
         self.patch_embedding_projection = nn.Linear(stack.hidden_size, stack.hidden_size * self.k, bias=False)
         count = stack.num_layers if config.encoder_cross_attn_all_layers else 1
         self.cross_attn_layers = nn.ModuleList(CrossAttention(stack) for _ in range(count))
 
     def forward(self, x: Tensor, attend: SelfAttend) -> Tensor:
         """States [..., d] of embedded rows x [..., d]."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, attend, index)
-        return x
+        return self.layers(x, attend)
 
     def pool(self, states: Tensor, inside: Tensor, *, tiled: bool = False) -> Tensor:
         """Patch vectors [P, k*d] from padded byte states [P, L, d] and their mask `inside` bool [P, L].
@@ -103,14 +99,11 @@ class GlobalTransformer(nn.Module):
         self.token_embedding_projection: nn.Module = nn.Identity()
         if width != config.global_.hidden_size:
             self.token_embedding_projection = nn.Linear(width, config.global_.hidden_size, bias=False)
-        self.layers = nn.ModuleList(Layer(config.global_) for _ in range(config.global_.num_layers))
+        self.layers = Stack(config.global_)
 
     def forward(self, vectors: Tensor, attend: SelfAttend) -> Tensor:
         """Latents [..., dg] of patch vectors [..., k*d]."""
-        x = self.token_embedding_projection(vectors)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, attend, index)
-        return x
+        return self.layers(self.token_embedding_projection(vectors), attend)
 
 
 class LocalDecoder(nn.Module):
@@ -126,7 +119,7 @@ class LocalDecoder(nn.Module):
         self.k = config.cross_attn_k
         if config.has_diffusion or config.decoder_input == "embedding":
             self.embed_tokens = nn.Embedding(MASK_ID + 1, stack.hidden_size)
-        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack.num_layers))
+        self.layers = Stack(stack)
         self.patch_embedding_projection = nn.Linear(config.global_.hidden_size, stack.hidden_size * self.k, bias=False)
         count = stack.num_layers if config.decoder_cross_attn_all_layers else 1
         self.cross_attn_layers = nn.ModuleList(CrossAttention(stack) for _ in range(count))
@@ -142,11 +135,8 @@ class LocalDecoder(nn.Module):
 
     def forward(self, x: Tensor, attend: SelfAttend, cross_attend: CrossAttend) -> Tensor:
         """Final normed states [..., d] of input rows x [..., d]."""
-        for index, layer in enumerate(self.layers):
-            if index < len(self.cross_attn_layers):
-                x = self.cross_attn_layers[index](x, cross_attend, index)
-            x = layer(x, attend, index)
-        return self.norm(x)
+        crosses = cast(Sequence[CrossAttention], self.cross_attn_layers)
+        return self.norm(self.layers(x, attend, crosses, cross_attend))
 
 
 @dataclass

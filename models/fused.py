@@ -1,26 +1,32 @@
-"""Layers whose dense part runs as a few C calls (`kernels.dense`): for serving a small fp32 model on a CPU."""
+"""A small fp32 model's modules as C calls on a CPU (`kernels.stack`, `kernels.dense`), for serving."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from kernels.dense import Packed, available, feed_forward, pack, pack_norm, project, project_add, rms_norm
-from models.blt import Blt
-from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend
+from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
+from kernels.latent_attention import StoredLatents
+from kernels.paged_attention import PagedAttention
+from kernels.stack import CrossWeights, LayerWeights, PackedStack, fits, run
+from models.blt import Blt, LocalDecoder
+from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
-#: Where a model keeps which weights its layers were fused with.
+#: Where a model keeps which weights it was fused with.
 _FUSED = "_fused_weights"
+
+Pack = Callable[[nn.Module], Packed]
 
 
 def fuse(model: Blt) -> bool:
-    """Let a model's fp32 layers on the CPU run fused under `torch.inference_mode`; whether they do now.
+    """Let a model's fp32 modules on the CPU run fused under `torch.inference_mode`; whether they do now.
 
     Weights are copied: call it again when they have changed; nothing is done where they have not. Layers that are split
     over ranks stay as they are. Where the model is asked for gradients, or over rows of more than one leading
-    dimension, its layers run as before.
+    dimension, or with another attention than that over paged caches, its layers run as before.
     """
     if not available():
         return False
@@ -28,26 +34,36 @@ def fuse(model: Blt) -> bool:
     if vars(model).get(_FUSED) == weights_now:
         return True
     setattr(model, _FUSED, weights_now)
+    copies: dict[int, Packed] = {}
+
+    def packed(linear: nn.Module) -> Packed:
+        """A map's weights, copied once for all that it is part of."""
+        weight = cast(Tensor, linear.weight)
+        if id(weight) not in copies:
+            copies[id(weight)] = pack(weight)
+        return copies[id(weight)]
+
     for module in list(model.modules()):
-        weights = list(module.parameters(recurse=False)) + [
-            p for child in module.children() for p in child.parameters()
-        ]
-        if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
+        if not all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in module.parameters()):
             continue
-        if isinstance(module, Layer):
-            # The parts of a layer that is split over ranks are joined by more than a map.
-            maps = [*module.self_attn.children(), *module.mlp.children()]
-            if not all(isinstance(one, nn.Linear) for one in maps):
-                continue
-            _replace(module, _layer(module))
+        if isinstance(layers := getattr(module, "layers", None), Stack) and _whole(layers):
+            crosses = module.cross_attn_layers if isinstance(module, LocalDecoder) else ()
+            _replace(layers, _stack(layers, cast(Sequence[CrossAttention], crosses), packed))
         elif isinstance(module, CrossAttention):
-            _replace(module, _cross_attention(module))
-            _replace(module, _keys_values(module), "keys_values")
+            _replace(module, _cross_attention(module, packed))
+            _replace(module, _keys_values(module, packed), "keys_values")
         elif isinstance(module, RMSNorm):
             _replace(module, _norm(module))
         elif isinstance(module, nn.Linear):
-            _replace(module, _linear(module))
+            _replace(module, _linear(module, packed))
     return True
+
+
+def _whole(stack: Stack) -> bool:
+    """Whether its layers are on one rank: the parts of split ones are joined by more than a map."""
+    layers = [cast(Layer, layer) for layer in stack]
+    maps = [one for layer in layers for one in (*layer.self_attn.children(), *layer.mlp.children())]
+    return all(isinstance(one, nn.Linear) for one in maps)
 
 
 def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forward") -> None:
@@ -61,26 +77,49 @@ def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forwa
     setattr(module, name, choose)
 
 
-def _layer(layer: Layer) -> Callable[..., Tensor]:
-    attention, mlp = layer.self_attn, layer.mlp
-    before = pack_norm(layer.input_layernorm.weight, layer.input_layernorm.eps)
-    behind = pack_norm(layer.post_attention_layernorm.weight, layer.post_attention_layernorm.eps)
-    maps = tuple(pack(one.weight) for one in (attention.q_proj, attention.k_proj, attention.v_proj))
-    out = pack(attention.o_proj.weight)
-    gate, up, down = (pack(one.weight) for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    dim = attention.head_dim
+def _stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> Callable[..., Tensor]:
+    layers = [cast(Layer, layer) for layer in stack]
+    before = [*crosses[: len(layers)], *[None] * (len(layers) - len(crosses))]
+    weights = [_layer(layer, cross, packed) for layer, cross in zip(layers, before, strict=True)]
+    whole = PackedStack(weights, layers[0].self_attn.head_dim)
+    plain = stack.forward
 
-    def forward(x: Tensor, attend: SelfAttend, index: int) -> Tensor:
-        q, k, v = (one.view(x.shape[0], -1, dim) for one in project(x, before, maps))
-        x = project_add(attend(index, q, k, v).reshape(x.shape[0], -1), out, x)
-        return feed_forward(x, behind, gate, up, down)
+    def forward(
+        x: Tensor, attend: SelfAttend, also: Sequence[CrossAttention] = (), cross_attend: CrossAttend | None = None
+    ) -> Tensor:
+        if not fits(attend, cross_attend):
+            return plain(x, attend, also, cross_attend)
+        return run(whole, x, cast(PagedAttention, attend), cast(StoredLatents | None, cross_attend))
 
     return forward
 
 
-def _cross_attention(cross: CrossAttention) -> Callable[..., Tensor]:
-    norm = pack_norm(cross.q_norm.weight, cross.q_norm.eps)
-    queries, out = (pack(cross.q_proj.weight),), pack(cross.o_proj.weight)
+def _layer(layer: Layer, cross: CrossAttention | None, packed: Pack) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    before = None
+    if cross is not None:
+        before = CrossWeights(_packed_norm(cross.q_norm), packed(cross.q_proj), packed(cross.o_proj))
+    return LayerWeights(
+        norm=_packed_norm(layer.input_layernorm),
+        queries=packed(attention.q_proj),
+        keys=packed(attention.k_proj),
+        values=packed(attention.v_proj),
+        out=packed(attention.o_proj),
+        inner_norm=_packed_norm(layer.post_attention_layernorm),
+        gate=packed(mlp.gate_proj),
+        up=packed(mlp.up_proj),
+        down=packed(mlp.down_proj),
+        cross=before,
+    )
+
+
+def _packed_norm(norm: RMSNorm) -> Norm:
+    return pack_norm(norm.weight, norm.eps)
+
+
+def _cross_attention(cross: CrossAttention, packed: Pack) -> Callable[..., Tensor]:
+    norm = _packed_norm(cross.q_norm)
+    queries, out = (packed(cross.q_proj),), packed(cross.o_proj)
     dim = cross.head_dim
 
     def forward(x: Tensor, attend: CrossAttend, index: int) -> Tensor:
@@ -91,9 +130,9 @@ def _cross_attention(cross: CrossAttention) -> Callable[..., Tensor]:
     return forward
 
 
-def _keys_values(cross: CrossAttention) -> Callable[..., tuple[Tensor, Tensor]]:
-    norm = pack_norm(cross.k_norm.weight, cross.k_norm.eps)
-    maps = (pack(cross.k_proj.weight), pack(cross.v_proj.weight))
+def _keys_values(cross: CrossAttention, packed: Pack) -> Callable[..., tuple[Tensor, Tensor]]:
+    norm = _packed_norm(cross.k_norm)
+    maps = (packed(cross.k_proj), packed(cross.v_proj))
     dim = cross.head_dim
 
     def keys_values(source: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,10 +143,10 @@ def _keys_values(cross: CrossAttention) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _norm(module: RMSNorm) -> Callable[..., Tensor]:
-    norm = pack_norm(module.weight, module.eps)
+    norm = _packed_norm(module)
     return lambda x: rms_norm(x, norm)
 
 
-def _linear(module: nn.Linear) -> Callable[..., Tensor]:
-    maps: tuple[Packed, ...] = (pack(module.weight),)
+def _linear(module: nn.Linear, packed: Pack) -> Callable[..., Tensor]:
+    maps: tuple[Packed, ...] = (packed(module),)
     return lambda x: project(x, None, maps)[0]

@@ -7,6 +7,7 @@ with any leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -109,6 +110,28 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, attend: SelfAttend, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), attend, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Stack(nn.ModuleList):
+    """Layers, the first of them with a cross-attention before it where there are any."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__(Layer(config) for _ in range(config.num_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        attend: SelfAttend,
+        crosses: Sequence[CrossAttention] = (),
+        cross_attend: CrossAttend | None = None,
+    ) -> Tensor:
+        """Rows x [..., d] after the last layer."""
+        for index, layer in enumerate(self):
+            if index < len(crosses):
+                assert cross_attend is not None
+                x = crosses[index](x, cross_attend, index)
+            x = layer(x, attend, index)
+        return x
 
 
 class Rope:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.native import set_threads
 from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
@@ -80,8 +81,11 @@ class Engine:
         device = next(model.parameters()).device
         dtype = model.lm_head.weight.dtype
         if device.type == "cpu":
-            torch.set_num_threads(_threads(config, settings))
-            if _small(config):
+            threads, small = _threads(settings), _small(config)
+            # An operation of torch is shorter there than waking a second thread for it; a share of a pass is not.
+            torch.set_num_threads(1 if small else threads)
+            set_threads(threads)
+            if small:
                 fuse(model)
         if settings.deterministic and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -123,7 +127,7 @@ class Engine:
         device = settings.device if size == 1 else "cpu"
         model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=device)
         if size > 1:
-            spread(model, settings, _threads(model.config, settings))
+            spread(model, settings, 1 if _small(model.config) else _threads(settings))
         folder = Path(settings.model)
         name = settings.model
         if folder.exists():
@@ -545,15 +549,11 @@ def _small(config: BltConfig) -> bool:
     return parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder < _SMALL
 
 
-def _threads(config: BltConfig, settings: EngineSettings) -> int:
-    """Threads of one operation on this machine's processor, which the ranks share.
-
-    In a small model an operation is shorter than waking a second thread for it: with two, the shipped model served 32
-    requests at half the speed (docs/benchmarks.md).
-    """
+def _threads(settings: EngineSettings) -> int:
+    """Threads for this process: the processor's cores, which the ranks share, if the settings do not say."""
     if settings.threads is not None:
         return settings.threads
-    return 1 if _small(config) else max(1, (os.cpu_count() or 1) // settings.tensor_parallel_size)
+    return max(1, len(os.sched_getaffinity(0)) // settings.tensor_parallel_size)
 
 
 def _out_of_memory(error: Exception) -> bool:

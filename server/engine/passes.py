@@ -7,13 +7,12 @@ alone: this is the part that a GPU replays from a captured graph.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.latent_attention import stored_latent_attention
-from kernels.paged_attention import RaggedRows, paged_attention
+from kernels.latent_attention import StoredLatents
+from kernels.paged_attention import PagedAttention, RaggedRows, has_native
 from models.blt import Blt
 from models.config import StackConfig
 from models.layers import Rope
@@ -129,7 +128,7 @@ class Passes:
 
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
-        read = partial(_read_latents, self._caches.latents, latents.long())
+        read = StoredLatents(self._caches.latents, latents.long())
         return self._model.local_decoder(self._decoder_input(rows, block), self._groups["decoder"].attend(rows), read)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
@@ -152,11 +151,6 @@ class Passes:
         return self._states.device_table[owners, positions // page].long() * page + positions % page
 
 
-def _read_latents(store: Tensor, slots: Tensor, layer: int, q: Tensor) -> Tensor:
-    """The decoder's cross-attention for one pass, every row over the latent at its slot."""
-    return stored_latent_attention(q, store, layer, slots)
-
-
 class AttendedGroup:
     """A cache group seen by the layers of its module."""
 
@@ -165,10 +159,11 @@ class AttendedGroup:
     ) -> None:
         self._cache = cache
         self._tiled = tiled
+        self._native = has_native(cache.layers[0])
         self._length = max_length
         self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
 
-    def attend(self, rows: Rows) -> _PagedAttention:
+    def attend(self, rows: Rows) -> PagedAttention:
         at = RaggedRows(
             table=self._cache.device_table,
             rows=rows.owners,
@@ -179,14 +174,4 @@ class AttendedGroup:
             length=self._length,
             page_size=self._cache.page_size,
         )
-        return _PagedAttention(self._cache.layers, self._turns, at, self._tiled)
-
-
-class _PagedAttention:
-    """The self-attention a module is given for one pass."""
-
-    def __init__(self, layers: list[Tensor], turns: Tensor, at: RaggedRows, tiled: bool) -> None:
-        self._layers, self._turns, self._at, self._tiled = layers, turns, at, tiled
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return paged_attention(q, k, v, self._turns, self._layers[layer], self._at, tiled=self._tiled)
+        return PagedAttention(self._cache.layers, self._turns, at, tiled=self._tiled, native=self._native)

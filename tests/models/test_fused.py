@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from kernels.dense import available
+from kernels.latent_attention import StoredLatents
+from kernels.paged_attention import PagedAttention, RaggedRows, has_native
 from models.blt import Blt, CausalAttention, init_weights
+from models.config import StackConfig
 from models.fused import fuse
+from models.layers import Rope
 from tests.models.training.toys import toy_config
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
@@ -19,6 +23,26 @@ def make(decoder_input: str) -> Blt:
     return model
 
 
+class Caches:
+    """Empty caches of one request whose rows are 0, 1, ... of everything."""
+
+    def __init__(self, stack: StackConfig, rows: int) -> None:
+        column = torch.arange(rows, dtype=torch.int32)
+        at = RaggedRows(
+            table=torch.tensor([[0], [1]], dtype=torch.int32),
+            rows=torch.ones(rows, dtype=torch.int32),
+            positions=column,
+            lows=torch.zeros(rows, dtype=torch.int32),
+            highs=column + 1,
+            spans=[(0, rows)],
+            length=16,
+            page_size=16,
+        )
+        stores = [torch.zeros(32, 2, stack.num_kv_heads, stack.head_dim) for _ in range(stack.num_layers)]
+        turns = Rope(stack.head_dim, stack.rope_theta).table(16)
+        self.attend = PagedAttention(stores, turns, at, native=has_native(stores[0]))
+
+
 def rows_of(model: Blt) -> dict[str, torch.Tensor]:
     """What every module makes of random rows [N, d], as the engine calls them."""
     generator = torch.Generator().manual_seed(0)
@@ -28,21 +52,19 @@ def rows_of(model: Blt) -> dict[str, torch.Tensor]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        groups = q.shape[1] // k.shape[1]
-        return q + (k * v).repeat_interleave(groups, 1)
-
-    states = model.local_encoder(draw(11, config.encoder.hidden_size), attend)
+    states = model.local_encoder(draw(11, config.encoder.hidden_size), Caches(config.encoder, 11).attend)
     inside = torch.arange(5) < torch.tensor([1, 5, 3])[:, None]
     vectors = model.local_encoder.pool(draw(3, 5, config.encoder.hidden_size), inside)
-    latents = model.global_transformer(vectors, attend)
-    hidden = model.local_decoder(draw(11, config.decoder.hidden_size), attend, lambda layer, q: q * (layer + 1))
+    latents = model.global_transformer(vectors, Caches(config.global_, 3).attend)
+    keys_values = model.local_decoder.latent_keys_values(latents)
+    read = StoredLatents(keys_values, torch.arange(11) % 3)
+    hidden = model.local_decoder(draw(11, config.decoder.hidden_size), Caches(config.decoder, 11).attend, read)
     return {
-        "entropy model": model.patcher(ids, attend),
+        "entropy model": model.patcher(ids, Caches(config.patcher, 11).attend),
         "encoder": states,
         "vectors": vectors,
         "latents": latents,
-        "keys and values": model.local_decoder.latent_keys_values(latents),
+        "keys and values": keys_values,
         "decoder": hidden,
         "logits": model.lm_head(hidden),
     }
@@ -70,9 +92,9 @@ def test_sequences_and_gradients_take_the_plain_way() -> None:
     fuse(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
-    layer, x = model.local_encoder.layers[0], torch.randn(5, 16, requires_grad=True)
+    encoder, x = model.local_encoder, torch.randn(5, 16, requires_grad=True)
     attend = CausalAttention(model.config.encoder, 5, x.device)
-    layer(x, lambda i, q, k, v: attend(i, q[None], k[None], v[None])[0], 0).sum().backward()
+    encoder(x, lambda i, q, k, v: attend(i, q[None], k[None], v[None])[0]).sum().backward()
     assert x.grad is not None
 
 
@@ -80,8 +102,8 @@ def test_other_dtypes_stay_as_they_are() -> None:
     model = make("encoder").to(torch.bfloat16)
     model.patcher.float()
     fuse(model)
-    assert "forward" not in vars(model.local_decoder.layers[0])
-    assert "forward" in vars(model.patcher.layers[0])
+    assert "forward" not in vars(model.local_decoder.layers)
+    assert "forward" in vars(model.patcher.layers)
 
 
 def test_it_is_done_once_until_weights_change() -> None:
