@@ -1,8 +1,10 @@
 """What a pass costs on this machine by module and rows, and what a decoding's passes should take by that.
 
-Predicted time is the sum over passes of t_m(rows) (design §6.6). The curve is measured on the engine's own passes with
-rows at the very beginning of a request: all weights are read and each row attends to one key. So what a real pass takes
-beyond it is attention over a context, and cache; and what a step takes beyond its passes is the engine.
+Predicted time is the sum over passes of t_m(rows) (design §6.6). The curve is measured on the engine's own passes, the
+modules in turns as in a beat, so that each finds in the processor's caches what the others left. Without a context,
+rows stand at the very beginning of a request: all weights are read and each row attends to one key. So what a real pass
+takes beyond it is attention over a context, and cache; and what a step takes beyond its passes is the engine. With a
+context, the rows read the keys and values of as many requests as will run.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from models.accounting import ModuleParameters
+from server.engine.caches import Caches
 from server.engine.cost import MODULES, make_calls
 from server.engine.engine import Engine
 from server.engine.passes import Passes
@@ -73,18 +76,20 @@ class CostCurve:
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, engine: Engine, most: int, budget: float = 0.1, context: int = 0) -> CostCurve:
+    def measure(cls, engine: Engine, most: int, budget: float = 0.5, context: int = 0, requests: int = 1) -> CostCurve:
         """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows.
 
-        Rows stand at position `context`, and attend to what their windows hold of the keys up to there.
+        Rows stand at position `context`, and attend to what their windows hold of the keys up to there, each to those
+        of one of `requests` requests. Nothing must run in the engine, nor be kept by its prefix cache.
         """
         passes = engine._runner._passes
         rows = [count for count in _GRID if count < most] + [most]
         seconds: dict[str, list[float]] = {module: [] for module in _MODULES}
-        for count in rows:
-            for module, call in _calls(passes, count, context).items():
-                call()
-                seconds[module].append(_median(call, budget))
+        with _occupied(engine._caches, context, requests if context else 0) as owners:
+            for count in rows:
+                own = [owners[at * len(owners) // count] for at in range(count)] if owners else []
+                for module, value in _medians(_calls(passes, count, context, own), budget).items():
+                    seconds[module].append(value)
         return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
 
     def predict(self, done: Pass) -> float:
@@ -154,19 +159,45 @@ def _rows_of(module: str, args: tuple[Any, ...]) -> int:
     return len(args[0].owners)
 
 
-def _calls(passes: Passes, count: int, context: int) -> dict[str, Callable[[], Any]]:
+@contextmanager
+def _occupied(caches: Caches, context: int, requests: int) -> Iterator[list[int]]:
+    """State rows whose page tables name pages, of their own as far as there are enough, up to position `context`."""
+    owners = list(range(1, requests + 1))
+    for name, group in caches.groups.items():
+        count = (context // _PATCH if name == "global" else context) // group.page_size + 1
+        pages = np.arange(requests * count) % group.pool.size + 1
+        group.table[1 : requests + 1, :count] = pages.reshape(requests, count)
+        # Whatever lay there may be no number.
+        for layer in group.layers:
+            layer.zero_()
+    caches.send_tables()
+    try:
+        yield owners
+    finally:
+        for group in caches.groups.values():
+            group.table[1 : requests + 1] = 0
+
+
+def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """A pass of `count` rows of every module at position `context`, by the name of the function that runs it."""
-    of_module = make_calls(passes, count, context, context // _PATCH)
+    of_module = make_calls(passes, count, context, context // _PATCH, owners=owners)
     head = passes._model.lm_head.weight
     states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
     calls = {function: of_module[module] for function, module in zip(_MODULES[:-1], MODULES, strict=True)}
     return calls | {"logits": lambda: passes.logits(states, None)}
 
 
-def _median(call: Callable[[], Any], budget: float) -> float:
-    taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 50):
-        clock = time.perf_counter()
+def _medians(calls: dict[str, Callable[[], Any]], budget: float) -> dict[str, float]:
+    """Seconds of every call, which take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         call()
-        taken.append(time.perf_counter() - clock)
-    return statistics.median(taken)
+    began = time.perf_counter()
+    while len(next(iter(taken.values()))) < 3 or (
+        time.perf_counter() - began < budget and len(next(iter(taken.values()))) < 50
+    ):
+        for name, call in calls.items():
+            clock = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - clock)
+    return {name: statistics.median(values) for name, values in taken.items()}

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-
 from benchmarks.held_out import held_out_prompts
 from benchmarks.methods import BLT, diffusion, speculation
+from kernels.native import threads
 from models.accounting import ModuleParameters
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
@@ -156,15 +155,12 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=128, help="bytes of each request in a stretch")
     parser.add_argument("--rounds", type=int, default=5, help="stretches of each engine")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     prompts = held_out_prompts(args.requests, 256)
     rows = measure(load_checkpoint(args.model), prompts, args.holds, args.bytes, args.rounds, args.temperature)
     if args.json:
-        result = {"requests": args.requests, "threads": torch.get_num_threads(), "runs": rows}
+        result = {"requests": args.requests, "threads": threads(), "runs": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

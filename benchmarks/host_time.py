@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.held_out import held_out_prompts
 from benchmarks.holding import METHODS, endless, start_apart
@@ -170,15 +169,12 @@ def main() -> None:
     parser.add_argument("--model", default=str(PRETRAINED))
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--passes", type=int, default=400)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     prompts = held_out_prompts(max(args.requests), 256)
     rows = measure(load_checkpoint(args.model), prompts, args.passes, tuple(args.requests))
     if args.json:
-        result = {"passes": args.passes, "threads": torch.get_num_threads(), "runs": rows}
+        result = {"passes": args.passes, "runs": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

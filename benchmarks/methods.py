@@ -29,11 +29,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.cost_curve import CostCurve, Pass, Recorder, machine_limits, module_weights, weights_read
 from benchmarks.held_out import held_out_prompts
 from benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
+from kernels.native import threads as threads_in_use
 from models.accounting import ModuleParameters
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
@@ -335,9 +334,9 @@ def measure(
             "rows": cost.curve.rows,
             "seconds": cost.curve.seconds,
             "weights": module_weights(cost.parameters, cost.head),
-            "limits": machine_limits(torch.get_num_threads(), model.lm_head.weight.device),
+            "limits": machine_limits(threads_in_use(), model.lm_head.weight.device),
         }
-        result["threads"] = torch.get_num_threads()
+        result["threads"] = threads_in_use()
     return result
 
 
@@ -438,15 +437,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model = load_checkpoint(args.model)
     settings = chosen_settings(model.config.block_sizes, args.only)
     prompts = held_out_prompts(args.prompts, args.prompt_length)
     result = measure(model, prompts, args.bytes, args.temperature, settings, batch=args.batch, threads=args.threads)
     if args.json:
         run_settings = {k: v for k, v in vars(args).items() if k not in ("model", "json")}
-        result |= {"run": run_settings | {"threads": torch.get_num_threads()}}
+        result |= {"run": run_settings | {"threads": threads_in_use()}}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

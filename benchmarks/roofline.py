@@ -3,13 +3,14 @@
     python -m benchmarks.roofline                    the shipped checkpoint at 1 and 32 requests
     python -m benchmarks.roofline --model FOLDER --batch 1 --bytes 64
 
-First what the machine can do: memory bandwidth in reading, and the rate of a large product. Then a pass of every
-module by its rows, at a context of a few hundred bytes; beside it the least time that its weights and products could
-take, from those two limits. Weights that stay in the processor's caches can be read faster than memory.
+First what the machine can do: memory bandwidth in reading, and the rate of a large product. Then, for every number of
+requests, a pass of every module by its rows, at a context of a few hundred bytes; beside it the least time that its
+weights and products could take, from those two limits. Weights that stay in the processor's caches can be read faster
+than memory.
 
-Then, for every method and number of requests: microseconds a byte measured, and predicted as the sum of the run's
-passes on the curve (design §6.6); and the parts of the former: each module's passes, what they took beyond the curve,
-and the engine, which is all else (selection, host, scheduling).
+Then, for every method: microseconds a byte measured, and predicted as the sum of the run's passes on the curve (design
+§6.6); and the parts of the former: each module's passes, what they took beyond the curve, and the engine, which is all
+else (selection, host, scheduling).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.cost_curve import CostCurve, Recorder, machine_limits, module_weights
 from benchmarks.held_out import held_out_prompts
 from benchmarks.methods import Batch, batch_settings, chosen_settings, run_in_batches
+from kernels.native import threads
 from models.accounting import ModuleParameters
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
@@ -80,18 +81,18 @@ def measure(
     """Print and return the tables."""
     settings = {"auto": DecodingParams(DecodingMethod.AUTO)} | chosen_settings(model.config.block_sizes, "headline")
     context = len(prompts[0]) + length // 2
-    result: dict[str, Any] = {"context": context, "batches": {}}
+    weights = module_weights(ModuleParameters.of(model), model.lm_head.weight.numel())
+    result: dict[str, Any] = {"context": context, "weights": weights, "batches": {}, "curves": {}}
     for size in batches:
-        engine = Engine(model, batch_settings(prompts[:size], length))
-        if "curve" not in result:
-            limits = machine_limits(torch.get_num_threads(), model.lm_head.weight.device)
-            weights = module_weights(ModuleParameters.of(model), model.lm_head.weight.numel())
-            curve = CostCurve.measure(engine, min(512, 2 * max(batches) * MAX_BLOCK_SIZE), context=context)
-            result |= {"limits": limits, "weights": weights, "threads": torch.get_num_threads()}
-            result["curve"] = {"rows": curve.rows, "seconds": curve.seconds}
+        engine = Engine(model, replace(batch_settings(prompts[:size], length), prefix_cache=False))
+        if "limits" not in result:
+            limits = machine_limits(threads(), model.lm_head.weight.device)
+            result |= {"limits": limits, "threads": threads()}
             print("{threads} threads: reads {read_gb_s:.1f} GB/s, {gflop_s:.0f} GFLOP/s".format(**result, **limits))
-            print(f"\nMicroseconds of a pass at position {context} (times the least it could take):\n")
-            print(curve_table(curve, weights, limits))
+        curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), context=context, requests=size)
+        result["curves"][size] = {"rows": curve.rows, "seconds": curve.seconds}
+        print(f"\nMicroseconds of a pass at position {context} of {size} requests (times the least it could take):\n")
+        print(curve_table(curve, weights, limits))
         recorder = Recorder(engine)
         print(f"\n{size} requests, microseconds a byte:\n")
         modules = " | ".join(curve.seconds)

@@ -81,6 +81,13 @@ def headline(results: Results) -> list[tuple[str, str]]:
                 f"{max(peer['ours'].values()) / peer['output_byte_throughput']:.0f} with the best lossless method",
             )
         )
+        best = max(peer["output_byte_throughput"], *peer["batches"].values())
+        facts.append(
+            (
+                f"{peer['together']} requests at once, against its best batch",
+                f"{max(peer['ours_together'].values()) / best:.0f} times the bytes a second",
+            )
+        )
     return facts
 
 

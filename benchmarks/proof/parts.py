@@ -103,7 +103,7 @@ class Plan:
         return parts
 
     def _peers(self) -> list[Part]:
-        size = ["--output-len", "16" if self.quick else "64", "--num-prompts", "1" if self.quick else "3"]
+        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "2"]
         parts = [
             Part(
                 "peer-transformers",

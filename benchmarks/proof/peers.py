@@ -37,16 +37,21 @@ from server.settings import PRETRAINED
 
 #: The token-level model: width, heads, feed-forward width, vocabulary.
 _WIDTH, _HEADS, _INNER, _VOCABULARY = 256, 8, 704, 4096
+#: Sizes of the batches that `transformers` is tried with, and requests that this engine gets at once.
+_BATCHES = (2, 4, 8)
+_TOGETHER = 32
 #: Bytes of the corpus that merges are counted in.
 _TRAINED_ON = 2_000_000
 _SPECIALS = ("<s>", "</s>")
 
 
-def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 256) -> dict[str, Any]:
-    """Bytes a second of `transformers` and of this engine on one checkpoint, greedy, one prompt at a time.
+def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 512) -> dict[str, Any]:
+    """Bytes a second of `transformers` and of this engine on one checkpoint, greedy.
 
-    `use_cache=False` is the only correct path of `transformers`: with its cache, patches and hashes are made from the
-    newest byte alone. `equal_bytes` counts the positions at which both wrote the same. Seconds are whole requests'.
+    First one prompt at a time; `equal_bytes` counts the positions at which both wrote the same. Then `batches` of
+    theirs, by size, over a few bytes each, where their texts are shortest; and `ours_together`, 32 requests at once.
+    Seconds are whole requests'. `use_cache=False` is the only correct path of `transformers`: with its cache, patches
+    and hashes are made from the newest byte alone.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -55,17 +60,25 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
     warm_up = held_out_prompts(1, 16, seed=9)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def generate(ids: list[int], length: int) -> list[int]:
+    def generate(ids: list[list[int]], length: int) -> list[list[int]]:
         with torch.inference_mode():
             made = theirs.generate(
-                torch.tensor([ids]), use_cache=False, do_sample=False, min_new_tokens=length, max_new_tokens=length
+                torch.tensor(ids), use_cache=False, do_sample=False, min_new_tokens=length, max_new_tokens=length
             )
-        return made[0, len(ids) :].tolist()
+        return made[:, len(ids[0]) :].tolist()
 
-    generate(warm_up[0], 4)
+    generate(warm_up, 4)
+    threads = torch.get_num_threads()
     clock = time.perf_counter()
-    written = [generate(ids, output_len) for ids in asked]
+    written = [generate([ids], output_len)[0] for ids in asked]
     seconds = time.perf_counter() - clock
+    batches: dict[int, float] = {}
+    few = max(2, output_len // 16)
+    for size in _BATCHES:
+        together = held_out_prompts(size, prompt_len)
+        clock = time.perf_counter()
+        generate(together, few)
+        batches[size] = size * few / (time.perf_counter() - clock)
     ours, texts = _ours(model, warm_up, asked, output_len)
     return {
         **measured_with(model),
@@ -73,9 +86,12 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
         "prompt_len": prompt_len,
         "output_len": output_len,
         "num_prompts": prompts,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "output_byte_throughput": prompts * output_len / seconds,
+        "batches": batches,
         "ours": ours,
+        "ours_together": _ours_together(model, warm_up, held_out_prompts(_TOGETHER, prompt_len), output_len),
+        "together": _TOGETHER,
         "equal_bytes": sum(equal_positions(one, other) for one, other in zip(written, texts, strict=True)),
     }
 
@@ -95,6 +111,19 @@ def _ours(
         rates[method.value] = len(prompts) * length / (time.perf_counter() - clock)
         texts = texts or made
     return rates, texts
+
+
+def _ours_together(model: str, warm_up: list[list[int]], prompts: list[list[int]], length: int) -> dict[str, float]:
+    """Bytes a second of this engine by method, all the prompts at once."""
+    llm = LLM(model, max_running=len(prompts), prefix_cache=False)
+    rates: dict[str, float] = {}
+    for method in (DecodingMethod.BLT, DecodingMethod.AUTO):
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method))
+        llm.generate(warm_up, params)
+        clock = time.perf_counter()
+        llm.generate(prompts, params)
+        rates[method.value] = len(prompts) * length / (time.perf_counter() - clock)
+    return rates
 
 
 def write_gguf(path: Path, weights: int) -> dict[str, float]:

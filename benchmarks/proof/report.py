@@ -175,6 +175,9 @@ def _peers(results: Results) -> str:
             f"time: {ours} bytes/s. Of {peer['num_prompts'] * peer['output_len']} greedy bytes {peer['equal_bytes']} "
             "are equal."
         )
+        batches = ", ".join(f"{rate:.1f} in batches of {size}" for size, rate in peer["batches"].items())
+        together = ", ".join(f"{name} {value:.0f}" for name, value in peer["ours_together"].items())
+        texts.append(f"It made {batches}; this engine with {peer['together']} requests at once: {together} bytes/s.")
     for name, peer in results.items():
         if name.startswith("peer-") and "bytes_per_token" in peer:
             text = f"{peer['output_byte_throughput']:.0f} bytes/s of its random text"

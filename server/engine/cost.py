@@ -92,11 +92,17 @@ def _finish(device: torch.device) -> None:
 
 
 def make_calls(
-    passes: Passes, count: int, context: int, patches: int, announce: Announce | None = None
+    passes: Passes,
+    count: int,
+    context: int,
+    patches: int,
+    announce: Announce | None = None,
+    owners: Sequence[int] = (),
 ) -> dict[str, Callable[[], object]]:
-    """A pass of every module over `count` single rows of the null request, at position `context` and patch `patches`.
+    """A pass of every module over `count` single rows, at position `context` and patch `patches`.
 
-    What they write goes to null pages, which nothing reads. `announce` is told of upstream passes.
+    They are rows of the null request, and what they write goes to null pages, which nothing reads; or of the requests
+    in the state rows `owners`, one for each row. `announce` is told of upstream passes.
     """
 
     def column(value: int) -> Tensor:
@@ -104,9 +110,10 @@ def make_calls(
 
     def single(position: int) -> Rows:
         positions = column(position)
-        return Rows(null, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
+        return Rows(own, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
 
     null = column(0)
+    own = torch.tensor(owners, dtype=torch.int32, device=passes.device) if owners else null
     rows = single(context)
     closed = Patches(single(patches), null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
 
