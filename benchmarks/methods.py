@@ -293,35 +293,42 @@ def measure(
     rounds: int = 1,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Run every setting over the prompts, printing a row of a table for each.
+    """Run every setting over the prompts, then print a row of a table for each.
 
-    With `batch`, that many requests run at a time and there are figures of time, from the median of `rounds` runs.
+    With `batch`, that many requests run at a time and there are figures of time. The machine's speed may drift, so the
+    settings take turns, `rounds` times, each round with a cost curve of its own; a row is of the round in which the
+    setting's time, as a share of BLT's in that round, was the median.
     """
     settings = settings or paper_settings(model.config.block_sizes)
+    engine = Engine(model, replace(batch_settings(prompts[:batch], length), prefix_cache=False, threads=threads))
+    recorder = Recorder(engine) if batch is not None else None
+    costs: list[Cost] = []
+    runs: dict[str, list[Batch]] = {name: [] for name in settings}
+    positions: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        if batch is not None:
+            costs.append(Cost.of(model, engine, min(512, 2 * batch * MAX_BLOCK_SIZE)))
+        with recorder.on() if recorder is not None else nullcontext():
+            for name, decoding in settings.items():
+                params = [
+                    SamplingParams(
+                        max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding
+                    )
+                    for seed in range(len(prompts))
+                ]
+                before = engine.stats()
+                runs[name].append(run_in_batches(engine, prompts, params, batch or len(prompts), recorder))
+                positions[name] = _by_position(before, engine.stats())
     rows: dict[str, dict[str, Any]] = {}
     batches: dict[str, Batch] = {}
-    engine = Engine(model, replace(batch_settings(prompts[:batch], length), prefix_cache=False, threads=threads))
-    recorder = cost = None
-    if batch is not None:
-        recorder = Recorder(engine)
-        cost = Cost.of(model, engine, min(512, 2 * batch * MAX_BLOCK_SIZE))
-    print(_HEADER if cost is None else _TIMED_HEADER)
-    with recorder.on() if recorder is not None else nullcontext():
-        for name, decoding in settings.items():
-            params = [
-                SamplingParams(
-                    max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding
-                )
-                for seed in range(len(prompts))
-            ]
-            before = engine.stats()
-            runs = [run_in_batches(engine, prompts, params, batch or len(prompts), recorder) for _ in range(rounds)]
-            batches[name] = sorted(runs, key=lambda one: one.seconds)[(rounds - 1) // 2]
-            rows[name] = figures(batches[name], batches["blt"])
-            rows[name] |= _by_position(before, engine.stats())
-            if cost is not None:
-                rows[name] |= times(batches[name], batches["blt"], cost)
-            print(_row(name, rows[name]) if cost is None else _timed_row(name, rows[name]), flush=True)
+    print(_TIMED_HEADER if costs else _HEADER)
+    for name, own in runs.items():
+        at = _median_round(own, runs["blt"])
+        batches[name] = own[at]
+        rows[name] = figures(own[at], runs["blt"][at]) | positions[name]
+        if costs:
+            rows[name] |= times(own[at], runs["blt"][at], costs[at])
+        print(_timed_row(name, rows[name]) if costs else _row(name, rows[name]), flush=True)
     latents = latent_question(batches)
     if latents:
         print("\n| draft | closed latent % | forced latent % | difference, points |\n|---|---|---|---|")
@@ -329,7 +336,8 @@ def measure(
         error = f"{100 * row['difference']:+.2f} ± {100 * row['standard_error']:.2f}"
         print(f"| {name} | {_percent(row['closed'])} | {_percent(row['forced'])} | {error} |")
     result: dict[str, Any] = {"settings": rows, "draft_latent": latents}
-    if cost is not None:
+    if costs:
+        cost = costs[0]
         result["curve"] = {
             "rows": cost.curve.rows,
             "seconds": cost.curve.seconds,
@@ -338,6 +346,12 @@ def measure(
         }
         result["threads"] = threads_in_use()
     return result
+
+
+def _median_round(runs: list[Batch], plain: list[Batch]) -> int:
+    """The round whose time, as a share of plain BLT's in that round, is the median of all."""
+    shares = [one.seconds / base.seconds for one, base in zip(runs, plain, strict=True)]
+    return shares.index(statistics.median_low(shares))
 
 
 def _by_position(before: EngineStats, after: EngineStats) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 import time
 from dataclasses import replace
@@ -69,6 +68,9 @@ _DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
 #: Where and at how many rows the controller of `auto` has the modules' costs measured.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+#: What torch found when it was imported, or was told by OMP_NUM_THREADS.
+_CORES = torch.get_num_threads()
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -550,10 +552,8 @@ def _small(config: BltConfig) -> bool:
 
 
 def _threads(settings: EngineSettings) -> int:
-    """Threads for this process: the processor's cores, which the ranks share, if the settings do not say."""
-    if settings.threads is not None:
-        return settings.threads
-    return max(1, len(os.sched_getaffinity(0)) // settings.tensor_parallel_size)
+    """Threads for this process; if the settings do not say, the processor's cores, which the ranks share."""
+    return settings.threads or max(1, _CORES // settings.tensor_parallel_size)
 
 
 def _out_of_memory(error: Exception) -> bool:

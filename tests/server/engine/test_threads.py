@@ -1,0 +1,45 @@
+"""Threads share a pass's requests, and change nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.held_out import held_out_prompts
+from benchmarks.methods import batch_settings, diffusion, run, speculation
+from kernels.dense import available
+from kernels.native import set_threads, threads
+from models.checkpoint import load_checkpoint
+from server.engine.engine import Engine
+from server.request import DecodingMethod, DecodingParams, SamplingParams
+from server.settings import PRETRAINED
+
+METHODS = [
+    DecodingParams(DecodingMethod.BLT),
+    speculation(8),
+    diffusion(DecodingMethod.BLT_DV, 8, "1step"),
+    diffusion(DecodingMethod.BLT_D, 8, "a0.7"),
+]
+
+
+@pytest.mark.skipif(not available(), reason="no C compiler")
+def test_bytes_do_not_depend_on_threads() -> None:
+    model = load_checkpoint(str(PRETRAINED))
+    prompts = held_out_prompts(24, 200)
+    params = [
+        SamplingParams(
+            max_tokens=24, temperature=0.7 * (at % 2), seed=at, ignore_eos=True, decoding=METHODS[at % len(METHODS)]
+        )
+        for at in range(len(prompts))
+    ]
+    texts = {}
+    try:
+        for count in (1, 2, 5):
+            engine = Engine(model, replace(batch_settings(prompts, 24), threads=count))
+            assert threads() == count and torch.get_num_threads() == 1, "a small model's operations stay whole"
+            texts[count] = [output.ids for output in run(engine, prompts, params).outputs]
+    finally:
+        set_threads(None)
+    assert texts[1] == texts[2] == texts[5]
