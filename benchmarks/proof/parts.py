@@ -73,7 +73,7 @@ class Plan:
             "blt-dv": '{"method": "blt-dv", "block_size": 8, "unmasking": "one_step"}',
         }
         for name, decoding in methods.items():
-            for together in (1, 4) if self.quick else (1, 2, 4, 8, 16, 32, 64):
+            for together in (1, 4) if self.quick else (1, 2, 4, 8, 16, 32, 64, 128):
                 options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
                 options += ["--decoding", decoding, "--output-len", "128"]
                 for level in LEVELS:

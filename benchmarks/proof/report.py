@@ -13,7 +13,7 @@ from benchmarks.proof.facts import Results, headline, levels, method_runs, title
 from benchmarks.proof.parts import load_results
 
 _CAPTIONS = {
-    "throughput.png": "Closed loops of 1 to 64 streams through HTTP.",
+    "throughput.png": "Closed loops of 1 to 128 streams through HTTP.",
     "savings.png": "What each setting saves of plain BLT. The gap between the bars is taken apart in the tables below.",
     "predicted.png": "Predicted: the sum over passes of what a pass of so many rows costs on this machine.",
     "acceptance.png": "How far into a draft the model agrees.",
