@@ -12,7 +12,7 @@ import torch
 from models.blt import Blt
 from models.vocabulary import EOS_ID
 from server.engine.engine import Engine
-from server.request import ByteLogprobs, DecodingParams, Request, SamplingParams
+from server.request import ByteLogprobs, DecodingMethod, DecodingParams, Request, SamplingParams
 from tests.server.harness import (
     MODELS,
     Finished,
@@ -127,7 +127,9 @@ def test_what_matters_least_is_preempted_first() -> None:
     tight = {"max_running": 5, "max_pass_rows": 16}
     tight["cache_bytes"] = least_memory(1, 200, **tight)
     engine = Engine(model(1), settings(**tight))
-    params = SamplingParams(max_tokens=150, min_tokens=150, ignore_eos=True, seed=1)
+    params = SamplingParams(
+        max_tokens=150, min_tokens=150, ignore_eos=True, seed=1, decoding=DecodingParams(DecodingMethod.BLT)
+    )
     order: list[str] = []
 
     def step() -> None:
