@@ -156,7 +156,7 @@ def modes(model: str, rounds: int) -> dict[str, Any]:
 
 
 def auto(model: str, rounds: int) -> dict[str, Any]:
-    """`auto` against fixed settings: mean bytes per second over `rounds` sets of held-out prompts."""
+    """`auto` against fixed settings in turns: mean bytes per second over `rounds` sets of held-out prompts."""
     candidates = {
         "auto": DecodingParams(DecodingMethod.AUTO),
         "blt": BLT,
@@ -168,17 +168,17 @@ def auto(model: str, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for batch in (1, 8, 32):
         for temperature in (0.0, 0.8):
-            speeds = {}
-            for name, decoding in candidates.items():
-                params = SamplingParams(
-                    max_tokens=10_000, temperature=temperature, seed=3, ignore_eos=True, decoding=decoding
-                )
-                measured = []
-                for seed in range(rounds):
+            measured: dict[str, list[float]] = {name: [] for name in candidates}
+            for seed in range(rounds):
+                prompts = held_out_prompts(batch, 256, seed=seed)
+                for name, decoding in candidates.items():
+                    params = SamplingParams(
+                        max_tokens=10_000, temperature=temperature, seed=3, ignore_eos=True, decoding=decoding
+                    )
                     engine = Engine(blt, EngineSettings(model=model, max_running=batch))
-                    start(engine, held_out_prompts(batch, 256, seed=seed), params)
-                    measured.append(bytes_per_second(engine, batch * (80 if batch > 1 else 200)))
-                speeds[name] = round(statistics.mean(measured))
+                    start(engine, prompts, params)
+                    measured[name].append(bytes_per_second(engine, batch * (80 if batch > 1 else 200)))
+            speeds = {name: round(statistics.mean(own)) for name, own in measured.items()}
             print(f"{batch} requests, temperature {temperature}: {speeds}")
             result[f"batch_{batch}_temperature_{temperature}"] = speeds
     return result

@@ -57,24 +57,22 @@ def measure(
 ) -> Costs:
     """The cost curve of every module at the row counts `counts` (ascending, each at least once).
 
-    The passes are those of `make_calls`. The fastest of `repeats` counts. A module is measured no further once a pass
-    took `limit` seconds.
+    The passes are those of `make_calls`. The fastest of `repeats` counts; modules take turns, as in a beat, so that
+    each finds in the processor's caches what the others left. A module is measured no further once a pass took `limit`
+    seconds.
     """
-    curves: Costs = {}
-    for module in MODULES:
-        done: list[int] = []
-        seconds: list[float] = []
-        for count in counts:
-            call = make_calls(passes, count, context, patches, announce)[module]
-            done.append(count)
-            seconds.append(min(_seconds(call, passes.device) for _ in range(repeats)))
-            if seconds[-1] > limit:
-                break
+    seconds: dict[str, list[float]] = {module: [] for module in MODULES}
+    for count in counts:
+        calls = make_calls(passes, count, context, patches, announce)
+        open_ = [module for module in MODULES if not seconds[module] or seconds[module][-1] <= limit]
+        rounds = [{module: _seconds(calls[module], passes.device) for module in open_} for _ in range(repeats)]
+        for module in open_:
+            seconds[module].append(min(one[module] for one in rounds))
+    for curve in seconds.values():
         # A pass of more rows that came out faster was noise in the smaller one.
-        for at in range(len(seconds) - 2, -1, -1):
-            seconds[at] = min(seconds[at], seconds[at + 1])
-        curves[module] = CostCurve(tuple(done), tuple(seconds))
-    return curves
+        for at in range(len(curve) - 2, -1, -1):
+            curve[at] = min(curve[at], curve[at + 1])
+    return {module: CostCurve(tuple(counts[: len(curve)]), tuple(curve)) for module, curve in seconds.items()}
 
 
 @torch.inference_mode()
