@@ -349,9 +349,9 @@ def measure(
 
 
 def _median_round(runs: list[Batch], plain: list[Batch]) -> int:
-    """The round whose time, as a share of plain BLT's in that round, is the median of all."""
-    shares = [one.seconds / base.seconds for one, base in zip(runs, plain, strict=True)]
-    return shares.index(statistics.median_low(shares))
+    """The round whose time, as a share of plain BLT's in that round, is the median of all; of BLT itself, whose time is."""
+    order = [(one.seconds / base.seconds, one.seconds) for one, base in zip(runs, plain, strict=True)]
+    return order.index(statistics.median_low(order))
 
 
 def _by_position(before: EngineStats, after: EngineStats) -> dict[str, Any]:

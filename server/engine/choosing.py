@@ -47,15 +47,16 @@ class Chooser:
         self._bias = torch.zeros(rows, VOCAB_SIZE, device=device)
         self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32, device=device)
         self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool, device=device)
-        # What a pass must know of its rows without asking every request: which work they need (drawing, truncation,
-        # penalties), and from which position on EOS may stand.
-        self._needs = np.zeros((3, rows), dtype=bool)
+        # What a pass must know of its rows without asking every request: which of them need which work (drawing,
+        # truncation, penalties), and from which position on EOS may stand.
+        self._needs: tuple[set[int], set[int], set[int]] = (set(), set(), set())
         self._eos_from = np.zeros(rows, dtype=np.int64)
 
     def admit(self, sequence: Sequence) -> None:
         """Note the parameters of a sequence, and the bytes it has already produced."""
         row, params = sequence.row, sequence.params
-        self._needs[:, row] = not params.greedy, params.truncates, params.penalizes
+        for rows, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
+            (rows.add if needed else rows.discard)(row)
         self._eos_from[row] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
         self._values[:, row] = torch.tensor(
             [
@@ -87,9 +88,9 @@ class Chooser:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
             self._counts[sequence.row] += torch.from_numpy(counts).to(self._device)
 
-    def stage(self, sequences: list[Sequence], batch: Batch) -> Staged:
-        """Lay out what the sequences pick from."""
-        causal, blocks = CausalPicks(sequences, batch), BlockPicks(sequences, batch)
+    def stage(self, sequences: list[Sequence], batch: Batch, plain: bool) -> Staged:
+        """Lay out what the sequences pick from; `plain` where all of them are."""
+        causal, blocks = CausalPicks(sequences, batch, plain), BlockPicks(sequences, batch, plain)
         index = np.concatenate((batch.picked, blocks.rows.reshape(-1))) if blocks.count else batch.picked
         count, total = len(batch.picked), len(index)
         columns = self._allocate("picks", 6, total)
@@ -113,18 +114,20 @@ class Chooser:
             drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, picks.T
         rows = [sequence.row for sequence in sequences]
-        samples, truncates, penalizes = np.logical_or.reduce(self._needs[:, rows], axis=1).tolist()
+        samples, truncates, penalizes = (not needing.isdisjoint(rows) for needing in self._needs)
         return Staged(
             causal,
             blocks,
             count,
             total,
-            whole=total == batch.padded and bool((at == np.arange(total)).all()),
+            whole=total == batch.padded and (not blocks.count or bool((at == np.arange(total)).all())),
             sampled=samples,
             truncated=truncates,
             penalized=penalizes,
             extra=self._drafted(sequences, causal, blocks) if penalizes else [],
-            masks=Masks(sequences, causal, blocks, total) if any(s.constraint for s in sequences) else None,
+            masks=Masks(sequences, causal, blocks, total)
+            if not plain and any(s.constraint for s in sequences)
+            else None,
         )
 
     def choose(self, states: Tensor, staged: Staged) -> list[Tensor]:

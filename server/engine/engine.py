@@ -197,6 +197,7 @@ class Engine:
             self._controller.passed(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
         return deltas
 
+    @torch.inference_mode()
     def _step(self) -> list[Delta]:
         deltas: list[Delta] = []
         for request_id in self._aborted:
@@ -497,7 +498,8 @@ class Engine:
                 return self._finish(sequence, FinishReason.ERROR, problem, code)
             return self._finish(sequence, output.finish_reason)
         sequence.ids += ids
-        self._runner.commit(sequence, ids)
+        if sequence.penalizes:
+            self._runner.commit(sequence, ids)
         released, values = output.release()
         if not released:
             return None

@@ -60,11 +60,13 @@ class Result:
 class CausalPicks:
     """Picks of causal rows, which begin at `firsts` for every sequence.
 
-    `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length.
+    `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length. `plain`:
+    nobody asks for log-probabilities.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
+    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
         self._sequences = sequences
+        self._plain = plain
         self.firsts = batch.firsts
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
         selects = [s.plan.select if s.plan is not None else 0 for s in sequences]
@@ -72,8 +74,8 @@ class CausalPicks:
         if self._verifying:
             firsts = np.array([self.firsts[at] for at in self._verifying])
             lengths = np.array([selects[at] - 1 for at in self._verifying])
-            self.drafts = (firsts[:, None] + np.minimum(np.arange(lengths.max() + 1), lengths[:, None]), lengths)
-        self._values = _Values(sequences)
+            self.drafts = (firsts[:, None] + np.minimum(np.arange(max(selects)), lengths[:, None]), lengths)
+        self._values = _Values([] if plain else sequences)
 
     def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
         """What is to be fetched."""
@@ -96,7 +98,7 @@ class CausalPicks:
             outcome.ids = ids[first : first + outcome.accepted + 1]
             if broken and bad[first : first + plan.select].any():
                 result.bad = True
-            if sequence.params.logprobs is not None:
+            if not self._plain and sequence.params.logprobs is not None:
                 top = sequence.params.logprobs
                 result.logprobs = [values.at(first + i, top) for i in range(len(outcome.ids))]
             if outcome.block_ids:
@@ -109,7 +111,7 @@ class BlockPicks:
     `inside` bool says which are not there to fill up a shorter block.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch) -> None:
+    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
         self.count = 0
         self.rows = np.empty((0, 0), dtype=np.int64)
         if batch.in_block is None:
@@ -133,7 +135,7 @@ class BlockPicks:
         #: Of every block.
         self.steps = steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
         self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
-        self._values = _Values(self._sequences)
+        self._values = _Values([] if plain else self._sequences)
 
     def first(self, sequence: int) -> int:
         """The first pick of the sequence at this place in the batch."""

@@ -1,8 +1,8 @@
 """From plans to staged integers, and from fetched results to outcomes (design §3).
 
 The runner knows rows, patches and latents of sequences; it knows no methods, no HTTP and no scheduling, and leaves
-tensors to `passes`. Every public call takes sequences in batch order. Rows are laid out with array operations over the
-whole batch; what loops over requests takes a few integers from each.
+tensors to `passes`. Every public call takes sequences in batch order, under `torch.inference_mode`. Rows are laid out
+with array operations over the whole batch; what loops over requests takes a few integers from each.
 
 Rows are padded where shapes must be few (`bucket`) and, in deterministic mode, to whole groups of 8: with at least 8
 rows a linear map's result for one row does not depend on the others.
@@ -86,7 +86,6 @@ class Runner:
         """Count fixed ids for penalties."""
         self._chooser.commit(sequence, ids)
 
-    @torch.inference_mode()
     def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
         """Entropy model over rows [scanned, until): the entropies in nats, a list a sequence."""
         spans, entropies = self._causal(
@@ -98,7 +97,6 @@ class Runner:
             sequence.ledger.patcher += 1
         return _split(flat, spans)
 
-    @torch.inference_mode()
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
         """Encoder over rows [encoded, until); the states go to their store."""
         self._causal("encode", self._passes.encode, sequences, [s.encoded for s in sequences], until)
@@ -107,10 +105,10 @@ class Runner:
             sequence.ledger.encoder += 1
             sequence.encoded = end
 
-    @torch.inference_mode()
     def upstream(self, sequences: list[Sequence]) -> None:
         """Pooling and global transformer over every pending patch; latents go to fresh slots of their store."""
         numbers: list[tuple[int, int, int, int, int]] = []
+        longest = 0
         spans: list[tuple[int, int]] = []
         take = self._caches.latent_pool.take
         for sequence in sequences:
@@ -118,6 +116,7 @@ class Runner:
             spans.append((len(numbers), len(waiting)))
             for patch in waiting:
                 patch.slot = take()
+                longest = max(longest, patch.end - patch.start + 1)
                 numbers.append((row, patch.index, patch.start, patch.end, patch.slot))
             sequence.ledger.global_ += 1
         total = len(numbers)
@@ -125,7 +124,6 @@ class Runner:
         columns[:5, :total] = np.array(numbers, dtype=np.int32).T
         owners, index, starts, ends, latents, highs = columns
         np.add(index, 1, out=highs)
-        longest = int((ends - starts).max()) + 1
         if self._deterministic:
             longest = -(-longest // TILE) * TILE
         elif self._static:
@@ -140,7 +138,6 @@ class Runner:
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
-    @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> list[Result]:
         """One decoder pass over the plans of ready sequences, and the choice of their bytes.
 
@@ -157,9 +154,10 @@ class Runner:
         states = self._launch("decode", run, spans, with_blocks)
         self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
-        staged = self._chooser.stage(sequences, batch)
+        plain = all(sequence.plain for sequence in sequences)
+        staged = self._chooser.stage(sequences, batch, plain)
         tensors = self._chooser.choose(states, staged)
-        scored = Scored.of(sequences, batch.spans)
+        scored = None if plain else Scored.of(sequences, batch.spans)
         scores = self._score(states, scored) if scored is not None else []
         ahead = [sequences[at] for at in batch.ahead]
         if not ahead:
@@ -240,7 +238,8 @@ class Runner:
         elif self._deterministic:
             padded = max(8, -(-size // 8) * 8)
         columns = self._staging[kind].columns(count, padded)
-        columns[:, size:] = 0
+        if padded > size:
+            columns[:, size:] = 0
         return columns
 
 
@@ -249,7 +248,9 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
     table: list[tuple[int, ...]] = []
     counts: list[int] = []
     spans: list[tuple[int, int]] = []
-    own: list[int] = []
+    # The latents that runs of adjacent rows read, and how long these are.
+    slots: list[int] = []
+    sizes: list[int] = []
     block_ids: list[int] = []
     ahead: list[int] = []
     total = picks = 0
@@ -263,14 +264,29 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
             if plan.draft:
                 latent = newest
         start, causal, ids = plan.start, plan.causal, plan.block_ids
-        if causal > 1 and len(patches) > 1:
-            own.append(at)
-            latent = patches[0].slot
         end = start + causal
-        count = causal + len(ids)
+        if causal > 1 and len(patches) > 1:
+            # Each reads the newest patch that is closed at its position.
+            done, slot = start, patches[0].slot
+            for patch in islice(patches, 1, None):
+                if done < patch.end < end:
+                    slots.append(slot)
+                    sizes.append(patch.end - done)
+                    done = patch.end
+                if patch.end < end:
+                    slot = patch.slot
+            slots.append(slot)
+            sizes.append(end - done)
+        elif causal:
+            slots.append(latent)
+            sizes.append(causal)
+        count = causal
         if ids:
             block_ids += ids
-        table.append((sequence.row, start - total, end - plan.select, latent, end, start + count, newest))
+            slots.append(newest)
+            sizes.append(len(ids))
+            count += len(ids)
+        table.append((sequence.row, start - total, end - plan.select, end, start + count))
         counts.append(count)
         spans.append((total, count))
         firsts.append(picks)
@@ -287,34 +303,22 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
     rows = (requests if total == len(counts) else requests.repeat(counts, axis=0)).T
     owner[:] = rows[0]
     np.add(rows[1], np.arange(total, dtype=np.int32), out=position)
+    latent_[:] = slots if total == len(slots) else np.repeat(slots, sizes)
     picked = position >= rows[2]
     in_block = None
     if block_ids:
-        in_block = position >= rows[4]
-        first[:] = np.where(in_block, rows[4], position)
-        high[:] = np.where(in_block, rows[5], position + 1)
-        latent_[:] = np.where(in_block, rows[6], rows[3])
+        in_block = position >= rows[3]
+        first[:] = np.where(in_block, rows[3], position)
+        high[:] = np.where(in_block, rows[4], position + 1)
         block[:] = -1
         block[in_block] = block_ids
         picked &= ~in_block
     else:
         first[:] = position
         np.add(position, 1, out=high)
-        latent_[:] = rows[3]
-    for at in own:
-        _own_latents(sequences[at], latent_[spans[at][0] :])
     return Batch(
         owner, position, block, np.flatnonzero(picked), firsts, ahead, in_block, spans, total, columns.shape[1]
     )
-
-
-def _own_latents(sequence: Sequence, latents: np.ndarray) -> None:
-    """Causal rows read the newest patch closed at their position: `latents` begins at the sequence's first row."""
-    plan = sequence.plan
-    assert plan is not None
-    for patch in islice(sequence.patches, 1, None):
-        if patch.end < plan.end:
-            latents[max(patch.end - plan.start, 0) : plan.causal] = patch.slot
 
 
 def _with_padding(spans: list[tuple[int, int]], total: int, padded: int) -> list[tuple[int, int]]:

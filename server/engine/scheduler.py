@@ -64,10 +64,10 @@ class Scheduler:
 
         False: the sequence itself was preempted.
         """
-        length = max(plan.end + len(plan.block_ids), plan.scan_to)
+        end = plan.start + plan.causal
+        length = max(end + len(plan.block_ids), plan.scan_to)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
-        unknown = max(plan.end - sequence.scanned, 0)
-        patches = sequence.closed + unknown + (1 if plan.provisional else 0)
+        patches = sequence.closed + max(end - sequence.scanned, 0) + plan.provisional
         while not self._caches.reserve(sequence.row, length, patches):
             # The youngest of those that matter least.
             victim = max(reversed(self.running), key=lambda s: s.request.priority)

@@ -47,6 +47,9 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.constraint = constraint
         self.output = Output(request.params, constraint)
+        #: Whether a pass has nothing to say of it but ids.
+        self.plain = constraint is None and self.params.logprobs is None and self.params.prompt_logprobs is None
+        self.penalizes = self.params.penalizes
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
         #: How many of the prompt's rows were scored, and their scores until they leave.
@@ -161,10 +164,14 @@ class Sequence:
             self.open_start = patch.start
             if patch.slot:
                 freed.append(patch.slot)
-        self._cut_report(keep)
-        self.scanned = min(self.scanned, keep)
-        self.encoded = min(self.encoded, keep)
-        self.decoded = min(self.decoded, keep)
+        if self.starts or self.entropies:
+            self._cut_report(keep)
+        if self.scanned > keep:
+            self.scanned = keep
+        if self.encoded > keep:
+            self.encoded = keep
+        if self.decoded > keep:
+            self.decoded = keep
         return freed
 
     def _cut_report(self, keep: int) -> None:

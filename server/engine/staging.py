@@ -19,6 +19,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._here = device.type == "cpu"
         self._allocate(4096)
 
     def columns(self, count: int, size: int) -> np.ndarray:
@@ -35,7 +36,7 @@ class Staging:
 
     def send(self) -> Tensor:
         """The columns on the device."""
-        return self._sent.to(self._device, non_blocking=True)
+        return self._sent if self._here else self._sent.to(self._device, non_blocking=True)
 
     def _allocate(self, words: int) -> None:
         self._buffer = torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
