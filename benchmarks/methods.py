@@ -349,7 +349,7 @@ def measure(
 
 
 def _median_round(runs: list[Batch], plain: list[Batch]) -> int:
-    """The round whose time, as a share of plain BLT's in that round, is the median of all; of BLT, whose own time is."""
+    """The round whose time, as a share of plain BLT's in that round, is the median of all; BLT's own is its time."""
     order = [(one.seconds / base.seconds, one.seconds) for one, base in zip(runs, plain, strict=True)]
     return order.index(statistics.median_low(order))
 
