@@ -128,38 +128,58 @@ static void attend_row(const float *q, const float *cache, const int32_t *pages,
     attend(q, cache, pages, lo, hi, at, at.dim, scores, best, total, out);
 }
 
+/* Where rows stand: as paged_attention.py says. */
+struct places {
+    const float *turns;
+    const int32_t *table, *rows, *positions, *lows, *highs;
+    int64_t table_stride, page;
+};
+
+static inline struct layout layout_of(const struct places *where, int64_t heads, int64_t kv_heads, int64_t dim) {
+    return (struct layout){heads, kv_heads, dim, where->page};
+}
+
+/* Writes the keys, rotated, and values of rows [first, first + n); k and v begin with the first of them. */
+static void write_rows(const float *k, const float *v, const struct places *where, struct layout at, int64_t first,
+                       int64_t n, float *cache) {
+    int64_t size = at.kv_heads * at.dim;
+    for (int64_t i = first; i < first + n; i++, k += size, v += size) {
+        int64_t p = where->positions[i], page = where->table[where->rows[i] * where->table_stride + p / at.page];
+        float *slot = cache + (page * at.page + p % at.page) * 2 * size;
+        for (int64_t h = 0; h < at.kv_heads; h++)
+            turn(k + h * at.dim, where->turns + p * at.dim, slot + h * at.dim, at.dim, 1);
+        memcpy(slot + size, v, sizeof(float) * size);
+    }
+}
+
+/* Rows [first, first + n) attend; q and out begin with the first of them. Returns 0, or 1 when memory ran out. */
+static int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
+                       int64_t n, float *out) {
+    float *turned = malloc(sizeof(float) * at.heads * (size_t)(at.dim + TILE + 2));
+    if (!turned) return 1;
+    float scale = 1.0f / sqrtf((float)at.dim), *scores = turned + at.heads * at.dim, *best = scores + at.heads * TILE;
+    for (int64_t i = first; i < first + n; i++, q += at.heads * at.dim, out += at.heads * at.dim) {
+        for (int64_t h = 0; h < at.heads; h++)
+            turn(q + h * at.dim, where->turns + (int64_t)where->positions[i] * at.dim, turned + h * at.dim, at.dim, scale);
+        attend_row(turned, cache, where->table + where->rows[i] * where->table_stride, where->lows[i], where->highs[i],
+                   at, scores, best, best + at.heads, out);
+    }
+    free(turned);
+    return 0;
+}
+
 /* All keys and values are written before any row attends. Returns 0, or 1 when memory ran out. */
-int fastblt_paged_attention(const float *q, const float *k, const float *v, const float *turns, float *cache,
-                            const int32_t *table, int64_t table_stride, const int32_t *rows, const int32_t *positions,
-                            const int32_t *lows, const int32_t *highs, int64_t n, int64_t heads, int64_t kv_heads,
-                            int64_t dim, int64_t page, int64_t threads, float *out) {
-    struct layout at = {heads, kv_heads, dim, page};
-    int64_t stride = 2 * kv_heads * dim, work = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t *pages = table + rows[i] * table_stride;
-        int64_t p = positions[i];
-        float *slot = cache + ((int64_t)pages[p / page] * page + p % page) * stride;
-        for (int64_t h = 0; h < kv_heads; h++) turn(k + (i * kv_heads + h) * dim, turns + p * dim, slot + h * dim, dim, 1);
-        memcpy(slot + kv_heads * dim, v + i * kv_heads * dim, sizeof(float) * kv_heads * dim);
-        work += highs[i] - lows[i];
-    }
-    int failed = 0;
+int fastblt_paged_attention(const float *q, const float *k, const float *v, const struct places *where, float *cache,
+                            int64_t n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t threads, float *out) {
+    struct layout at = layout_of(where, heads, kv_heads, dim);
+    int64_t work = 0;
+    write_rows(k, v, where, at, 0, n, cache);
+    for (int64_t i = 0; i < n; i++) work += where->highs[i] - where->lows[i];
     /* Waking a second thread costs more than a small pass. */
-    int many = threads > 1 && n > 1 && work * heads * dim > 200000;
-#pragma omp parallel num_threads(threads) if (many)
-    {
-        float *turned = malloc(sizeof(float) * heads * (size_t)(dim + TILE + 2));
-        if (!turned) failed = 1;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n; i++) {
-            if (!turned) continue;
-            float scale = 1.0f / sqrtf((float)dim), *scores = turned + heads * dim, *best = scores + heads * TILE;
-            for (int64_t h = 0; h < heads; h++)
-                turn(q + (i * heads + h) * dim, turns + (int64_t)positions[i] * dim, turned + h * dim, dim, scale);
-            attend_row(turned, cache, table + rows[i] * table_stride, lows[i], highs[i], at, scores, best,
-                       best + heads, out + i * heads * dim);
-        }
-        free(turned);
-    }
+    if (threads < 2 || n < 2 || work * heads * dim <= 200000) return attend_rows(q, cache, where, at, 0, n, out);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
+    for (int64_t i = 0; i < n; i++)
+        failed |= attend_rows(q + i * heads * dim, cache, where, at, i, 1, out + i * heads * dim);
     return failed;
 }

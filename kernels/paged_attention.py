@@ -79,6 +79,21 @@ def has_native(store: Tensor) -> bool:
     return fits and _entry() is not None
 
 
+class Places(ctypes.Structure):
+    """Where the rows stand, as the C code takes it; the tensors must outlive it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("turns", "table", "rows", "positions", "lows", "highs")),
+        ("table_stride", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, turns: Tensor, at: RaggedRows) -> Places:
+        tensors = (turns, at.table, at.rows, at.positions, at.lows, at.highs)
+        return cls(*(tensor.data_ptr() for tensor in tensors), at.table.stride(0), at.page_size)
+
+
 @cache
 def _entry() -> Callable[..., int] | None:
     """The C function, with its argument types said once."""
@@ -86,8 +101,10 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_paged_attention
-    pointers = [ctypes.c_void_p] * 6
-    function.argtypes = [*pointers, ctypes.c_int64, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_void_p]
+    pointers = [ctypes.c_void_p] * 3
+    function.argtypes = [
+        *pointers, ctypes.POINTER(Places), ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p
+    ]  # fmt: skip
     function.restype = ctypes.c_int
     return function
 
@@ -102,19 +119,12 @@ def _native(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: R
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        turns.data_ptr(),
+        Places.of(turns, at),
         store.data_ptr(),
-        at.table.data_ptr(),
-        at.table.stride(0),
-        at.rows.data_ptr(),
-        at.positions.data_ptr(),
-        at.lows.data_ptr(),
-        at.highs.data_ptr(),
         n,
         heads,
         k.shape[1],
         dim,
-        at.page_size,
         threads(),
         out.data_ptr(),
     )

@@ -1,9 +1,13 @@
 /* All layers of a module over the rows of a pass, on a CPU, fp32. What a layer computes stands in models/layers.py; its
  * parts are the functions of the included files.
  *
- * Rows of different requests have nothing to do with each other, so threads share the requests, and each takes its own
- * through all layers. Every row is computed as if it were alone, so this changes no result.
+ * Threads share the rows. Rows of different requests have nothing to do with each other, so where requests can be shared
+ * out evenly each thread takes its own through all layers. Where one has most of the rows, a prompt, these are shared out
+ * too, and in each layer the threads wait for each other's keys and values. Every row is computed as if it were alone, so
+ * none of this changes a result.
  */
+#include <omp.h>
+
 #include "dense.c"
 #include "latent_attention.c"
 #include "paged_attention.c"
@@ -27,14 +31,6 @@ struct module {
     int64_t count, size, inner, heads, kv_heads, dim;
 };
 
-/* Where the rows stand, as paged_attention.py says, and a cache for each layer. */
-struct places {
-    const float *turns;
-    float *const *caches;
-    const int32_t *table, *rows, *positions, *lows, *highs;
-    int64_t table_stride, page;
-};
-
 /* The latents that cross-attentions read: a slot of so many floats for each row, and in it so many for each layer. */
 struct latents {
     const float *store;
@@ -42,63 +38,80 @@ struct latents {
     int64_t slot_size, layer_size, keys;
 };
 
-/* Rows [first, first + n) of x [.., size] through all layers, in place. Returns 0, or 1 when memory ran out. */
-static int run(const struct module *m, const struct places *at, const struct latents *latents, int64_t first, int64_t n,
-               int64_t threads, float *x) {
+static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - at->lows[row]; }
+
+/* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests unless `anywhere`; a row
+ * of the null request belongs to nobody. Returns the work of the largest share. */
+static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t parts, int anywhere, int64_t *starts) {
+    int64_t done = 0, own = 0, largest = 0, p = 1;
+    starts[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int between = anywhere || !i || at->rows[i] != at->rows[i - 1] || !at->rows[i];
+        if (own && between && p < parts && done * parts >= total * p) {
+            largest = own > largest ? own : largest;
+            starts[p++] = i, own = 0;
+        }
+        own += work_of(at, i), done += work_of(at, i);
+    }
+    while (p <= parts) starts[p++] = n;
+    return own > largest ? own : largest;
+}
+
+/* Rows [first, first + n) of x [.., size] through all layers, in place; `together`: beside other threads whose rows these
+ * may read. `scratch` has room for queries, attended, keys and values of the rows. Returns 0, or 1 when memory ran out. */
+static int run(const struct module *m, float *const *caches, const struct places *at, const struct latents *latents,
+               int64_t first, int64_t n, int together, float *scratch, float *x) {
     int64_t wide = m->heads * m->dim, narrow = m->kv_heads * m->dim;
-    float *q = malloc(sizeof(float) * n * 2 * (wide + narrow)), *attended = q + n * wide, *k = attended + n * wide;
-    if (!q) return 1;
-    float *v = k + n * narrow;
+    float *q = scratch, *attended = q + n * wide, *k = attended + n * wide, *v = k + n * narrow;
+    struct layout heads = layout_of(at, m->heads, m->kv_heads, m->dim);
     int failed = 0;
     x += first * m->size;
-    for (int64_t i = 0; i < m->count && !failed; i++) {
+    /* A thread that failed goes on, for the others wait for it. */
+    for (int64_t i = 0; i < m->count; i++) {
         const struct layer *w = m->layers + i;
         if (w->cross_queries) {
             failed |= fastblt_project(x, n, m->size, w->cross_gain, w->cross_eps, w->cross_queries, wide, q, NULL, 0, NULL,
                                       NULL, 0, NULL);
             failed |= fastblt_latent_attention(q, latents->store + i * latents->layer_size, latents->slots + first,
-                                               latents->slot_size, n, m->heads, m->kv_heads, m->dim, latents->keys,
-                                               threads, attended);
+                                               latents->slot_size, n, m->heads, m->kv_heads, m->dim, latents->keys, 1,
+                                               attended);
             fastblt_project_add(attended, n, wide, w->cross_out, m->size, x, 2, x);
         }
         failed |= fastblt_project(x, n, m->size, w->gain, w->eps, w->queries, wide, q, w->keys, narrow, k, w->values,
                                   narrow, v);
-        failed |= fastblt_paged_attention(q, k, v, at->turns, at->caches[i], at->table, at->table_stride,
-                                          at->rows + first, at->positions + first, at->lows + first, at->highs + first,
-                                          n, m->heads, m->kv_heads, m->dim, at->page, threads, attended);
+        write_rows(k, v, at, heads, first, n, caches[i]);
+        if (together) {
+#pragma omp barrier
+        }
+        failed |= attend_rows(q, caches[i], at, heads, first, n, attended);
         fastblt_project_add(attended, n, wide, w->out, m->size, x, 1, x);
         failed |= fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
     }
-    free(q);
     return failed;
 }
 
-/* Cuts the rows between requests into at most `threads` shares of about the same work; `starts` has one more. A row of
- * the null request belongs to nobody. */
-static int64_t share(const struct places *at, int64_t n, int64_t threads, int64_t *starts) {
-    int64_t total = 0, done = 0, parts = 1;
-    for (int64_t i = 0; i < n; i++) total += ROW + at->highs[i] - at->lows[i];
-    int64_t wanted = total / LEAST < threads ? total / LEAST : threads;
-    if (wanted > MOST_THREADS) wanted = MOST_THREADS;
-    starts[0] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        int between = i && (at->rows[i] != at->rows[i - 1] || !at->rows[i]);
-        if (between && parts < wanted && done * wanted >= total * parts) starts[parts++] = i;
-        done += ROW + at->highs[i] - at->lows[i];
-    }
-    starts[parts] = n;
-    return parts;
-}
-
-/* Rows x [n, size] through the module, in place. Returns 0, or 1 when memory ran out. */
-int fastblt_stack(const struct module *module, const struct places *at, const struct latents *latents, int64_t n,
-                  int64_t threads, float *x) {
-    if (!n) return 0;
-    int64_t starts[MOST_THREADS + 1], parts = share(at, n, threads, starts);
-    if (parts == 1) return run(module, at, latents, 0, n, threads, x);
+/* Rows x [n, size] through the module, in place, with a cache for each layer. Returns 0, or 1 when memory ran out. */
+int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
+                  const struct latents *latents, int64_t n, int64_t threads, float *x) {
+    int64_t each = 2 * (module->heads + module->kv_heads) * module->dim, total = 0;
+    float *scratch = malloc(sizeof(float) * (n * each + 1));
+    if (!scratch) return 1;
+    for (int64_t i = 0; i < n; i++) total += work_of(at, i);
+    int64_t parts = total / LEAST < threads ? total / LEAST : threads;
+    if (parts > MOST_THREADS) parts = MOST_THREADS;
     int failed = 0;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
-    for (int64_t p = 0; p < parts; p++)
-        failed |= run(module, at, latents, starts[p], starts[p + 1] - starts[p], 1, x);
+    if (parts < 2) {
+        failed = run(module, caches, at, latents, 0, n, 0, scratch, x);
+    } else {
+#pragma omp parallel num_threads(parts) reduction(| : failed)
+        {
+            int64_t starts[MOST_THREADS + 1], team = omp_get_num_threads(), me = omp_get_thread_num();
+            int together = cut(at, n, total, team, 0, starts) * team > total + total / 4;
+            if (together) cut(at, n, total, team, 1, starts);
+            int64_t first = starts[me], count = starts[me + 1] - first;
+            failed |= run(module, caches, at, latents, first, count, together, scratch + first * each, x);
+        }
+    }
+    free(scratch);
     return failed;
 }

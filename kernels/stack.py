@@ -1,7 +1,7 @@
 """All layers of a module over the rows of a pass, in one call: `models.layers.Stack` on a CPU, in fp32.
 
 In torch, or with a call for each part of a layer, a small model's layers cost more in calls than in arithmetic. Here
-`threads()` of them share the requests of the pass; every row is computed as if it were alone.
+`threads()` of them share the rows of the pass; every row is computed as if it were alone.
 
 Shapes: x [N, d] fp32; the rows and their caches as in `kernels.paged_attention`, the latents as in
 `kernels.latent_attention`. Returns a new tensor [N, d].
@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.dense import Norm, Packed
 from kernels.latent_attention import StoredLatents
 from kernels.native import library, threads
-from kernels.paged_attention import PagedAttention
+from kernels.paged_attention import PagedAttention, Places
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,15 @@ def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLa
     """See the module. Raises MemoryError."""
     function = _entry()
     assert function is not None
-    at = attend.at
     x = x.clone(memory_format=torch.contiguous_format)
     caches = (ctypes.c_void_p * len(attend.stores))(*(store.data_ptr() for store in attend.stores))
-    places = _Places(
-        attend.turns.data_ptr(), caches, at.table.data_ptr(), at.rows.data_ptr(), at.positions.data_ptr(),
-        at.lows.data_ptr(), at.highs.data_ptr(), at.table.stride(0), at.page_size,
-    )  # fmt: skip
     read = None
     if latents is not None:
         _, _, _, keys, kv_heads, dim = latents.store.shape
         whole, one = latents.store.stride(0), 2 * keys * kv_heads * dim
         read = _Latents(latents.store.data_ptr(), latents.slots.data_ptr(), whole, one, keys)
-    if function(stack.module, places, read, x.shape[0], threads(), x.data_ptr()):
+    places = Places.of(attend.turns, attend.at)
+    if function(stack.module, caches, places, read, x.shape[0], threads(), x.data_ptr()):
         raise MemoryError("a module could not allocate its scratch space")
     return x
 
@@ -109,16 +105,6 @@ class _Module(ctypes.Structure):
     ]
 
 
-class _Places(ctypes.Structure):
-    _fields_ = [
-        ("turns", ctypes.c_void_p),
-        ("caches", ctypes.POINTER(ctypes.c_void_p)),
-        *((name, ctypes.c_void_p) for name in ("table", "rows", "positions", "lows", "highs")),
-        ("table_stride", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-    ]
-
-
 class _Latents(ctypes.Structure):
     _fields_ = [("store", ctypes.c_void_p), ("slots", ctypes.c_void_p)] + [
         (name, ctypes.c_int64) for name in ("slot_size", "layer_size", "keys")
@@ -141,7 +127,8 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_stack
-    structs = [ctypes.POINTER(kind) for kind in (_Module, _Places, _Latents)]
-    function.argtypes = [*structs, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    module, places, latents = (ctypes.POINTER(kind) for kind in (_Module, Places, _Latents))
+    caches = ctypes.POINTER(ctypes.c_void_p)
+    function.argtypes = [module, caches, places, latents, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function

@@ -122,7 +122,12 @@ def some_rows(world: World, rows: list[int]) -> World:
 @st.composite
 def passes(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     owners = draw(st.lists(st.integers(1, REQUESTS), min_size=1, max_size=REQUESTS, unique=True))
-    return [(owner, draw(st.integers(0, LENGTH - 10)), draw(st.integers(1, 9))) for owner in owners]
+    spans = [(owner, draw(st.integers(0, LENGTH - 10)), draw(st.integers(1, 9))) for owner in owners]
+    if draw(st.booleans()):
+        # A prompt, whose rows are most of the pass.
+        at = draw(st.integers(0, len(spans) - 1))
+        spans[at] = (spans[at][0], draw(st.integers(0, 10)), 100)
+    return spans
 
 
 def test_the_native_path_is_there() -> None:
@@ -174,6 +179,20 @@ def test_a_request_does_not_depend_on_the_others() -> None:
         rows = list(range(first, first + count))
         own = some_rows(world, rows)
         assert torch.equal(run(weights, x[rows], own.attend(), StoredLatents(world.latents, slots[rows])), whole[rows])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("before", [0, 3, 23])
+def test_a_prompt_is_shared_out_too(before: int) -> None:
+    """Threads wait for each other's keys and values: many times over, bit by bit."""
+    spans = [(owner, 90, 1) for owner in range(1, before + 1)] + [(24, 0, 110)]
+    world = make(before, (4, 2, 16, 3, 1), spans)
+    weights, x, slots = packed(world), torch.randn(len(world.at.rows), 64), torch.arange(len(world.at.rows)) % 9
+    set_threads(1)
+    alone = run(weights, x, world.attend(), StoredLatents(world.latents, slots))
+    for count in (2, 3, 7) * 20:
+        set_threads(count)
+        assert torch.equal(run(weights, x, world.attend(), StoredLatents(world.latents, slots)), alone)
 
 
 @torch.inference_mode()
