@@ -1,13 +1,17 @@
-"""A small fp32 model's modules as C calls on a CPU (`kernels.stack`, `kernels.dense`), for serving."""
+"""A model's fp32 modules on a CPU as C calls, for serving: whole modules of a small model (`kernels.stack`,
+`kernels.dense`), the linear maps of a large one (`kernels.linear`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import linear
 from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention
@@ -59,6 +63,30 @@ def fuse(model: Blt) -> bool:
     return True
 
 
+def stream(model: Blt) -> bool:
+    """Let a large model's fp32 maps on the CPU read their weights as fast as memory gives them, under
+    `torch.inference_mode` and for passes of few rows; whether they do now. Nothing is copied.
+    """
+    if not linear.available():
+        return False
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Linear)
+            and module.weight.dtype == torch.float32
+            and module.weight.device.type == "cpu"
+        ):
+            _replace(module, _streamed(module))
+    return True
+
+
+def _streamed(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        return linear.linear(x, weight) if x.shape[0] <= linear.FEW else F.linear(x, weight)
+
+    return forward
+
+
 def _whole(stack: Stack) -> bool:
     """Whether its layers are on one rank: the parts of split ones are joined by more than a map."""
     layers = [cast(Layer, layer) for layer in stack]
@@ -82,7 +110,7 @@ def _stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> Cal
     before = [*crosses[: len(layers)], *[None] * (len(layers) - len(crosses))]
     weights = [_layer(layer, cross, packed) for layer, cross in zip(layers, before, strict=True)]
     whole = PackedStack(weights, layers[0].self_attn.head_dim)
-    plain = stack.forward
+    plain = partial(Stack.forward, stack)
 
     def forward(
         x: Tensor, attend: SelfAttend, also: Sequence[CrossAttention] = (), cross_attend: CrossAttend | None = None

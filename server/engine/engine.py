@@ -21,7 +21,7 @@ from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
 from models.config import BltConfig
-from models.fused import fuse
+from models.fused import fuse, stream
 from models.patching import PatchRule
 from server.decoding.auto import Auto
 from server.decoding.choose import check_block_size, make_method, resolve
@@ -89,6 +89,9 @@ class Engine:
             set_threads(threads)
             if small:
                 fuse(model)
+            elif not settings.deterministic:
+                # Which rows are few depends on the batch.
+                stream(model)
         if settings.deterministic and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False
         self.model_name = name
