@@ -92,6 +92,15 @@ class CostCurve:
                     seconds[module].append(value)
         return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
 
+    @torch.inference_mode()
+    def drift(self, engine: Engine) -> dict[str, float]:
+        """How many times as long as when the curve was measured a pass of one row takes now, by module.
+
+        A machine whose memory others use as well is not as fast at one minute as at the next.
+        """
+        taken = _medians(_calls(engine._runner._passes, self.rows[0], 0, []), 0.1)
+        return {module: value / self.seconds[module][0] for module, value in taken.items()}
+
     def predict(self, done: Pass) -> float:
         """Seconds that a pass of so many rows takes by the curve; beyond its end it goes on as a line."""
         values = self.seconds[done.module]

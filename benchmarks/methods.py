@@ -118,6 +118,8 @@ class Batch:
     seconds: float
     bytes: int
     passes: list[Pass] = field(default_factory=list)
+    #: How much slower than at the cost curve's time a pass was, by module.
+    drift: dict[str, float] = field(default_factory=dict)
 
     @property
     def bytes_per_second(self) -> float:
@@ -216,8 +218,8 @@ class Cost:
         return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
 
     def predicted(self, batch: Batch) -> float:
-        """Seconds that the batch's passes take by the curve."""
-        return sum(self.curve.predict(done) for done in batch.passes)
+        """Seconds that the batch's passes take by the curve, at the speed that the machine had at the time."""
+        return sum(self.curve.predict(done) * batch.drift.get(done.module, 1.0) for done in batch.passes)
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
@@ -244,6 +246,7 @@ def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
             "engine": by_passes - measured,
         },
         "predicted_seconds": predicted,
+        "drift": batch.drift,
         "attention_and_cache_seconds": inside - predicted,
         "engine_seconds": batch.seconds - inside,
         "predicted_over_measured": predicted / batch.seconds,
@@ -296,7 +299,8 @@ def measure(
     """Run every setting over the prompts, then print a row of a table for each.
 
     With `batch`, that many requests run at a time and there are figures of time. The machine's speed may drift, so the
-    settings take turns, `rounds` times, each round with a cost curve of its own; a row is of the round in which the
+    settings take turns, `rounds` times, each round with a cost curve of its own, which passes before and after a run
+    correct for the speed of the moment; a row is of the round in which the
     setting's time, as a share of BLT's in that round, was the median.
     """
     settings = settings or paper_settings(model.config.block_sizes)
@@ -317,7 +321,11 @@ def measure(
                     for seed in range(len(prompts))
                 ]
                 before = engine.stats()
-                runs[name].append(run_in_batches(engine, prompts, params, batch or len(prompts), recorder))
+                early = costs[-1].curve.drift(engine) if costs else {}
+                done = run_in_batches(engine, prompts, params, batch or len(prompts), recorder)
+                late = costs[-1].curve.drift(engine) if costs else {}
+                done.drift = {module: (early[module] + late[module]) / 2 for module in early}
+                runs[name].append(done)
                 positions[name] = _by_position(before, engine.stats())
     rows: dict[str, dict[str, Any]] = {}
     batches: dict[str, Batch] = {}
