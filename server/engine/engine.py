@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import set_threads
+from kernels.native import cores, set_threads
 from models.accounting import ModuleParameters, gb, gb_paper
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
@@ -69,8 +69,8 @@ _DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 #: Where and at how many rows the controller of `auto` has the modules' costs measured.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-#: What torch found when it was imported, or was told by OMP_NUM_THREADS.
-_CORES = torch.get_num_threads()
+#: Before any engine changes what torch found.
+_CORES = cores()
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

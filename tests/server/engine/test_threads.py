@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from benchmarks.held_out import held_out_prompts
 from benchmarks.methods import batch_settings, diffusion, run, speculation
 from kernels.dense import available
-from kernels.native import set_threads, threads
+from kernels.native import cores, set_threads, threads
 from models.checkpoint import load_checkpoint
 from server.engine.engine import Engine
 from server.request import DecodingMethod, DecodingParams, SamplingParams
@@ -22,6 +23,20 @@ METHODS = [
     diffusion(DecodingMethod.BLT_DV, 8, "1step"),
     diffusion(DecodingMethod.BLT_D, 8, "a0.7"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("max 100000", 3), ("150000 100000", 2), ("50000 100000", 1), ("800000 100000", 3), ("", 3)]
+)
+def test_cores_within_a_quota(tmp_path: Path, quota: str, expected: int) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cores(tmp_path / "cpu.max") == expected
+        assert cores(tmp_path / "nowhere") == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not available(), reason="no C compiler")
