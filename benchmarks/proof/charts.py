@@ -72,6 +72,7 @@ def throughput(results: Results) -> Figure | None:
     left.set(xlabel="output bytes/s", ylabel="ms a byte, median", title="Time per byte (streams beside the points)")
     right.set(xlabel="output bytes/s", ylabel="ms, p99", title="Time to the first byte")
     left.legend()
+    figure.tight_layout()
     return figure
 
 
