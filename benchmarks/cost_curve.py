@@ -176,9 +176,9 @@ def _occupied(caches: Caches, context: int, requests: int) -> Iterator[list[int]
         count = (context // _PATCH if name == "global" else context) // group.page_size + 1
         pages = np.arange(requests * count) % group.pool.size + 1
         group.table[1 : requests + 1, :count] = pages.reshape(requests, count)
-        # Whatever lay there may be no number.
+        # Whatever lay there may be no number; what nobody will read stays as it is, and costs no memory.
         for layer in group.layers:
-            layer.zero_()
+            layer[: (int(pages.max(initial=0)) + 1) * group.page_size].zero_()
     caches.send_tables()
     try:
         yield owners

@@ -300,8 +300,8 @@ def measure(
 
     With `batch`, that many requests run at a time and there are figures of time. The machine's speed may drift, so the
     settings take turns, `rounds` times, each round with a cost curve of its own, which passes before and after a run
-    correct for the speed of the moment; a row is of the round in which the
-    setting's time, as a share of BLT's in that round, was the median.
+    correct for the speed of the moment; a row is of the round in which the setting's time, as a share of BLT's in that
+    round, was the median.
     """
     settings = settings or paper_settings(model.config.block_sizes)
     engine = Engine(model, replace(batch_settings(prompts[:batch], length), prefix_cache=False, threads=threads))

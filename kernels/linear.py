@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.native import library, threads
 
-#: Rows from which on torch's product is the faster one.
+#: Most rows of a pass for which models use it; torch's product may be faster beyond.
 FEW = 64
 
 

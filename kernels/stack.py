@@ -53,14 +53,11 @@ class PackedStack:
 
     def __init__(self, layers: Sequence[LayerWeights], dim: int) -> None:
         one = layers[0]
-        self.size = one.queries.inputs
-        #: Whether any layer reads latents.
-        self.crosses = any(layer.cross is not None for layer in layers)
         # What the pointers point to must live.
         self._weights = layers
         self._layers = (_Layer * len(layers))(*map(_as_struct, layers))
         heads, kv_heads = one.queries.outputs // dim, one.keys.outputs // dim
-        self.module = _Module(self._layers, len(layers), self.size, one.gate.outputs, heads, kv_heads, dim)
+        self.module = _Module(self._layers, len(layers), one.queries.inputs, one.gate.outputs, heads, kv_heads, dim)
 
 
 def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLatents | None = None) -> Tensor:
