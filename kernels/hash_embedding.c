@@ -2,21 +2,35 @@
 #include <stdint.h>
 #include <string.h>
 
-void fastblt_hash_embedding(const int64_t *windows, int64_t n, int64_t width, const int64_t *powers, int64_t tables,
-                            int64_t vocab, const float *byte_table, const float *hash_table, int64_t size,
-                            float *restrict out) {
-    for (int64_t row = 0; row < n; row++, windows += width, out += size) {
-        for (int64_t i = 0; i < size; i++) out[i] = 0.0f;
-        for (int64_t t = 0; t < tables; t++) {
-            /* Wrapping products are unsigned ones; what they wrap to is signed, and its remainder is not negative. */
-            uint64_t sum = 0;
-            for (int64_t j = 0; j < width; j++) sum += (uint64_t)windows[j] * (uint64_t)powers[t * width + j];
-            int64_t hash = (int64_t)sum % vocab;
-            if (hash < 0) hash += vocab;
-            const float *entry = hash_table + (t * vocab + hash) * size;
-            for (int64_t i = 0; i < size; i++) out[i] += entry[i];
-        }
-        const float *own = byte_table + windows[width - 1] * size;
-        for (int64_t i = 0; i < size; i++) out[i] += own[i];
+struct tables {
+    const int64_t *powers;
+    int64_t width, count, vocab;
+    const float *bytes, *hashed;
+    int64_t size;
+};
+
+static void embed(const int64_t *window, const struct tables *of, float *restrict out) {
+    for (int64_t i = 0; i < of->size; i++) out[i] = 0.0f;
+    for (int64_t t = 0; t < of->count; t++) {
+        /* Wrapping products are unsigned ones; what they wrap to is signed, and its remainder is not negative. */
+        uint64_t sum = 0;
+        for (int64_t j = 0; j < of->width; j++) sum += (uint64_t)window[j] * (uint64_t)of->powers[t * of->width + j];
+        int64_t hash = (int64_t)sum % of->vocab;
+        if (hash < 0) hash += of->vocab;
+        const float *entry = of->hashed + (t * of->vocab + hash) * of->size;
+        for (int64_t i = 0; i < of->size; i++) out[i] += entry[i];
     }
+    const float *own = of->bytes + window[of->width - 1] * of->size;
+    for (int64_t i = 0; i < of->size; i++) out[i] += own[i];
+}
+
+void fastblt_hash_embedding(const int64_t *windows, int64_t n, const struct tables *of, float *out) {
+    for (int64_t row = 0; row < n; row++) embed(windows + row * of->width, of, out + row * of->size);
+}
+
+/* Windows where they lie: those of position p of a request begin at place p of its ids. */
+void fastblt_stored_hash_embedding(const int64_t *ids, int64_t stride, const int32_t *owners, const int32_t *positions,
+                                   int64_t n, const struct tables *of, float *out) {
+    for (int64_t row = 0; row < n; row++)
+        embed(ids + owners[row] * stride + positions[row], of, out + row * of->size);
 }

@@ -34,29 +34,41 @@ def hash_embedding_torch(
     return embedded + embedding(hashes + offsets, hash_table).sum(-2)
 
 
+class _Tables(ctypes.Structure):
+    _fields_ = [
+        ("powers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("width", "count", "vocab")),
+        *((name, ctypes.c_void_p) for name in ("bytes", "hashed")),
+        ("size", ctypes.c_int64),
+    ]
+
+
 @cache
-def _entry() -> Callable[..., None] | None:
+def _entries() -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """The C functions, with their argument types said once."""
     native = library("hash_embedding")
     if native is None:
         return None
-    function = native.fastblt_hash_embedding
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer, pointer, integer, pointer]
-    function.restype = None
-    return function
+    pointer, integer, tables = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Tables)
+    functions = native.fastblt_hash_embedding, native.fastblt_stored_hash_embedding
+    functions[0].argtypes = [pointer, integer, tables, pointer]
+    functions[1].argtypes = [pointer, integer, pointer, pointer, integer, tables, pointer]
+    for function in functions:
+        function.restype = None
+    return functions
 
 
 def _native(
-    function: Callable[..., None], windows: Tensor, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
-) -> Tensor:
-    windows = windows.contiguous()
-    width, size = windows.shape[-1], byte_table.shape[1]
-    out = torch.empty(*windows.shape[:-1], size)
-    function(
-        windows.data_ptr(), windows.numel() // width, width, powers.data_ptr(), len(powers), vocab,
-        byte_table.data_ptr(), hash_table.data_ptr(), size, out.data_ptr(),
-    )  # fmt: skip
-    return out
+    windows: Tensor, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
+) -> tuple[Callable[..., None], Callable[..., None], _Tables] | None:
+    """The C functions and the tables as they take them, where they serve."""
+    learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
+    plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
+    if not plain or learning or use_triton(windows.device) or (functions := _entries()) is None:
+        return None
+    sizes = (powers.shape[-1], len(powers), vocab)
+    where = (byte_table.data_ptr(), hash_table.data_ptr(), byte_table.shape[1])
+    return *functions, _Tables(powers.data_ptr(), *sizes, *where)
 
 
 def hash_embedding(
@@ -68,7 +80,31 @@ def hash_embedding(
         from kernels.hash_embedding_triton import hash_embedding_triton
 
         return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
-    plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
-    if plain and not learning and (native := _entry()) is not None:
-        return _native(native, windows, powers, vocab, byte_table, hash_table)
+    if (native := _native(windows, powers, vocab, byte_table, hash_table)) is not None:
+        windows = windows.contiguous()
+        out = byte_table.new_empty(*windows.shape[:-1], byte_table.shape[1])
+        native[0](windows.data_ptr(), windows.numel() // windows.shape[-1], native[2], out.data_ptr())
+        return out
     return hash_embedding_torch(windows, powers, offsets, vocab, byte_table, hash_table)
+
+
+def stored_hash_embedding(
+    ids: Tensor,
+    owners: Tensor,
+    positions: Tensor,
+    powers: Tensor,
+    offsets: Tensor,
+    vocab: int,
+    byte_table: Tensor,
+    hash_table: Tensor,
+) -> Tensor:
+    """[N, d] of the rows at int32 positions [N] of int64 ids [requests, W - 1 + length], which W - 1 zeros begin."""
+    if (native := _native(ids, powers, vocab, byte_table, hash_table)) is not None:
+        owners, positions = owners.contiguous(), positions.contiguous()
+        out = byte_table.new_empty(len(owners), byte_table.shape[1])
+        rows = (owners.data_ptr(), positions.data_ptr(), len(owners))
+        native[1](ids.data_ptr(), ids.stride(0), *rows, native[2], out.data_ptr())
+        return out
+    begin = owners.long() * ids.stride(0) + positions
+    windows = ids.view(-1)[begin[:, None] + torch.arange(powers.shape[-1], device=ids.device)]
+    return hash_embedding(windows, powers, offsets, vocab, byte_table, hash_table)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import masked_attention
-from kernels.hash_embedding import hash_embedding
+from kernels.hash_embedding import hash_embedding, stored_hash_embedding
 from kernels.latent_attention import latent_attention
+from kernels.upstream import StoredPatches
 from models.config import BltConfig, StackConfig
 from models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
 from models.patching import PatchRule, entropies
@@ -50,7 +51,11 @@ class Patcher(nn.Module):
 
     def forward(self, ids: Tensor, attend: SelfAttend) -> Tensor:
         """Next-byte logits [..., 260] (fp32) of ids [...]."""
-        return self.lm_head(self.norm(self.layers(self.embed_tokens(ids), attend)))
+        return self.logits(self.embed_tokens(ids), attend)
+
+    def logits(self, x: Tensor, attend: SelfAttend) -> Tensor:
+        """The same of embedded rows x [..., d]."""
+        return self.lm_head(self.norm(self.layers(x, attend)))
 
 
 class LocalEncoder(nn.Module):
@@ -88,6 +93,10 @@ class LocalEncoder(nn.Module):
             return masked_attention(q, k, v, seen, tiled=tiled).flatten(0, 1)
 
         return cross(queries, attend, 0).view(patches, self.k * size)
+
+    def pool_stored(self, patches: StoredPatches, *, tiled: bool = False) -> Tensor:
+        """Patch vectors [P, k*d] of patches whose states are kept in pages."""
+        return self.pool(*patches.padded(), tiled=tiled)
 
 
 class GlobalTransformer(nn.Module):
@@ -128,10 +137,19 @@ class LocalDecoder(nn.Module):
     def latent_keys_values(self, latents: Tensor) -> Tensor:
         """Keys and values that decoder rows read of latents [..., dg]: [..., C, 2, k, Hkv, D], C cross-attentions."""
         source = self.patch_embedding_projection(latents).unflatten(-1, (self.k, -1))
+        if latents.dim() == 2:
+            # The engine's: rows of one leading dimension, whose maps are fused.
+            source = source.flatten(0, 1)
         layers: list[Tensor] = []
+        shape = (*latents.shape[:-1], self.k)
         for cross in self.cross_attn_layers:
-            layers.append(torch.stack(cast(CrossAttention, cross).keys_values(source), dim=-4))
+            both = cast(CrossAttention, cross).keys_values(source)
+            layers.append(torch.stack([rows.view(shape + rows.shape[-2:]) for rows in both], dim=-4))
         return torch.stack(layers, dim=-5)
+
+    def store_latents(self, latents: Tensor, store: Tensor, slots: Tensor) -> None:
+        """Keep these keys and values of latents [P, dg] at int32 `slots` [P] of a store [slots, C, 2, k, Hkv, D]."""
+        store.index_copy_(0, slots.long(), self.latent_keys_values(latents))
 
     def forward(self, x: Tensor, attend: SelfAttend, cross_attend: CrossAttend) -> Tensor:
         """Final normed states [..., d] of input rows x [..., d]."""
@@ -190,8 +208,14 @@ class Blt(nn.Module):
 
         hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table (digest §1.3.2).
         """
-        return hash_embedding(
-            windows,
+        return hash_embedding(windows, *self._embedding_tables())
+
+    def embed_stored(self, ids: Tensor, owners: Tensor, positions: Tensor) -> Tensor:
+        """The same of rows at int32 positions [N] of requests' int64 ids [requests, hash_window - 1 zeros and ids]."""
+        return stored_hash_embedding(ids, owners, positions, *self._embedding_tables())
+
+    def _embedding_tables(self) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+        return (
             self._hash_powers,
             self._hash_offsets,
             self.config.hash_group_vocab,

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import linear
+from kernels.backend import use_triton
 from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention
 from kernels.stack import CrossWeights, LayerWeights, PackedStack, fits, run
-from models.blt import Blt, LocalDecoder
+from kernels.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
+from models.blt import Blt, LocalDecoder, LocalEncoder
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
 #: Where a model keeps which weights it was fused with.
@@ -53,6 +55,10 @@ def fuse(model: Blt) -> bool:
         if isinstance(layers := getattr(module, "layers", None), Stack) and _whole(layers):
             crosses = module.cross_attn_layers if isinstance(module, LocalDecoder) else ()
             _replace(layers, _stack(layers, cast(Sequence[CrossAttention], crosses), packed))
+        if isinstance(module, LocalEncoder):
+            _replace_stored(module, _pooling(module, packed), "pool_stored")
+        elif isinstance(module, LocalDecoder):
+            _replace_stored(module, _readers(module, packed), "store_latents")
         elif isinstance(module, CrossAttention):
             _replace(module, _cross_attention(module, packed))
             _replace(module, _keys_values(module, packed), "keys_values")
@@ -103,6 +109,45 @@ def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forwa
         return plain(x, *args) if x.dim() != 2 or torch.is_grad_enabled() else fused(x, *args)
 
     setattr(module, name, choose)
+
+
+def _replace_stored(module: nn.Module, fused: Callable[..., object], name: str) -> None:
+    """Have `fused` serve a method over caches, which only serving calls."""
+    vars(module).pop(name, None)
+    plain = getattr(module, name)
+
+    def choose(*args: object, **kwargs: object) -> object:
+        return plain(*args, **kwargs) if torch.is_grad_enabled() else fused(*args, **kwargs)
+
+    setattr(module, name, choose)
+
+
+def _pooling(encoder: LocalEncoder, packed: Pack) -> Callable[..., Tensor]:
+    cross = cast(CrossAttention, encoder.cross_attn_layers[-1])
+    query, key = (_packed_norm(cross.q_norm), packed(cross.q_proj)), (_packed_norm(cross.k_norm), packed(cross.k_proj))
+    projection, value, out = (packed(one) for one in (encoder.patch_embedding_projection, cross.v_proj, cross.o_proj))
+    weights = PackedPooling(projection, query, key, value, out, cross.head_dim)
+    plain = partial(LocalEncoder.pool_stored, encoder)
+
+    def pool_stored(patches: StoredPatches, *, tiled: bool = False) -> Tensor:
+        return pool(weights, patches) if patches.states.native else plain(patches, tiled=tiled)
+
+    return pool_stored
+
+
+def _readers(decoder: LocalDecoder, packed: Pack) -> Callable[..., None]:
+    crosses = [cast(CrossAttention, cross) for cross in decoder.cross_attn_layers]
+    layers = [(_packed_norm(cross.k_norm), packed(cross.k_proj), packed(cross.v_proj)) for cross in crosses]
+    weights = PackedReaders(packed(decoder.patch_embedding_projection), decoder.norm.weight.shape[0], layers)
+    plain = partial(LocalDecoder.store_latents, decoder)
+
+    def store(latents: Tensor, store: Tensor, slots: Tensor) -> None:
+        if store.dtype == torch.float32 and store.device.type == "cpu" and not use_triton(store.device):
+            store_latents(weights, latents, store, slots)
+        else:
+            plain(latents, store, slots)
+
+    return store
 
 
 def _stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> Callable[..., Tensor]:

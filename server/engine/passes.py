@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention, RaggedRows, has_native
+from kernels.paged_rows import PagedRows
+from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
 from models.layers import Rope
@@ -61,7 +63,8 @@ class Passes:
     def __init__(self, model: Blt, caches: Caches, state_rows: int, device: torch.device, tiled: bool) -> None:
         self._model = model
         self._caches = caches
-        self._states = caches.groups["states"]
+        states = caches.groups["states"]
+        self._states = PagedRows(states.layers[0], states.device_table, states.page_size)
         self.tiled = tiled
         config = model.config
         self._from_encoder = config.decoder_input == "encoder"
@@ -79,8 +82,6 @@ class Passes:
         self._pad = model.hash_window - 1
         self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
         self._flat = self.tokens.view(-1)
-        self._window = torch.arange(model.hash_window, device=device)
-        self._offsets = torch.arange(caches.max_length + 1, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -108,23 +109,18 @@ class Passes:
 
     def encode(self, rows: Rows) -> Tensor:
         """Encoder over rows: the states [N, d], which also go to their store."""
-        before = self.places(rows.owners, rows.positions) - self._pad
-        x = self._model.embed(self._flat[before[:, None] + self._window])
+        x = self._model.embed_stored(self.tokens, rows.owners, rows.positions)
         states = self._model.local_encoder(x, self._groups["encoder"].attend(rows))
-        self._states.layers[0].index_copy_(0, self._state_slots(rows.owners, rows.positions), states)
+        self._states.write(rows.owners, rows.positions, states)
         return states
 
     def upstream(self, patches: Patches) -> None:
         """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
-        offsets = self._offsets[: patches.longest]
-        last = (patches.ends - patches.starts)[:, None]
-        inside = offsets <= last
-        positions = patches.starts[:, None] + torch.minimum(offsets, last)
-        slots = self._state_slots(patches.rows.owners[:, None], positions)
-        vectors = self._model.local_encoder.pool(self._states.layers[0][slots], inside, tiled=self.tiled)
-        latents = self._model.global_transformer(vectors, self._groups["global"].attend(patches.rows))
-        kv = self._model.local_decoder.latent_keys_values(latents)
-        self._caches.latents.index_copy_(0, patches.latents.long(), kv)
+        rows = patches.rows
+        stored = StoredPatches(self._states, rows.owners, patches.starts, patches.ends, patches.longest)
+        vectors = self._model.local_encoder.pool_stored(stored, tiled=self.tiled)
+        latents = self._model.global_transformer(vectors, self._groups["global"].attend(rows))
+        self._model.local_decoder.store_latents(latents, self._caches.latents, patches.latents)
 
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
@@ -138,17 +134,12 @@ class Passes:
     def _decoder_input(self, rows: Rows, block: Tensor | None) -> Tensor:
         decoder = self._model.local_decoder
         if self._from_encoder:
-            x = self._states.layers[0][self._state_slots(rows.owners, rows.positions)]
+            x = self._states.read(rows.owners, rows.positions)
             if block is None:
                 return x
             return torch.where((block >= 0)[:, None], decoder.embed_tokens(block.clamp_min(0)), x)
         ids = self.ids_at(self.places(rows.owners, rows.positions))
         return decoder.embed_tokens(ids if block is None else torch.where(block >= 0, block, ids))
-
-    def _state_slots(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """int64 slots of encoder states; `owners` broadcasts against `positions`."""
-        page = self._states.page_size
-        return self._states.device_table[owners, positions // page].long() * page + positions % page
 
 
 class AttendedGroup:

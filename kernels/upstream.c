@@ -1,0 +1,132 @@
+/* What goes into the global transformer and what comes out of it, on a CPU, fp32: closed patches are pooled to vectors,
+ * and decoder rows' keys and values of its latents are stored. The mathematics and the shapes stand in upstream.py.
+ *
+ * Threads share the patches. Every patch is computed alone, so no result depends on the patches beside it.
+ */
+#include "dense.c"
+#include "paged_rows.h"
+
+/* Byte states that a thread must have to pool, to be worth its waking. */
+#define LEAST 24
+
+struct pooling {
+    const float *projection, *query_gain, *queries, *key_gain, *keys, *values, *out;
+    float query_eps, key_eps;
+    int64_t k, size, heads, kv_heads, dim;
+};
+
+/* Bytes [starts[i], ends[i]] of a request each, and where their states are. */
+struct patches {
+    const float *states;
+    struct pages pages;
+    const int32_t *owners, *starts, *ends;
+};
+
+/* One query over the keys and values [count, kv_heads * dim] of its patch. `weights` has room for `count`. */
+static void attend_patch(const float *query, const float *keys, const float *values, int64_t count,
+                         const struct pooling *m, float *weights, float *out) {
+    int64_t stride = m->kv_heads * m->dim, groups = m->heads / m->kv_heads, dim = m->dim;
+    float scale = 1.0f / sqrtf((float)dim);
+    for (int64_t h = 0; h < m->heads; h++, query += dim, out += dim) {
+        int64_t at = h / groups * dim;
+        float best = -INFINITY, total = 0.0f;
+        for (int64_t j = 0; j < count; j++) {
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t d = 0; d < dim; d++) sum += query[d] * keys[j * stride + at + d];
+            weights[j] = sum * scale;
+            best = weights[j] > best ? weights[j] : best;
+        }
+        for (int64_t j = 0; j < count; j++) total += weights[j] = expf(weights[j] - best);
+        for (int64_t d = 0; d < dim; d++) out[d] = 0.0f;
+        for (int64_t j = 0; j < count; j++) {
+            float weight = weights[j] / total;
+#pragma omp simd
+            for (int64_t d = 0; d < dim; d++) out[d] += weight * values[j * stride + at + d];
+        }
+    }
+}
+
+/* Patches [first, first + n) of `bytes` bytes together. Returns 0, or 1 when memory ran out. */
+static int pool(const struct pooling *m, const struct patches *p, int64_t first, int64_t n, int64_t bytes, float *out) {
+    int64_t size = m->size, wide = m->heads * m->dim, narrow = m->kv_heads * m->dim, asked = n * m->k;
+    float *states = malloc(sizeof(float) * (bytes * (size + 2 * narrow + 1) + n * size + asked * (size + 2 * wide)));
+    if (!states) return 1;
+    float *keys = states + bytes * size, *values = keys + bytes * narrow, *weights = values + bytes * narrow;
+    float *peaks = weights + bytes, *residual = peaks + n * size, *queries = residual + asked * size;
+    float *attended = queries + asked * wide, *next = states;
+    for (int64_t i = first; i < first + n; i++, peaks += size) {
+        for (int64_t at = p->starts[i]; at <= p->ends[i]; at++, next += size) {
+            memcpy(next, p->states + slot_of(&p->pages, p->owners[i], at) * size, sizeof(float) * size);
+            /* NaN must reach the vector, where it ends its own request. */
+            for (int64_t d = 0; d < size; d++)
+                if (at == p->starts[i] || next[d] > peaks[d] || next[d] != next[d]) peaks[d] = next[d];
+        }
+    }
+    peaks -= n * size;
+    int failed = fastblt_project(states, bytes, size, m->key_gain, m->key_eps, m->keys, narrow, keys, m->values, narrow,
+                                 values, NULL, 0, NULL);
+    failed |= fastblt_project(peaks, n, size, NULL, 0, m->projection, m->k * size, residual, NULL, 0, NULL, NULL, 0, NULL);
+    failed |= fastblt_project(residual, asked, size, m->query_gain, m->query_eps, m->queries, wide, queries, NULL, 0, NULL,
+                              NULL, 0, NULL);
+    int64_t done = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t count = p->ends[first + i] - p->starts[first + i] + 1;
+        for (int64_t q = i * m->k; q < (i + 1) * m->k; q++)
+            attend_patch(queries + q * wide, keys + done * narrow, values + done * narrow, count, m, weights,
+                         attended + q * wide);
+        done += count;
+    }
+    fastblt_project_add(attended, asked, wide, m->out, size, residual, 2, out + first * m->k * size);
+    free(states);
+    return failed;
+}
+
+static int64_t bytes_of(const struct patches *p, int64_t first, int64_t last) {
+    int64_t bytes = 0;
+    for (int64_t i = first; i < last; i++) bytes += p->ends[i] - p->starts[i] + 1;
+    return bytes;
+}
+
+/* Vectors out [n, k * size] of n patches. Returns 0, or 1 when memory ran out. */
+int fastblt_pool(const struct pooling *m, const struct patches *p, int64_t n, int64_t threads, float *out) {
+    int64_t bytes = bytes_of(p, 0, n), parts = bytes / LEAST < threads ? bytes / LEAST : threads;
+    if (parts < 2) return pool(m, p, 0, n, bytes, out);
+    int failed = 0;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t first = n * part / parts, last = n * (part + 1) / parts;
+        if (first < last) failed |= pool(m, p, first, last - first, bytes_of(p, first, last), out);
+    }
+    return failed;
+}
+
+/* Of a cross-attention of the decoder. */
+struct reader {
+    const float *gain, *keys, *values;
+    float eps;
+};
+
+/* Keys and values of n latents [n, width], a slot of the store [slots, count, 2, k, narrow] each. `projection` makes k rows
+ * of `size` numbers of a latent. Returns 0, or 1 when memory ran out. */
+int fastblt_store_latents(const float *latents, int64_t n, int64_t width, const float *projection, int64_t k,
+                          int64_t size, const struct reader *readers, int64_t count, int64_t narrow,
+                          const int32_t *slots, float *store) {
+    int64_t rows = n * k, one = k * narrow;
+    float *source = malloc(sizeof(float) * rows * (size + 2 * narrow));
+    if (!source) return 1;
+    float *keys = source + rows * size, *values = keys + rows * narrow;
+    int failed = fastblt_project(latents, n, width, NULL, 0, projection, k * size, source, NULL, 0, NULL, NULL, 0, NULL);
+    for (int64_t layer = 0; layer < count; layer++) {
+        const struct reader *r = readers + layer;
+        failed |= fastblt_project(source, rows, size, r->gain, r->eps, r->keys, narrow, keys, r->values, narrow, values,
+                                  NULL, 0, NULL);
+        for (int64_t i = 0; i < n; i++) {
+            float *slot = store + (slots[i] * count + layer) * 2 * one;
+            memcpy(slot, keys + i * one, sizeof(float) * one);
+            memcpy(slot + one, values + i * one, sizeof(float) * one);
+        }
+    }
+    free(source);
+    return failed;
+}
