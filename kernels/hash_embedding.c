@@ -27,10 +27,3 @@ static void embed(const int64_t *window, const struct tables *of, float *restric
 void fastblt_hash_embedding(const int64_t *windows, int64_t n, const struct tables *of, float *out) {
     for (int64_t row = 0; row < n; row++) embed(windows + row * of->width, of, out + row * of->size);
 }
-
-/* Windows where they lie: those of position p of a request begin at place p of its ids. */
-void fastblt_stored_hash_embedding(const int64_t *ids, int64_t stride, const int32_t *owners, const int32_t *positions,
-                                   int64_t n, const struct tables *of, float *out) {
-    for (int64_t row = 0; row < n; row++)
-        embed(ids + owners[row] * stride + positions[row], of, out + row * of->size);
-}

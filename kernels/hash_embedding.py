@@ -34,7 +34,9 @@ def hash_embedding_torch(
     return embedded + embedding(hashes + offsets, hash_table).sum(-2)
 
 
-class _Tables(ctypes.Structure):
+class Tables(ctypes.Structure):
+    """The multipliers and tables as the C code takes them; the tensors must outlive it."""
+
     _fields_ = [
         ("powers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("width", "count", "vocab")),
@@ -42,33 +44,28 @@ class _Tables(ctypes.Structure):
         ("size", ctypes.c_int64),
     ]
 
+    @classmethod
+    def of(cls, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor) -> Tables:
+        sizes = (powers.shape[-1], len(powers), vocab)
+        return cls(powers.data_ptr(), *sizes, byte_table.data_ptr(), hash_table.data_ptr(), byte_table.shape[1])
+
 
 @cache
-def _entries() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The C functions, with their argument types said once."""
+def _entry() -> Callable[..., None] | None:
     native = library("hash_embedding")
     if native is None:
         return None
-    pointer, integer, tables = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Tables)
-    functions = native.fastblt_hash_embedding, native.fastblt_stored_hash_embedding
-    functions[0].argtypes = [pointer, integer, tables, pointer]
-    functions[1].argtypes = [pointer, integer, pointer, pointer, integer, tables, pointer]
-    for function in functions:
-        function.restype = None
-    return functions
+    function = native.fastblt_hash_embedding
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Tables), ctypes.c_void_p]
+    function.restype = None
+    return function
 
 
-def _native(
-    windows: Tensor, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
-) -> tuple[Callable[..., None], Callable[..., None], _Tables] | None:
-    """The C functions and the tables as they take them, where they serve."""
-    learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
-    plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
-    if not plain or learning or use_triton(windows.device) or (functions := _entries()) is None:
-        return None
-    sizes = (powers.shape[-1], len(powers), vocab)
-    where = (byte_table.data_ptr(), hash_table.data_ptr(), byte_table.shape[1])
-    return *functions, _Tables(powers.data_ptr(), *sizes, *where)
+def _native(function: Callable[..., None], windows: Tensor, tables: Tables) -> Tensor:
+    windows = windows.contiguous()
+    out = torch.empty(*windows.shape[:-1], tables.size)
+    function(windows.data_ptr(), windows.numel() // windows.shape[-1], tables, out.data_ptr())
+    return out
 
 
 def hash_embedding(
@@ -80,31 +77,7 @@ def hash_embedding(
         from kernels.hash_embedding_triton import hash_embedding_triton
 
         return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
-    if (native := _native(windows, powers, vocab, byte_table, hash_table)) is not None:
-        windows = windows.contiguous()
-        out = byte_table.new_empty(*windows.shape[:-1], byte_table.shape[1])
-        native[0](windows.data_ptr(), windows.numel() // windows.shape[-1], native[2], out.data_ptr())
-        return out
+    plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
+    if plain and not learning and (native := _entry()) is not None:
+        return _native(native, windows, Tables.of(powers, vocab, byte_table, hash_table))
     return hash_embedding_torch(windows, powers, offsets, vocab, byte_table, hash_table)
-
-
-def stored_hash_embedding(
-    ids: Tensor,
-    owners: Tensor,
-    positions: Tensor,
-    powers: Tensor,
-    offsets: Tensor,
-    vocab: int,
-    byte_table: Tensor,
-    hash_table: Tensor,
-) -> Tensor:
-    """[N, d] of the rows at int32 positions [N] of int64 ids [requests, W - 1 + length], which W - 1 zeros begin."""
-    if (native := _native(ids, powers, vocab, byte_table, hash_table)) is not None:
-        owners, positions = owners.contiguous(), positions.contiguous()
-        out = byte_table.new_empty(len(owners), byte_table.shape[1])
-        rows = (owners.data_ptr(), positions.data_ptr(), len(owners))
-        native[1](ids.data_ptr(), ids.stride(0), *rows, native[2], out.data_ptr())
-        return out
-    begin = owners.long() * ids.stride(0) + positions
-    windows = ids.view(-1)[begin[:, None] + torch.arange(powers.shape[-1], device=ids.device)]
-    return hash_embedding(windows, powers, offsets, vocab, byte_table, hash_table)

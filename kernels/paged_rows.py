@@ -1,4 +1,4 @@
-"""Rows of numbers that are kept in pages, one for every position of a request: where they are, reading and writing.
+"""What is kept for every position of every request: its id, in a line for each request, and rows of numbers, in pages.
 
 Shapes: store [slots, d]; table int32 [requests, pages], entry p // page_size is the page of position p; owners (rows of
 the table) and positions int32 [N]; rows [N, d].
@@ -7,15 +7,12 @@ the table) and positions int32 [N]; rows [N, d].
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.backend import use_triton
-from kernels.native import library
 
 
 class Pages(ctypes.Structure):
@@ -49,37 +46,29 @@ class PagedRows:
 
     def read(self, owners: Tensor, positions: Tensor) -> Tensor:
         """A copy of the rows [N, d]."""
-        if not self.native or (functions := _entries()) is None:
-            return self.store[self.slots(owners, positions)]
-        rows = self.store.new_empty(len(owners), self.store.shape[1])
-        self._call(functions[0], self.store, owners, positions, rows)
-        return rows
+        return self.store[self.slots(owners, positions)]
 
     def write(self, owners: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Store the rows [N, d]. Where two have one place, either may stay."""
-        if not self.native or rows.dtype != torch.float32 or (functions := _entries()) is None:
-            self.store.index_copy_(0, self.slots(owners, positions), rows)
-            return
-        self._call(functions[1], rows.contiguous(), owners, positions, self.store)
-
-    def _call(
-        self, function: Callable[..., None], source: Tensor, owners: Tensor, positions: Tensor, target: Tensor
-    ) -> None:
-        owners, positions = owners.contiguous(), positions.contiguous()
-        pages = Pages.of(self.table, self.page_size)
-        count, size = len(owners), self.store.shape[1]
-        function(source.data_ptr(), pages, owners.data_ptr(), positions.data_ptr(), count, size, target.data_ptr())
+        self.store.index_copy_(0, self.slots(owners, positions), rows)
 
 
-@cache
-def _entries() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The C functions, with their argument types said once."""
-    native = library("paged_rows")
-    if native is None:
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    functions = native.fastblt_read_rows, native.fastblt_write_rows
-    for function in functions:
-        function.argtypes = [pointer, ctypes.POINTER(Pages), pointer, pointer, integer, integer, pointer]
-        function.restype = None
-    return functions
+@dataclass(frozen=True)
+class RequestIds:
+    """Ids of requests, int64 [requests, pad + length]: `pad` zeros, then the id of every position."""
+
+    ids: Tensor
+    pad: int
+
+    def places(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """int64: where the ids, seen as one line, have those of these positions."""
+        return owners.long() * self.ids.shape[1] + (positions + self.pad)
+
+    def at(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """The ids [N] of these positions."""
+        return self.ids.view(-1)[self.places(owners, positions)]
+
+    def windows(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """Of each position the last pad + 1 ids, its own last: [N, pad + 1]."""
+        offsets = torch.arange(-self.pad, 1, device=self.ids.device)
+        return self.ids.view(-1)[self.places(owners, positions)[:, None] + offsets]

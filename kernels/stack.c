@@ -1,5 +1,5 @@
-/* All layers of a module over the rows of a pass, on a CPU, fp32. What a layer computes stands in models/layers.py; its
- * parts are the functions of the included files.
+/* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers, and what becomes of them.
+ * What a layer computes stands in models/layers.py; its parts are the functions of the included files.
  *
  * Threads share the rows. Rows of different requests have nothing to do with each other, so where requests can be shared
  * out evenly each thread takes its own through all layers. Where one has most of the rows, a prompt, these are shared out
@@ -9,8 +9,10 @@
 #include <omp.h>
 
 #include "dense.c"
+#include "hash_embedding.c"
 #include "latent_attention.c"
 #include "paged_attention.c"
+#include "paged_rows.h"
 
 #define MOST_THREADS 64
 /* What the dense part of a row costs, in keys that it could attend to in that time; and what a thread must have to do,
@@ -38,6 +40,79 @@ struct latents {
     int64_t slot_size, layer_size, keys;
 };
 
+/* What rows begin as: where `block` has an id, that row of `block_table`; else, of the request's ids (`pad` of them before
+ * its first), the hashed windows or the rows of a table; or kept states. */
+struct source {
+    const int32_t *block;
+    const float *block_table;
+    const int64_t *ids;
+    int64_t stride, pad;
+    const struct tables *hashed;
+    const float *table, *states;
+    struct pages pages;
+};
+
+/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL. */
+struct sink {
+    const float *gain, *head;
+    float *entropies, *states;
+    struct pages pages;
+    int64_t vocabulary;
+    float eps;
+};
+
+static void begin(const struct source *from, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
+    for (int64_t i = first; i < first + n; i++) {
+        const int64_t *ids = from->ids + at->rows[i] * from->stride + at->positions[i];
+        float *row = x + i * size;
+        if (from->block && from->block[i] >= 0) {
+            memcpy(row, from->block_table + from->block[i] * size, sizeof(float) * size);
+        } else if (from->hashed) {
+            embed(ids, from->hashed, row);
+        } else if (from->table) {
+            memcpy(row, from->table + ids[from->pad] * size, sizeof(float) * size);
+        } else {
+            int64_t slot = slot_of(&from->pages, at->rows[i], at->positions[i]);
+            memcpy(row, from->states + slot * size, sizeof(float) * size);
+        }
+    }
+}
+
+/* Nats of softmax(z). NaN stays. */
+static float entropy_of(const float *z, int64_t count) {
+    float peak = z[0], total = 0.0f, mean = 0.0f;
+    for (int64_t i = 1; i < count; i++) peak = z[i] > peak || z[i] != z[i] ? z[i] : peak;
+#pragma omp simd reduction(+ : total, mean)
+    for (int64_t i = 0; i < count; i++) {
+        /* No infinity, which times nothing would be no number. */
+        float below = z[i] - peak < -87.0f ? -87.0f : z[i] - peak, e = exp_below(below);
+        total += e, mean += e * below;
+    }
+    return logf(total) - mean / total;
+}
+
+/* Returns 0, or 1 when memory ran out. */
+static int end(const struct sink *to, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
+    float *rows = x + first * size;
+    if (to->gain) norm(rows, n, size, to->gain, to->eps, rows);
+    if (to->states)
+        for (int64_t i = first; i < first + n; i++) {
+            int64_t slot = slot_of(&to->pages, at->rows[i], at->positions[i]);
+            memcpy(to->states + slot * size, x + i * size, sizeof(float) * size);
+        }
+    if (!to->head) return 0;
+    float *logits = malloc(sizeof(float) * BLOCK * to->vocabulary);
+    if (!logits) return 1;
+    for (int64_t done = 0; done < n; done += BLOCK) {
+        int64_t count = n - done < BLOCK ? n - done : BLOCK;
+        map(rows + done * size, count, size, to->head, (struct target){logits, NULL, to->vocabulary, 0});
+        for (int64_t i = 0; i < count; i++)
+            to->entropies[first + done + i] = entropy_of(logits + i * to->vocabulary, to->vocabulary);
+    }
+    free(logits);
+    return 0;
+}
+
 static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - at->lows[row]; }
 
 /* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests unless `anywhere`; a row
@@ -60,12 +135,14 @@ static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t pa
 /* Rows [first, first + n) of x [.., size] through all layers, in place; `together`: beside other threads whose rows these
  * may read. `scratch` has room for queries, attended, keys and values of the rows. Returns 0, or 1 when memory ran out. */
 static int run(const struct module *m, float *const *caches, const struct places *at, const struct latents *latents,
-               int64_t first, int64_t n, int together, float *scratch, float *x) {
+               const struct source *from, const struct sink *to, int64_t first, int64_t n, int together, float *scratch,
+               float *whole) {
     int64_t wide = m->heads * m->dim, narrow = m->kv_heads * m->dim;
     float *q = scratch, *attended = q + n * wide, *k = attended + n * wide, *v = k + n * narrow;
     struct layout heads = layout_of(at, m->heads, m->kv_heads, m->dim);
     int failed = 0;
-    x += first * m->size;
+    float *x = whole + first * m->size;
+    if (from) begin(from, at, first, n, m->size, whole);
     /* A thread that failed goes on, for the others wait for it. */
     for (int64_t i = 0; i < m->count; i++) {
         const struct layer *w = m->layers + i;
@@ -87,12 +164,14 @@ static int run(const struct module *m, float *const *caches, const struct places
         fastblt_project_add(attended, n, wide, w->out, m->size, x, 1, x);
         failed |= fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
     }
-    return failed;
+    return to ? failed | end(to, at, first, n, m->size, whole) : failed;
 }
 
-/* Rows x [n, size] through the module, in place, with a cache for each layer. Returns 0, or 1 when memory ran out. */
+/* Rows x [n, size] through the module, in place, with a cache for each layer. Where there is a source, what x holds before
+ * does not matter. Returns 0, or 1 when memory ran out. */
 int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
-                  const struct latents *latents, int64_t n, int64_t threads, float *x) {
+                  const struct latents *latents, const struct source *from, const struct sink *to, int64_t n,
+                  int64_t threads, float *x) {
     int64_t each = 2 * (module->heads + module->kv_heads) * module->dim, total = 0;
     float *scratch = malloc(sizeof(float) * (n * each + 1));
     if (!scratch) return 1;
@@ -101,7 +180,7 @@ int fastblt_stack(const struct module *module, float *const *caches, const struc
     if (parts > MOST_THREADS) parts = MOST_THREADS;
     int failed = 0;
     if (parts < 2) {
-        failed = run(module, caches, at, latents, 0, n, 0, scratch, x);
+        failed = run(module, caches, at, latents, from, to, 0, n, 0, scratch, x);
     } else {
 #pragma omp parallel num_threads(parts) reduction(| : failed)
         {
@@ -109,7 +188,7 @@ int fastblt_stack(const struct module *module, float *const *caches, const struc
             int together = cut(at, n, total, team, 0, starts) * team > total + total / 4;
             if (together) cut(at, n, total, team, 1, starts);
             int64_t first = starts[me], count = starts[me + 1] - first;
-            failed |= run(module, caches, at, latents, first, count, together, scratch + first * each, x);
+            failed |= run(module, caches, at, latents, from, to, first, count, together, scratch + first * each, x);
         }
     }
     free(scratch);

@@ -1,10 +1,11 @@
-"""All layers of a module over the rows of a pass, in one call: `models.layers.Stack` on a CPU, in fp32.
+"""A module over the rows of a pass, in one call, on a CPU, in fp32: all layers (`models.layers.Stack`), and with
+`run_stored` also what the rows begin as and what becomes of them.
 
 In torch, or with a call for each part of a layer, a small model's layers cost more in calls than in arithmetic. Here
 `threads()` of them share the rows of the pass; every row is computed as if it were alone.
 
 Shapes: x [N, d] fp32; the rows and their caches as in `kernels.paged_attention`, the latents as in
-`kernels.latent_attention`. Returns a new tensor [N, d].
+`kernels.latent_attention`, ids and states as in `kernels.paged_rows`. Results are new tensors.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from kernels.dense import Norm, Packed
+from kernels.hash_embedding import Tables
 from kernels.latent_attention import StoredLatents
 from kernels.native import library, threads
 from kernels.paged_attention import PagedAttention, Places
+from kernels.paged_rows import PagedRows, Pages, RequestIds
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,72 @@ class PackedStack:
         self.module = _Module(self._layers, len(layers), one.queries.inputs, one.gate.outputs, heads, kv_heads, dim)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What rows begin as: states, or of ids the hashed windows or rows of a table. Where `block`, int32 [N], is not
+    negative it is an id, whose row of `block_table` goes before these."""
+
+    states: PagedRows | None = None
+    ids: RequestIds | None = None
+    hashed: Tables | None = None
+    table: Tensor | None = None
+    block: Tensor | None = None
+    block_table: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sink:
+    """What becomes of rows: they are normed, and stored; of a head's logits of them there are entropies, in nats."""
+
+    norm: Norm | None = None
+    states: PagedRows | None = None
+    head: Packed | None = None
+
+
 def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLatents | None = None) -> Tensor:
-    """See the module. Raises MemoryError."""
+    """Rows x after the last layer, [N, d]. Raises MemoryError."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    _call(stack, attend, latents, None, None, x)
+    return x
+
+
+def run_stored(
+    stack: PackedStack, source: Source, sink: Sink, attend: PagedAttention, latents: StoredLatents | None = None
+) -> Tensor:
+    """Rows from their source to the sink: [N, d], or the entropies [N] where it has a head. Raises MemoryError."""
+    x = torch.empty(len(attend.at.rows), stack.module.size)
+    block = source.block.contiguous() if source.block is not None else None
+    start = _Source(
+        block=_pointer(block), block_table=_pointer(source.block_table), table=_pointer(source.table)
+    )  # fmt: skip
+    if source.ids is not None:
+        start.ids, start.stride, start.pad = source.ids.ids.data_ptr(), source.ids.ids.stride(0), source.ids.pad
+    if source.hashed is not None:
+        start.hashed = ctypes.pointer(source.hashed)
+    if source.states is not None:
+        start.states, start.pages = source.states.store.data_ptr(), _pages(source.states)
+    end, entropies = _Sink(), None
+    if sink.norm is not None:
+        end.gain, end.eps = sink.norm.pointer, sink.norm.eps
+    if sink.states is not None:
+        end.states, end.pages = sink.states.store.data_ptr(), _pages(sink.states)
+    if sink.head is not None:
+        entropies = torch.empty(len(x))
+        end.head, end.vocabulary, end.entropies = sink.head.pointer, sink.head.outputs, entropies.data_ptr()
+    _call(stack, attend, latents, start, end, x)
+    return x if entropies is None else entropies
+
+
+def _call(
+    stack: PackedStack,
+    attend: PagedAttention,
+    latents: StoredLatents | None,
+    source: _Source | None,
+    sink: _Sink | None,
+    x: Tensor,
+) -> None:
     function = _entry()
     assert function is not None
-    x = x.clone(memory_format=torch.contiguous_format)
     caches = (ctypes.c_void_p * len(attend.stores))(*(store.data_ptr() for store in attend.stores))
     read = None
     if latents is not None:
@@ -72,9 +136,16 @@ def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLa
         whole, one = latents.store.stride(0), 2 * keys * kv_heads * dim
         read = _Latents(latents.store.data_ptr(), latents.slots.data_ptr(), whole, one, keys)
     places = Places.of(attend.turns, attend.at)
-    if function(stack.module, caches, places, read, x.shape[0], threads(), x.data_ptr()):
+    if function(stack.module, caches, places, read, source, sink, x.shape[0], threads(), x.data_ptr()):
         raise MemoryError("a module could not allocate its scratch space")
-    return x
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pages(rows: PagedRows) -> Pages:
+    return Pages.of(rows.table, rows.page_size)
 
 
 def fits(attend: object, latents: object = None) -> bool:
@@ -108,6 +179,25 @@ class _Latents(ctypes.Structure):
     ]
 
 
+class _Source(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("block", "block_table", "ids")),
+        *((name, ctypes.c_int64) for name in ("stride", "pad")),
+        ("hashed", ctypes.POINTER(Tables)),
+        *((name, ctypes.c_void_p) for name in ("table", "states")),
+        ("pages", Pages),
+    ]
+
+
+class _Sink(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gain", "head", "entropies", "states")),
+        ("pages", Pages),
+        ("vocabulary", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    ]
+
+
 def _as_struct(layer: LayerWeights) -> _Layer:
     cross = layer.cross
     before = (None, None, None) if cross is None else (cross.norm.pointer, cross.queries.pointer, cross.out.pointer)
@@ -124,8 +214,8 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_stack
-    module, places, latents = (ctypes.POINTER(kind) for kind in (_Module, Places, _Latents))
+    module, *structs = (ctypes.POINTER(kind) for kind in (_Module, Places, _Latents, _Source, _Sink))
     caches = ctypes.POINTER(ctypes.c_void_p)
-    function.argtypes = [module, caches, places, latents, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function.argtypes = [module, caches, *structs, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function

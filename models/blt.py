@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import masked_attention
-from kernels.hash_embedding import hash_embedding, stored_hash_embedding
-from kernels.latent_attention import latent_attention
+from kernels.hash_embedding import Tables, hash_embedding
+from kernels.latent_attention import StoredLatents, latent_attention
+from kernels.paged_attention import PagedAttention
+from kernels.paged_rows import PagedRows, RequestIds
 from kernels.upstream import StoredPatches
 from models.config import BltConfig, StackConfig
 from models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
@@ -51,11 +53,11 @@ class Patcher(nn.Module):
 
     def forward(self, ids: Tensor, attend: SelfAttend) -> Tensor:
         """Next-byte logits [..., 260] (fp32) of ids [...]."""
-        return self.logits(self.embed_tokens(ids), attend)
+        return self.lm_head(self.norm(self.layers(self.embed_tokens(ids), attend)))
 
-    def logits(self, x: Tensor, attend: SelfAttend) -> Tensor:
-        """The same of embedded rows x [..., d]."""
-        return self.lm_head(self.norm(self.layers(x, attend)))
+    def stored_entropies(self, ids: RequestIds, attend: PagedAttention) -> Tensor:
+        """Entropies of the next byte, fp32 nats [N], at the rows of the attention."""
+        return entropies(self(ids.at(attend.at.rows, attend.at.positions), attend))
 
 
 class LocalEncoder(nn.Module):
@@ -151,6 +153,25 @@ class LocalDecoder(nn.Module):
         """Keep these keys and values of latents [P, dg] at int32 `slots` [P] of a store [slots, C, 2, k, Hkv, D]."""
         store.index_copy_(0, slots.long(), self.latent_keys_values(latents))
 
+    def stored_states(
+        self,
+        known: PagedRows | RequestIds,
+        block: Tensor | None,
+        attend: PagedAttention,
+        latents: StoredLatents,
+    ) -> Tensor:
+        """`forward` [N, d] of the attention's rows, which begin as what is known of them: encoder states or ids; where
+        `block`, int32 [N], is not negative, as this id."""
+        owners, positions = attend.at.rows, attend.at.positions
+        if isinstance(known, PagedRows):
+            x = known.read(owners, positions)
+            if block is not None:
+                x = torch.where((block >= 0)[:, None], self.embed_tokens(block.clamp_min(0)), x)
+        else:
+            ids = known.at(owners, positions)
+            x = self.embed_tokens(ids if block is None else torch.where(block >= 0, block, ids))
+        return self(x, attend, latents)
+
     def forward(self, x: Tensor, attend: SelfAttend, cross_attend: CrossAttend) -> Tensor:
         """Final normed states [..., d] of input rows x [..., d]."""
         crosses = cast(Sequence[CrossAttention], self.cross_attn_layers)
@@ -203,25 +224,31 @@ class Blt(nn.Module):
         """Hash windows [B, T, hash_window] of whole sequences [B, T]; what lies before the start is id 0."""
         return F.pad(ids, (self.hash_window - 1, 0)).unfold(-1, self.hash_window, 1)
 
+    def hash_tables(self) -> Tables:
+        """The tables of `embed`, for C code."""
+        tables = self.local_encoder.embed_tokens.weight, self.encoder_hash_tok_embedding.weight
+        return Tables.of(self._hash_powers, self.config.hash_group_vocab, *tables)
+
     def embed(self, windows: Tensor) -> Tensor:
         """Byte plus hash n-gram embeddings [..., d] of int64 windows [..., hash_window], the row's own id last.
 
         hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table (digest §1.3.2).
         """
-        return hash_embedding(windows, *self._embedding_tables())
-
-    def embed_stored(self, ids: Tensor, owners: Tensor, positions: Tensor) -> Tensor:
-        """The same of rows at int32 positions [N] of requests' int64 ids [requests, hash_window - 1 zeros and ids]."""
-        return stored_hash_embedding(ids, owners, positions, *self._embedding_tables())
-
-    def _embedding_tables(self) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
-        return (
+        return hash_embedding(
+            windows,
             self._hash_powers,
             self._hash_offsets,
             self.config.hash_group_vocab,
             self.local_encoder.embed_tokens.weight,
             self.encoder_hash_tok_embedding.weight,
         )
+
+    def encode_stored(self, ids: RequestIds, states: PagedRows, attend: PagedAttention) -> Tensor:
+        """Encoder states [N, d] of the attention's rows, which are kept too. `ids` are padded for `hash_window`."""
+        owners, positions = attend.at.rows, attend.at.positions
+        rows = self.local_encoder(self.embed(ids.windows(owners, positions)), attend)
+        states.write(owners, positions, rows)
+        return rows
 
     def decoder_rows(self, ids: Tensor, states: Tensor) -> Tensor:
         """What clean decoder rows start from: encoder states, or a lookup of ids [...] (design §2.4)."""

@@ -16,9 +16,10 @@ from kernels.backend import use_triton
 from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention
-from kernels.stack import CrossWeights, LayerWeights, PackedStack, fits, run
+from kernels.paged_rows import PagedRows, RequestIds
+from kernels.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
 from kernels.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
-from models.blt import Blt, LocalDecoder, LocalEncoder
+from models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
 #: Where a model keeps which weights it was fused with.
@@ -54,7 +55,14 @@ def fuse(model: Blt) -> bool:
             continue
         if isinstance(layers := getattr(module, "layers", None), Stack) and _whole(layers):
             crosses = module.cross_attn_layers if isinstance(module, LocalDecoder) else ()
-            _replace(layers, _stack(layers, cast(Sequence[CrossAttention], crosses), packed))
+            whole = _pack_stack(layers, cast(Sequence[CrossAttention], crosses), packed)
+            _replace(layers, _stack(layers, whole))
+            if isinstance(module, Patcher):
+                _replace_stored(module, _entropies(module, whole, packed), "stored_entropies")
+            elif isinstance(module, LocalEncoder) and model.encoder_hash_tok_embedding.weight.dtype == torch.float32:
+                _replace_stored(model, _encode(model, whole), "encode_stored")
+            elif isinstance(module, LocalDecoder):
+                _replace_stored(module, _decode(module, whole), "stored_states")
         if isinstance(module, LocalEncoder):
             _replace_stored(module, _pooling(module, packed), "pool_stored")
         elif isinstance(module, LocalDecoder):
@@ -150,11 +158,14 @@ def _readers(decoder: LocalDecoder, packed: Pack) -> Callable[..., None]:
     return store
 
 
-def _stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> Callable[..., Tensor]:
+def _pack_stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> PackedStack:
     layers = [cast(Layer, layer) for layer in stack]
     before = [*crosses[: len(layers)], *[None] * (len(layers) - len(crosses))]
     weights = [_layer(layer, cross, packed) for layer, cross in zip(layers, before, strict=True)]
-    whole = PackedStack(weights, layers[0].self_attn.head_dim)
+    return PackedStack(weights, layers[0].self_attn.head_dim)
+
+
+def _stack(stack: Stack, whole: PackedStack) -> Callable[..., Tensor]:
     plain = partial(Stack.forward, stack)
 
     def forward(
@@ -165,6 +176,47 @@ def _stack(stack: Stack, crosses: Sequence[CrossAttention], packed: Pack) -> Cal
         return run(whole, x, cast(PagedAttention, attend), cast(StoredLatents | None, cross_attend))
 
     return forward
+
+
+def _entropies(patcher: Patcher, whole: PackedStack, packed: Pack) -> Callable[..., Tensor]:
+    table, sink = patcher.embed_tokens.weight, Sink(norm=_packed_norm(patcher.norm), head=packed(patcher.lm_head))
+    plain = partial(Patcher.stored_entropies, patcher)
+
+    def stored_entropies(ids: RequestIds, attend: PagedAttention) -> Tensor:
+        if not fits(attend):
+            return plain(ids, attend)
+        return run_stored(whole, Source(ids=ids, table=table), sink, attend)
+
+    return stored_entropies
+
+
+def _encode(model: Blt, whole: PackedStack) -> Callable[..., Tensor]:
+    plain, tables = partial(Blt.encode_stored, model), model.hash_tables()
+
+    def encode_stored(ids: RequestIds, states: PagedRows, attend: PagedAttention) -> Tensor:
+        if not fits(attend) or not states.native:
+            return plain(ids, states, attend)
+        return run_stored(whole, Source(ids=ids, hashed=tables), Sink(states=states), attend)
+
+    return encode_stored
+
+
+def _decode(decoder: LocalDecoder, whole: PackedStack) -> Callable[..., Tensor]:
+    table = decoder.embed_tokens.weight if hasattr(decoder, "embed_tokens") else None
+    plain, sink = partial(LocalDecoder.stored_states, decoder), Sink(norm=_packed_norm(decoder.norm))
+
+    def stored_states(
+        known: PagedRows | RequestIds, block: Tensor | None, attend: PagedAttention, latents: StoredLatents
+    ) -> Tensor:
+        if not fits(attend, latents) or (isinstance(known, PagedRows) and not known.native):
+            return plain(known, block, attend, latents)
+        if isinstance(known, PagedRows):
+            source = Source(states=known, block=block, block_table=table)
+        else:
+            source = Source(ids=known, table=table, block=block, block_table=table)
+        return run_stored(whole, source, sink, attend, latents)
+
+    return stored_states
 
 
 def _layer(layer: Layer, cross: CrossAttention | None, packed: Pack) -> LayerWeights:

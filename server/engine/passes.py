@@ -13,12 +13,11 @@ from torch import Tensor
 
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention, RaggedRows, has_native
-from kernels.paged_rows import PagedRows
+from kernels.paged_rows import PagedRows, RequestIds
 from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
 from models.layers import Rope
-from models.patching import entropies
 from server.engine.caches import CacheGroup, Caches
 
 
@@ -81,7 +80,7 @@ class Passes:
         # The first hash windows read zeros before the ids.
         self._pad = model.hash_window - 1
         self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
-        self._flat = self.tokens.view(-1)
+        self._ids = RequestIds(self.tokens, self._pad)
 
     @property
     def device(self) -> torch.device:
@@ -93,26 +92,22 @@ class Passes:
 
     def places(self, owners: Tensor, positions: Tensor) -> Tensor:
         """int64: where `tokens`, seen as one line, hold the ids at these positions."""
-        return owners.long() * self.tokens.shape[1] + (positions + self._pad)
+        return self._ids.places(owners, positions)
 
     def ids_at(self, places: Tensor) -> Tensor:
-        return self._flat[places]
+        return self.tokens.view(-1)[places]
 
     def write(self, places: Tensor, ids: Tensor) -> None:
         """Store chosen ids where later rows of the request read them."""
-        self._flat.scatter_(0, places, ids)
+        self.tokens.view(-1).scatter_(0, places, ids)
 
     def entropies(self, rows: Rows) -> Tensor:
         """Entropy model over rows: fp32 [N], nats."""
-        ids = self.ids_at(self.places(rows.owners, rows.positions))
-        return entropies(self._model.patcher(ids, self._groups["patcher"].attend(rows)))
+        return self._model.patcher.stored_entropies(self._ids, self._groups["patcher"].attend(rows))
 
     def encode(self, rows: Rows) -> Tensor:
         """Encoder over rows: the states [N, d], which also go to their store."""
-        x = self._model.embed_stored(self.tokens, rows.owners, rows.positions)
-        states = self._model.local_encoder(x, self._groups["encoder"].attend(rows))
-        self._states.write(rows.owners, rows.positions, states)
-        return states
+        return self._model.encode_stored(self._ids, self._states, self._groups["encoder"].attend(rows))
 
     def upstream(self, patches: Patches) -> None:
         """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
@@ -125,21 +120,12 @@ class Passes:
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
         read = StoredLatents(self._caches.latents, latents.long())
-        return self._model.local_decoder(self._decoder_input(rows, block), self._groups["decoder"].attend(rows), read)
+        known = self._states if self._from_encoder else self._ids
+        return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), read)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """fp32 [n, 260] of the states at int32 `index`, or of all."""
         return self._model.lm_head(states if index is None else states[index]).float()
-
-    def _decoder_input(self, rows: Rows, block: Tensor | None) -> Tensor:
-        decoder = self._model.local_decoder
-        if self._from_encoder:
-            x = self._states.read(rows.owners, rows.positions)
-            if block is None:
-                return x
-            return torch.where((block >= 0)[:, None], decoder.embed_tokens(block.clamp_min(0)), x)
-        ids = self.ids_at(self.places(rows.owners, rows.positions))
-        return decoder.embed_tokens(ids if block is None else torch.where(block >= 0, block, ids))
 
 
 class AttendedGroup:
