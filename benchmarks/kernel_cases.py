@@ -78,11 +78,12 @@ def ragged(spans: list[tuple[int, int, int]], lows: list[int], page: int, pages:
         table=torch.arange(requests * pages, dtype=torch.int32).view(requests, pages),
         rows=torch.tensor(rows, dtype=torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32),
-        lows=torch.tensor(low, dtype=torch.int32),
+        firsts=torch.tensor(low, dtype=torch.int32),
         highs=torch.tensor(positions, dtype=torch.int32) + 1,
         spans=[(first, count) for first, (*_, count) in zip(firsts, spans, strict=True)],
         length=page * pages,
         page_size=page,
+        window=1,
     )
 
 

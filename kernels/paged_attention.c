@@ -128,12 +128,17 @@ static void attend_row(const float *q, const float *cache, const int32_t *pages,
     attend(q, cache, pages, lo, hi, at, at.dim, scores, best, total, out);
 }
 
-/* Where rows stand: as paged_attention.py says. */
+/* Where rows stand: as paged_attention.py says. A window of 0 is none. */
 struct places {
     const float *turns;
-    const int32_t *table, *rows, *positions, *lows, *highs;
-    int64_t table_stride, page;
+    const int32_t *table, *rows, *positions, *firsts, *highs;
+    int64_t window, table_stride, page;
 };
+
+static inline int64_t low_of(const struct places *where, int64_t row) {
+    int64_t low = where->firsts[row] - where->window + 1;
+    return where->window && low > 0 ? low : 0;
+}
 
 static inline struct layout layout_of(const struct places *where, int64_t heads, int64_t kv_heads, int64_t dim) {
     return (struct layout){heads, kv_heads, dim, where->page};
@@ -161,7 +166,7 @@ static int attend_rows(const float *q, const float *cache, const struct places *
     for (int64_t i = first; i < first + n; i++, q += at.heads * at.dim, out += at.heads * at.dim) {
         for (int64_t h = 0; h < at.heads; h++)
             turn(q + h * at.dim, where->turns + (int64_t)where->positions[i] * at.dim, turned + h * at.dim, at.dim, scale);
-        attend_row(turned, cache, where->table + where->rows[i] * where->table_stride, where->lows[i], where->highs[i],
+        attend_row(turned, cache, where->table + where->rows[i] * where->table_stride, low_of(where, i), where->highs[i],
                    at, scores, best, best + at.heads, out);
     }
     free(turned);
@@ -174,7 +179,7 @@ int fastblt_paged_attention(const float *q, const float *k, const float *v, cons
     struct layout at = layout_of(where, heads, kv_heads, dim);
     int64_t work = 0;
     write_rows(k, v, where, at, 0, n, cache);
-    for (int64_t i = 0; i < n; i++) work += where->highs[i] - where->lows[i];
+    for (int64_t i = 0; i < n; i++) work += where->highs[i] - low_of(where, i);
     /* Waking a second thread costs more than a small pass. */
     if (threads < 2 || n < 2 || work * heads * dim <= 200000) return attend_rows(q, cache, where, at, 0, n, out);
     int failed = 0;

@@ -2,12 +2,13 @@
 
 Each of N rows belongs to a request (a row of the page table), has a position, and sees the keys of one contiguous
 range [lo, hi) of its own request's positions: causal rows, tentative rows and the bidirectional rows of a block differ
-in these two integers only (design §3). In order: every row's key is rotated and written with its value into the slot of
-its position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
+in these two integers only (design §3). Under a window lo = max(0, first - window + 1), where `first` is the row's own
+position, or its block's start; without one it is 0. In order: every row's key is rotated and written with its value
+into the slot of its position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
 
 Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; store
 [slots, 2, Hkv, D], keys then values, slot = page * page_size + position % page_size; table int32 [requests, pages],
-entry p // page_size is the page of position p; rows, positions, lows, highs int32 [N]. Returns [N, H, D].
+entry p // page_size is the page of position p; rows, positions, firsts, highs int32 [N]. Returns [N, H, D].
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +38,19 @@ class RaggedRows:
     table: Tensor
     rows: Tensor
     positions: Tensor
-    lows: Tensor
+    firsts: Tensor
     highs: Tensor
     spans: list[tuple[int, int]]
     length: int
     page_size: int
+    window: int | None = None
+
+    @cached_property
+    def lows(self) -> Tensor:
+        """Where the rows' ranges begin, int32 [N]."""
+        if self.window is None:
+            return torch.zeros_like(self.firsts)
+        return (self.firsts + (1 - self.window)).clamp_min_(0)
 
 
 def paged_attention(
@@ -61,15 +70,29 @@ class PagedAttention:
     """The self-attention that a module is given for one pass: a store for every layer, and where the rows stand."""
 
     def __init__(
-        self, stores: list[Tensor], turns: Tensor, at: RaggedRows, *, tiled: bool = False, native: bool = False
+        self,
+        stores: list[Tensor],
+        turns: Tensor,
+        at: RaggedRows,
+        *,
+        tiled: bool = False,
+        native: bool = False,
+        pointers: ctypes.Array[ctypes.c_void_p] | None = None,
     ) -> None:
         self.stores, self.turns, self.at = stores, turns, at
         self._tiled = tiled
+        #: Of the stores, as the C code takes them.
+        self.pointers = pointers_of(stores) if pointers is None else pointers
         #: Whether the C code serves it.
         self.native = native
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return paged_attention(q, k, v, self.turns, self.stores[layer], self.at, tiled=self._tiled)
+
+
+def pointers_of(stores: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where stores begin; they must outlive it."""
+    return (ctypes.c_void_p * len(stores))(*(store.data_ptr() for store in stores))
 
 
 def has_native(store: Tensor) -> bool:
@@ -83,15 +106,15 @@ class Places(ctypes.Structure):
     """Where the rows stand, as the C code takes it; the tensors must outlive it."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("turns", "table", "rows", "positions", "lows", "highs")),
-        ("table_stride", ctypes.c_int64),
-        ("page", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("turns", "table", "rows", "positions", "firsts", "highs")),
+        *((name, ctypes.c_int64) for name in ("window", "table_stride", "page")),
     ]
 
     @classmethod
     def of(cls, turns: Tensor, at: RaggedRows) -> Places:
-        tensors = (turns, at.table, at.rows, at.positions, at.lows, at.highs)
-        return cls(*(tensor.data_ptr() for tensor in tensors), at.table.stride(0), at.page_size)
+        tensors = (turns, at.table, at.rows, at.positions, at.firsts, at.highs)
+        sizes = (at.window or 0, at.table.stride(0), at.page_size)
+        return cls(*(tensor.data_ptr() for tensor in tensors), *sizes)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What is kept for every position of every request: its id, in a line for each request, and rows of numbers, in pages.
+"""Rows of numbers that are kept in pages, one for every position of a request.
 
 Shapes: store [slots, d]; table int32 [requests, pages], entry p // page_size is the page of position p; owners (rows of
 the table) and positions int32 [N]; rows [N, d].
@@ -51,24 +51,3 @@ class PagedRows:
     def write(self, owners: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Store the rows [N, d]. Where two have one place, either may stay."""
         self.store.index_copy_(0, self.slots(owners, positions), rows)
-
-
-@dataclass(frozen=True)
-class RequestIds:
-    """Ids of requests, int64 [requests, pad + length]: `pad` zeros, then the id of every position."""
-
-    ids: Tensor
-    pad: int
-
-    def places(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """int64: where the ids, seen as one line, have those of these positions."""
-        return owners.long() * self.ids.shape[1] + (positions + self.pad)
-
-    def at(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """The ids [N] of these positions."""
-        return self.ids.view(-1)[self.places(owners, positions)]
-
-    def windows(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """Of each position the last pad + 1 ids, its own last: [N, pad + 1]."""
-        offsets = torch.arange(-self.pad, 1, device=self.ids.device)
-        return self.ids.view(-1)[self.places(owners, positions)[:, None] + offsets]

@@ -113,7 +113,7 @@ static int end(const struct sink *to, const struct places *at, int64_t first, in
     return 0;
 }
 
-static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - at->lows[row]; }
+static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - low_of(at, row); }
 
 /* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests unless `anywhere`; a row
  * of the null request belongs to nobody. Returns the work of the largest share. */

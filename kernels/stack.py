@@ -23,7 +23,8 @@ from kernels.hash_embedding import Tables
 from kernels.latent_attention import StoredLatents
 from kernels.native import library, threads
 from kernels.paged_attention import PagedAttention, Places
-from kernels.paged_rows import PagedRows, Pages, RequestIds
+from kernels.paged_rows import PagedRows, Pages
+from kernels.request_ids import RequestIds
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,13 @@ def _call(
 ) -> None:
     function = _entry()
     assert function is not None
-    caches = (ctypes.c_void_p * len(attend.stores))(*(store.data_ptr() for store in attend.stores))
     read = None
     if latents is not None:
         _, _, _, keys, kv_heads, dim = latents.store.shape
         whole, one = latents.store.stride(0), 2 * keys * kv_heads * dim
         read = _Latents(latents.store.data_ptr(), latents.slots.data_ptr(), whole, one, keys)
     places = Places.of(attend.turns, attend.at)
-    if function(stack.module, caches, places, read, source, sink, x.shape[0], threads(), x.data_ptr()):
+    if function(stack.module, attend.pointers, places, read, source, sink, x.shape[0], threads(), x.data_ptr()):
         raise MemoryError("a module could not allocate its scratch space")
 
 

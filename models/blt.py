@@ -18,7 +18,8 @@ from kernels.attention import masked_attention
 from kernels.hash_embedding import Tables, hash_embedding
 from kernels.latent_attention import StoredLatents, latent_attention
 from kernels.paged_attention import PagedAttention
-from kernels.paged_rows import PagedRows, RequestIds
+from kernels.paged_rows import PagedRows
+from kernels.request_ids import RequestIds
 from kernels.upstream import StoredPatches
 from models.config import BltConfig, StackConfig
 from models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
@@ -57,7 +58,7 @@ class Patcher(nn.Module):
 
     def stored_entropies(self, ids: RequestIds, attend: PagedAttention) -> Tensor:
         """Entropies of the next byte, fp32 nats [N], at the rows of the attention."""
-        return entropies(self(ids.at(attend.at.rows, attend.at.positions), attend))
+        return entropies(self(ids.read(attend.at.rows, attend.at.positions), attend))
 
 
 class LocalEncoder(nn.Module):
@@ -168,7 +169,7 @@ class LocalDecoder(nn.Module):
             if block is not None:
                 x = torch.where((block >= 0)[:, None], self.embed_tokens(block.clamp_min(0)), x)
         else:
-            ids = known.at(owners, positions)
+            ids = known.read(owners, positions)
             x = self.embed_tokens(ids if block is None else torch.where(block >= 0, block, ids))
         return self(x, attend, latents)
 

@@ -16,7 +16,8 @@ from kernels.backend import use_triton
 from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
 from kernels.latent_attention import StoredLatents
 from kernels.paged_attention import PagedAttention
-from kernels.paged_rows import PagedRows, RequestIds
+from kernels.paged_rows import PagedRows
+from kernels.request_ids import RequestIds
 from kernels.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
 from kernels.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
 from models.blt import Blt, LocalDecoder, LocalEncoder, Patcher

@@ -44,6 +44,7 @@ class Chooser:
         self._values = torch.zeros(6, rows, device=device)
         self._values[[1, 3]] = 1.0
         self._integers = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._null: dict[int, tuple[Tensor, ...]] = {}
         self._bias = torch.zeros(rows, VOCAB_SIZE, device=device)
         self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32, device=device)
         self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool, device=device)
@@ -143,8 +144,8 @@ class Chooser:
         params = self._params(staged, sent)
         if staged.masks is not None:
             params.allowed = staged.masks.allowed(self._device)
-        places = self._passes.places(sent[1], sent[2])
-        chosen = None
+        owners, positions = sent[1], sent[2]
+        known, chosen = self._passes.ids, None
         if count:
             some = params if count == total else part(params, slice(count))
             chosen = select(logits[:count], some, need_statistics=False)
@@ -152,12 +153,12 @@ class Chooser:
             step = self._fill(blocks, logits[count:], sent[4:, count:], part(params, slice(count, total)))
             if staged.masks is not None:
                 staged.masks.mend(step, None if chosen is None else chosen.ids, logits, params)
-            self._passes.write(places[count:], step.ids.view(-1))
+            known.write(owners[count:], positions[count:], step.ids.view(-1))
             tensors += blocks.results_of(step, logits[count:])
         if chosen is not None:
-            accepted = self._verify(causal, chosen.ids, places[:count])
+            accepted = self._verify(causal, chosen.ids, owners, positions)
             # After a block's own ids: where a causal row goes before it, that row gives its first byte.
-            self._passes.write(places[:count], chosen.ids)
+            known.write(owners[:count], positions[:count], chosen.ids)
             tensors += causal.results_of(chosen, accepted, logits[:count])
         return tensors
 
@@ -169,14 +170,15 @@ class Chooser:
         masked, ids = sent[0].view(shape).bool(), sent[1].view(shape).long()
         return unmask(logits.view(*shape, -1), masked, ids, params, rules, bounds, last, everything=blocks.everything)
 
-    def _verify(self, causal: CausalPicks, targets: Tensor, places: Tensor) -> Tensor | None:
+    def _verify(self, causal: CausalPicks, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
         """How many drafted bytes agree with their targets, int64 [drafts]; None where nothing is verified."""
         if causal.drafts is None:
             return None
         sent = self._staging["drafts"].send()[:, : len(causal.drafts[1])]
         rows, lengths = sent[1:].T, sent[0].long()
         # What still stands where the targets will go is the draft.
-        return verify(targets[rows], self._passes.ids_at(places[rows[:, :-1]]), lengths)[0]
+        drafted = rows[:, :-1]
+        return verify(targets[rows], self._passes.ids.read(owners[drafted], positions[drafted]), lengths)[0]
 
     def _drafted(
         self, sequences: list[Sequence], causal: CausalPicks, blocks: BlockPicks
@@ -198,15 +200,21 @@ class Chooser:
                 extra += [(blocks.first(at) + i, filled) for i in range(len(plan.block_ids))]
         return extra
 
+    def _unread(self, count: int) -> tuple[Tensor, ...]:
+        """Parameters of a greedy pass, which reads none: the null row's stand for all."""
+        columns = self._null.get(count)
+        if columns is None:
+            tables = (table[:, :1].expand(-1, count) for table in (self._values, self._integers))
+            columns = self._null[count] = tuple(column for table in tables for column in table.unbind())
+        return columns
+
     def _params(self, staged: Staged, sent: Tensor) -> SelectionParams:
         rows = sent[1]
-        # A greedy pass reads none of these: the null row's stand for all.
         if staged.sampled or staged.penalized:
-            values, integers = self._values[:, rows], self._integers[:, rows]
+            columns = (*self._values[:, rows].unbind(), *self._integers[:, rows].unbind())
         else:
-            values, integers = (table[:, :1].expand(-1, len(rows)) for table in (self._values, self._integers))
-        temperature, top_p, min_p, repetition, presence, frequency = values.unbind()
-        top_k, seeds = integers.unbind()
+            columns = self._unread(len(rows))
+        temperature, top_p, min_p, repetition, presence, frequency, top_k, seeds = columns
         counts = prompt_seen = bias = None
         penalized = staged.penalized
         if penalized:

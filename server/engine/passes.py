@@ -6,14 +6,15 @@ alone: this is the part that a GPU replays from a captured graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.latent_attention import StoredLatents
-from kernels.paged_attention import PagedAttention, RaggedRows, has_native
-from kernels.paged_rows import PagedRows, RequestIds
+from kernels.paged_attention import PagedAttention, RaggedRows, has_native, pointers_of
+from kernels.paged_rows import PagedRows
+from kernels.request_ids import RequestIds
 from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
@@ -35,14 +36,6 @@ class Rows:
     firsts: Tensor
     highs: Tensor
     spans: list[tuple[int, int]]
-    _lows: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def lows(self, window: int | None) -> Tensor:
-        """Where the rows' ranges begin under a window; groups of one window share them."""
-        if window not in self._lows:
-            first = torch.zeros_like(self.firsts) if window is None else (self.firsts + (1 - window)).clamp_min_(0)
-            self._lows[window] = first
-        return self._lows[window]
 
 
 @dataclass
@@ -80,7 +73,8 @@ class Passes:
         # The first hash windows read zeros before the ids.
         self._pad = model.hash_window - 1
         self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
-        self._ids = RequestIds(self.tokens, self._pad)
+        #: The same, as kernels take them.
+        self.ids = RequestIds(self.tokens, self._pad)
 
     @property
     def device(self) -> torch.device:
@@ -90,24 +84,13 @@ class Passes:
         """Known ids of a newly admitted request."""
         self.tokens[row, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
 
-    def places(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """int64: where `tokens`, seen as one line, hold the ids at these positions."""
-        return self._ids.places(owners, positions)
-
-    def ids_at(self, places: Tensor) -> Tensor:
-        return self.tokens.view(-1)[places]
-
-    def write(self, places: Tensor, ids: Tensor) -> None:
-        """Store chosen ids where later rows of the request read them."""
-        self.tokens.view(-1).scatter_(0, places, ids)
-
     def entropies(self, rows: Rows) -> Tensor:
         """Entropy model over rows: fp32 [N], nats."""
-        return self._model.patcher.stored_entropies(self._ids, self._groups["patcher"].attend(rows))
+        return self._model.patcher.stored_entropies(self.ids, self._groups["patcher"].attend(rows))
 
     def encode(self, rows: Rows) -> Tensor:
         """Encoder over rows: the states [N, d], which also go to their store."""
-        return self._model.encode_stored(self._ids, self._states, self._groups["encoder"].attend(rows))
+        return self._model.encode_stored(self.ids, self._states, self._groups["encoder"].attend(rows))
 
     def upstream(self, patches: Patches) -> None:
         """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
@@ -120,7 +103,7 @@ class Passes:
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
         read = StoredLatents(self._caches.latents, latents.long())
-        known = self._states if self._from_encoder else self._ids
+        known = self._states if self._from_encoder else self.ids
         return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), read)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
@@ -137,6 +120,7 @@ class AttendedGroup:
         self._cache = cache
         self._tiled = tiled
         self._native = has_native(cache.layers[0])
+        self._pointers = pointers_of(cache.layers)
         self._length = max_length
         self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
 
@@ -145,10 +129,13 @@ class AttendedGroup:
             table=self._cache.device_table,
             rows=rows.owners,
             positions=rows.positions,
-            lows=rows.lows(self._cache.window),
+            firsts=rows.firsts,
             highs=rows.highs,
             spans=rows.spans,
             length=self._length,
             page_size=self._cache.page_size,
+            window=self._cache.window,
         )
-        return PagedAttention(self._cache.layers, self._turns, at, tiled=self._tiled, native=self._native)
+        return PagedAttention(
+            self._cache.layers, self._turns, at, tiled=self._tiled, native=self._native, pointers=self._pointers
+        )

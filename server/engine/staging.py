@@ -52,8 +52,10 @@ class Fetch:
         self.copies = 0
 
     def __call__(self, *results: Tensor) -> list[np.ndarray]:
-        """int32 or fp32 arrays of the results' shapes: integers (which must fit) and booleans, or fp32."""
+        """Arrays of the results' shapes. From a device they are int32 (which integers must fit) or fp32."""
         self.copies += 1
+        if all(result.device.type == "cpu" for result in results):
+            return [result.numpy() for result in results]
         packed: np.ndarray = self.pack(results).cpu().numpy()
         arrays: list[np.ndarray] = []
         start = 0

@@ -57,11 +57,12 @@ class World:
             table=self.table,
             rows=torch.tensor(owners, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),
-            lows=torch.tensor([low for low, _ in ranges], dtype=torch.int32),
+            firsts=torch.tensor([low for low, _ in ranges], dtype=torch.int32),
             highs=torch.tensor([high for _, high in ranges], dtype=torch.int32),
             spans=[(int(first), count) for first, (*_, count) in zip(firsts, spans, strict=True)],
             length=self.length,
             page_size=self.page,
+            window=1,
         )
 
     def random(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:

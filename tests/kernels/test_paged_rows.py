@@ -1,11 +1,11 @@
-"""Rows in pages, and requests' ids, against plain dictionaries and lists."""
+"""Rows in pages against a plain dictionary."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernels.paged_rows import PagedRows, RequestIds
+from kernels.paged_rows import PagedRows
 
 PAGE, PAGES, REQUESTS = 4, 5, 3
 
@@ -34,11 +34,3 @@ def test_what_is_written_is_read(dtype: torch.dtype) -> None:
         slot = int(table[owner, position // PAGE]) * PAGE + position % PAGE
         assert torch.equal(store[slot], known[owner, position])
     assert int(store.isnan().all(1).sum()) == len(store) - len(known)
-
-
-def test_ids_and_their_windows() -> None:
-    lines = [[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]]
-    ids = RequestIds(torch.tensor([[0, 0, *line] for line in lines]), 2)
-    owners, positions = torch.tensor([1, 0, 1], dtype=torch.int32), torch.tensor([0, 4, 1], dtype=torch.int32)
-    assert ids.at(owners, positions).tolist() == [20, 11, 21]
-    assert ids.windows(owners, positions).tolist() == [[0, 0, 20], [9, 10, 11], [0, 20, 21]]

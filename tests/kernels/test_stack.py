@@ -81,11 +81,12 @@ def make(
         table=table,
         rows=torch.tensor([owner for owner, _, count in spans for _ in range(count)], dtype=torch.int32),
         positions=torch.tensor(positions, dtype=torch.int32),
-        lows=torch.tensor([max(0, high - 70) for high in highs], dtype=torch.int32),
+        firsts=torch.tensor(highs, dtype=torch.int32) - 1,
         highs=torch.tensor(highs, dtype=torch.int32),
         spans=[(start, count) for start, (*_, count) in zip(starts, spans, strict=False)],
         length=LENGTH,
         page_size=PAGE,
+        window=70,
     )
     latents = torch.randn(9, max(1, crosses), 2, 2, kv_heads, dim, generator=generator)
     return World(stack, cross, list(store), latents, at, Rope(dim, 10000.0).table(LENGTH))
@@ -115,7 +116,7 @@ def packed(world: World) -> PackedStack:
 def some_rows(world: World, rows: list[int]) -> World:
     """The world with these rows of its pass only."""
     at = world.at
-    columns = {name: getattr(at, name)[rows] for name in ("rows", "positions", "lows", "highs")}
+    columns = {name: getattr(at, name)[rows] for name in ("rows", "positions", "firsts", "highs")}
     return replace(world, at=replace(at, spans=[(i, 1) for i in range(len(rows))], **columns))
 
 

@@ -33,7 +33,7 @@ class Caches:
             table=torch.tensor([[0], [1]], dtype=torch.int32),
             rows=torch.ones(rows, dtype=torch.int32),
             positions=column,
-            lows=torch.zeros(rows, dtype=torch.int32),
+            firsts=torch.zeros(rows, dtype=torch.int32),
             highs=column + 1,
             spans=[(0, rows)],
             length=16,
