@@ -87,18 +87,20 @@ def unmask_torch(
     """
     shape = masked.shape
     chosen = select(logits.reshape(-1, logits.shape[-1]), params, need_statistics=not everything)
+    bad = chosen.bad.view(shape).logical_and_(masked).any(-1)
     if chosen.confidence is None or chosen.entropy is None:
-        picked = masked
+        picked, left, done = masked, torch.zeros_like(masked), torch.ones_like(bad)
     else:
         picked = pick_torch(chosen.confidence.view(shape), chosen.entropy.view(shape), masked, rule, bound, last_step)
-    left = masked & ~picked
+        left = masked & ~picked
+        done = left.any(-1).logical_not_()
     return Unmasked(
         ids=torch.where(picked, chosen.ids.view(shape), ids),
         masked=left,
         count=picked.sum(-1),
-        done=left.any(-1).logical_not_(),
+        done=done,
         logprobs=torch.where(picked, chosen.logprobs.view(shape), float("nan")),
-        bad=chosen.bad.view(shape).logical_and_(masked).any(-1),
+        bad=bad,
     )
 
 

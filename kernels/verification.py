@@ -11,18 +11,43 @@ beyond is never looked at. There is no rejection sampling: drafts and targets ar
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from kernels.backend import launcher
+from kernels.native import library
 
 
 def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(accepted, next_id), int64 [R], of targets int64 [R, K + 1], drafts int64 [R, K] and lengths int64 [R]."""
+    if targets.device.type == "cpu" and (function := _entry()) is not None:
+        return _native(function, targets.contiguous(), drafts.contiguous(), lengths.contiguous())
     drafted = torch.arange(drafts.shape[1], device=drafts.device) < lengths.unsqueeze(-1)
     agree = (drafts == targets[:, :-1]).logical_and_(drafted)
     accepted = agree.cumprod(-1, dtype=torch.int64).sum(-1)
     return accepted, targets.gather(1, accepted.unsqueeze(-1)).squeeze(-1)
+
+
+@cache
+def _entry() -> Callable[..., None] | None:
+    native = library("verification")
+    if native is None:
+        return None
+    function = native.fastblt_verify
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes, function.restype = [pointer, pointer, pointer, integer, integer, pointer, pointer], None
+    return function
+
+
+def _native(function: Callable[..., None], targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    accepted, next_id = torch.empty_like(lengths), torch.empty_like(lengths)
+    pointers = (tensor.data_ptr() for tensor in (targets, drafts, lengths))
+    function(*pointers, *drafts.shape, accepted.data_ptr(), next_id.data_ptr())
+    return accepted, next_id
 
 
 #: Picks the implementation for the targets' device.

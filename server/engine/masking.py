@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +96,11 @@ class Masks:
 
 
 def part(params: SelectionParams, rows: slice) -> SelectionParams:
-    """The parameters of some rows."""
-    tensors: dict[str, Any] = {name: value[rows] for name, value in vars(params).items() if isinstance(value, Tensor)}
-    return replace(params, **tensors)
+    """The parameters of some rows; what no row reads stays as it is."""
+    names = ["forbid_eos", "allowed"]
+    if params.sampled:
+        names += ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+    if params.penalized:
+        names += ("repetition", "presence", "frequency", "counts", "prompt_seen", "bias")
+    values = {name: getattr(params, name) for name in names}
+    return replace(params, **{name: value[rows] for name, value in values.items() if value is not None})
