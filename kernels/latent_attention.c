@@ -6,7 +6,7 @@
 #define MOST_KEYS 64
 
 /* Returns 0, or 1 where a latent has more keys than this was written for. */
-int fastblt_latent_attention(const float *q, const float *store, const int64_t *slots, int64_t slot_size, int64_t n,
+int fastblt_latent_attention(const float *q, const float *store, const int32_t *slots, int64_t slot_size, int64_t n,
                              int64_t heads, int64_t kv_heads, int64_t dim, int64_t keys, int64_t threads, float *out) {
     if (keys > MOST_KEYS) return 1;
     int64_t groups = heads / kv_heads, stride = kv_heads * dim;

@@ -2,8 +2,8 @@
 
 out = softmax(q k^T / sqrt(D)) v, per head. `latent_attention` takes keys and values row by row: q [..., H, D], k and v
 [..., K, Hkv, D] with H a multiple of Hkv, K the latents per patch (1 to 4). `stored_latent_attention` reads them where
-they are kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int64
-[N].
+they are kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int32 or
+int64 [N].
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor)
     if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
         function = _entry()
         if function is not None:
-            return _native(function, q.contiguous(), store, layer, slots)
+            return _native(function, q.contiguous(), store, layer, slots.int())
     return stored_latent_attention_torch(q, store, layer, slots)
 
 
@@ -48,10 +48,10 @@ def stored_latent_attention_torch(q: Tensor, store: Tensor, layer: int, slots: T
 
 
 class StoredLatents:
-    """The decoder's cross-attention for one pass: every row over the latent at its slot, int64 [N]."""
+    """The decoder's cross-attention for one pass: every row over the latent at its slot, int32 or int64 [N]."""
 
     def __init__(self, store: Tensor, slots: Tensor) -> None:
-        self.store, self.slots = store, slots
+        self.store, self.slots = store, slots.int()
 
     @property
     def native(self) -> bool:

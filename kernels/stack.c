@@ -36,7 +36,7 @@ struct module {
 /* The latents that cross-attentions read: a slot of so many floats for each row, and in it so many for each layer. */
 struct latents {
     const float *store;
-    const int64_t *slots;
+    const int32_t *slots;
     int64_t slot_size, layer_size, keys;
 };
 

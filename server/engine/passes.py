@@ -102,7 +102,7 @@ class Passes:
 
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
-        read = StoredLatents(self._caches.latents, latents.long())
+        read = StoredLatents(self._caches.latents, latents)
         known = self._states if self._from_encoder else self.ids
         return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), read)
 
