@@ -72,16 +72,16 @@ static inline __attribute__((always_inline)) void mix_tile(const float *weights,
     }
 }
 
-/* One row over its keys [lo, hi). `q` is rotated and scaled; `scores` has TILE, `best` and `total` one float a head.
- * `dim` repeats the layout's, as a constant where the caller knows it. */
+/* The heads [from, to) of one row over its keys [lo, hi). `q` is rotated and scaled; `scores` has TILE, `best` and `total`
+ * one float a head. `dim` repeats the layout's, as a constant where the caller knows it. */
 static inline __attribute__((always_inline)) void attend(const float *restrict q, const float *cache,
                                                          const int32_t *pages, int64_t lo, int64_t hi,
                                                          struct layout at, int64_t dim, float *restrict scores,
                                                          float *restrict best, float *restrict total,
-                                                         float *restrict out) {
+                                                         float *restrict out, int64_t from, int64_t to) {
     int64_t stride = 2 * at.kv_heads * dim, groups = at.heads / at.kv_heads;
-    for (int64_t h = 0; h < at.heads; h++) best[h] = -INFINITY, total[h] = 0.0f;
-    memset(out, 0, sizeof(float) * at.heads * dim);
+    for (int64_t h = from; h < to; h++) best[h] = -INFINITY, total[h] = 0.0f;
+    memset(out + from * dim, 0, sizeof(float) * (to - from) * dim);
     for (int64_t base = lo; base < hi;) {
         /* Tiles end at multiples of TILE, whatever the page size: where a sum is cut depends on positions alone. */
         int64_t end = (base / TILE + 1) * TILE;
@@ -93,9 +93,9 @@ static inline __attribute__((always_inline)) void attend(const float *restrict q
             int64_t stop = (p / at.page + 1) * at.page;
             for (stop = stop < end ? stop : end; p < stop; p++, slot += stride) slots[p - base] = slot;
         }
-        for (int64_t h = 0; h < at.heads; h++)
+        for (int64_t h = from; h < to; h++)
             score_tile(q + h * dim, slots, h / groups * dim, count, dim, scores + h * TILE);
-        for (int64_t h = 0; h < at.heads; h++) {
+        for (int64_t h = from; h < to; h++) {
             float *score = scores + h * TILE, peak = best[h], sum = 0.0f;
 #pragma omp simd reduction(max : peak)
             for (int64_t j = 0; j < count; j++) peak = score[j] > peak ? score[j] : peak;
@@ -114,18 +114,19 @@ static inline __attribute__((always_inline)) void attend(const float *restrict q
         }
         base = end;
     }
-    for (int64_t h = 0; h < at.heads; h++) {
+    for (int64_t h = from; h < to; h++) {
         float inverse = 1.0f / total[h];
         for (int64_t d = 0; d < dim; d++) out[h * dim + d] *= inverse;
     }
 }
 
 static void attend_row(const float *q, const float *cache, const int32_t *pages, int64_t lo, int64_t hi,
-                       struct layout at, float *scores, float *best, float *total, float *out) {
+                       struct layout at, float *scores, float *best, float *total, float *out, int64_t from,
+                       int64_t to) {
 #define CASE(D) \
-    case D: attend(q, cache, pages, lo, hi, at, D, scores, best, total, out); return;
+    case D: attend(q, cache, pages, lo, hi, at, D, scores, best, total, out, from, to); return;
     switch (at.dim) { CASE(16) CASE(32) CASE(64) CASE(128) }
-    attend(q, cache, pages, lo, hi, at, at.dim, scores, best, total, out);
+    attend(q, cache, pages, lo, hi, at, at.dim, scores, best, total, out, from, to);
 }
 
 /* Where rows stand: as paged_attention.py says. A window of 0 is none. */
@@ -157,20 +158,26 @@ static void write_rows(const float *k, const float *v, const struct places *wher
     }
 }
 
-/* Rows [first, first + n) attend; q and out begin with the first of them. Returns 0, or 1 when memory ran out. */
-static int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
-                       int64_t n, float *out) {
+/* The heads [from, to) of rows [first, first + n) attend; q and out begin with the first of them. Returns 0, or 1 when
+ * memory ran out. */
+static int attend_heads(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
+                        int64_t n, int64_t from, int64_t to, float *out) {
     float *turned = malloc(sizeof(float) * at.heads * (size_t)(at.dim + TILE + 2));
     if (!turned) return 1;
     float scale = 1.0f / sqrtf((float)at.dim), *scores = turned + at.heads * at.dim, *best = scores + at.heads * TILE;
     for (int64_t i = first; i < first + n; i++, q += at.heads * at.dim, out += at.heads * at.dim) {
-        for (int64_t h = 0; h < at.heads; h++)
+        for (int64_t h = from; h < to; h++)
             turn(q + h * at.dim, where->turns + (int64_t)where->positions[i] * at.dim, turned + h * at.dim, at.dim, scale);
         attend_row(turned, cache, where->table + where->rows[i] * where->table_stride, low_of(where, i), where->highs[i],
-                   at, scores, best, best + at.heads, out);
+                   at, scores, best, best + at.heads, out, from, to);
     }
     free(turned);
     return 0;
+}
+
+static int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
+                       int64_t n, float *out) {
+    return attend_heads(q, cache, where, at, first, n, 0, at.heads, out);
 }
 
 /* All keys and values are written before any row attends. Returns 0, or 1 when memory ran out. */
@@ -181,10 +188,16 @@ int fastblt_paged_attention(const float *q, const float *k, const float *v, cons
     write_rows(k, v, where, at, 0, n, cache);
     for (int64_t i = 0; i < n; i++) work += where->highs[i] - low_of(where, i);
     /* Waking a second thread costs more than a small pass. */
-    if (threads < 2 || n < 2 || work * heads * dim <= 200000) return attend_rows(q, cache, where, at, 0, n, out);
+    if (threads < 2 || work * heads * dim <= 100000) return attend_rows(q, cache, where, at, 0, n, out);
     int failed = 0;
+    /* Few rows are shared out by heads. */
+    int64_t parts = n < threads ? threads : 1, size = heads * dim;
+    if (parts > heads) parts = heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
-    for (int64_t i = 0; i < n; i++)
-        failed |= attend_rows(q + i * heads * dim, cache, where, at, i, 1, out + i * heads * dim);
+    for (int64_t i = 0; i < n * parts; i++) {
+        int64_t row = i / parts, part = i % parts;
+        failed |= attend_heads(q + row * size, cache, where, at, row, 1, heads * part / parts, heads * (part + 1) / parts,
+                               out + row * size);
+    }
     return failed;
 }

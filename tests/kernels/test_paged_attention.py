@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.native import library
+from kernels.native import library, set_threads
 from kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
 from models.layers import Rope
 from tests.kernels.rows import here
@@ -132,6 +132,24 @@ def test_a_row_does_not_depend_on_its_batch(attend: Callable[..., Tensor], optio
             assert torch.equal(outs[0], other)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_heads_of_a_long_row_are_shared_out() -> None:
+    """Threads beyond the rows take heads of their own: equal bits with any number of them."""
+    world = World(11, (6, 3, 128, 16))
+    world.check(paged_attention, world.rows([(0, 0, 195), (1, 0, 120)]), 2e-5)
+    at = world.rows([(0, 195, 1), (1, 120, 1)])
+    q, k, v = world.random(2)
+    outs = []
+    try:
+        for count in (1, 2, 3, 7, 20):
+            set_threads(count)
+            outs.append(paged_attention(q, k, v, world.turns, world.store, at))
+        world.check(paged_attention, at, 2e-5)
+    finally:
+        set_threads(None)
+    for other in outs[1:]:
+        assert torch.equal(outs[0], other)
 
 
 def test_nan_stays_in_its_row() -> None:
