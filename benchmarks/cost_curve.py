@@ -79,25 +79,33 @@ class CostCurve:
     def measure(cls, engine: Engine, most: int, budget: float = 0.5, context: int = 0, requests: int = 1) -> CostCurve:
         """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows.
 
+        Passes of every number of rows take turns with passes of one: how much dearer they are is a ratio of neighbors,
+        for a machine whose memory others use as well is not as fast at one minute as at the next.
+
         Rows stand at position `context`, and attend to what their windows hold of the keys up to there, each to those
         of one of `requests` requests. Nothing must run in the engine, nor be kept by its prefix cache.
         """
         passes = engine._runner._passes
         rows = [count for count in _GRID if count < most] + [most]
-        seconds: dict[str, list[float]] = {module: [] for module in _MODULES}
+        ratios: dict[str, list[float]] = {module: [] for module in _MODULES}
+        singles: dict[str, list[float]] = {module: [] for module in _MODULES}
         with _occupied(engine._caches, context, requests if context else 0) as owners:
             for count in rows:
                 own = [owners[at * len(owners) // count] for at in range(count)] if owners else []
-                for module, value in _medians(_calls(passes, count, context, own), budget).items():
-                    seconds[module].append(value)
-        return cls(tuple(rows), {module: tuple(values) for module, values in seconds.items()})
+                single = _calls(passes, rows[0], context, own[:1])
+                both = {f"{module} alone": call for module, call in single.items()}
+                taken = _medians(both | _calls(passes, count, context, own), 2 * budget)
+                for module in _MODULES:
+                    singles[module].append(taken[f"{module} alone"])
+                    ratios[module].append(taken[module] / taken[f"{module} alone"])
+        seconds = {
+            module: tuple(statistics.median(singles[module]) * ratio for ratio in ratios[module]) for module in _MODULES
+        }
+        return cls(tuple(rows), seconds)
 
     @torch.inference_mode()
     def drift(self, engine: Engine) -> dict[str, float]:
-        """How many times as long as when the curve was measured a pass of one row takes now, by module.
-
-        A machine whose memory others use as well is not as fast at one minute as at the next.
-        """
+        """How many times as long as when the curve was measured a pass of one row takes now, by module."""
         taken = _medians(_calls(engine._runner._passes, self.rows[0], 0, []), 0.1)
         return {module: value / self.seconds[module][0] for module, value in taken.items()}
 

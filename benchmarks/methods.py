@@ -118,7 +118,8 @@ class Batch:
     seconds: float
     bytes: int
     passes: list[Pass] = field(default_factory=list)
-    #: How much slower than at the cost curve's time a pass was, by module.
+    #: Seconds that the passes take by the cost curve, and how many times as long as at its time a pass took, by module.
+    predicted: float = 0.0
     drift: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -127,11 +128,14 @@ class Batch:
 
     def join(self, other: Batch) -> Batch:
         """Both, one after the other."""
+        share = self.seconds / (self.seconds + other.seconds)
         return Batch(
             self.outputs + other.outputs,
             self.seconds + other.seconds,
             self.bytes + other.bytes,
             self.passes + other.passes,
+            self.predicted + other.predicted,
+            {name: share * value + (1 - share) * other.drift[name] for name, value in self.drift.items()},
         )
 
 
@@ -157,23 +161,6 @@ def run(
     seconds = time.perf_counter() - clock
     made = sum(len(output.ids) for output in outputs.values()) - before
     return Batch(list(outputs.values()), seconds, made, list(recorder.passes) if recorder is not None else [])
-
-
-def run_in_batches(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    params: Sequence[SamplingParams],
-    size: int,
-    recorder: Recorder | None = None,
-) -> Batch:
-    """The same, `size` requests at a time."""
-    parts = [
-        run(engine, prompts[at : at + size], params[at : at + size], recorder) for at in range(0, len(prompts), size)
-    ]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.join(part)
-    return total
 
 
 def figures(batch: Batch, plain: Batch) -> dict[str, Any]:
@@ -217,9 +204,10 @@ class Cost:
     def gigabytes(self, batch: Batch) -> float:
         return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
 
-    def predicted(self, batch: Batch) -> float:
-        """Seconds that the batch's passes take by the curve, at the speed that the machine had at the time."""
-        return sum(self.curve.predict(done) * batch.drift.get(done.module, 1.0) for done in batch.passes)
+    def predict(self, batch: Batch, drift: dict[str, float]) -> None:
+        """Note what the batch's passes take by the curve, at the speed that the machine had at the time."""
+        batch.drift = drift
+        batch.predicted = sum(self.curve.predict(done) * drift[done.module] for done in batch.passes)
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
@@ -229,7 +217,7 @@ def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
     def saved(value: float, base: float) -> float:
         return 1 - bytes_ratio * value / base
 
-    predicted, before = cost.predicted(batch), cost.predicted(plain)
+    predicted, before = batch.predicted, plain.predicted
     inside, inside_before = (sum(done.seconds for done in b.passes) for b in (batch, plain))
     weights = saved(cost.gigabytes(batch), cost.gigabytes(plain))
     by_curve, by_passes = saved(predicted, before), saved(inside, inside_before)
@@ -299,41 +287,50 @@ def measure(
     """Run every setting over the prompts, then print a row of a table for each.
 
     With `batch`, that many requests run at a time and there are figures of time. The machine's speed may drift, so the
-    settings take turns, `rounds` times, each round with a cost curve of its own, which passes before and after a run
-    correct for the speed of the moment; a row is of the round in which the setting's time, as a share of BLT's in that
-    round, was the median.
+    settings take turns at every batch of prompts, and a pass of one row before and after each corrects what the cost
+    curve says for the speed of the moment. Where the prompts are one batch there should be several `rounds`, each with
+    a curve of its own; a row is of the round in which the setting's time, as a share of BLT's in that round, was the
+    median.
     """
     settings = settings or paper_settings(model.config.block_sizes)
     engine = Engine(model, replace(batch_settings(prompts[:batch], length), prefix_cache=False, threads=threads))
     recorder = Recorder(engine) if batch is not None else None
+    size = batch or len(prompts)
     costs: list[Cost] = []
     runs: dict[str, list[Batch]] = {name: [] for name in settings}
-    positions: dict[str, dict[str, Any]] = {}
+    positions: dict[str, _Positions] = {name: _Positions() for name in settings}
     for _ in range(rounds):
         if batch is not None:
             costs.append(Cost.of(model, engine, min(512, 2 * batch * MAX_BLOCK_SIZE)))
-        with recorder.on() if recorder is not None else nullcontext():
+        done: dict[str, Batch] = {}
+        early = costs[-1].curve.drift(engine) if costs else {}
+        for first in range(0, len(prompts), size):
             for name, decoding in settings.items():
+                seeds = range(len(prompts))[first : first + size]
                 params = [
                     SamplingParams(
                         max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding
                     )
-                    for seed in range(len(prompts))
+                    for seed in seeds
                 ]
                 before = engine.stats()
-                early = costs[-1].curve.drift(engine) if costs else {}
-                done = run_in_batches(engine, prompts, params, batch or len(prompts), recorder)
-                late = costs[-1].curve.drift(engine) if costs else {}
-                done.drift = {module: (early[module] + late[module]) / 2 for module in early}
-                runs[name].append(done)
-                positions[name] = _by_position(before, engine.stats())
+                with recorder.on() if recorder is not None else nullcontext():
+                    part = run(engine, prompts[first : first + size], params, recorder)
+                positions[name].add(before, engine.stats())
+                if costs:
+                    late = costs[-1].curve.drift(engine)
+                    costs[-1].predict(part, {module: (early[module] + late[module]) / 2 for module in early})
+                    early = late
+                done[name] = done[name].join(part) if name in done else part
+        for name, one in done.items():
+            runs[name].append(one)
     rows: dict[str, dict[str, Any]] = {}
     batches: dict[str, Batch] = {}
     print(_TIMED_HEADER if costs else _HEADER)
     for name, own in runs.items():
         at = _median_round(own, runs["blt"])
         batches[name] = own[at]
-        rows[name] = figures(own[at], runs["blt"][at]) | positions[name]
+        rows[name] = figures(own[at], runs["blt"][at]) | positions[name].shares()
         if costs:
             rows[name] |= times(own[at], runs["blt"][at], costs[at])
         print(_timed_row(name, rows[name]) if costs else _row(name, rows[name]), flush=True)
@@ -362,20 +359,29 @@ def _median_round(runs: list[Batch], plain: list[Batch]) -> int:
     return order.index(statistics.median_low(order))
 
 
-def _by_position(before: EngineStats, after: EngineStats) -> dict[str, Any]:
-    """Share of drafted bytes that were accepted at each position of a draft; nothing where nothing was drafted."""
-    pairs = [
-        (late - early, taken - had)
-        for early, late, had, taken in zip_longest(
-            before.drafted_by_position,
-            after.drafted_by_position,
-            before.accepted_by_position,
-            after.accepted_by_position,
-            fillvalue=0,
-        )
-    ]
-    shares = [accepted / drafted for drafted, accepted in pairs if drafted]
-    return {"acceptance_by_position": shares} if shares else {}
+class _Positions:
+    """How many bytes were drafted, and how many of them accepted, at each position of a draft."""
+
+    def __init__(self) -> None:
+        self._drafted: list[int] = []
+        self._accepted: list[int] = []
+
+    def add(self, before: EngineStats, after: EngineStats) -> None:
+        """What came between two snapshots."""
+        early, late = before.drafted_by_position, after.drafted_by_position
+        had, taken = before.accepted_by_position, after.accepted_by_position
+        self._drafted = _sums(self._drafted, late, [-count for count in early])
+        self._accepted = _sums(self._accepted, taken, [-count for count in had])
+
+    def shares(self) -> dict[str, Any]:
+        """Share of drafted bytes that were accepted at each position; nothing where nothing was drafted."""
+        pairs = zip_longest(self._drafted, self._accepted, fillvalue=0)
+        shares = [accepted / drafted for drafted, accepted in pairs if drafted]
+        return {"acceptance_by_position": shares} if shares else {}
+
+
+def _sums(*counts: Sequence[int]) -> list[int]:
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
 
 
 #: Settings that stand for the others where a run is long.

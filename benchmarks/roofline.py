@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.cost_curve import CostCurve, Recorder, machine_limits, module_weights
 from benchmarks.held_out import held_out_prompts
-from benchmarks.methods import Batch, batch_settings, chosen_settings, run_in_batches
+from benchmarks.methods import Batch, batch_settings, chosen_settings, run
 from kernels.native import threads
 from models.accounting import ModuleParameters
 from models.blt import Blt
@@ -105,7 +105,7 @@ def measure(
                     SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=decoding)
                     for _ in prompts
                 ]
-                runs = [run_in_batches(engine, prompts[:size], params[:size], size, recorder) for _ in range(rounds)]
+                runs = [run(engine, prompts[:size], params[:size], recorder) for _ in range(rounds)]
                 row = rows[name] = parts(sorted(runs, key=lambda one: one.seconds)[(rounds - 1) // 2], curve)
                 cells = " | ".join(f"{value:.0f}" for value in row["modules"].values())
                 print(
