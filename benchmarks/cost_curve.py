@@ -25,8 +25,8 @@ from server.engine.cost import MODULES, make_calls
 from server.engine.engine import Engine
 from server.engine.passes import Passes
 
-#: Rows the curve is measured at; between them it is a line.
-_GRID = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+#: Rows the curve is measured at, those of a verified draft among them; between them it is a line.
+_GRID = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 #: Bytes a patch, at which a position's patch is guessed.
 _PATCH = 4
 
