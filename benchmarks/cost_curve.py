@@ -27,6 +27,8 @@ from server.engine.passes import Passes
 
 #: Rows the curve is measured at, those of a verified draft among them; between them it is a line.
 _GRID = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+#: Rows whose passes are measured at least so often: a large model's are long, and those of a draft decide.
+_FEW, _TURNS = 32, 7
 #: Bytes a patch, at which a position's patch is guessed.
 _PATCH = 4
 
@@ -77,7 +79,7 @@ class CostCurve:
     @classmethod
     @torch.inference_mode()
     def measure(cls, engine: Engine, most: int, budget: float = 0.5, context: int = 0, requests: int = 1) -> CostCurve:
-        """Medians of at least three passes, and of as many as fit into `budget` seconds, up to `most` rows.
+        """Medians of as many passes as fit into `budget` seconds, and at least a few, up to `most` rows.
 
         Passes of every number of rows take turns with passes of one: how much dearer they are is a ratio of neighbors,
         for a machine whose memory others use as well is not as fast at one minute as at the next.
@@ -94,7 +96,9 @@ class CostCurve:
                 own = [owners[at * len(owners) // count] for at in range(count)] if owners else []
                 single = _calls(passes, rows[0], context, own[:1])
                 both = {f"{module} alone": call for module, call in single.items()}
-                taken = _medians(both | _calls(passes, count, context, own), 2 * budget)
+                taken = _medians(
+                    both | _calls(passes, count, context, own), 2 * budget, least=_TURNS if count <= _FEW else 3
+                )
                 for module in _MODULES:
                     singles[module].append(taken[f"{module} alone"])
                     ratios[module].append(taken[module] / taken[f"{module} alone"])
@@ -204,13 +208,13 @@ def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> d
     return calls | {"logits": lambda: passes.logits(states, None)}
 
 
-def _medians(calls: dict[str, Callable[[], Any]], budget: float) -> dict[str, float]:
-    """Seconds of every call, which take turns."""
+def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3) -> dict[str, float]:
+    """Seconds of every call, which take at least so many turns."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     began = time.perf_counter()
-    while len(next(iter(taken.values()))) < 3 or (
+    while len(next(iter(taken.values()))) < least or (
         time.perf_counter() - began < budget and len(next(iter(taken.values()))) < 50
     ):
         for name, call in calls.items():

@@ -78,6 +78,13 @@ def fuse(model: Blt) -> bool:
     return True
 
 
+def is_fused(model: Blt) -> bool:
+    """Whether `fuse` left nothing to torch: then a row's result depends on no other row."""
+    stacks = (module for module in model.modules() if isinstance(module, Stack))
+    whole = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in model.parameters())
+    return _FUSED in vars(model) and whole and all(map(_whole, stacks))
+
+
 def stream(model: Blt) -> bool:
     """Let a large model's fp32 maps on the CPU read their weights as fast as memory gives them, under
     `torch.inference_mode` and for passes of few rows; whether they do now. Nothing is copied.

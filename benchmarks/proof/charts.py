@@ -115,10 +115,12 @@ def predicted(results: Results) -> Figure | None:
     if not runs:
         return None
     figure, axis = plt.subplots(figsize=(10, 4))
-    for part, batch, run in runs:
+    for at, (part, batch, run) in enumerate(runs):
         rows = {name: row for name, row in run["settings"].items() if _shown(name, plain=True)}
         shares = [row["predicted_over_measured"] for row in rows.values()]
-        axis.plot(list(rows), shares, marker="o", linestyle="none", label=title(part, batch))
+        # There are fewer colors than runs.
+        marker = "os^"[at // len(_COLORS) % 3]
+        axis.plot(list(rows), shares, marker=marker, linestyle="none", label=title(part, batch))
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.axhspan(0.9, 1.1, color=_COLORS[2], alpha=0.12)
     axis.set(ylabel="predicted / measured", title="Time that the passes should take, over the time taken (band: 10 %)")

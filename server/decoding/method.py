@@ -46,15 +46,13 @@ class Plan:
     unmask: Unmask | None = None
     scan_to: int = 0
     if_open: Plan | None = None
+    #: How many rows there are, and the position after the last causal one; every pass asks several times.
+    rows: int = field(init=False)
+    end: int = field(init=False)
 
-    @property
-    def rows(self) -> int:
-        return self.causal + len(self.block_ids)
-
-    @property
-    def end(self) -> int:
-        """The position after the last causal row."""
-        return self.start + self.causal
+    def __post_init__(self) -> None:
+        self.rows = self.causal + len(self.block_ids)
+        self.end = self.start + self.causal
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from kernels.request_ids import RequestIds
 from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
+from models.fused import is_fused
 from models.layers import Rope
 from server.engine.caches import CacheGroup, Caches
 
@@ -77,6 +78,13 @@ class Passes:
         self.ids = RequestIds(self.tokens, self._pad)
 
     @property
+    def row_invariant(self) -> bool:
+        """Whether no row's result depends on how many others its pass has: then nothing need be padded for that."""
+        latents = StoredLatents(self._caches.latents, self._caches.latents.new_empty(0, dtype=torch.int32))
+        stores = all(group.native for group in self._groups.values()) and self._states.native and latents.native
+        return stores and is_fused(self._model)
+
+    @property
     def device(self) -> torch.device:
         return self.tokens.device
 
@@ -119,7 +127,7 @@ class AttendedGroup:
     ) -> None:
         self._cache = cache
         self._tiled = tiled
-        self._native = has_native(cache.layers[0])
+        self.native = has_native(cache.layers[0])
         self._pointers = pointers_of(cache.layers)
         self._length = max_length
         self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
@@ -137,5 +145,5 @@ class AttendedGroup:
             window=self._cache.window,
         )
         return PagedAttention(
-            self._cache.layers, self._turns, at, tiled=self._tiled, native=self._native, pointers=self._pointers
+            self._cache.layers, self._turns, at, tiled=self._tiled, native=self.native, pointers=self._pointers
         )

@@ -5,7 +5,7 @@ tensors to `passes`. Every public call takes sequences in batch order, under `to
 with array operations over the whole batch; what loops over requests takes a few integers from each.
 
 Rows are padded where shapes must be few (`bucket`) and, in deterministic mode, to whole groups of 8: with at least 8
-rows a linear map's result for one row does not depend on the others.
+rows a linear map of torch's gives a row a result that does not depend on the others. Our own maps always do.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Runner:
         self._leader = leader_of(model)
         if self._leader is not None:
             self._leader.prepare(caches.groups["global"], caches.max_length, settings.deterministic)
-        self._deterministic = settings.deterministic
         device = next(model.parameters()).device
         self._static = use_triton(device)
         state_rows = settings.max_running + 1
         self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
+        self._padded = settings.deterministic and not self._passes.row_invariant
         kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail", "score")
         self._staging = {kind: Staging(device) for kind in kinds}
         self._graphs = Graphs(device) if self._static else None
@@ -124,7 +124,7 @@ class Runner:
         columns[:5, :total] = np.array(numbers, dtype=np.int32).T
         owners, index, starts, ends, latents, highs = columns
         np.add(index, 1, out=highs)
-        if self._deterministic:
+        if self._padded:
             longest = -(-longest // TILE) * TILE
         elif self._static:
             longest = bucket(longest)
@@ -235,7 +235,7 @@ class Runner:
         padded = size
         if self._static:
             padded = bucket(size)
-        elif self._deterministic:
+        elif self._padded:
             padded = max(8, -(-size // 8) * 8)
         columns = self._staging[kind].columns(count, padded)
         if padded > size:

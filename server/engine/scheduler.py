@@ -64,8 +64,8 @@ class Scheduler:
 
         False: the sequence itself was preempted.
         """
-        end = plan.start + plan.causal
-        length = max(end + len(plan.block_ids), plan.scan_to)
+        end = plan.end
+        length = max(plan.start + plan.rows, plan.scan_to)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
         patches = sequence.closed + max(end - sequence.scanned, 0) + plan.provisional
         while not self._caches.reserve(sequence.row, length, patches):

@@ -11,7 +11,7 @@ from kernels.linear import linear
 from kernels.paged_attention import PagedAttention, RaggedRows, has_native
 from models.blt import Blt, CausalAttention, init_weights
 from models.config import StackConfig
-from models.fused import fuse, stream
+from models.fused import fuse, is_fused, stream
 from models.layers import Rope
 from tests.models.training.toys import toy_config
 
@@ -118,6 +118,7 @@ def test_other_dtypes_stay_as_they_are() -> None:
     model = make("encoder").to(torch.bfloat16)
     model.patcher.float()
     fuse(model)
+    assert not is_fused(model), "most of it is still torch's"
     assert "forward" not in vars(model.local_decoder.layers)
     assert "forward" in vars(model.patcher.layers)
 
@@ -125,7 +126,9 @@ def test_other_dtypes_stay_as_they_are() -> None:
 def test_it_is_done_once_until_weights_change() -> None:
     """Every engine on a model asks for it: neither copies nor wrappers may pile up."""
     model = make("encoder")
+    assert not is_fused(model)
     fuse(model)
+    assert is_fused(model)
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
     fuse(model)
     assert before == {name: vars(module).get("forward") for name, module in model.named_modules()}
