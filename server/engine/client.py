@@ -190,7 +190,7 @@ class EngineClient:
         # The engine has the last word; at overload nobody has to wait for it.
         if self._queued + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
-        stream = DeltaStream(self.abort, requests, whole=whole, beside=lambda: len(self._live) - self._queued)
+        stream = DeltaStream(self.abort, requests, whole=whole)
         number = next(self._numbers)
         verdict = _Verdict(requests, asyncio.get_running_loop().create_future())
         self._verdicts[number] = verdict

@@ -7,17 +7,9 @@ from collections.abc import Callable, Sequence
 
 from server.request import Delta, FinishReason, Request
 
-#: Seconds between two items of a stream, at least. Each costs its reader a write, whatever is in it, and bytes come
-#: much faster than anybody reads them.
+#: Seconds between two items of a stream. Each costs its reader a write, whatever is in it, and bytes come much faster
+#: than anybody reads them.
 ITEM_SECONDS = 0.02
-
-#: Items a second of all streams together. What they cost is taken from the engine, which has the same processor.
-ITEMS_PER_SECOND = 640
-
-
-def spacing(streams: int) -> float:
-    """Seconds between two items of each of so many streams."""
-    return max(ITEM_SECONDS, streams / ITEMS_PER_SECOND)
 
 
 class DeltaStream:
@@ -25,20 +17,12 @@ class DeltaStream:
 
     Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
     holds no more than the requests' outputs. The first item and the last come at once, the others no closer together
-    than `spacing` of `beside()`, which is how many streams there are. With `whole`, news is held back until every
-    request has ended, or one has failed. Whoever stops before the end must `close()`: it aborts what is unfinished.
+    than ITEM_SECONDS. With `whole`, news is held back until every request has ended, or one has failed. Whoever
+    stops before the end must `close()`: it aborts what is unfinished.
     """
 
-    def __init__(
-        self,
-        abort: Callable[[str, str], None],
-        requests: Sequence[Request],
-        *,
-        whole: bool = False,
-        beside: Callable[[], int] = lambda: 1,
-    ) -> None:
+    def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:
         self._abort = abort
-        self._beside = beside
         self._open = {request.request_id for request in requests}
         self._news: dict[str, Delta] = {}
         self._wake = asyncio.Event()
@@ -59,7 +43,7 @@ class DeltaStream:
             self._wake.clear()
             await self._wake.wait()
         news, self._news = self._news, {}
-        self._next = self._loop.time() + spacing(self._beside())
+        self._next = self._loop.time() + ITEM_SECONDS
         return list(news.values())
 
     @property

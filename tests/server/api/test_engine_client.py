@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from server.engine.client import EngineClient, EngineState, EngineUnavailableError, Life
-from server.engine.stream import ITEMS_PER_SECOND, DeltaStream
+from server.engine.stream import DeltaStream
 from server.request import (
     ByteLogprobs,
     Delta,
@@ -227,15 +227,10 @@ async def test_merging_keeps_logprobs() -> None:
     assert (delta.ids, delta.logprobs, delta.stop_reason) == ([5, 6], [one, two], "x")
 
 
-@pytest.mark.parametrize("streams", [1, ITEMS_PER_SECOND])
-async def test_items_keep_their_distance_but_for_the_first_and_the_last(
-    monkeypatch: pytest.MonkeyPatch, streams: int
-) -> None:
+async def test_items_keep_their_distance_but_for_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     # Far more than a busy machine's hiccups.
-    distance = 1.0
-    if streams == 1:
-        monkeypatch.setattr("server.engine.stream.ITEM_SECONDS", distance)
-    stream = DeltaStream(lambda *_: None, [request("a")], beside=lambda: streams)
+    monkeypatch.setattr("server.engine.stream.ITEM_SECONDS", distance := 1.0)
+    stream = DeltaStream(lambda *_: None, [request("a")])
     loop = asyncio.get_running_loop()
     stream.push(Delta("a", [5]))
     start = loop.time()
