@@ -34,7 +34,9 @@ class PatchRule:
         `open_start` is where the open patch began. The same rule as `opens`, by patches instead of bytes.
         """
         if len(entropy) == 1:
-            return [position] if self.opens(position, entropy[0], position - open_start + 1) else []
+            if entropy[0] > self.threshold or position - open_start + 1 == self.max_patch_length or position == 0:
+                return [position]
+            return []
         threshold = self.threshold
         over = [at for at, value in enumerate(entropy, position) if value > threshold]
         if position == 0 and (not over or over[0] > 0):

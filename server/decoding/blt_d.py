@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from models.vocabulary import MASK_ID
@@ -18,7 +19,7 @@ class BltD:
         self._unmask = unmask
         self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
-        self._block: list[int] = []
+        self._block: Sequence[int] = ()
         self._steps = 0
         #: The step that fixed each byte of the block; 0 where it is still masked.
         self._fixed: list[int] = []
@@ -55,6 +56,6 @@ class BltD:
         return Progress(commit=outcome.block_ids, commit_steps=fixed, steps=1, rounds=1)
 
     def reset(self) -> None:
-        self._block = []
+        self._block = ()
         self._steps = 0
         self._fixed = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from models.vocabulary import MASK_ID
@@ -27,7 +28,7 @@ class BltDV:
         self._unmask = unmask
         self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
-        self._block: list[int] = []
+        self._block: Sequence[int] = ()
         self._steps = 0
         self._drafted = False
         self._begun = begun
@@ -50,7 +51,7 @@ class BltDV:
         # The verification gives a byte of its own, so the last one is never drafted.
         size = self._size if self._paper else min(self._size, left - 1)
         if not self._begun or size <= 0:
-            return verify([], known, computed)
+            return verify((), known, computed)
         block = [MASK_ID] * size
         return Plan(
             computed,
@@ -73,10 +74,10 @@ class BltDV:
         self._steps += 1
         self._block = outcome.block_ids
         self._drafted = outcome.block_done
-        return Progress(draft=self._block if self._drafted else [], steps=1)
+        return Progress(draft=self._block if self._drafted else (), steps=1)
 
     def reset(self) -> None:
-        self._block = []
+        self._block = ()
         self._steps = 0
         self._drafted = False
         self._begun = False

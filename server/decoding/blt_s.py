@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from server.decoding.method import Outcome, Plan, Progress
 
 
-def verify(draft: list[int], known: int, computed: int, *, paper: bool = False) -> Plan:
+def verify(draft: Sequence[int], known: int, computed: int, *, paper: bool = False) -> Plan:
     """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte.
 
     Under the paper's accounting the global transformer takes part even where no patch closed.
@@ -14,7 +16,7 @@ def verify(draft: list[int], known: int, computed: int, *, paper: bool = False) 
     return Plan(computed, rows, select=len(draft) + 1, provisional=paper and bool(draft))
 
 
-def settle(draft: list[int], plan: Plan, outcome: Outcome) -> Progress:
+def settle(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress:
     """Accepted bytes and the one after them; rows up to the last accepted stay (design §3, rollback)."""
     return Progress(
         commit=outcome.ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,7 +42,7 @@ class Plan:
     upstream: bool = True
     draft: bool = False
     select: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: Sequence[int] = ()
     provisional: bool = False
     unmask: Unmask | None = None
     scan_to: int = 0
@@ -60,9 +61,9 @@ class Outcome:
     """What the rows gave: the byte of the selected causal row (where several verify a draft, its first `accepted` bytes
     and the one after them), and the block after its step."""
 
-    ids: list[int] = field(default_factory=list)
+    ids: Sequence[int] = ()
     accepted: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: Sequence[int] = ()
     block_done: bool = False
 
 
@@ -74,9 +75,9 @@ class Progress:
     stay computed (positions 0..keep-1); None keeps all.
     """
 
-    commit: list[int] = field(default_factory=list)
-    commit_steps: list[int] = field(default_factory=list)
-    draft: list[int] = field(default_factory=list)
+    commit: Sequence[int] = ()
+    commit_steps: Sequence[int] = ()
+    draft: Sequence[int] = ()
     keep: int | None = None
     drafted: int = 0
     accepted: int = 0

@@ -47,50 +47,48 @@ class CacheGroup:
         for layer in self.layers:
             layer[:page_size].zero_()
         shape = (rows, -(-max_length // page_size))
-        self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.table: np.ndarray = self._host.numpy()
+        self.host_table = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.table: np.ndarray = self.host_table.numpy()
         #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
-        self.device_table = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
+        self.device_table = (
+            self.host_table if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
+        )
         #: Told of every copy of a page: source, target, and how many positions.
         self.on_copy: Callable[[int, int, int], None] | None = None
         self._first = [0] * rows
-        self._last = [0] * rows
+        #: Of every state row, the page behind its last one.
+        self.last = [0] * rows
 
     def send_table(self) -> None:
         """Bring the device's table up to date: before a pass, never within one, which may be a captured graph."""
-        if self.device_table is not self._host:
-            self.device_table.copy_(self._host, non_blocking=True)
+        self.device_table.copy_(self.host_table, non_blocking=True)
 
     def first_page(self, position: int) -> int:
         """Of the pages that a row at `position` reads."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
-    def covers(self, row: int, length: int) -> bool:
-        """Whether positions below `length` have their pages."""
-        return length <= self._last[row] * self.page_size
-
     def missing(self, row: int, length: int) -> int:
         """Pages that covering positions below `length` would still take."""
-        return max(0, -(-length // self.page_size) - self._last[row])
+        return max(0, -(-length // self.page_size) - self.last[row])
 
     def extend(self, row: int, length: int) -> None:
         """Cover positions below `length`; `missing` pages must be available."""
-        for index in range(self._last[row], -(-length // self.page_size)):
+        for index in range(self.last[row], -(-length // self.page_size)):
             self.table[row, index] = self.pool.take()
-            self._last[row] = index + 1
+            self.last[row] = index + 1
 
     def cut(self, row: int, length: int) -> None:
         """Give back the pages at and after `length`."""
         keep = max(-(-length // self.page_size), self._first[row])
-        if keep >= self._last[row]:
+        if keep >= self.last[row]:
             return
-        for index in range(keep, self._last[row]):
+        for index in range(keep, self.last[row]):
             self._drop(row, index)
-        self._last[row] = keep
+        self.last[row] = keep
 
     def leave(self, row: int, position: int) -> None:
         """Give back the pages that lie wholly before `position`."""
-        until = min(position // self.page_size, self._last[row])
+        until = min(position // self.page_size, self.last[row])
         for index in range(self._first[row], until):
             self._drop(row, index)
         self._first[row] = max(self._first[row], until)
@@ -98,20 +96,20 @@ class CacheGroup:
     def clear(self, row: int) -> None:
         """Give back every page of a state row."""
         # The last first: of kept pages, those that others build on go longest unevicted.
-        for index in reversed(range(self._first[row], self._last[row])):
+        for index in reversed(range(self._first[row], self.last[row])):
             self._drop(row, index)
-        self._first[row] = self._last[row] = 0
+        self._first[row] = self.last[row] = 0
 
     def attach(self, row: int, first: int, pages: list[int]) -> None:
         """Let a state row that has no pages begin with these, shared, at page `first` of its positions."""
         for page in pages:
             self.pool.share(page)
-        self._first[row], self._last[row] = first, first + len(pages)
+        self._first[row], self.last[row] = first, first + len(pages)
         self.table[row, first : first + len(pages)] = pages
 
     def copy_last(self, row: int, count: int) -> None:
         """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
-        index = self._last[row] - 1
+        index = self.last[row] - 1
         shared, own = int(self.table[row, index]), self.pool.take()
         self.copy(shared, own, count)
         self.table[row, index] = own
@@ -182,6 +180,7 @@ class Caches:
             )
         self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
         self._global = self.groups["global"]
+        self._remote = [group for group in self.groups.values() if group.device_table is not group.host_table]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
         self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
@@ -201,7 +200,8 @@ class Caches:
     def reserve(self, row: int, length: int, patches: int) -> bool:
         """Cover `length` bytes in every byte group and `patches` patches: all of it, or nothing and False."""
         # Mostly the pages are there already. Byte groups grow together, so one answers for all.
-        if self.bytes_groups[0].covers(row, length) and self._global.covers(row, patches):
+        page = self.page_size
+        if length <= self.bytes_groups[0].last[row] * page and patches <= self._global.last[row] * page:
             return True
         wanted = [(group, length) for group in self.bytes_groups] + [(self._global, patches)]
         if any(group.missing(row, upto) > group.pool.available for group, upto in wanted):
@@ -212,9 +212,11 @@ class Caches:
 
     def settle(self, row: int, computed: int, patches: int, unpooled: int) -> None:
         """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
-        self._global.cut(row, patches)
+        page = self.page_size
+        if patches <= (self._global.last[row] - 1) * page:
+            self._global.cut(row, patches)
         # Nothing can be left behind before `computed` or the first unpooled state enters another page.
-        reached = (computed // self.page_size, unpooled // self.page_size)
+        reached = (computed // page, unpooled // page)
         if self._reached[row] == reached:
             return
         self._reached[row] = reached
@@ -233,7 +235,7 @@ class Caches:
 
     def send_tables(self) -> None:
         """Bring the device's page tables up to date."""
-        for group in self.groups.values():
+        for group in self._remote:
             group.send_table()
 
     def balanced(self) -> bool:

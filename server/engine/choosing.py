@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from kernels.selection import SelectionParams, select
 from kernels.unmasking import Unmasked, unmask
 from kernels.verification import verify
 from models.vocabulary import MASK_ID, VOCAB_SIZE
-from server.decoding.method import Outcome
 from server.engine.masking import Masks, part
 from server.engine.passes import Passes
 from server.engine.picks import Batch, BlockPicks, CausalPicks, Result
@@ -83,7 +83,7 @@ class Chooser:
             self._prompt_seen[row, prompt] = True
             self.commit(sequence, sequence.ids[sequence.prompt_length :])
 
-    def commit(self, sequence: Sequence, ids: list[int]) -> None:
+    def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
         """Count produced ids."""
         if sequence.params.penalizes and ids:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
@@ -115,7 +115,7 @@ class Chooser:
             drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, picks.T
         rows = [sequence.row for sequence in sequences]
-        samples, truncates, penalizes = (not needing.isdisjoint(rows) for needing in self._needs)
+        samples, truncates, penalizes = (bool(needing) and not needing.isdisjoint(rows) for needing in self._needs)
         return Staged(
             causal,
             blocks,
@@ -182,9 +182,9 @@ class Chooser:
 
     def _drafted(
         self, sequences: list[Sequence], causal: CausalPicks, blocks: BlockPicks
-    ) -> list[tuple[int, list[int]]]:
+    ) -> list[tuple[int, abc.Sequence[int]]]:
         """(pick, ids) where penalties count more than the committed ids: the drafted and filled bytes before it."""
-        extra: list[tuple[int, list[int]]] = []
+        extra: list[tuple[int, abc.Sequence[int]]] = []
         for at, sequence in enumerate(sequences):
             plan = sequence.plan
             assert plan is not None
@@ -260,12 +260,12 @@ class Staged:
     sampled: bool
     truncated: bool
     penalized: bool
-    extra: list[tuple[int, list[int]]]
+    extra: list[tuple[int, abc.Sequence[int]]]
     masks: Masks | None
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
         """The results of all sequences from what was fetched."""
-        results = [Result(Outcome()) for _ in self.causal.firsts]
+        results = [Result() for _ in self.causal.firsts]
         arrays = iter(fetched)
         if self.blocks.count:
             self.blocks.take(arrays, results)

@@ -10,6 +10,7 @@ import logging
 import math
 import secrets
 import time
+from collections import abc
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -428,43 +429,51 @@ class Engine:
         if plan.upstream and not plan.draft:
             sequence.decoded = plan.end
         # A chunk of the prompt gives nothing that the method would know of.
-        progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result.outcome)
+        progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
         if progress.keep is not None and (freed := sequence.cut(progress.keep)):
             self._scheduler.free_latents(freed)
-        ledger = sequence.ledger
         if progress.steps or progress.rounds:
-            ledger.drafted += progress.drafted
-            ledger.accepted += progress.accepted
-            ledger.steps += progress.steps
-            ledger.rounds += progress.rounds
-        if progress.drafted:
-            self._drafts[progress.drafted] += 1
-            self._accepted[progress.accepted] += 1
-            if self._controller is not None and isinstance(sequence.method, Auto):
-                self._controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
-        if sequence.params.return_patches:
-            sequence.steps += progress.commit_steps or [1] * len(progress.commit)
+            self._count(sequence, progress)
         logprobs = None
-        if sequence.params.logprobs is not None:
-            logprobs = self._logprobs(sequence, plan, progress, result)
-        delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
-        if delta is not None and delta.finish_reason is not None:
-            return delta
+        if not sequence.plain:
+            if sequence.params.return_patches:
+                sequence.steps += progress.commit_steps or [1] * len(progress.commit)
+            if sequence.params.logprobs is not None:
+                logprobs = self._logprobs(sequence, plan, progress, result)
+        delta = None
+        if progress.commit:
+            delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
+            if delta is not None and delta.finish_reason is not None:
+                return delta
         sequence.draft = progress.draft
         if result.entropies is not None:
-            ledger.patcher += 1
+            sequence.ledger.patcher += 1
             sequence.scan(result.entropies, self._rule)
-        if not plan.upstream and not progress.commit:
-            # A draft's step: nothing stays computed, and no page is done with.
-            return delta
         if progress.commit:
-            self._drop_provisional(sequence)
+            if sequence.provisional is not None:
+                self._drop_provisional(sequence)
+        elif not plan.upstream:
+            # A draft's step: nothing stays computed, and no page is done with.
+            return None
         self._prefix.extend(sequence)
         if len(sequence.patches) > 1:
             self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
         self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
         return delta
+
+    def _count(self, sequence: Sequence, progress: Progress) -> None:
+        """What drafting did, into the ledgers, and to the controller of `auto`."""
+        ledger = sequence.ledger
+        ledger.steps += progress.steps
+        ledger.rounds += progress.rounds
+        if progress.drafted:
+            ledger.drafted += progress.drafted
+            ledger.accepted += progress.accepted
+            self._drafts[progress.drafted] += 1
+            self._accepted[progress.accepted] += 1
+            if self._controller is not None and isinstance(sequence.method, Auto):
+                self._controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
 
     def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
         """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
@@ -480,14 +489,19 @@ class Engine:
         return (result.logprobs or [])[: len(progress.commit)]
 
     def _commit(
-        self, sequence: Sequence, ids: list[int], accepted: int, logprobs: list[ByteLogprobs] | None
+        self, sequence: Sequence, ids: abc.Sequence[int], accepted: int, logprobs: list[ByteLogprobs] | None
     ) -> Delta | None:
         """Append fixed bytes, of which the first `accepted` were drafted; cut at the first end among them."""
-        if not ids:
-            return None
         if sequence.timings.first_byte is None:
             sequence.timings.first_byte = time.monotonic()
         output, ledger = sequence.output, sequence.ledger
+        if sequence.plain and output.pass_on(ids):
+            self._bytes_generated += len(ids)
+            ledger.kept += accepted
+            sequence.ids += ids
+            if sequence.penalizes:
+                self._runner.commit(sequence, ids)
+            return Delta(sequence.request.request_id, list(ids))
         before = len(output.ids)
         taken = output.extend(ids, logprobs)
         new = len(output.ids) - before

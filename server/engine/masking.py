@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +25,7 @@ class _Block:
     """
 
     constraint: Constraint
-    ids: list[int]
+    ids: abc.Sequence[int]
     first: int
     opening: int | None
 

@@ -21,6 +21,8 @@ class Output:
         self._constraint = constraint
         self._stop_ids = set(params.stop_token_ids)
         self._longest = max((len(stop) for stop in params.stop), default=0)
+        #: Whether only EOS and the length can end it.
+        self._simple = not self._longest and not self._stop_ids and constraint is None and params.logprobs is None
         self._tail = b""
         self.ids: list[int] = []
         self.logprobs: list[ByteLogprobs] = []
@@ -30,19 +32,17 @@ class Output:
         #: The id that ended the completion without being part of it, and its logprobs.
         self.ending: tuple[int, ByteLogprobs] | None = None
 
+    def pass_on(self, ids: Sequence[int]) -> bool:
+        """Take fixed ids that may leave as they are; False, with nothing done, where that would take a closer look."""
+        params, own = self._params, self.ids
+        if not self._simple or len(own) + len(ids) >= params.max_tokens or (EOS_ID in ids and not params.ignore_eos):
+            return False
+        own += ids
+        self._released = len(own)
+        return True
+
     def extend(self, ids: Sequence[int], logprobs: list[ByteLogprobs] | None) -> int:
         """Take fixed ids up to the first end among them; how many were taken."""
-        params = self._params
-        if (
-            not self._longest
-            and not self._stop_ids
-            and self._constraint is None
-            and logprobs is None
-            and len(self.ids) + len(ids) < params.max_tokens
-            and (params.ignore_eos or EOS_ID not in ids)
-        ):
-            self.ids += ids
-            return len(ids)
         for at, token in enumerate(ids):
             if self.append(token, logprobs[at] if logprobs else None):
                 return at + 1

@@ -24,9 +24,9 @@ from server.request import ByteLogprobs
 class Batch:
     """Rows of a decoder pass as the host laid them out, without padding: arrays [N].
 
-    `picked` are the causal rows that give a byte; `firsts` says for every request which of them are its own: they
-    begin there. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block` marks block
-    rows (None: there are none), whose ids are in `block`.
+    `picked` are the causal rows that give a byte; `firsts` and `selects` say for every request where among them its own
+    begin, and how many these are. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block`
+    marks block rows (None: there are none), whose ids are in `block`.
     """
 
     owners: np.ndarray
@@ -34,6 +34,7 @@ class Batch:
     block: np.ndarray
     picked: np.ndarray
     firsts: list[int]
+    selects: list[int]
     ahead: list[int]
     in_block: np.ndarray | None
     spans: list[tuple[int, int]]
@@ -42,14 +43,13 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Result:
-    """Of one sequence's plan: the outcome for its method, log-probabilities where asked for, and whether it failed.
+class Result(Outcome):
+    """The outcome of one sequence's plan, log-probabilities where asked for, and whether it failed.
 
-    `logprobs` go with `outcome.ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats)
-    are those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it.
+    `logprobs` go with `ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats) are
+    those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it.
     """
 
-    outcome: Outcome
     logprobs: list[ByteLogprobs] | None = None
     block_logprobs: list[ByteLogprobs | None] | None = None
     bad: bool = False
@@ -69,9 +69,10 @@ class CausalPicks:
         self._plain = plain
         self.firsts = batch.firsts
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
-        selects = [s.plan.select if s.plan is not None else 0 for s in sequences]
-        self._verifying = [at for at, select in enumerate(selects) if select > 1]
-        if self._verifying:
+        self._selects = selects = batch.selects
+        self._verifying: list[int] = []
+        if max(selects) > 1:
+            self._verifying = [at for at, select in enumerate(selects) if select > 1]
             firsts = np.array([self.firsts[at] for at in self._verifying])
             lengths = np.array([selects[at] - 1 for at in self._verifying])
             self.drafts = (firsts[:, None] + np.minimum(np.arange(max(selects)), lengths[:, None]), lengths)
@@ -88,21 +89,20 @@ class CausalPicks:
         values = self._values.take(arrays)
         if self._verifying:
             for at, accepted in zip(self._verifying, next(arrays).tolist(), strict=True):
-                results[at].outcome.accepted = accepted
+                results[at].accepted = accepted
         broken = bool(bad.any())
-        for sequence, first, result in zip(self._sequences, self.firsts, results, strict=True):
-            plan = sequence.plan
-            if plan is None or not plan.select:
+        for select, first, result in zip(self._selects, self.firsts, results, strict=True):
+            if not select:
                 continue
-            outcome = result.outcome
-            outcome.ids = ids[first : first + outcome.accepted + 1]
-            if broken and bad[first : first + plan.select].any():
+            chosen = result.ids = ids[first : first + result.accepted + 1]
+            if broken and bad[first : first + select].any():
                 result.bad = True
-            if not self._plain and sequence.params.logprobs is not None:
-                top = sequence.params.logprobs
-                result.logprobs = [values.at(first + i, top) for i in range(len(outcome.ids))]
-            if outcome.block_ids:
-                outcome.block_ids[0] = outcome.ids[-1]
+            if result.block_ids:
+                result.block_ids = [chosen[-1], *result.block_ids[1:]]
+        if not self._plain:
+            for sequence, first, result in zip(self._sequences, self.firsts, results, strict=True):
+                if (top := sequence.params.logprobs) is not None and result.ids:
+                    result.logprobs = [values.at(first + i, top) for i in range(len(result.ids))]
 
 
 class BlockPicks:
@@ -160,13 +160,12 @@ class BlockPicks:
         width = self.rows.shape[1]
         for at, (owner, size, sequence) in enumerate(zip(self._owners, self._sizes, self._sequences, strict=True)):
             result = results[owner]
-            outcome = result.outcome
-            outcome.block_ids = ids[at][:size]
-            outcome.block_done = bool(done[at])
+            result.block_ids = ids[at][:size]
+            result.block_done = bool(done[at])
             result.bad = bool(bad[at])
             if sequence.params.logprobs is not None:
                 top = sequence.params.logprobs
-                fixed = (self._masked[at, :size] & (np.array(outcome.block_ids) != MASK_ID)).tolist()
+                fixed = (self._masked[at, :size] & (np.array(result.block_ids) != MASK_ID)).tolist()
                 result.block_logprobs = [values.at(at * width + i, top) if f else None for i, f in enumerate(fixed)]
 
 

@@ -10,6 +10,7 @@ rows a linear map of torch's gives a row a result that does not depend on the ot
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -29,9 +30,12 @@ from server.engine.passes import Passes, Patches, Rows
 from server.engine.ranks import leader_of
 from server.engine.scoring import Scored
 from server.engine.sequence import Sequence
-from server.engine.staging import Fetch, Staging
+from server.engine.staging import Columns, Fetch, Staging
 from server.request import Ledger
 from server.settings import EngineSettings
+
+#: A position that no request reaches.
+_NEVER = 2**31 - 1
 
 #: Passes of more rows are long enough to hide their launches.
 MOST_CAPTURED = 256
@@ -82,7 +86,7 @@ class Runner:
         self._passes.write_prompt(sequence.row, sequence.ids)
         self._chooser.admit(sequence)
 
-    def commit(self, sequence: Sequence, ids: list[int]) -> None:
+    def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
         """Count fixed ids for penalties."""
         self._chooser.commit(sequence, ids)
 
@@ -132,7 +136,7 @@ class Runner:
         every = _with_padding(spans, total, columns.shape[1])
         if self._leader is not None:
             self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
-        owners, index, starts, ends, latents, highs = self._staging["upstream"].send().unbind()
+        owners, index, starts, ends, latents, highs = self._staging["upstream"].send_each()
         rows = Rows(owners, index, index, highs, every)
         self._passes.upstream(Patches(rows, starts, ends, latents, longest))
         self.work.append(("global", columns.shape[1]))
@@ -146,8 +150,8 @@ class Runner:
         batch = _lay_out(sequences, self._columns)
         spans, with_blocks = _with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
 
-        def run(columns: Tensor) -> Tensor:
-            owners, positions, firsts, highs, latents, block = columns.unbind()
+        def run(columns: Columns) -> Tensor:
+            owners, positions, firsts, highs, latents, block = columns
             rows = Rows(owners, positions, firsts, highs, spans)
             return self._passes.decode(rows, latents, block if with_blocks else None)
 
@@ -181,7 +185,7 @@ class Runner:
         count = len(scored.rows)
         columns = self._columns("score", 2, count)
         columns[0, :count], columns[1, :count] = scored.rows, scored.targets
-        rows, targets = self._staging["score"].send().unbind()
+        rows, targets = self._staging["score"].send_each()
         return scored.tensors(self._passes.logits(states, rows)[:count], targets[:count].long())
 
     # Rows
@@ -195,40 +199,47 @@ class Runner:
         ends: list[int],
     ) -> tuple[list[tuple[int, int]], Tensor]:
         """A pass over causal rows [begin, end) of every sequence: their spans in it, and its result."""
-        table: list[tuple[int, int]] = []
+        rows: list[int] = []
+        positions: list[int] = []
         spans: list[tuple[int, int]] = []
         total = 0
         for sequence, begin, end in zip(sequences, begins, ends, strict=True):
-            table.append((sequence.row, begin - total))
-            spans.append((total, end - begin))
-            total += end - begin
-        requests = np.array(table, dtype=np.int32)
-        if total > len(spans):
-            requests = requests.repeat([count for _, count in spans], axis=0)
+            count = end - begin
+            if count == 1:
+                rows.append(sequence.row)
+                positions.append(begin)
+            else:
+                rows += [sequence.row] * count
+                positions += range(begin, end)
+            spans.append((total, count))
+            total += count
         columns = self._columns(kind, 3, total)
-        columns[0, :total] = requests[:, 0]
-        np.add(requests[:, 1], np.arange(total, dtype=np.int32), out=columns[1, :total])
+        columns[:2, :total] = rows, positions
         np.add(columns[1], 1, out=columns[2])
         every = _with_padding(spans, total, columns.shape[1])
         self.work.append(("encoder" if kind == "encode" else "patcher", columns.shape[1]))
 
-        def run(columns: Tensor) -> Tensor:
-            owners, positions, highs = columns.unbind()
+        def run(columns: Columns) -> Tensor:
+            owners, positions, highs = columns
             return function(Rows(owners, positions, positions, highs, every))
 
         return spans, self._launch(kind, run, every)
 
     def _launch(
-        self, kind: str, run: Callable[[Tensor], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
+        self, kind: str, run: Callable[[Columns], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
     ) -> Tensor:
         """Run a function of the staged columns, replaying its graph where shapes are few and launches many."""
         self._caches.send_tables()
-        columns = self._staging[kind].send()
+        staging = self._staging[kind]
+        if self._graphs is None:
+            return run(staging.send_each())
+        columns = staging.send()
         size = columns.shape[1]
-        if self._graphs is None or size > MOST_CAPTURED:
-            return run(columns)
+        if size > MOST_CAPTURED:
+            return run(columns.unbind())
         # Attention's tiles follow from the longest span.
-        return self._graphs.run((kind, size, with_blocks, bucket(max(n for _, n in spans))), columns, run)
+        key = (kind, size, with_blocks, bucket(max(n for _, n in spans)))
+        return self._graphs.run(key, columns, lambda sent: run(sent.unbind()))
 
     def _columns(self, kind: str, count: int, size: int) -> np.ndarray:
         """Staged int32 columns [count, size and padding]; what pads them names the null row, page and latent."""
@@ -245,80 +256,70 @@ class Runner:
 
 def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
     """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
-    table: list[tuple[int, ...]] = []
-    counts: list[int] = []
-    spans: list[tuple[int, int]] = []
-    # The latents that runs of adjacent rows read, and how long these are.
-    slots: list[int] = []
+    # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
+    # the run, latent, what `first` is at most and `high` at least, and the position from which on rows are picked.
+    runs: list[tuple[int, ...]] = []
     sizes: list[int] = []
+    spans: list[tuple[int, int]] = []
     block_ids: list[int] = []
     ahead: list[int] = []
     total = picks = 0
     firsts: list[int] = []
+    selects: list[int] = []
     for at, sequence in enumerate(sequences):
         plan, patches = sequence.plan, sequence.patches
         assert plan is not None
+        row, shift, causal, end = sequence.row, plan.start - total, plan.causal, plan.end
         newest = latent = patches[-1].slot if patches else 0
         if plan.provisional and sequence.provisional is not None:
             newest = sequence.provisional.slot
             if plan.draft:
                 latent = newest
-        start, causal, ids = plan.start, plan.causal, plan.block_ids
-        end = start + causal
         if causal > 1 and len(patches) > 1:
             # Each reads the newest patch that is closed at its position.
-            done, slot = start, patches[0].slot
+            done, latent = plan.start, patches[0].slot
             for patch in islice(patches, 1, None):
                 if done < patch.end < end:
-                    slots.append(slot)
+                    runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
                     sizes.append(patch.end - done)
                     done = patch.end
                 if patch.end < end:
-                    slot = patch.slot
-            slots.append(slot)
+                    latent = patch.slot
+            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
             sizes.append(end - done)
         elif causal:
-            slots.append(latent)
+            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
             sizes.append(causal)
-        count = causal
-        if ids:
-            block_ids += ids
-            slots.append(newest)
-            sizes.append(len(ids))
-            count += len(ids)
-        table.append((sequence.row, start - total, end - plan.select, end, start + count))
-        counts.append(count)
-        spans.append((total, count))
+        if plan.block_ids:
+            block_ids += plan.block_ids
+            runs.append((row, shift, newest, end, plan.start + plan.rows, _NEVER))
+            sizes.append(len(plan.block_ids))
+        spans.append((total, plan.rows))
         firsts.append(picks)
+        selects.append(plan.select)
         if plan.scan_to > sequence.scanned:
             ahead.append(at)
         sequence.ledger.decoder += 1
-        total += count
+        total += plan.rows
         picks += plan.select
     columns = allocate("decode", 6, total)
-    # Padding sees the null row's first position, and is no block.
-    columns[3, total:], columns[5, total:] = 1, -1
-    owner, position, first, high, latent_, block = columns[:, :total]
-    requests = np.array(table, dtype=np.int32)
-    rows = (requests if total == len(counts) else requests.repeat(counts, axis=0)).T
-    owner[:] = rows[0]
-    np.add(rows[1], np.arange(total, dtype=np.int32), out=position)
-    latent_[:] = slots if total == len(slots) else np.repeat(slots, sizes)
-    picked = position >= rows[2]
+    owner, position, first, high, latents, block = columns[:, :total]
+    numbers = np.array(runs, dtype=np.int32)
+    owner[:], shifts, latents[:], first[:], high[:], selected = (
+        numbers if total == len(runs) else numbers.repeat(sizes, axis=0)
+    ).T
+    np.add(shifts, np.arange(total, dtype=np.int32), out=position)
     in_block = None
+    columns[5] = -1
     if block_ids:
-        in_block = position >= rows[3]
-        first[:] = np.where(in_block, rows[3], position)
-        high[:] = np.where(in_block, rows[4], position + 1)
-        block[:] = -1
+        in_block = first != _NEVER
         block[in_block] = block_ids
-        picked &= ~in_block
-    else:
-        first[:] = position
-        np.add(position, 1, out=high)
-    return Batch(
-        owner, position, block, np.flatnonzero(picked), firsts, ahead, in_block, spans, total, columns.shape[1]
-    )
+    np.minimum(first, position, out=first)
+    np.maximum(high, position + 1, out=high)
+    # Padding sees the null row's first position.
+    columns[3, total:] = 1
+    picked = np.flatnonzero(position >= selected)
+    return Batch(owner, position, block, picked, firsts, selects, ahead, in_block, spans, total, columns.shape[1])
 
 
 def _with_padding(spans: list[tuple[int, int]], total: int, padded: int) -> list[tuple[int, int]]:

@@ -64,10 +64,13 @@ class Scheduler:
 
         False: the sequence itself was preempted.
         """
-        end = plan.end
-        length = max(plan.start + plan.rows, plan.scan_to)
+        length = plan.start + plan.rows
+        if plan.scan_to > length:
+            length = plan.scan_to
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
-        patches = sequence.closed + max(end - sequence.scanned, 0) + plan.provisional
+        patches = sequence.closed + plan.provisional
+        if plan.end > sequence.scanned:
+            patches += plan.end - sequence.scanned
         while not self._caches.reserve(sequence.row, length, patches):
             # The youngest of those that matter least.
             victim = max(reversed(self.running), key=lambda s: s.request.priority)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import abc, deque
 from dataclasses import dataclass
 
 from models.patching import PatchRule
@@ -48,7 +48,12 @@ class Sequence:
         self.constraint = constraint
         self.output = Output(request.params, constraint)
         #: Whether a pass has nothing to say of it but ids.
-        self.plain = constraint is None and self.params.logprobs is None and self.params.prompt_logprobs is None
+        self.plain = (
+            constraint is None
+            and self.params.logprobs is None
+            and self.params.prompt_logprobs is None
+            and not self.params.return_patches
+        )
         self.penalizes = self.params.penalizes
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
@@ -85,7 +90,7 @@ class Sequence:
         self.patches: deque[Patch] = deque()
         self.provisional: Patch | None = None
         #: Bytes after the known ones that may be taken back.
-        self.draft: list[int] = []
+        self.draft: abc.Sequence[int] = ()
         self.plan: Plan | None = None
         self.ready = False
         #: Of the block being filled, by offset.
@@ -111,7 +116,7 @@ class Sequence:
 
     def scan(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
-        if self.params.return_patches:
+        if not self.plain and self.params.return_patches:
             self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
         for end in rule.ends(self.scanned, entropies, self.open_start):
             self.patches.append(Patch(self.closed, self.open_start, end))
@@ -124,9 +129,8 @@ class Sequence:
     @property
     def pending(self) -> bool:
         """Whether there are `pending_patches`: patches get their latents in order."""
-        if self.patches and self.patches[-1].slot == 0:
-            return True
-        return self.provisional is not None and self.provisional.slot == 0
+        patches, provisional = self.patches, self.provisional
+        return bool(patches and patches[-1].slot == 0) or (provisional is not None and provisional.slot == 0)
 
     @property
     def unpooled(self) -> int:

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: int32 tensors of the same size.
+Columns = tuple[Tensor, ...]
+
 
 class Staging:
     """A buffer of int32 columns for one kind of pass.
@@ -29,20 +32,24 @@ class Staging:
         views = self._views.get((count, size))
         if views is None:
             words = count * size
-            views = self._buffer[:words].view(count, size), self._array[:words].reshape(count, size)
-            self._views[count, size] = views
-        self._sent, columns = views
+            sent = self._buffer[:words].view(count, size)
+            views = self._views[count, size] = sent, sent.unbind(), self._array[:words].reshape(count, size)
+        self._sent, self._each, columns = views
         return columns
 
     def send(self) -> Tensor:
-        """The columns on the device."""
+        """The columns on the device, int32 [count, size]."""
         return self._sent if self._here else self._sent.to(self._device, non_blocking=True)
+
+    def send_each(self) -> Columns:
+        """The same, one by one."""
+        return self._each if self._here else self.send().unbind()
 
     def _allocate(self, words: int) -> None:
         self._buffer = torch.empty(words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         self._array: np.ndarray = self._buffer.numpy()
         # Shapes come again and again, and making a view costs more than writing a small one.
-        self._views: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
+        self._views: dict[tuple[int, int], tuple[Tensor, Columns, np.ndarray]] = {}
 
 
 class Fetch:
