@@ -159,3 +159,50 @@ def test_nan_stays_in_its_row() -> None:
     out = paged_attention(q, k, v, world.turns, world.store, world.rows([(0, 0, 1), (1, 0, 1), (2, 0, 1)]))
     assert out[1, 0].isnan().all()
     assert out[0].isfinite().all() and out[2].isfinite().all() and out[1, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 2, 64, 16), (2, 2, 8, 64), (5, 1, 24, 16), (4, 4, 128, 64)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_of_a_request_together_equal_those_alone(shape: tuple[int, int, int, int], count: int) -> None:
+    """Chunks of random sizes, windows, blocks that see ahead and ranges that have little in common: equal bits."""
+    world = World(17, shape)
+    rng = world.rng
+    past = world.rows([(r, 0, world.length) for r in range(world.requests)])
+    paged_attention(*world.random(len(past.rows)), world.turns, world.store, past)
+    try:
+        for _ in range(6):
+            set_threads(count)
+            window, spans, ranges = rng.choice((1, 5, 70, 1000)), [], []
+            for request in rng.sample(range(world.requests), rng.randint(1, world.requests)):
+                size = rng.choice((1, 2, 3, rng.randint(4, 60)))
+                start = rng.randrange(world.length - size)
+                spans.append((request, start, size))
+                kind = rng.choice(("causal", "block", "any"))
+                for position in range(start, start + size):
+                    own = (position, position + 1) if kind != "block" else (start, start + size)
+                    high = rng.randint(position + 1, world.length) if kind == "any" else own[1]
+                    low = rng.randint(0, position) if kind == "any" else max(0, own[0] - window + 1)
+                    ranges.append((low, high))
+            at = world.rows(spans, ranges)
+            q, k, v = world.random(len(at.rows))
+            together = paged_attention(q, k, v, world.turns, world.store, at)
+            # Their keys and values are there now: written again, each by its own row, they stay what they are.
+            set_threads(1)
+            singles = [(request, start + i, 1) for request, start, size in spans for i in range(size)]
+            for i, (single, own) in enumerate(zip(singles, ranges, strict=True)):
+                alone = world.rows([single], [own])
+                out = paged_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], world.turns, world.store, alone)
+                assert torch.equal(out[0], together[i]), (window, spans, i)
+    finally:
+        set_threads(None)
+
+
+@pytest.mark.parametrize("bad", ["key", "value"])
+def test_what_a_later_row_holds_does_not_reach_those_before(bad: str) -> None:
+    """Rows that are read together have tiles in common, not what only one of them may see."""
+    world = World(23, (4, 2, 32, 16))
+    q, k, v = world.random(40)
+    (k if bad == "key" else v)[33] = float("nan")
+    out = paged_attention(q, k, v, world.turns, world.store, world.rows([(0, 0, 40)]))
+    assert out[:33].isfinite().all()
+    assert out[33:].isnan().any(-1).any(-1).all()
