@@ -2,7 +2,8 @@
 
     python -m benchmarks.front    32 streams, 96 prompts of 256 bytes, 128 bytes each
 
-The server's client runs on the same cores, and its time counts as the front's.
+The server's client runs on the same cores, and its time counts as the front's: it reads and does nothing else
+(`benchmarks/lean_client.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lean_client import stream_all
 from benchmarks.load.names import Dataset
-from benchmarks.load.serve import Load, run
 from benchmarks.load.workload import prompts
 from benchmarks.machine import measured_with
 from benchmarks.offline import throughput
@@ -34,19 +35,13 @@ def measure(model: str, streams: int, count: int, length: int, rounds: int, meth
         llm = LLM(model, max_running=streams, prefix_cache=False)
         for seed in range(rounds):
             texts = [text.encode() for text, _ in prompts(Dataset.HELD_OUT, count, 256, seed)]
-            load = Load(
-                base_url=f"http://127.0.0.1:{server.port}",
-                num_prompts=count,
-                input_len=256,
-                output_len=length,
-                max_concurrency=streams,
-                decoding=(method.value,),
-                seed=seed,
-            )
-            result = run(load, show=False)
-            if result["failed"]:
-                raise RuntimeError(f"{result['failed']} requests failed")
-            served.append(result["output_byte_throughput"])
+            asked = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": {"method": method.value}}
+            bodies = [{"prompt": text.decode(), **asked} for text in texts]
+            stream_all(server.port, bodies[:1], 1)
+            seconds, tokens = stream_all(server.port, bodies, streams)
+            if set(tokens) != {length}:
+                raise RuntimeError(f"completions of {length} bytes were asked for; {sorted(set(tokens))} came")
+            served.append(sum(tokens) / seconds)
             alone.append(throughput(llm, texts, length, decoding)["output_bytes_per_second"])
     shares = [1 - one / other for one, other in zip(served, alone, strict=True)]
     return {
