@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, field
 from json.encoder import encode_basestring
 from typing import Any
@@ -45,7 +44,7 @@ async def create_completion(request: Request) -> Response:
     completion = _Completion(body, model, body.prompts(client.max_model_len))
     stream = await client.submit(*completion.requests, whole=not body.stream)
     if body.stream:
-        return EventStream(completion.events(stream), stream.close, headers)
+        return EventStream(stream, completion, headers)
     try:
         answer = await until_disconnect(request.receive, completion.answer(stream))
         return Response(to_json(answer), media_type="application/json", headers=headers)
@@ -87,6 +86,17 @@ class _Completion:
             for index, request in enumerate(self.requests)
         }
         self._shows_ids = body.return_token_ids or body.return_base64
+        options = body.stream_options
+        self._continuous = options is not None and options.continuous_usage_stats
+        usage = options is not None and (options.include_usage or options.continuous_usage_stats)
+        self._no_usage: dict[str, Any] = {"usage": None} if usage else {}
+        # What stands around the text of events with nothing else in them: they are many, and made by hand.
+        self._plain: tuple[bytes, bytes] | None = None
+        if not self._continuous and not self._shows_ids and body.logprobs is None:
+            before = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
+            after = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+            self._plain = before, after + (b',"usage":null}' if usage else b"}") + b"\n\n"
+        self.failed = False
         self._ledger = Ledger()
         self._decoding = DecodingParams()
         # BOS stands in front of every prompt and is not the user's.
@@ -103,44 +113,36 @@ class _Completion:
         choices = [self._rendered(self._choices[request_id], "".join(text)) for request_id, text in texts.items()]
         return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
 
-    async def events(self, stream: DeltaStream) -> AsyncGenerator[bytes]:
-        """The response as server-sent events; one item holds all events that one step made."""
-        options = self._body.stream_options
-        continuous = options is not None and options.continuous_usage_stats
-        usage: dict[str, Any] = {}
-        if options is not None and (options.include_usage or continuous):
-            usage = {"usage": None}
-        # What all events with nothing but text have in common: they are many, and made by hand.
-        plain = not continuous and not self._shows_ids and self._body.logprobs is None
-        before = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
-        after = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + (b',"usage":null}' if usage else b"}")
-        after += b"\n\n"
-        async for news in stream:
-            chunks = []
-            for delta in news:
-                if delta.finish_reason is FinishReason.ERROR:
-                    chunks += [event(failure(delta).body), DONE]
-                    yield b"".join(chunks)
-                    return
-                choice = self._choices[delta.request_id]
-                text = self._feed(choice, delta)
-                if delta.finish_reason is None:
-                    if plain:
-                        if text:
-                            middle = f'{choice.index},"text":{encode_basestring(text)}'
-                            chunks += [before, middle.encode(), after]
-                        continue
-                    if not text and not choice.fresh:
-                        continue
-                if continuous:
-                    usage = {"usage": self._usage_so_far()}
-                chunks.append(event({**self._head, "choices": [self._rendered(choice, text)], **usage}))
-            if chunks:
-                yield b"".join(chunks)
-        if options is not None and options.include_usage:
-            last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
-            yield event({**self._head, **last})
-        yield DONE
+    def render(self, news: list[Delta]) -> bytes:
+        """The server-sent events that one step made; the stream's last where a choice failed."""
+        chunks = []
+        for delta in news:
+            if delta.finish_reason is FinishReason.ERROR:
+                self.failed = True
+                chunks += [event(failure(delta).body), DONE]
+                break
+            choice = self._choices[delta.request_id]
+            text = self._feed(choice, delta)
+            if delta.finish_reason is None:
+                if self._plain is not None:
+                    if text:
+                        before, after = self._plain
+                        chunks += [before, f'{choice.index},"text":{encode_basestring(text)}'.encode(), after]
+                    continue
+                if not text and not choice.fresh:
+                    continue
+            usage = {"usage": self._usage_so_far()} if self._continuous else self._no_usage
+            chunks.append(event({**self._head, "choices": [self._rendered(choice, text)], **usage}))
+        return b"".join(chunks)
+
+    def last(self) -> bytes:
+        """The events after those of all steps."""
+        if self.failed:
+            return b""
+        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+            return DONE
+        last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
+        return event({**self._head, **last}) + DONE
 
     def _feed(self, choice: _Choice, delta: Delta) -> str:
         """Account for a delta; the text it completes."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+from collections.abc import Callable
 from typing import Any, cast
 
 import h11
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.errors import error_object
@@ -23,8 +25,46 @@ _WAITING_BYTES = 16 * 2**10
 _RESERVED_FILES = 128
 
 
+#: Under this name the scope's extensions have the HttpProtocol that a request came by.
+CONNECTION = "fastblt.connection"
+
+
 class HttpProtocol(H11Protocol):
-    """HTTP/1.1 with bounds on what a connection may do before it is a request."""
+    """HTTP/1.1 with bounds on what a connection may do before it is a request.
+
+    Streams write to it where their news arrives: through ASGI every write would wake a task, and cost as much again.
+    """
+
+    #: Called when `writable` has become true again.
+    on_writable: Callable[[], None] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        app = cast(ASGIApp, self.app)
+
+        async def with_connection(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["extensions"] = {CONNECTION: self}
+            await app(scope, receive, send)
+
+        self.app = cast(Any, with_connection)
+
+    @property
+    def writable(self) -> bool:
+        """Whether no more waits for the reader than may."""
+        return not self.flow.write_paused
+
+    def write_body(self, data: bytes) -> None:
+        """Write a part of the running response's body, whose head has been sent and says no length."""
+        if self.cycle.disconnected or not data:
+            return
+        if self.cycle.scope["http_version"] >= "1.1":
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.transport.write(data)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's own transports are of no class of asyncio's.

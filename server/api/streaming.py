@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from models.vocabulary import BYTE_OFFSET, decode
+from models.vocabulary import BYTE_OFFSET, VOCAB_SIZE, decode
+from server.api.http import CONNECTION, HttpProtocol
 from server.api.names import TOKEN_NAMES
-from server.request import ByteLogprobs
+from server.engine.stream import DeltaStream
+from server.request import ByteLogprobs, Delta
 
 #: What JSON cannot carry as -inf.
 MIN_LOGPROB = -9999.0
+
+#: The byte of every id; specials have none.
+_BYTES = [decode([token]) for token in range(VOCAB_SIZE)]
+
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -42,6 +47,9 @@ class TextDecoder:
 
     def feed(self, data: bytes, *, final: bool = False) -> str:
         """The characters that `data` completes; with `final`, an incomplete tail becomes U+FFFD."""
+        if data.isascii() and not self.pending:
+            self.completed += len(data)
+            return data.decode("ascii")
         text = self._decoder.decode(data, final)
         held = self._decoder.getstate()[0]
         if held[:1] == b"\xed" and held[1:2] >= b"\xa0":
@@ -115,11 +123,11 @@ class ChoiceText:
         without being part of it, and stands in the logprobs only."""
         decoder, builder = self._decoder, self._logprobs
         if builder is None or not logprobs:
-            text = decoder.feed(decode(ids), final=final)
+            text = decoder.feed(b"".join([_BYTES[token] for token in ids]), final=final)
         else:
             text = ""
             for token, value in zip(ids, logprobs, strict=True):
-                text += decoder.feed(decode([token]))
+                text += decoder.feed(_BYTES[token])
                 starts_next = decoder.pending or token < BYTE_OFFSET
                 builder.add(token, value, decoder.completed - (0 if starts_next else 1))
             text += decoder.feed(b"", final=final)
@@ -142,34 +150,76 @@ def event(data: Any) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
-class EventStream(Response):
-    """Sends events as they come, then calls `close`. A client that leaves ends it at once, whatever it waits for."""
+class Events(Protocol):
+    """What is to be sent of a stream. `failed` says that it ends before its time."""
 
-    def __init__(
-        self, events: AsyncGenerator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
-    ) -> None:
+    failed: bool
+
+    def render(self, news: list[Delta]) -> bytes:
+        """The events that one item of the stream makes."""
+        ...
+
+    def last(self) -> bytes:
+        """Those after all items."""
+        ...
+
+
+class EventStream(Response):
+    """Sends a stream's events as they come, then closes it. A client that leaves ends it at once, whatever it waits
+    for.
+    """
+
+    def __init__(self, stream: DeltaStream, events: Events, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         # Without a length: the base class has counted an empty body.
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self._stream = stream
         self._events = events
-        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send(send))
+            await until_disconnect(receive, self._send(send, scope.get("extensions", {}).get(CONNECTION)))
         except ClientDisconnect:
             pass  # There is nobody to tell.
         finally:
-            # Not left to the generator, which may never have begun.
-            self._close()
+            self._stream.close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, connection: HttpProtocol | None) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if connection is not None:
+            await self._write(connection)
+        else:
+            async for news in self._stream:
+                await send({"type": "http.response.body", "body": self._events.render(news), "more_body": True})
+                if self._events.failed:
+                    break
+        await send({"type": "http.response.body", "body": self._events.last(), "more_body": False})
+
+    async def _write(self, connection: HttpProtocol) -> None:
+        """Write until the stream's end, from where its news arrives."""
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def pass_on() -> None:
+            if over.done():
+                return
+            try:
+                if connection.writable and (news := self._stream.take()):
+                    connection.write_body(self._events.render(news))
+                if self._stream.ended or self._events.failed:
+                    over.set_result(None)
+            except Exception as error:
+                over.set_exception(error)
+
+        self._stream.listen(pass_on)
+        connection.on_writable = pass_on
+        try:
+            pass_on()
+            await over
+        finally:
+            # So that what else comes finds nothing to do.
+            over.cancel()
+            connection.on_writable = None
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 from server.request import Delta, FinishReason, Request
@@ -11,9 +12,14 @@ from server.request import Delta, FinishReason, Request
 #: than anybody reads them.
 ITEM_SECONDS = 0.02
 
+#: What streams hold back is let go at multiples of so many seconds, for many of them at once: a process that wakes for
+#: each costs the engine more than what it then does.
+_TICK_SECONDS = 0.005
+
 
 class DeltaStream:
-    """Asynchronous iterator over the news of requests that were submitted together; one reader.
+    """Asynchronous iterator over the news of requests that were submitted together; one reader, which may also `listen`
+    and take the items as they come.
 
     Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
     holds no more than the requests' outputs. The first item and the last come at once, the others no closer together
@@ -25,7 +31,8 @@ class DeltaStream:
         self._abort = abort
         self._open = {request.request_id for request in requests}
         self._news: dict[str, Delta] = {}
-        self._wake = asyncio.Event()
+        self._event = asyncio.Event()
+        self._wake: Callable[[], None] = self._event.set
         self._whole = whole
         self._loop = asyncio.get_running_loop()
         self._next = 0.0
@@ -37,14 +44,31 @@ class DeltaStream:
         return self
 
     async def __anext__(self) -> list[Delta]:
-        while not self._news or self._held:
-            if self._closed or not self._open:
+        while not (news := self.take()):
+            if self.ended:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            self._event.clear()
+            await self._event.wait()
+        return news
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have `on_news` called, instead of the iterator woken, whenever there may be something to take or the end has
+        come. It must not raise.
+        """
+        self._wake = on_news
+
+    def take(self) -> list[Delta]:
+        """The next item, if it may leave already; else nothing."""
+        if not self._news or self._held:
+            return []
         news, self._news = self._news, {}
-        self._next = self._loop.time() + ITEM_SECONDS
+        self._next = math.ceil((self._loop.time() + ITEM_SECONDS) / _TICK_SECONDS) * _TICK_SECONDS
         return list(news.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to take, and nothing will be."""
+        return self._closed or not (self._open or self._news)
 
     @property
     def _held(self) -> bool:
@@ -60,14 +84,14 @@ class DeltaStream:
         earlier = self._news.get(delta.request_id)
         self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
         if not self._held:
-            self._wake.set()
+            self._wake()
         elif not self._whole and self._timer is None:
             self._timer = self._loop.call_at(self._next, self._release)
 
     def _release(self) -> None:
         self._timer = None
         self._next = 0.0
-        self._wake.set()
+        self._wake()
 
     def close(self) -> None:
         """End the iteration and abort the requests that have not finished. May be called again."""
@@ -77,7 +101,7 @@ class DeltaStream:
         self._news.clear()
         for request_id in self._open:
             self._abort(request_id, "sibling_failed" if self._failed else "client_left")
-        self._wake.set()
+        self._wake()
 
 
 def _merge(earlier: Delta, later: Delta) -> Delta:
