@@ -4,8 +4,9 @@
 
 The device's side of a step are the calls that only give it work, from integers that the host has staged, and never wait
 for it or loop over requests: the modules' passes (`server/engine/passes.py`), the choice of bytes (`Chooser.choose`),
-the packing of results. All else, planning, laying out rows and picks, fetching and settling, is the host's, and would
-leave an accelerator idle. It is measured twice, in microseconds of this thread's processor time per decoder pass:
+the packing of results. A call of many passes (`Passes.steps`) counts as one. All else, planning, laying out rows and
+picks, fetching and settling, is the host's, and would leave an accelerator idle. It is measured twice, in microseconds
+of this thread's processor time per decoder pass:
 
   beside   with timers around the device's calls, which run on the same processor. Every pass then reads all weights
            through its caches, and the host's code and data come from memory again.
@@ -25,8 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.held_out import held_out_prompts
 from benchmarks.holding import METHODS, endless, start_apart
@@ -50,6 +49,7 @@ _DEVICE: list[tuple[Any, str]] = [
     (Passes, "encode"),
     (Passes, "upstream"),
     (Passes, "decode"),
+    (Passes, "steps"),
     (Chooser, "choose"),
     (Fetch, "pack"),
 ]
@@ -77,10 +77,14 @@ class Timer:
         return timed
 
 
+#: What has results for the host.
+_RESULTS: list[tuple[Any, str]] = [(Fetch, "__call__"), (Passes, "steps")]
+
+
 @contextmanager
-def replaced(change: Callable[[str, Callable[..., Any]], Callable[..., Any]], *more: str) -> Iterator[None]:
-    """The device's calls (and more of `Fetch`'s) as `change` makes them of their name and themselves."""
-    places = _DEVICE + [(Fetch, name) for name in more]
+def replaced(change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """The device's calls, and those with results, as `change` makes them of their name and themselves."""
+    places = _DEVICE + _RESULTS
     originals = [(place, name, getattr(place, name)) for place, name in places]
     for place, name, original in originals:
         setattr(place, name, change(name, original))
@@ -96,13 +100,19 @@ def run(model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: 
     engine = Engine(model, EngineSettings(max_running=len(prompts)))
     start_apart(engine, prompts, endless(decoding, len(prompts), 0.0))
     host: list[float] = []
-    before = sum(sequence.ledger.decoder for sequence in engine._sequences.values())
+    decode, requests = engine._runner.decode, list[int]()
+
+    def counted(sequences: list[Any]) -> Any:
+        requests.append(len(sequences))
+        return decode(sequences)
+
+    engine._runner.decode = counted  # type: ignore[method-assign]
     for _ in range(passes):
         inside, clock = timer.seconds, time.thread_time()
         engine.step()
         host.append(1e6 * (time.thread_time() - clock - (timer.seconds - inside)))
     return {
-        "requests_per_pass": (sum(s.ledger.decoder for s in engine._sequences.values()) - before) / passes,
+        "requests_per_pass": sum(requests) / passes,
         "mean": statistics.mean(host),
         "median": statistics.median(host),
     }
@@ -110,30 +120,33 @@ def run(model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: 
 
 def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: int) -> dict[str, Any]:
     """The host's time beside the device's work and alone."""
-    timer, results = Timer(), list[list[np.ndarray]]()
+    timer, results = Timer(), dict[str, list[Any]](__call__=[], steps=[])
 
     def record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        if name != "__call__":
+        if name == "steps":
+            call = timer.around(call)
+        elif name != "__call__":
             return timer.around(call)
 
-        def fetched(*tensors: Any) -> list[np.ndarray]:
-            results.append(call(*tensors))
-            return results[-1]
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            results[name].append(call(*args, **kwargs))
+            return results[name][-1]
 
-        return fetched
+        return kept
 
-    with replaced(record, "__call__"):
+    with replaced(record):
         beside = run(model, prompts, decoding, passes, timer)
-    again = iter(results)
+    again = {name: iter(own) for name, own in results.items()}
 
     def replay(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        if name == "__call__":
-            return lambda *_: next(again)
+        if name in again:
+            return lambda *_, **__: next(again[name])
         return lambda *_: []
 
-    with replaced(replay, "__call__"):
+    with replaced(replay):
         alone = run(model, prompts, decoding, passes, Timer())
-    if alone["requests_per_pass"] != beside["requests_per_pass"] or next(again, None) is not None:
+    left = any(next(own, None) is not None for own in again.values())
+    if left or alone["requests_per_pass"] != beside["requests_per_pass"]:
         raise RuntimeError("the second run did not repeat the first")
     return {
         "requests": len(prompts),

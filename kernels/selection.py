@@ -178,14 +178,14 @@ def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) ->
 
         return select_triton(logits, params, need_statistics=need_statistics)
     logits = logits.float()
-    function = _entry() if logits.device.type == "cpu" else None
+    function = entry() if logits.device.type == "cpu" else None
     if function is not None:
         return _native(function, logits, params, need_statistics)
     return select_torch(logits, params, need_statistics=need_statistics)
 
 
 @cache
-def _entry() -> Callable[..., None] | None:
+def entry() -> Callable[..., None] | None:
     """The C function, with its argument types said once."""
     # Scores are rounded after every operation, as they are by torch.
     native = library("selection", "-ffp-contract=off")

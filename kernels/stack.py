@@ -61,7 +61,9 @@ class PackedStack:
         self._weights = layers
         self._layers = (_Layer * len(layers))(*map(_as_struct, layers))
         heads, kv_heads = one.queries.outputs // dim, one.keys.outputs // dim
-        self.module = _Module(self._layers, len(layers), one.queries.inputs, one.gate.outputs, heads, kv_heads, dim)
+        self.module = ModuleStruct(
+            self._layers, len(layers), one.queries.inputs, one.gate.outputs, heads, kv_heads, dim
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,19 @@ class Source:
     block: Tensor | None = None
     block_table: Tensor | None = None
 
+    def struct(self) -> SourceStruct:
+        """For the C code; the tensors must outlive it."""
+        made = SourceStruct(
+            block=_pointer(self.block), block_table=_pointer(self.block_table), table=_pointer(self.table)
+        )  # fmt: skip
+        if self.ids is not None:
+            made.ids, made.stride, made.pad = self.ids.ids.data_ptr(), self.ids.ids.stride(0), self.ids.pad
+        if self.hashed is not None:
+            made.hashed = ctypes.pointer(self.hashed)
+        if self.states is not None:
+            made.states, made.pages = self.states.store.data_ptr(), _pages(self.states)
+        return made
+
 
 @dataclass(frozen=True)
 class Sink:
@@ -84,6 +99,17 @@ class Sink:
     norm: Norm | None = None
     states: PagedRows | None = None
     head: Packed | None = None
+
+    def struct(self) -> SinkStruct:
+        """For the C code; the tensors must outlive it, and where there is a head it wants a place for entropies."""
+        made = SinkStruct()
+        if self.norm is not None:
+            made.gain, made.eps = self.norm.pointer, self.norm.eps
+        if self.states is not None:
+            made.states, made.pages = self.states.store.data_ptr(), _pages(self.states)
+        if self.head is not None:
+            made.head, made.vocabulary = self.head.pointer, self.head.outputs
+        return made
 
 
 def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLatents | None = None) -> Tensor:
@@ -96,26 +122,15 @@ def run(stack: PackedStack, x: Tensor, attend: PagedAttention, latents: StoredLa
 def run_stored(
     stack: PackedStack, source: Source, sink: Sink, attend: PagedAttention, latents: StoredLatents | None = None
 ) -> Tensor:
-    """Rows from their source to the sink: [N, d], or the entropies [N] where it has a head. Raises MemoryError."""
+    """Rows from their source, whose block is contiguous, to the sink: [N, d], or the entropies [N] where it has a head.
+
+    Raises MemoryError.
+    """
     x = torch.empty(len(attend.at.rows), stack.module.size)
-    block = source.block.contiguous() if source.block is not None else None
-    start = _Source(
-        block=_pointer(block), block_table=_pointer(source.block_table), table=_pointer(source.table)
-    )  # fmt: skip
-    if source.ids is not None:
-        start.ids, start.stride, start.pad = source.ids.ids.data_ptr(), source.ids.ids.stride(0), source.ids.pad
-    if source.hashed is not None:
-        start.hashed = ctypes.pointer(source.hashed)
-    if source.states is not None:
-        start.states, start.pages = source.states.store.data_ptr(), _pages(source.states)
-    end, entropies = _Sink(), None
-    if sink.norm is not None:
-        end.gain, end.eps = sink.norm.pointer, sink.norm.eps
-    if sink.states is not None:
-        end.states, end.pages = sink.states.store.data_ptr(), _pages(sink.states)
+    start, end, entropies = source.struct(), sink.struct(), None
     if sink.head is not None:
         entropies = torch.empty(len(x))
-        end.head, end.vocabulary, end.entropies = sink.head.pointer, sink.head.outputs, entropies.data_ptr()
+        end.entropies = entropies.data_ptr()
     _call(stack, attend, latents, start, end, x)
     return x if entropies is None else entropies
 
@@ -124,17 +139,16 @@ def _call(
     stack: PackedStack,
     attend: PagedAttention,
     latents: StoredLatents | None,
-    source: _Source | None,
-    sink: _Sink | None,
+    source: SourceStruct | None,
+    sink: SinkStruct | None,
     x: Tensor,
 ) -> None:
     function = _entry()
     assert function is not None
     read = None
     if latents is not None:
-        _, _, _, keys, kv_heads, dim = latents.store.shape
-        whole, one = latents.store.stride(0), 2 * keys * kv_heads * dim
-        read = _Latents(latents.store.data_ptr(), latents.slots.data_ptr(), whole, one, keys)
+        read = LatentsStruct.of(latents.store)
+        read.slots = latents.slots.data_ptr()
     places = Places.of(attend.turns, attend.at)
     if function(stack.module, attend.pointers, places, read, source, sink, x.shape[0], threads(), x.data_ptr()):
         raise MemoryError("a module could not allocate its scratch space")
@@ -167,19 +181,25 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Module(ctypes.Structure):
+class ModuleStruct(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(_Layer))] + [
         (name, ctypes.c_int64) for name in ("count", "size", "inner", "heads", "kv_heads", "dim")
     ]
 
 
-class _Latents(ctypes.Structure):
+class LatentsStruct(ctypes.Structure):
     _fields_ = [("store", ctypes.c_void_p), ("slots", ctypes.c_void_p)] + [
         (name, ctypes.c_int64) for name in ("slot_size", "layer_size", "keys")
     ]
 
+    @classmethod
+    def of(cls, store: Tensor) -> LatentsStruct:
+        """A store of latents, without slots."""
+        _, _, _, keys, kv_heads, dim = store.shape
+        return cls(store.data_ptr(), None, store.stride(0), 2 * keys * kv_heads * dim, keys)
 
-class _Source(ctypes.Structure):
+
+class SourceStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("block", "block_table", "ids")),
         *((name, ctypes.c_int64) for name in ("stride", "pad")),
@@ -189,7 +209,7 @@ class _Source(ctypes.Structure):
     ]
 
 
-class _Sink(ctypes.Structure):
+class SinkStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("gain", "head", "entropies", "states")),
         ("pages", Pages),
@@ -214,7 +234,9 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_stack
-    module, *structs = (ctypes.POINTER(kind) for kind in (_Module, Places, _Latents, _Source, _Sink))
+    module, *structs = (
+        ctypes.POINTER(kind) for kind in (ModuleStruct, Places, LatentsStruct, SourceStruct, SinkStruct)
+    )
     caches = ctypes.POINTER(ctypes.c_void_p)
     function.argtypes = [module, caches, *structs, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     function.restype = ctypes.c_int

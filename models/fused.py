@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -23,10 +24,21 @@ from kernels.upstream import PackedPooling, PackedReaders, StoredPatches, pool, 
 from models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
 from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
-#: Where a model keeps which weights it was fused with.
-_FUSED = "_fused_weights"
+#: Where a model keeps which weights it was fused with, and its local modules.
+_FUSED, _LOCAL = "_fused_weights", "_fused_local"
 
 Pack = Callable[[nn.Module], Packed]
+
+
+@dataclass(frozen=True)
+class LocalModules:
+    """What takes a byte from its id to the next, as C code: entropy model, encoder and decoder, each layers with what
+    their rows begin as (tables, where these are not kept states) and what becomes of them, and the head."""
+
+    patcher: tuple[PackedStack, Source, Sink]
+    encoder: tuple[PackedStack, Source, Sink]
+    decoder: tuple[PackedStack, Source, Sink]
+    head: Packed
 
 
 def fuse(model: Blt) -> bool:
@@ -43,6 +55,7 @@ def fuse(model: Blt) -> bool:
         return True
     setattr(model, _FUSED, weights_now)
     copies: dict[int, Packed] = {}
+    local: dict[str, tuple[PackedStack, Source, Sink]] = {}
 
     def packed(linear: nn.Module) -> Packed:
         """A map's weights, copied once for all that it is part of."""
@@ -59,11 +72,16 @@ def fuse(model: Blt) -> bool:
             whole = _pack_stack(layers, cast(Sequence[CrossAttention], crosses), packed)
             _replace(layers, _stack(layers, whole))
             if isinstance(module, Patcher):
-                _replace_stored(module, _entropies(module, whole, packed), "stored_entropies")
+                sink = Sink(norm=_packed_norm(module.norm), head=packed(module.lm_head))
+                local["patcher"] = whole, Source(table=module.embed_tokens.weight), sink
+                _replace_stored(module, _entropies(module, *local["patcher"]), "stored_entropies")
             elif isinstance(module, LocalEncoder) and model.encoder_hash_tok_embedding.weight.dtype == torch.float32:
-                _replace_stored(model, _encode(model, whole), "encode_stored")
+                local["encoder"] = whole, Source(hashed=model.hash_tables()), Sink()
+                _replace_stored(model, _encode(model, *local["encoder"][:2]), "encode_stored")
             elif isinstance(module, LocalDecoder):
-                _replace_stored(module, _decode(module, whole), "stored_states")
+                table = module.embed_tokens.weight if hasattr(module, "embed_tokens") else None
+                local["decoder"] = whole, Source(table=table), Sink(norm=_packed_norm(module.norm))
+                _replace_stored(module, _decode(module, *local["decoder"]), "stored_states")
         if isinstance(module, LocalEncoder):
             _replace_stored(module, _pooling(module, packed), "pool_stored")
         elif isinstance(module, LocalDecoder):
@@ -75,7 +93,15 @@ def fuse(model: Blt) -> bool:
             _replace(module, _norm(module))
         elif isinstance(module, nn.Linear):
             _replace(module, _linear(module, packed))
+    head = model.lm_head.weight
+    everything = len(local) == 3 and head.dtype == torch.float32 and head.device.type == "cpu"
+    setattr(model, _LOCAL, LocalModules(**local, head=packed(model.lm_head)) if everything else None)
     return True
+
+
+def local_modules(model: Blt) -> LocalModules | None:
+    """The local modules as `fuse` left them; None where it did not take them whole."""
+    return vars(model).get(_LOCAL)
 
 
 def is_fused(model: Blt) -> bool:
@@ -186,32 +212,30 @@ def _stack(stack: Stack, whole: PackedStack) -> Callable[..., Tensor]:
     return forward
 
 
-def _entropies(patcher: Patcher, whole: PackedStack, packed: Pack) -> Callable[..., Tensor]:
-    table, sink = patcher.embed_tokens.weight, Sink(norm=_packed_norm(patcher.norm), head=packed(patcher.lm_head))
+def _entropies(patcher: Patcher, whole: PackedStack, source: Source, sink: Sink) -> Callable[..., Tensor]:
     plain = partial(Patcher.stored_entropies, patcher)
 
     def stored_entropies(ids: RequestIds, attend: PagedAttention) -> Tensor:
         if not fits(attend):
             return plain(ids, attend)
-        return run_stored(whole, Source(ids=ids, table=table), sink, attend)
+        return run_stored(whole, replace(source, ids=ids), sink, attend)
 
     return stored_entropies
 
 
-def _encode(model: Blt, whole: PackedStack) -> Callable[..., Tensor]:
-    plain, tables = partial(Blt.encode_stored, model), model.hash_tables()
+def _encode(model: Blt, whole: PackedStack, source: Source) -> Callable[..., Tensor]:
+    plain = partial(Blt.encode_stored, model)
 
     def encode_stored(ids: RequestIds, states: PagedRows, attend: PagedAttention) -> Tensor:
         if not fits(attend) or not states.native:
             return plain(ids, states, attend)
-        return run_stored(whole, Source(ids=ids, hashed=tables), Sink(states=states), attend)
+        return run_stored(whole, replace(source, ids=ids), Sink(states=states), attend)
 
     return encode_stored
 
 
-def _decode(decoder: LocalDecoder, whole: PackedStack) -> Callable[..., Tensor]:
-    table = decoder.embed_tokens.weight if hasattr(decoder, "embed_tokens") else None
-    plain, sink = partial(LocalDecoder.stored_states, decoder), Sink(norm=_packed_norm(decoder.norm))
+def _decode(decoder: LocalDecoder, whole: PackedStack, source: Source, sink: Sink) -> Callable[..., Tensor]:
+    plain, table = partial(LocalDecoder.stored_states, decoder), source.table
 
     def stored_states(
         known: PagedRows | RequestIds, block: Tensor | None, attend: PagedAttention, latents: StoredLatents
@@ -219,10 +243,10 @@ def _decode(decoder: LocalDecoder, whole: PackedStack) -> Callable[..., Tensor]:
         if not fits(attend, latents) or (isinstance(known, PagedRows) and not known.native):
             return plain(known, block, attend, latents)
         if isinstance(known, PagedRows):
-            source = Source(states=known, block=block, block_table=table)
+            begin = Source(states=known, block=block, block_table=table)
         else:
-            source = Source(ids=known, table=table, block=block, block_table=table)
-        return run_stored(whole, source, sink, attend, latents)
+            begin = Source(ids=known, table=table, block=block, block_table=table)
+        return run_stored(whole, begin, sink, attend, latents)
 
     return stored_states
 

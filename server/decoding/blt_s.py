@@ -43,10 +43,13 @@ class BltS:
         wanted = self._length if self._paper else min(self._length, left - 1)
         if self._begun and len(self._draft) < wanted:
             upstream = self._paper and not self._draft
-            start = computed + len(self._draft)
+            start, missing = computed + len(self._draft), wanted - len(self._draft)
+            repeat = 1 if upstream else missing
             # The last drafted byte completes what is verified next.
-            scan_to = start + 2 if len(self._draft) + 1 == wanted else 0
-            return Plan(start, 1, upstream, draft=True, select=1, provisional=self._paper, scan_to=scan_to)
+            scan_to = start + missing + 1 if repeat == missing else 0
+            return Plan(
+                start, 1, upstream, draft=True, select=1, provisional=self._paper, scan_to=scan_to, repeat=repeat
+            )  # fmt: skip
         return verify(self._draft, known, computed, paper=self._paper)
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:

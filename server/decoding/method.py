@@ -35,6 +35,10 @@ class Plan:
     is that of the open patch, closed for the occasion. Where the patch is still open behind the causal rows, `if_open`
     is the plan instead. The next plan is sure to need the entropies of the rows below `scan_to`, over bytes that this
     one gives.
+
+    A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
+    `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
+    Whoever runs the plan may stop it after any of them.
     """
 
     start: int
@@ -47,6 +51,7 @@ class Plan:
     unmask: Unmask | None = None
     scan_to: int = 0
     if_open: Plan | None = None
+    repeat: int = 1
     #: How many rows there are, and the position after the last causal one; every pass asks several times.
     rows: int = field(init=False)
     end: int = field(init=False)
@@ -54,6 +59,14 @@ class Plan:
     def __post_init__(self) -> None:
         self.rows = self.causal + len(self.block_ids)
         self.end = self.start + self.causal
+
+    def stop_after(self, repeat: int) -> None:
+        """Go on by itself no further than `repeat` rows."""
+        if repeat < self.repeat:
+            self.repeat = repeat
+            if self.draft:
+                # Its last byte will not be there.
+                self.scan_to = 0
 
 
 @dataclass(slots=True)

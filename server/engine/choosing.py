@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.multi_step import Draws
 from kernels.noise import mix_seed
 from kernels.selection import SelectionParams, select
 from kernels.unmasking import Unmasked, unmask
@@ -89,6 +90,16 @@ class Chooser:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
             self._counts[sequence.row] += torch.from_numpy(counts).to(self._device)
 
+    @property
+    def draws(self) -> Draws:
+        """How bytes without penalties are chosen, by state row."""
+        return Draws(self._values, self._integers, torch.from_numpy(self._eos_from))
+
+    def needs(self, sequences: list[Sequence]) -> tuple[bool, ...]:
+        """Whether one of them draws, whether one truncates, and whether one has penalties."""
+        rows = [sequence.row for sequence in sequences]
+        return tuple(bool(needing) and not needing.isdisjoint(rows) for needing in self._needs)
+
     def stage(self, sequences: list[Sequence], batch: Batch, plain: bool) -> Staged:
         """Lay out what the sequences pick from; `plain` where all of them are."""
         causal, blocks = CausalPicks(sequences, batch, plain), BlockPicks(sequences, batch, plain)
@@ -114,8 +125,7 @@ class Chooser:
             picks, lengths = causal.drafts
             drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, picks.T
-        rows = [sequence.row for sequence in sequences]
-        samples, truncates, penalizes = (bool(needing) and not needing.isdisjoint(rows) for needing in self._needs)
+        samples, truncates, penalizes = self.needs(sequences)
         return Staged(
             causal,
             blocks,

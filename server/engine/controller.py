@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from models.config import BltConfig
 from server.decoding.auto import Draft
-from server.engine.cost import Costs
+from server.engine.cost import DRAFT, STEP, Costs
 from server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -131,7 +131,9 @@ class Controller:
             closing = 1 - (1 - patches) ** (draft.length + 1)
             upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
             seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)
-            if draft.method == DecodingMethod.BLT_S:
+            if draft.method == DecodingMethod.BLT_S and DRAFT in costs:
+                seconds += draft.length * costs[DRAFT](count) + load.overhead
+            elif draft.method == DecodingMethod.BLT_S:
                 drafting = costs["decoder"](count) + (costs["encoder"](count) if self._fed else 0.0)
                 seconds += draft.length * (drafting + load.overhead)
             else:
@@ -144,8 +146,12 @@ class Controller:
             steps = mean + (longest - mean) * (1 - 1 / max(count, 1.0))
             made = mean
             each = count * mean / steps
-            step = costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each)
-            seconds = steps * (step + load.overhead) - load.overhead + costs["global"](count)
+            if STEP in costs:
+                seconds = steps * costs[STEP](each)
+            else:
+                step = costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each)
+                seconds = steps * (step + load.overhead) - load.overhead
+            seconds += costs["global"](count)
         return count * made / (seconds + load.overhead)
 
     def _probing(self) -> Iterator[Draft]:

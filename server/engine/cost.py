@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention import TILE
+from kernels.multi_step import COLUMNS, LIMITS, OPENED, SCANS, STARTS
+from models.patching import PatchRule
 from server.engine.passes import Passes, Patches, Rows
 
 #: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
@@ -19,6 +23,8 @@ Announce = Callable[[np.ndarray, list[tuple[int, int]]], None]
 
 #: Modules, as the runner names their passes.
 MODULES = ("patcher", "encoder", "global", "decoder")
+#: What steps in one call are made of, where there is such a call: the rows of drafts, and of bytes that stay.
+DRAFT, STEP = "draft", "step"
 
 #: Bytes of the patches that a measured upstream pass pools.
 _PATCH = 5
@@ -73,6 +79,26 @@ def measure(
         for at in range(len(curve) - 2, -1, -1):
             curve[at] = min(curve[at], curve[at + 1])
     return {module: CostCurve(tuple(counts[: len(curve)]), tuple(curve)) for module, curve in seconds.items()}
+
+
+def measure_steps(
+    run: Callable[[np.ndarray, PatchRule], object], context: int, counts: Sequence[int], length: int = 8
+) -> Costs:
+    """Seconds of a step of so many requests in one call of `length` steps, for drafts and for bytes that stay.
+
+    `run` takes the columns of `kernels.multi_step`. The requests are the null request, at position `context`.
+    """
+    costs: Costs = {}
+    rule = PatchRule(math.inf)
+    for name, opened in ((DRAFT, -1), (STEP, 0)):
+        seconds = []
+        for count in counts:
+            columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
+            columns[STARTS], columns[OPENED], columns[[LIMITS, SCANS]] = context, opened, length
+            call = partial(run, columns, rule)
+            seconds.append(min(_seconds(call, torch.device("cpu")) for _ in range(3)) / length)
+        costs[name] = CostCurve(tuple(counts), tuple(seconds))
+    return costs
 
 
 @torch.inference_mode()

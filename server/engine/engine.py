@@ -61,6 +61,9 @@ _SMALL = 50_000_000
 #: Passes without trouble after which one more request may run, where memory had run out.
 _GROW_PASSES = 64
 
+#: How many bytes may follow each other in one call where patches have no longest.
+_MOST_STEPS = 16
+
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
 
@@ -116,6 +119,9 @@ class Engine:
         self._passes = self._beats = self._holds = self._passes_in_beat = 0
         #: Since when somebody waits for the next upstream pass.
         self._held_since: float | None = None
+        #: How many rows a plan may go on for, if it keeps their bytes and if it drafts: nobody waits longer than asked.
+        most = settings.max_passes_per_beat if self._runner.steps and settings.max_hold_ms != 0 else 1
+        self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
         self._bytes_generated = self._bytes_prompt = 0
         # Verified drafts by their length, and by how much of it was accepted.
         self._drafts = [0] * (MAX_DRAFT_LENGTH + 1)
@@ -240,15 +246,17 @@ class Engine:
             batch = self._scheduler.fit(ready)
             if not batch:
                 return deltas
+            before = self._runner.ledger.decoder
             results = self._runner.decode(batch)
+            made = self._runner.ledger.decoder - before
         except RankLostError:
             raise
         except Exception as error:
             return deltas + (self._retry(batch) if _out_of_memory(error) else self._give_up(batch, error))
-        self._passes += 1
-        self._passes_in_beat += 1
-        if self._passes % _GROW_PASSES == 0:
+        if self._passes // _GROW_PASSES < (self._passes + made) // _GROW_PASSES:
             self._scheduler.grow()
+        self._passes += made
+        self._passes_in_beat += made
         for sequence, result in zip(batch, results, strict=True):
             try:
                 delta = self._settle(sequence, result)
@@ -329,6 +337,9 @@ class Engine:
                     plan = Plan(decoded, chunk)
             if not sequence.prefilling:
                 plan = sequence.method.plan(known, decoded, sequence.left)
+                if plan.repeat > 1:
+                    alone = not sequence.plain or sequence.penalizes
+                    plan.stop_after(1 if alone else self._most_steps[plan.draft])
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append(sequence)
@@ -427,7 +438,7 @@ class Engine:
             text = "the model produced NaN or infinity for this request"
             return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
         if plan.upstream and not plan.draft:
-            sequence.decoded = plan.end
+            sequence.decoded = plan.end + result.more
         # A chunk of the prompt gives nothing that the method would know of.
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
         if progress.keep is not None and (freed := sequence.cut(progress.keep)):
@@ -440,15 +451,14 @@ class Engine:
                 sequence.steps += progress.commit_steps or [1] * len(progress.commit)
             if sequence.params.logprobs is not None:
                 logprobs = self._logprobs(sequence, plan, progress, result)
+        if result.entropies is not None:
+            sequence.scan(result.entropies, self._rule)
         delta = None
         if progress.commit:
             delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
             if delta is not None and delta.finish_reason is not None:
                 return delta
         sequence.draft = progress.draft
-        if result.entropies is not None:
-            sequence.ledger.patcher += 1
-            sequence.scan(result.entropies, self._rule)
         if progress.commit:
             if sequence.provisional is not None:
                 self._drop_provisional(sequence)

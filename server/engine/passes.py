@@ -6,20 +6,25 @@ alone: this is the part that a GPU replays from a captured graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import multi_step
 from kernels.latent_attention import StoredLatents
-from kernels.paged_attention import PagedAttention, RaggedRows, has_native, pointers_of
+from kernels.multi_step import Draws, MultiStep, Part, Steps
+from kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
 from kernels.paged_rows import PagedRows
 from kernels.request_ids import RequestIds
+from kernels.stack import PackedStack, Sink, Source
 from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
-from models.fused import is_fused
+from models.fused import is_fused, local_modules
 from models.layers import Rope
+from models.patching import PatchRule
 from server.engine.caches import CacheGroup, Caches
 
 
@@ -80,9 +85,13 @@ class Passes:
     @property
     def row_invariant(self) -> bool:
         """Whether no row's result depends on how many others its pass has: then nothing need be padded for that."""
+        return self._native and is_fused(self._model)
+
+    @property
+    def _native(self) -> bool:
+        """Whether C code may take all that is stored as it lies."""
         latents = StoredLatents(self._caches.latents, self._caches.latents.new_empty(0, dtype=torch.int32))
-        stores = all(group.native for group in self._groups.values()) and self._states.native and latents.native
-        return stores and is_fused(self._model)
+        return all(group.native for group in self._groups.values()) and self._states.native and latents.native
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +123,34 @@ class Passes:
         known = self._states if self._from_encoder else self.ids
         return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), read)
 
+    def multi_step(self, draws: Draws) -> MultiStep | None:
+        """Several bytes of each request in one call, chosen by `draws`; None where only single passes can be had."""
+        local = local_modules(self._model)
+        if local is None or not self._native or not multi_step.available():
+            return None
+
+        def part(name: str, stack: PackedStack, source: Source, sink: Sink) -> Part:
+            group = self._groups[name]
+            return Part(stack, source, sink, group.pointers, group.places)
+
+        stack, source, sink = local.decoder
+        source = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
+        hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
+        return MultiStep(
+            part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
+            part("encoder", local.encoder[0], hashed, states),
+            part("decoder", stack, source, sink),
+            local.head,
+            self.ids,
+            self._caches.latents,
+            draws,
+            fed=self._from_encoder,
+        )
+
+    def steps(self, call: MultiStep, columns: np.ndarray, rule: PatchRule, *, sampled: bool, truncated: bool) -> Steps:
+        """Several bytes of each request, as `kernels.multi_step` says."""
+        return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
+
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """fp32 [n, 260] of the states at int32 `index`, or of all."""
         return self._model.lm_head(states if index is None else states[index]).float()
@@ -128,9 +165,21 @@ class AttendedGroup:
         self._cache = cache
         self._tiled = tiled
         self.native = has_native(cache.layers[0])
-        self._pointers = pointers_of(cache.layers)
+        self.pointers = pointers_of(cache.layers)
         self._length = max_length
         self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
+
+    @property
+    def places(self) -> Places:
+        """Where rows may stand, for C code that says itself where they do."""
+        table, cache = self._cache.device_table, self._cache
+        return Places(
+            turns=self._turns.data_ptr(),
+            table=table.data_ptr(),
+            window=cache.window or 0,
+            table_stride=table.stride(0),
+            page=cache.page_size,
+        )
 
     def attend(self, rows: Rows) -> PagedAttention:
         at = RaggedRows(
@@ -145,5 +194,5 @@ class AttendedGroup:
             window=self._cache.window,
         )
         return PagedAttention(
-            self._cache.layers, self._turns, at, tiled=self._tiled, native=self.native, pointers=self._pointers
+            self._cache.layers, self._turns, at, tiled=self._tiled, native=self.native, pointers=self.pointers
         )

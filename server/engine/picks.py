@@ -47,7 +47,8 @@ class Result(Outcome):
     """The outcome of one sequence's plan, log-probabilities where asked for, and whether it failed.
 
     `logprobs` go with `ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats) are
-    those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it.
+    those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it. `more` rows than the plan
+    had were computed.
     """
 
     logprobs: list[ByteLogprobs] | None = None
@@ -55,6 +56,7 @@ class Result(Outcome):
     bad: bool = False
     entropies: list[float] | None = None
     scores: list[ByteLogprobs] | None = None
+    more: int = 0
 
 
 class CausalPicks:

@@ -21,21 +21,26 @@ from torch import Tensor
 
 from kernels.attention import TILE
 from kernels.backend import use_triton
+from kernels.multi_step import OPENED
 from models.blt import Blt
+from models.patching import PatchRule
 from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
-from server.engine.cost import Announce, Costs, measure
+from server.engine.cost import DRAFT, STEP, Announce, Costs, measure, measure_steps
 from server.engine.graphs import Graphs
 from server.engine.passes import Passes, Patches, Rows
 from server.engine.ranks import leader_of
 from server.engine.scoring import Scored
 from server.engine.sequence import Sequence
 from server.engine.staging import Columns, Fetch, Staging
-from server.request import Ledger
+from server.request import MAX_DRAFT_LENGTH, Ledger
 from server.settings import EngineSettings
 
 #: A position that no request reaches.
 _NEVER = 2**31 - 1
+
+#: Requests up to which it is measured what steps of theirs cost; beyond, that goes on as a line.
+MOST_STEPPING = 64
 
 #: Passes of more rows are long enough to hide their launches.
 MOST_CAPTURED = 256
@@ -65,8 +70,13 @@ class Runner:
         self._graphs = Graphs(device) if self._static else None
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
+        self._multi_step = self._passes.multi_step(self._chooser.draws)
+        patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
+        self._rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
+        #: Whether drafted rows begin as encoder states.
+        self._fed = model.config.decoder_input == "encoder"
         self.ledger = Ledger()
-        #: Passes since they were last taken away: module and rows, padding included.
+        #: Passes since they were last taken away: module and rows, padding included. Steps in one call count as such.
         self.work: list[tuple[str, int]] = []
 
     def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
@@ -74,7 +84,13 @@ class Runner:
         announce: Announce | None = None
         if self._leader is not None:
             announce = partial(self._leader.announce, group=self._caches.groups["global"])
-        return measure(self._passes, context, patches, counts, announce=announce)
+        costs = measure(self._passes, context, patches, counts, announce=announce)
+        if self._multi_step is not None:
+            run = partial(self._passes.steps, self._multi_step, sampled=False, truncated=False)
+            # What they write lies within the longest request.
+            context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
+            costs |= measure_steps(run, context, [count for count in counts if count <= MOST_STEPPING])
+        return costs
 
     @property
     def copies(self) -> int:
@@ -142,11 +158,79 @@ class Runner:
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
+    @property
+    def steps(self) -> bool:
+        """Whether plans may go on by themselves: `Plan.repeat`."""
+        return self._multi_step is not None
+
     def decode(self, sequences: list[Sequence]) -> list[Result]:
-        """One decoder pass over the plans of ready sequences, and the choice of their bytes.
+        """One decoder pass over the plans of ready sequences, and the choice of their bytes; of those that go on by
+        themselves, all passes.
 
         At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
         """
+        going_on = [at for at, sequence in enumerate(sequences) if sequence.plan and sequence.plan.repeat > 1]
+        if not going_on:
+            return self._decode(sequences)
+        if len(going_on) == len(sequences):
+            return self._go_on(sequences)
+        others = sorted(set(range(len(sequences))).difference(going_on))
+        results = dict(zip(others, self._decode([sequences[at] for at in others]), strict=True))
+        results |= zip(going_on, self._go_on([sequences[at] for at in going_on]), strict=True)
+        return [results[at] for at in range(len(sequences))]
+
+    def _go_on(self, sequences: list[Sequence]) -> list[Result]:
+        """The passes of single rows, one after another, over the bytes that they give."""
+        rows: list[tuple[int, ...]] = []
+        for sequence in sequences:
+            plan, patches = sequence.plan, sequence.patches
+            assert plan is not None
+            latent = patches[-1].slot if patches else 0
+            if plan.draft and plan.provisional and sequence.provisional is not None:
+                latent = sequence.provisional.slot
+            opened = -1 if plan.draft else sequence.open_start
+            rows.append((sequence.row, plan.start, latent, plan.repeat, sequence.left - 1, opened))
+        sampled, truncated, _ = self._chooser.needs(sequences)
+        columns = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
+        assert self._multi_step is not None
+        steps = self._passes.steps(self._multi_step, columns, self._rule, sampled=sampled, truncated=truncated)
+        every, ids, entropies, bad = steps.made.tolist(), steps.ids.tolist(), steps.entropies.tolist(), steps.bad
+        results: list[Result] = []
+        ahead: list[int] = []
+        for at, (sequence, made, scanned) in enumerate(zip(sequences, every, steps.scanned.tolist(), strict=True)):
+            plan, ledger = sequence.plan, sequence.ledger
+            assert plan is not None
+            ledger.decoder += made
+            ledger.patcher += scanned
+            if self._fed or not plan.draft:
+                ledger.encoder += made - 1
+                sequence.encoded = plan.start + made
+            result = Result(ids[at][:made], more=made - 1, bad=bool(bad[at]))
+            if scanned:
+                result.entropies = entropies[at][:scanned]
+            elif plan.draft and made == plan.repeat and plan.scan_to > sequence.scanned:
+                ahead.append(at)
+            results.append(result)
+        self._count(steps.made, steps.scanned, columns[OPENED] >= 0)
+        if ahead:
+            those = [sequences[at] for at in ahead]
+            ends = [s.plan.scan_to for s in those if s.plan]
+            for at, values in zip(ahead, self.scan(those, ends), strict=True):
+                results[at].entropies = values
+        return results
+
+    def _count(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
+        """The passes of single rows into ledger and work: of each step those who took part in it."""
+        encoded = made - 1 if self._fed else np.where(stays, made - 1, 0)
+        for module, each in (("decoder", made), ("patcher", scanned), ("encoder", encoded)):
+            setattr(self.ledger, module, getattr(self.ledger, module) + int(each.max()))
+        for kind, each in ((STEP, made[stays]), (DRAFT, made[~stays])):
+            self.work += [
+                (kind, rows) for rows in (each > np.arange(int(each.max(initial=0)))[:, None]).sum(1).tolist()
+            ]
+
+    def _decode(self, sequences: list[Sequence]) -> list[Result]:
+        """One decoder pass over the plans, each once."""
         batch = _lay_out(sequences, self._columns)
         spans, with_blocks = _with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
 
@@ -175,6 +259,7 @@ class Runner:
             results = staged.results(fetched[len(scores) :])
             for at, values in zip(batch.ahead, _split(flat, tail), strict=True):
                 results[at].entropies = values
+                sequences[at].ledger.patcher += 1
         if scored is not None:
             for at, own in scored.take(fetched[: len(scores)], sequences).items():
                 results[at].scores = own

@@ -1,0 +1,107 @@
+"""Several bytes of a request in one call are those of one call each, and are accounted for as these."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from kernels.multi_step import available
+from kernels.native import set_threads
+from server.decoding.method import Plan
+from server.engine.engine import Engine
+from server.request import DecodingMethod, DecodingParams, Ledger, Request
+from tests.server.harness import MODELS, Finished, model, random_params, run, settings
+
+pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
+
+METHODS = (DecodingMethod.BLT, DecodingMethod.BLT_S, DecodingMethod.AUTO)
+
+
+def requests_of(rng: random.Random, count: int) -> list[Request]:
+    """Requests that may go on by themselves: without penalties, scores or constraints, and without stop strings, behind
+    which a text may go on in vain."""
+    made = []
+    for at in range(count):
+        prompt = [1] + [rng.randrange(4, 260) for _ in range(rng.choice((0, 1, 7, 40, 90)))]
+        decoding = DecodingParams(rng.choice(METHODS[:2]), draft_length=rng.choice((1, 3, 8, 32)))
+        if decoding.method == DecodingMethod.BLT:
+            decoding = DecodingParams(DecodingMethod.BLT)
+        params = replace(
+            random_params(rng, decoding=decoding),
+            stop=(),
+            stop_token_ids=(),
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            logit_bias={},
+        )
+        made.append(Request(f"r{at}", prompt, params, 0.0))
+    return made
+
+
+def counted(ledger: Ledger) -> dict[str, float]:
+    return dict(vars(ledger))
+
+
+@given(st.integers(0, 2**32))
+@examples(max_examples=15, deadline=None)
+def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
+    rng = random.Random(seed)
+    which, count = rng.choice(MODELS), rng.choice((1, 3, 9, 20))
+    requests = requests_of(rng, count)
+    arrivals = [rng.choice((0, 0, 0, 3)) for _ in requests]
+    done: list[dict[str, Finished]] = []
+    calls: list[int] = []
+    try:
+        for most, threads in ((1, 1), (64, 1), (64, 3)):
+            # Prompts in one piece: what of them is computed, and when, depends on who runs beside them.
+            passes = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
+            engine = Engine(model(which), settings(max_running=count, threads=threads, **passes))
+            assert engine._runner.steps
+            with patch.object(engine, "step", wraps=engine.step) as step:
+                done.append(run(engine, requests, arrivals))
+            calls.append(step.call_count)
+    finally:
+        set_threads(None)
+    single, *many = done
+    for other in many:
+        for name, result in single.items():
+            assert other[name].ids == result.ids
+            assert other[name].reason == result.reason
+            one, many_ = counted(result.ledger), counted(other[name].ledger)
+            if result.reason == "stop":
+                # The byte that ends a text is scanned by a call of its own, which cannot know that it will.
+                assert one.pop("patcher") - many_.pop("patcher") in (0, 1) and one.pop("gb") >= many_.pop("gb")
+            assert many_ == one
+    assert calls[1] == calls[2] <= calls[0]
+
+
+@pytest.mark.parametrize("which", (0, 1))
+def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
+    engine = Engine(model(which), settings(threads=1))
+    plans: list[tuple[bool, int]] = []
+    decode = engine._runner.decode
+
+    def watched(sequences: list) -> list:
+        results = decode(sequences)
+        for sequence, result in zip(sequences, results, strict=True):
+            plan: Plan = sequence.plan
+            plans.append((plan.draft, len(result.ids)))
+        return results
+
+    engine._runner.decode = watched  # type: ignore[method-assign]
+    params = random_params(
+        random.Random(1), max_tokens=60, temperature=0.0, min_tokens=60, ignore_eos=True, stop=(), stop_token_ids=(),
+        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={},
+        decoding=DecodingParams(DecodingMethod.BLT_S, draft_length=8),
+    )  # fmt: skip
+    done = run(engine, [Request("r", [1, *range(60, 90)], params, 0.0)])
+    drafts = [length for draft, length in plans if draft]
+    # The last ones are shorter, where less is left.
+    assert drafts[:3] == [8] * 3 and len(drafts) == done["r"].ledger.rounds
