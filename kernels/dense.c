@@ -45,7 +45,9 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
     const float *w = weights + panel * depth * PANEL;
     x += row * depth;
     for (int64_t i = 0; i < ROWS * PANELS; i++) sums[i][0] = sums[i][1] = (v8){0};
-    for (int64_t k = 0; k < depth; k++)
+    for (int64_t k = 0; k < depth; k++) {
+        /* The next panel, which the processor foresees only when it is there. */
+        if (PANELS == 1 && ROWS == 6) __builtin_prefetch(w + (depth + k) * PANEL);
 #pragma GCC unroll 4
         for (int64_t p = 0; p < PANELS; p++) {
             v8 low = load(w + (p * depth + k) * PANEL), high = load(w + (p * depth + k) * PANEL + 8);
@@ -55,6 +57,7 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
                 sums[r * PANELS + p][1] += x[r * depth + k] * high;
             }
         }
+    }
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t p = 0; p < PANELS; p++)
             store(sums[r * PANELS + p][0], sums[r * PANELS + p][1], to, row + r, (panel + p) * PANEL);
