@@ -437,6 +437,14 @@ class Engine:
             self._prefix.forget(sequence)
             text = "the model produced NaN or infinity for this request"
             return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
+        if plan.draft and sequence.plain and not plan.upstream:
+            # Nothing stays computed, no page is done with, and nobody has news.
+            progress = sequence.method.advance(plan, result)
+            sequence.ledger.steps += progress.steps
+            sequence.draft = progress.draft
+            if result.entropies is not None:
+                sequence.scan(result.entropies, self._rule)
+            return None
         if plan.upstream and not plan.draft:
             sequence.decoded = plan.end + result.more
         # A chunk of the prompt gives nothing that the method would know of.

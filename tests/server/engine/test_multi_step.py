@@ -79,7 +79,7 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
                 # The byte that ends a text is scanned by a call of its own, which cannot know that it will.
                 assert one.pop("patcher") - many_.pop("patcher") in (0, 1) and one.pop("gb") >= many_.pop("gb")
             assert many_ == one
-    assert calls[1] == calls[2] <= calls[0]
+    assert calls[1] == calls[2], "threads change nothing"
 
 
 @pytest.mark.parametrize("which", (0, 1))
