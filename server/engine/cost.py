@@ -74,11 +74,15 @@ def measure(
         rounds = [{module: _seconds(calls[module], passes.device) for module in open_} for _ in range(repeats)]
         for module in open_:
             seconds[module].append(min(one[module] for one in rounds))
-    for curve in seconds.values():
-        # A pass of more rows that came out faster was noise in the smaller one.
-        for at in range(len(curve) - 2, -1, -1):
-            curve[at] = min(curve[at], curve[at + 1])
-    return {module: CostCurve(tuple(counts[: len(curve)]), tuple(curve)) for module, curve in seconds.items()}
+    return {module: _curve(counts, curve) for module, curve in seconds.items()}
+
+
+def _curve(counts: Sequence[int], seconds: list[float]) -> CostCurve:
+    """The curve of what the first of these row counts took."""
+    # A pass of more rows that came out faster was noise in the smaller one.
+    for at in range(len(seconds) - 2, -1, -1):
+        seconds[at] = min(seconds[at], seconds[at + 1])
+    return CostCurve(tuple(counts[: len(seconds)]), tuple(seconds))
 
 
 def measure_steps(
@@ -97,7 +101,7 @@ def measure_steps(
             columns[STARTS], columns[OPENED], columns[[LIMITS, SCANS]] = context, opened, length
             call = partial(run, columns, rule)
             seconds.append(min(_seconds(call, torch.device("cpu")) for _ in range(3)) / length)
-        costs[name] = CostCurve(tuple(counts), tuple(seconds))
+        costs[name] = _curve(counts, seconds)
     return costs
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.client import EngineClient
+from server.settings import ServiceSettings
 from tests.server.api.running import MODEL, RunningServer, save_tiny, tiny_settings
 
 
@@ -17,6 +18,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server(checkpoint: str) -> Iterator[RunningServer]:
     """One server for all tests that leave it as they found it."""
-    with RunningServer(EngineClient(tiny_settings(checkpoint, deterministic=True), name=MODEL)) as running:
+    # A probe between two looks at the metrics would be counted as a test's request.
+    service = ServiceSettings(probe_interval=3600.0)
+    with RunningServer(EngineClient(tiny_settings(checkpoint, deterministic=True), service, name=MODEL)) as running:
         yield running
         running.assert_all_free()

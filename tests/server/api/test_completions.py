@@ -111,10 +111,11 @@ def test_the_stream_to_the_letter(server: RunningServer) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_cached_bytes_are_those_of_the_prompts(checkpoint: str, stream: bool) -> None:
     prompts = ["and so on, " * 20, "and back again, " * 10]
-    body: dict[str, Any] = GOOD | {"prompt": prompts, "n": 2}
     answers = []
     with RunningServer(EngineClient(tiny_settings(checkpoint, prefix_cache=True))) as server:
-        for _ in range(2):
+        # Two choices that the engine takes up one after the other would share what the first has computed.
+        for choices in (1, 2):
+            body: dict[str, Any] = GOOD | {"prompt": prompts, "n": choices}
             if stream:
                 *events, _ = server.events(**body, stream_options={"include_usage": True})
                 answers.append(events[-1]["usage"])
@@ -125,7 +126,7 @@ def test_cached_bytes_are_those_of_the_prompts(checkpoint: str, stream: bool) ->
     first, again = (answer["prompt_tokens_details"]["cached_tokens"] for answer in answers)
     # A prompt counts once, however many choices there are; some of its last page is computed again.
     assert first == 0 < again < answers[0]["prompt_tokens"] == sum(map(len, prompts))
-    assert (queries, hits) == (4 * sum(map(len, prompts)), 2 * again)
+    assert (queries, hits) == (3 * sum(map(len, prompts)), 2 * again)
 
 
 def test_include_usage_adds_one_event(server: RunningServer) -> None:
