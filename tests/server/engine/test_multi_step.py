@@ -7,15 +7,20 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kernels.multi_step import available
 from kernels.native import set_threads
+from models.checkpoint import load_checkpoint
+from models.vocabulary import BYTE_OFFSET
 from server.decoding.method import Plan
 from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Ledger, Request
+from server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams
+from server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
@@ -105,3 +110,27 @@ def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
     drafts = [length for draft, length in plans if draft]
     # The last ones are shorter, where less is left.
     assert drafts[:3] == [8] * 3 and len(drafts) == done["r"].ledger.rounds
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_what_is_stored_is_bit_equal(method: DecodingMethod) -> None:
+    """The shipped checkpoint's keys, values and states of every byte, whichever call computed them."""
+    shipped = load_checkpoint(str(PRETRAINED))
+    decoding = DecodingParams(method, draft_length=8 if method == DecodingMethod.BLT_S else None)
+    params = SamplingParams(max_tokens=300, temperature=0.8, seed=5, ignore_eos=True, decoding=decoding)
+    stored: list[dict[str, Tensor]] = []
+    for most in (1, 64):
+        engine = Engine(shipped, settings(max_model_len=1024, max_passes_per_beat=most, deterministic=True))
+        engine.add(Request("r", [1, *(BYTE_OFFSET + byte for byte in b"def mean(values):\n")], params, 0.0))
+        while len(engine._sequences["r"].output.ids) < 60 or engine._sequences["r"].decoded < 70:
+            engine.step()
+        row, found = engine._sequences["r"].row, {}
+        for name in ("patcher", "encoder", "decoder"):
+            group = engine._caches.groups[name]
+            slots = [
+                int(group.table[row, p // group.page_size]) * group.page_size + p % group.page_size for p in range(70)
+            ]
+            found |= {f"{name} {at}": layer[slots].clone() for at, layer in enumerate(group.layers)}
+        stored.append(found)
+    for name, rows in stored[0].items():
+        assert torch.equal(rows, stored[1][name]), name
