@@ -53,6 +53,8 @@ class Chooser:
         # truncation, penalties), and from which position on EOS may stand.
         self._needs: tuple[set[int], set[int], set[int]] = (set(), set(), set())
         self._eos_from = np.zeros(rows, dtype=np.int64)
+        # The null request, whose steps are measured, never ends.
+        self._eos_from[0] = _NEVER
 
     def admit(self, sequence: Sequence) -> None:
         """Note the parameters of a sequence, and the bytes it has already produced."""

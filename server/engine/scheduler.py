@@ -67,9 +67,11 @@ class Scheduler:
         length = plan.start + plan.rows
         if plan.scan_to > length:
             length = plan.scan_to
-        if plan.repeat > 1 and not self._caches.reserve(sequence.row, length + plan.repeat, sequence.closed):
-            # Nobody is preempted for what a later pass can do.
-            plan.stop_after(1)
+        if plan.repeat > 1:
+            further = max(length, plan.end + plan.repeat)
+            if not self._caches.reserve(sequence.row, further, sequence.closed):
+                # Nobody is preempted for what a later pass can do.
+                plan.stop_after(1)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
         patches = sequence.closed + plan.provisional
         if plan.end > sequence.scanned:
