@@ -7,6 +7,7 @@
  */
 #include <time.h>
 
+#include "choice.h"
 #include "stack.c"
 
 /* Requests of a group: few enough for their keys and values to stay in the caches from step to step. */
@@ -31,19 +32,6 @@ struct requests {
     float *entropies;
     uint8_t *bad;
     int64_t count, most;
-};
-
-/* By state row; without `temperature` every row is greedy, without `top_k` none truncates. */
-struct choice {
-    void (*select)(const float *, int64_t, const float *, const int64_t *, const float *, const float *, const int64_t *,
-                   const int64_t *, const uint8_t *, const float *, const float *, const float *, const int32_t *,
-                   const uint8_t *, const float *, const uint8_t *, int64_t *, float *, float *, float *, uint8_t *,
-                   int64_t, int64_t);
-    const float *head, *temperature;
-    const int64_t *top_k;
-    const float *top_p, *min_p;
-    const int64_t *seeds, *eos_from;
-    int64_t *texts, stride, vocabulary, eos;
 };
 
 /* A patch closes behind a byte of a higher entropy, or of so many bytes (0: any number). `fed`: drafted rows begin as
@@ -86,21 +74,10 @@ static void join(struct step *to, const struct step *from, int64_t j, int32_t fu
 /* Chooses the bytes of a step's rows from their decoder states x. */
 static void choose_bytes(const struct choice *by, const struct step *s, int64_t size, const float *x, float *logits,
                    int64_t *ids, uint8_t *bad) {
-    float temperature[GROUP], top_p[GROUP], min_p[GROUP], logprobs[GROUP];
-    int64_t top_k[GROUP], seeds[GROUP], positions[GROUP];
-    uint8_t forbid_eos[GROUP];
+    int64_t positions[GROUP];
     map(x, s->n, size, by->head, (struct target){logits, NULL, by->vocabulary, 0});
-    for (int64_t j = 0; j < s->n; j++) {
-        int32_t owner = s->owners[j];
-        positions[j] = s->positions[j] + 1;
-        forbid_eos[j] = positions[j] < by->eos_from[owner];
-        if (by->temperature) temperature[j] = by->temperature[owner], seeds[j] = by->seeds[owner];
-        if (by->top_k) top_k[j] = by->top_k[owner], top_p[j] = by->top_p[owner], min_p[j] = by->min_p[owner];
-    }
-    int drawn = by->temperature != NULL, cut = by->top_k != NULL;
-    by->select(logits, by->vocabulary, drawn ? temperature : NULL, cut ? top_k : NULL, cut ? top_p : NULL,
-               cut ? min_p : NULL, drawn ? seeds : NULL, positions, forbid_eos, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-               ids, logprobs, NULL, NULL, bad, s->n, 1);
+    for (int64_t j = 0; j < s->n; j++) positions[j] = s->positions[j] + 1;
+    choose_rows(by, logits, s->owners, positions, s->n, ids, NULL, NULL, bad);
 }
 
 /* Requests [first, first + n) to the end of their steps. Returns 0, or 1 when memory ran out. */

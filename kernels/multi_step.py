@@ -19,12 +19,12 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from kernels import selection
+from kernels import choice
+from kernels.choice import Choices, ChoiceStruct, Draws
 from kernels.dense import Packed
 from kernels.native import library, threads
 from kernels.paged_attention import Places
@@ -34,9 +34,6 @@ from kernels.stack import LatentsStruct, ModuleStruct, PackedStack, Sink, SinkSt
 #: The columns of a call's array.
 COLUMNS = ("owners", "starts", "latents", "limits", "scans", "opened")
 OWNERS, STARTS, LATENTS, LIMITS, SCANS, OPENED = range(len(COLUMNS))
-
-#: A text ends with it.
-_EOS = selection.EOS
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,6 @@ class Part:
     sink: Sink
     caches: ctypes.Array[ctypes.c_void_p]
     places: Places
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How bytes are chosen, by state row: values fp32 [>= 3, rows], of them temperature, top-p, min-p; integers int64
-    [2, rows], top-k and seed; eos_from int64 [rows], the first position at which EOS may stand."""
-
-    values: Tensor
-    integers: Tensor
-    eos_from: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,42 +77,12 @@ class MultiStep:
         *,
         fed: bool,
     ) -> None:
-        own = [(part, part.source.struct(), part.sink.struct()) for part in (patcher, encoder, decoder)]
         # What pointers point to must live.
-        self._own = (own, head, ids, latents, draws)
-        self._parts = (_Part * 3)(
-            *(
-                _Part(
-                    ctypes.pointer(part.stack.module),
-                    ctypes.cast(part.caches, ctypes.c_void_p),
-                    ctypes.pointer(part.places),
-                    ctypes.pointer(source),
-                    ctypes.pointer(sink),
-                )
-                for part, source, sink in own
-            )
-        )
+        self._own = (patcher, encoder, decoder, latents)
+        self._parts = (PartStruct * 3)(*map(PartStruct.of, (patcher, encoder, decoder)))
         self._latents = LatentsStruct.of(latents)
-        entries = _entries()
-        assert entries is not None
-        choose, self._call = entries
-        temperature, top_p, min_p = (row.data_ptr() for row in draws.values[:3])
-        top_k, seeds = (row.data_ptr() for row in draws.integers)
-        texts = ids.ids.data_ptr() + ids.pad * ids.ids.element_size()
-        last = (draws.eos_from.data_ptr(), texts, ids.ids.stride(0), head.outputs, _EOS)
-        #: By whether a row draws, and whether one truncates.
-        self._choices = {
-            (sampled, truncated): _Choice(
-                ctypes.cast(choose, ctypes.c_void_p),
-                head.pointer,
-                temperature if sampled else None,
-                *((top_k, top_p, min_p) if truncated else (None,) * 3),
-                seeds if sampled else None,
-                *last,
-            )
-            for sampled in (False, True)
-            for truncated in (False, True)
-        }
+        self._call = _entry()
+        self._choices = Choices(draws, head, ids)
         #: Whether drafted rows begin as encoder states.
         self.fed = fed
 
@@ -142,11 +99,12 @@ class MultiStep:
         seconds = (ctypes.c_double * 3)()
         given = [columns[at].ctypes.data for at in range(len(COLUMNS))]
         results = [one.ctypes.data for one in (made, scanned, ids, entropies, bad)]
+        assert self._call is not None
         if self._call(
             self._parts,
             _Requests(*given, *results, count, most),
             self._latents,
-            self._choices[sampled, sampled and truncated],
+            self._choices.of(sampled=sampled, truncated=truncated),
             _Rule(threshold, longest or 0, self.fed),
             threads(),
             seconds,
@@ -157,10 +115,12 @@ class MultiStep:
 
 def available() -> bool:
     """Whether the C code is there."""
-    return _entries() is not None
+    return choice.available() and _entry() is not None
 
 
-class _Part(ctypes.Structure):
+class PartStruct(ctypes.Structure):
+    """A module, as the C code takes it."""
+
     _fields_ = [
         ("module", ctypes.POINTER(ModuleStruct)),
         ("caches", ctypes.c_void_p),
@@ -168,6 +128,17 @@ class _Part(ctypes.Structure):
         ("source", ctypes.POINTER(SourceStruct)),
         ("sink", ctypes.POINTER(SinkStruct)),
     ]
+
+    @classmethod
+    def of(cls, part: Part) -> PartStruct:
+        """The part must outlive it."""
+        return cls(
+            ctypes.pointer(part.stack.module),
+            ctypes.cast(part.caches, ctypes.c_void_p),
+            ctypes.pointer(part.places),
+            ctypes.pointer(part.source.struct()),
+            ctypes.pointer(part.sink.struct()),
+        )
 
 
 class _Requests(ctypes.Structure):
@@ -177,26 +148,18 @@ class _Requests(ctypes.Structure):
     ]
 
 
-class _Choice(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("select", "head", "temperature", "top_k", "top_p", "min_p", "seeds")),
-        *((name, ctypes.c_void_p) for name in ("eos_from", "texts")),
-        *((name, ctypes.c_int64) for name in ("stride", "vocabulary", "eos")),
-    ]
-
-
 class _Rule(ctypes.Structure):
     _fields_ = [("threshold", ctypes.c_double), ("longest", ctypes.c_int64), ("fed", ctypes.c_int64)]
 
 
 @cache
-def _entries() -> tuple[Any, Callable[..., int]] | None:
-    """The C functions: selection's, which the other calls, and this."""
-    native, choose = library("multi_step"), selection.entry()
-    if native is None or choose is None:
+def _entry() -> Callable[..., int] | None:
+    """The C function, with its argument types said once."""
+    native = library("multi_step")
+    if native is None:
         return None
     function = native.fastblt_multi_step
-    structs = (ctypes.POINTER(kind) for kind in (_Part, _Requests, LatentsStruct, _Choice, _Rule))
+    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Requests, LatentsStruct, ChoiceStruct, _Rule))
     function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(ctypes.c_double)]
     function.restype = ctypes.c_int
-    return choose, function
+    return function

@@ -17,17 +17,20 @@ class BltD:
         self._align = align_blocks
         self._size = block_size
         self._unmask = unmask
-        self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
         self._block: Sequence[int] = ()
         self._steps = 0
         #: The step that fixed each byte of the block; 0 where it is still masked.
-        self._fixed: list[int] = []
+        self._fixed = [0] * block_size
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
-        step = self._last if self._steps + 1 == self._max_steps else self._unmask
+        step = self._unmask
+        if self._max_steps is not None:
+            step = replace(step, left=self._max_steps - self._steps)
         # The block's bytes run causally in the next round, if there is one.
-        scan_to = known + self._size if step.fills and left > self._size else 0
+        scan_to = known + self._size if left > self._size else 0
+        # Every step fixes a byte.
+        repeat = 1 if step.fills else self._size
         if not self._block:
             rows = known - computed
             finish = Plan(computed, rows, select=1, scan_to=known + 1 if left > 1 else 0) if self._align else None
@@ -40,22 +43,34 @@ class BltD:
                 unmask=step,
                 scan_to=scan_to,
                 if_open=finish,
+                repeat=repeat,
             )
-        return Plan(known, 0, upstream=False, block_ids=self._block, provisional=True, unmask=step, scan_to=scan_to)
+        return Plan(
+            known,
+            0,
+            upstream=False,
+            block_ids=self._block,
+            provisional=True,
+            unmask=step,
+            scan_to=scan_to,
+            repeat=repeat,
+        )
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.block_ids:
             return Progress(commit=outcome.ids)
-        self._steps += 1
-        now = [0 if token == MASK_ID else self._steps for token in outcome.block_ids]
-        fixed = self._fixed = [earlier or at for earlier, at in zip(self._fixed or [0] * len(now), now, strict=True)]
+        for at, step in enumerate(outcome.block_steps):
+            if step:
+                self._fixed[at] = self._steps + step
+        self._steps += outcome.steps
         if not outcome.block_done:
             self._block = outcome.block_ids
-            return Progress(steps=1)
+            return Progress(steps=outcome.steps)
+        fixed = self._fixed
         self.reset()
-        return Progress(commit=outcome.block_ids, commit_steps=fixed, steps=1, rounds=1)
+        return Progress(commit=outcome.block_ids, commit_steps=fixed, steps=outcome.steps, rounds=1)
 
     def reset(self) -> None:
         self._block = ()
         self._steps = 0
-        self._fixed = []
+        self._fixed = [0] * self._size

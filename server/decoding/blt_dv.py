@@ -26,7 +26,6 @@ class BltDV:
         self._paper = paper_accounting
         self._size = block_size
         self._unmask = unmask
-        self._last = replace(unmask, last_step=True)
         self._max_steps = max_steps
         self._block: Sequence[int] = ()
         self._steps = 0
@@ -36,7 +35,11 @@ class BltDV:
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._drafted:
             return verify(self._block, known, computed, paper=self._paper)
-        step = self._last if self._steps + 1 == self._max_steps else self._unmask
+        step = self._unmask
+        if self._max_steps is not None:
+            step = replace(step, left=self._max_steps - self._steps)
+        # Every step fixes a byte.
+        repeat = 1 if step.fills else self._size
         if self._block:
             return Plan(
                 known,
@@ -46,7 +49,8 @@ class BltDV:
                 block_ids=self._block,
                 provisional=self._paper,
                 unmask=step,
-                scan_to=known + len(self._block) if step.fills else 0,
+                scan_to=known + len(self._block),
+                repeat=repeat,
             )
         # The verification gives a byte of its own, so the last one is never drafted.
         size = self._size if self._paper else min(self._size, left - 1)
@@ -62,7 +66,8 @@ class BltDV:
             block_ids=block,
             provisional=self._paper,
             unmask=step,
-            scan_to=known + size if step.fills else 0,
+            scan_to=known + size,
+            repeat=repeat,
         )
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
@@ -71,10 +76,10 @@ class BltDV:
             self.reset()
             self._begun = True
             return settle(draft, plan, outcome)
-        self._steps += 1
+        self._steps += outcome.steps
         self._block = outcome.block_ids
         self._drafted = outcome.block_done
-        return Progress(draft=self._block if self._drafted else (), steps=1)
+        return Progress(draft=self._block if self._drafted else (), steps=outcome.steps)
 
     def reset(self) -> None:
         self._block = ()

@@ -11,11 +11,16 @@ from kernels.unmasking import ONE_STEP
 
 @dataclass(frozen=True)
 class Unmask:
-    """How the masked positions of a block are chosen (design §2.7). `bound` is a probability or nats, by rule."""
+    """How the masked positions of a block are chosen (design §2.7). `bound` is a probability or nats, by rule; the last
+    of the steps that are `left`, if they are counted, fills everything."""
 
     rule: int
     bound: float
-    last_step: bool = False
+    left: int | None = None
+
+    @property
+    def last_step(self) -> bool:
+        return self.left == 1
 
     @property
     def fills(self) -> bool:
@@ -34,11 +39,12 @@ class Plan:
     plan has both a selected row and a block, that row's byte is the block's first. With `provisional` the newest latent
     is that of the open patch, closed for the occasion. Where the patch is still open behind the causal rows, `if_open`
     is the plan instead. The next plan is sure to need the entropies of the rows below `scan_to`, over bytes that this
-    one gives.
+    one gives: if it leaves nothing masked.
 
     A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
     `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
-    Whoever runs the plan may stop it after any of them.
+    A plan with a block may go on up to `repeat` steps, until nothing is masked. Whoever runs the plan may stop it after
+    any row or step.
     """
 
     start: int
@@ -61,10 +67,10 @@ class Plan:
         self.end = self.start + self.causal
 
     def stop_after(self, repeat: int) -> None:
-        """Go on by itself no further than `repeat` rows."""
+        """Go on by itself no further than `repeat` rows, or steps."""
         if repeat < self.repeat:
             self.repeat = repeat
-            if self.draft:
+            if self.draft and not self.block_ids:
                 # Its last byte will not be there.
                 self.scan_to = 0
 
@@ -72,12 +78,15 @@ class Plan:
 @dataclass(slots=True)
 class Outcome:
     """What the rows gave: the byte of the selected causal row (where several verify a draft, its first `accepted` bytes
-    and the one after them), and the block after its step."""
+    and the one after them), and the block after its `steps`, with the step that fixed each of its bytes (0: none of
+    them)."""
 
     ids: Sequence[int] = ()
     accepted: int = 0
     block_ids: Sequence[int] = ()
+    block_steps: Sequence[int] = ()
     block_done: bool = False
+    steps: int = 1
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.multi_step import Draws
+from kernels.choice import Draws
 from kernels.noise import mix_seed
 from kernels.selection import SelectionParams, select
 from kernels.unmasking import Unmasked, unmask

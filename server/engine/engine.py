@@ -119,7 +119,8 @@ class Engine:
         self._passes = self._beats = self._holds = self._passes_in_beat = 0
         #: Since when somebody waits for the next upstream pass.
         self._held_since: float | None = None
-        #: How many rows a plan may go on for, if it keeps their bytes and if it drafts: nobody waits longer than asked.
+        #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
+        #: longer than asked.
         most = settings.max_passes_per_beat if self._runner.steps and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
         self._bytes_generated = self._bytes_prompt = 0
@@ -339,7 +340,7 @@ class Engine:
                 plan = sequence.method.plan(known, decoded, sequence.left)
                 if plan.repeat > 1:
                     alone = not sequence.plain or sequence.penalizes
-                    plan.stop_after(1 if alone else self._most_steps[plan.draft])
+                    plan.stop_after(1 if alone else self._most_steps[plan.draft or bool(plan.block_ids)])
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append(sequence)

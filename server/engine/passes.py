@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import multi_step
+from kernels import block_steps, multi_step
+from kernels.block_steps import Blocks, BlockSteps, Filled
+from kernels.choice import Draws
 from kernels.latent_attention import StoredLatents
-from kernels.multi_step import Draws, MultiStep, Part, Steps
+from kernels.multi_step import MultiStep, Part, Steps
 from kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
 from kernels.paged_rows import PagedRows
 from kernels.request_ids import RequestIds
@@ -22,9 +24,10 @@ from kernels.stack import PackedStack, Sink, Source
 from kernels.upstream import StoredPatches
 from models.blt import Blt
 from models.config import StackConfig
-from models.fused import is_fused, local_modules
+from models.fused import LocalModules, is_fused, local_modules
 from models.layers import Rope
 from models.patching import PatchRule
+from models.vocabulary import MASK_ID
 from server.engine.caches import CacheGroup, Caches
 
 
@@ -128,18 +131,11 @@ class Passes:
         local = local_modules(self._model)
         if local is None or not self._native or not multi_step.available():
             return None
-
-        def part(name: str, stack: PackedStack, source: Source, sink: Sink) -> Part:
-            group = self._groups[name]
-            return Part(stack, source, sink, group.pointers, group.places)
-
-        stack, source, sink = local.decoder
-        source = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
         hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
         return MultiStep(
-            part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
-            part("encoder", local.encoder[0], hashed, states),
-            part("decoder", stack, source, sink),
+            self._part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
+            self._part("encoder", local.encoder[0], hashed, states),
+            self._decoder_part(local),
             local.head,
             self.ids,
             self._caches.latents,
@@ -147,9 +143,30 @@ class Passes:
             fed=self._from_encoder,
         )
 
+    def block_steps(self, draws: Draws) -> BlockSteps | None:
+        """All steps of blocks in one call, likewise."""
+        local = local_modules(self._model)
+        if local is None or not self._native or not block_steps.available() or local.decoder[1].table is None:
+            return None
+        part = self._decoder_part(local)
+        return BlockSteps(part, local.head, self.ids, self._caches.latents, draws, mask=MASK_ID)
+
+    def _decoder_part(self, local: LocalModules) -> Part:
+        stack, source, sink = local.decoder
+        begin = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
+        return self._part("decoder", stack, replace(begin, block_table=source.table), sink)
+
+    def _part(self, name: str, stack: PackedStack, source: Source, sink: Sink) -> Part:
+        group = self._groups[name]
+        return Part(stack, source, sink, group.pointers, group.places)
+
     def steps(self, call: MultiStep, columns: np.ndarray, rule: PatchRule, *, sampled: bool, truncated: bool) -> Steps:
         """Several bytes of each request, as `kernels.multi_step` says."""
         return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
+
+    def fill(self, call: BlockSteps, rows: np.ndarray, blocks: Blocks, *, sampled: bool, truncated: bool) -> Filled:
+        """All steps of blocks, as `kernels.block_steps` says."""
+        return call(rows, blocks, sampled=sampled, truncated=truncated)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """fp32 [n, 260] of the states at int32 `index`, or of all."""

@@ -22,13 +22,14 @@ from server.request import ByteLogprobs
 
 @dataclass
 class Batch:
-    """Rows of a decoder pass as the host laid them out, without padding: arrays [N].
+    """Rows of a decoder pass as the host laid them out: all columns, and without padding, [N], what is read of them.
 
     `picked` are the causal rows that give a byte; `firsts` and `selects` say for every request where among them its own
     begin, and how many these are. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block`
     marks block rows (None: there are none), whose ids are in `block`.
     """
 
+    columns: np.ndarray
     owners: np.ndarray
     positions: np.ndarray
     block: np.ndarray
@@ -157,18 +158,21 @@ class BlockPicks:
 
     def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
         """Give every result its block after the step. What is still masked has kept its id, [MASK]."""
-        ids, done, bad = (next(arrays).tolist() for _ in range(3))
+        filled, done, bad = next(arrays), next(arrays).tolist(), next(arrays).tolist()
         values = self._values.take(arrays)
         width = self.rows.shape[1]
+        ids, fixed = filled.tolist(), (self._masked & (filled != MASK_ID)).astype(int).tolist()
         for at, (owner, size, sequence) in enumerate(zip(self._owners, self._sizes, self._sequences, strict=True)):
             result = results[owner]
             result.block_ids = ids[at][:size]
+            result.block_steps = fixed[at][:size]
             result.block_done = bool(done[at])
             result.bad = bool(bad[at])
             if sequence.params.logprobs is not None:
                 top = sequence.params.logprobs
-                fixed = (self._masked[at, :size] & (np.array(result.block_ids) != MASK_ID)).tolist()
-                result.block_logprobs = [values.at(at * width + i, top) if f else None for i, f in enumerate(fixed)]
+                result.block_logprobs = [
+                    values.at(at * width + i, top) if now else None for i, now in enumerate(result.block_steps)
+                ]
 
 
 class _Values:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from kernels.attention import TILE
 from kernels.backend import use_triton
+from kernels.block_steps import Blocks
 from kernels.multi_step import OPENED
 from models.blt import Blt
 from models.patching import PatchRule
+from models.vocabulary import MASK_ID
 from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
 from server.engine.cost import DRAFT, STEP, Announce, Costs, measure, measure_steps
@@ -38,6 +40,9 @@ from server.settings import EngineSettings
 
 #: A position that no request reaches.
 _NEVER = 2**31 - 1
+
+#: Causal rows up to which a block's steps are one call: a prompt's are better shared out among the threads.
+_FEW = 40
 
 #: Requests up to which it is measured what steps of theirs cost; beyond, that goes on as a line.
 MOST_STEPPING = 64
@@ -71,6 +76,7 @@ class Runner:
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
         self._multi_step = self._passes.multi_step(self._chooser.draws)
+        self._block_steps = self._passes.block_steps(self._chooser.draws)
         patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
         self._rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
         #: Whether drafted rows begin as encoder states.
@@ -169,15 +175,23 @@ class Runner:
 
         At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
         """
-        going_on = [at for at, sequence in enumerate(sequences) if sequence.plan and sequence.plan.repeat > 1]
-        if not going_on:
-            return self._decode(sequences)
-        if len(going_on) == len(sequences):
-            return self._go_on(sequences)
-        others = sorted(set(range(len(sequences))).difference(going_on))
-        results = dict(zip(others, self._decode([sequences[at] for at in others]), strict=True))
-        results |= zip(going_on, self._go_on([sequences[at] for at in going_on]), strict=True)
+        by_call: dict[Callable[[list[Sequence]], list[Result]], list[int]] = {}
+        for at, sequence in enumerate(sequences):
+            by_call.setdefault(self._call_for(sequence), []).append(at)
+        if len(by_call) == 1:
+            return next(iter(by_call))(sequences)
+        results: dict[int, Result] = {}
+        for call, own in by_call.items():
+            results |= zip(own, call([sequences[at] for at in own]), strict=True)
         return [results[at] for at in range(len(sequences))]
+
+    def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
+        plan = sequence.plan
+        assert plan is not None
+        if not plan.block_ids:
+            return self._go_on if plan.repeat > 1 else self._decode
+        known = self._block_steps is not None and plan.causal <= _FEW
+        return self._fill if known and sequence.plain and not sequence.penalizes else self._decode
 
     def _go_on(self, sequences: list[Sequence]) -> list[Result]:
         """The passes of single rows, one after another, over the bytes that they give."""
@@ -212,12 +226,58 @@ class Runner:
                 ahead.append(at)
             results.append(result)
         self._count(steps.made, steps.scanned, columns[OPENED] >= 0)
+        self._scan_ahead(sequences, ahead, results)
+        return results
+
+    def _fill(self, sequences: list[Sequence]) -> list[Result]:
+        """The steps of blocks, the first behind their plans' causal rows."""
+        batch = _lay_out(sequences, self._columns)
+        assert self._block_steps is not None
+        rows: list[tuple[int, ...]] = []
+        bounds: list[float] = []
+        for sequence, (first, count) in zip(sequences, batch.spans, strict=True):
+            plan = sequence.plan
+            assert plan is not None and plan.unmask is not None
+            size, step = len(plan.block_ids), plan.unmask
+            rows.append((first + count - size, size, plan.select, step.rule, step.left or 0, plan.repeat))
+            bounds.append(step.bound)
+        begins, sizes, opens, rules, lasts, mosts = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
+        sampled, truncated, _ = self._chooser.needs(sequences)
+        filled = self._passes.fill(
+            self._block_steps,
+            batch.columns,
+            Blocks(begins, sizes, opens, rules, lasts, mosts, np.array(bounds, dtype=np.float32)),
+            sampled=sampled,
+            truncated=truncated,
+        )
+        every, ids, fixed = filled.steps.tolist(), filled.ids.tolist(), filled.fixed.tolist()
+        results: list[Result] = []
+        ahead: list[int] = []
+        for at, (sequence, steps, size) in enumerate(zip(sequences, every, sizes.tolist(), strict=True)):
+            plan, block = sequence.plan, ids[at][:size]
+            assert plan is not None
+            # Its first pass was counted where its rows were laid out.
+            sequence.ledger.decoder += steps - 1
+            done = MASK_ID not in block
+            results.append(
+                Result(block[: plan.select], 0, block, fixed[at][:size], done, steps, bad=bool(filled.bad[at]))
+            )
+            if done and plan.scan_to > sequence.scanned:
+                ahead.append(at)
+        most = max(every)
+        self.ledger.decoder += most
+        self.work.append(("decoder", batch.total))
+        self.work += [("decoder", int(sizes[filled.steps > step].sum())) for step in range(1, most)]
+        self._scan_ahead(sequences, ahead, results)
+        return results
+
+    def _scan_ahead(self, sequences: list[Sequence], ahead: list[int], results: list[Result]) -> None:
+        """Entropies of new bytes that the next plans of some sequences need, into their results."""
         if ahead:
             those = [sequences[at] for at in ahead]
             ends = [s.plan.scan_to for s in those if s.plan]
             for at, values in zip(ahead, self.scan(those, ends), strict=True):
                 results[at].entropies = values
-        return results
 
     def _count(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
         """The passes of single rows into ledger and work: of each step those who took part in it."""
@@ -382,7 +442,7 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
         spans.append((total, plan.rows))
         firsts.append(picks)
         selects.append(plan.select)
-        if plan.scan_to > sequence.scanned:
+        if plan.scan_to > sequence.scanned and (plan.unmask is None or plan.unmask.fills):
             ahead.append(at)
         sequence.ledger.decoder += 1
         total += plan.rows
@@ -404,7 +464,9 @@ def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.n
     # Padding sees the null row's first position.
     columns[3, total:] = 1
     picked = np.flatnonzero(position >= selected)
-    return Batch(owner, position, block, picked, firsts, selects, ahead, in_block, spans, total, columns.shape[1])
+    return Batch(
+        columns, owner, position, block, picked, firsts, selects, ahead, in_block, spans, total, columns.shape[1]
+    )
 
 
 def _with_padding(spans: list[tuple[int, int]], total: int, padded: int) -> list[tuple[int, int]]:

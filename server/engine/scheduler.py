@@ -67,7 +67,7 @@ class Scheduler:
         length = plan.start + plan.rows
         if plan.scan_to > length:
             length = plan.scan_to
-        if plan.repeat > 1:
+        if plan.repeat > 1 and not plan.block_ids:
             further = max(length, plan.end + plan.repeat)
             if not self._caches.reserve(sequence.row, further, sequence.closed):
                 # Nobody is preempted for what a later pass can do.
