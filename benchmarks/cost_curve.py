@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels.decoder_steps import Decoded, DecoderSteps, Plans
 from kernels.multi_step import OPENED, MultiStep, Steps
 from models.accounting import ModuleParameters
 from server.engine.caches import Caches
@@ -55,10 +56,11 @@ class Recorder:
         for module in _MODULES:
             setattr(self._device, module, self._timed(module, getattr(self._device, module)))
         self._device.steps = self._taken_apart(self._device.steps)  # type: ignore[method-assign]
+        self._device.decode_steps = self._decoded(self._device.decode_steps)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for name in (*_MODULES, "steps"):
+            for name in (*_MODULES, "steps", "decode_steps"):
                 delattr(self._device, name)
 
     def _taken_apart(self, call: Callable[..., Steps]) -> Callable[..., Steps]:
@@ -76,6 +78,29 @@ class Recorder:
             for module, counts in each.items():
                 rows = [int((counts > at).sum()) for at in range(int(counts.max()))]
                 self.passes += [Pass(module, count, inside[module] / len(rows)) for count in rows]
+            return result
+
+        return timed
+
+    def _decoded(self, call: Callable[..., Decoded]) -> Callable[..., Decoded]:
+        """A call of the decoder's passes likewise: of each step its rows, and those that bytes were chosen from."""
+
+        def timed(step: DecoderSteps, columns: np.ndarray, plans: Plans, **kwargs: Any) -> Decoded:
+            clock = time.perf_counter()
+            result = call(step, columns, plans, **kwargs)
+            taken = time.perf_counter() - clock
+            steps = range(1, int(result.steps.max()) + 1)
+            rows = [int(plans.sizes[result.steps >= at].sum()) for at in steps]
+            rows[0] = int(plans.ends[-1] + plans.sizes[-1])
+            inside = np.arange(result.fixed.shape[1]) < plans.sizes[:, None]
+            masked = inside & ((result.fixed == 0) | (result.fixed >= np.arange(1, len(rows) + 1)[:, None, None]))
+            chosen = (masked & (result.steps >= np.arange(1, len(rows) + 1)[:, None])[..., None]).sum((1, 2)).tolist()
+            # A selected row's byte opens the block.
+            chosen[0] += int(plans.selects.sum()) - int((plans.selects[plans.sizes > 0] > 0).sum())
+            share = min(result.seconds[0] / result.seconds[1], 1.0)
+            for module, counts, seconds in (("decode", rows, share * taken), ("logits", chosen, (1 - share) * taken)):
+                each = seconds / max(sum(counts), 1)
+                self.passes += [Pass(module, count, each * count) for count in counts if count]
             return result
 
         return timed

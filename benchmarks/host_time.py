@@ -4,9 +4,9 @@
 
 The device's side of a step are the calls that only give it work, from integers that the host has staged, and never wait
 for it or loop over requests: the modules' passes (`server/engine/passes.py`), the choice of bytes (`Chooser.choose`),
-the packing of results. A call of many passes (`Passes.steps`) counts as one. All else, planning, laying out rows and
-picks, fetching and settling, is the host's, and would leave an accelerator idle. It is measured twice, in microseconds
-of this thread's processor time per decoder pass:
+the packing of results. All else, planning, laying out rows and picks, fetching and settling, is the host's, and would
+leave an accelerator idle. It is measured twice, in microseconds of this thread's processor time per decoder pass; a
+call that makes several (`Passes.steps`, `Passes.decode_steps`) asks the host once for all of them:
 
   beside   with timers around the device's calls, which run on the same processor. Every pass then reads all weights
            through its caches, and the host's code and data come from memory again.
@@ -50,6 +50,7 @@ _DEVICE: list[tuple[Any, str]] = [
     (Passes, "upstream"),
     (Passes, "decode"),
     (Passes, "steps"),
+    (Passes, "decode_steps"),
     (Chooser, "choose"),
     (Fetch, "pack"),
 ]
@@ -78,7 +79,7 @@ class Timer:
 
 
 #: What has results for the host.
-_RESULTS: list[tuple[Any, str]] = [(Fetch, "__call__"), (Passes, "steps")]
+_RESULTS: list[tuple[Any, str]] = [(Fetch, "__call__"), (Passes, "steps"), (Passes, "decode_steps")]
 
 
 @contextmanager
@@ -95,38 +96,41 @@ def replaced(change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) ->
             setattr(place, name, original)
 
 
-def run(model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: int, timer: Timer) -> dict[str, float]:
+def run(model: Blt, prompts: list[list[int]], decoding: DecodingParams, steps: int, timer: Timer) -> dict[str, float]:
     """Microseconds of the host per decoder pass, while all the requests run; `timer` has the device's share."""
     engine = Engine(model, EngineSettings(max_running=len(prompts)))
     start_apart(engine, prompts, endless(decoding, len(prompts), 0.0))
     host: list[float] = []
-    decode, requests = engine._runner.decode, list[int]()
+    made: list[int] = []
+    decode, requests, ledger = engine._runner.decode, list[int](), engine._runner.ledger
 
     def counted(sequences: list[Any]) -> Any:
         requests.append(len(sequences))
         return decode(sequences)
 
     engine._runner.decode = counted  # type: ignore[method-assign]
-    for _ in range(passes):
-        inside, clock = timer.seconds, time.thread_time()
+    for _ in range(steps):
+        inside, clock, before = timer.seconds, time.thread_time(), ledger.decoder
         engine.step()
         host.append(1e6 * (time.thread_time() - clock - (timer.seconds - inside)))
+        made.append(ledger.decoder - before)
     return {
-        "requests_per_pass": sum(requests) / passes,
-        "mean": statistics.mean(host),
-        "median": statistics.median(host),
+        "requests_per_pass": sum(requests) / steps,
+        "passes_per_step": sum(made) / steps,
+        "mean": sum(host) / sum(made),
+        "median": statistics.median(one / count for one, count in zip(host, made, strict=True)),
     }
 
 
-def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: int) -> dict[str, Any]:
+def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, steps: int) -> dict[str, Any]:
     """The host's time beside the device's work and alone."""
-    timer, results = Timer(), dict[str, list[Any]](__call__=[], steps=[])
+    timer, results = Timer(), dict[str, list[Any]](__call__=[], steps=[], decode_steps=[])
 
     def record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        if name == "steps":
-            call = timer.around(call)
-        elif name != "__call__":
+        if name not in results:
             return timer.around(call)
+        if name != "__call__":
+            call = timer.around(call)
 
         def kept(*args: Any, **kwargs: Any) -> Any:
             results[name].append(call(*args, **kwargs))
@@ -135,7 +139,7 @@ def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, pa
         return kept
 
     with replaced(record):
-        beside = run(model, prompts, decoding, passes, timer)
+        beside = run(model, prompts, decoding, steps, timer)
     again = {name: iter(own) for name, own in results.items()}
 
     def replay(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,33 +148,37 @@ def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, pa
         return lambda *_: []
 
     with replaced(replay):
-        alone = run(model, prompts, decoding, passes, Timer())
+        alone = run(model, prompts, decoding, steps, Timer())
     left = any(next(own, None) is not None for own in again.values())
     if left or alone["requests_per_pass"] != beside["requests_per_pass"]:
         raise RuntimeError("the second run did not repeat the first")
     return {
         "requests": len(prompts),
         "requests_per_pass": beside["requests_per_pass"],
+        "passes_per_step": beside["passes_per_step"],
         "beside": beside,
         "alone": alone,
         "target_us": TARGET[0] + TARGET[1] * beside["requests_per_pass"],
     }
 
 
-def measure(model: Blt, prompts: list[list[int]], passes: int, counts: tuple[int, ...]) -> dict[str, Any]:
+def measure(model: Blt, prompts: list[list[int]], steps: int, counts: tuple[int, ...]) -> dict[str, Any]:
     """Host time of every method at every number of requests, printed as a table."""
     methods = dict(METHODS)
     if model.config.has_diffusion:
         methods["blt-d-8 a0.7"] = diffusion(DecodingMethod.BLT_D, 8, "a0.7")
     rows: dict[str, Any] = {}
-    print("| method | requests | in a pass | beside, mean us | median | alone, mean us | median | target |")
-    print("|" + "---|" * 8)
+    print(
+        "| method | requests | in a call | its passes | beside, mean us | median | alone, mean us | median | target |"
+    )
+    print("|" + "---|" * 9)
     for name, decoding in methods.items():
         for count in counts:
-            row = rows[f"{name}, {count}"] = host_time(model, prompts[:count], decoding, passes)
+            row = rows[f"{name}, {count}"] = host_time(model, prompts[:count], decoding, steps)
             beside, alone = row["beside"], row["alone"]
             print(
-                f"| {name} | {count} | {row['requests_per_pass']:.1f} | {beside['mean']:.0f} | {beside['median']:.0f} "
+                f"| {name} | {count} | {row['requests_per_pass']:.1f} "
+                f"| {row['passes_per_step']:.1f} | {beside['mean']:.0f} | {beside['median']:.0f} "
                 f"| {alone['mean']:.0f} | {alone['median']:.0f} | {row['target_us']:.0f} |",
                 flush=True,
             )
@@ -181,13 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(PRETRAINED))
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--passes", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     prompts = held_out_prompts(max(args.requests), 256)
-    rows = measure(load_checkpoint(args.model), prompts, args.passes, tuple(args.requests))
+    rows = measure(load_checkpoint(args.model), prompts, args.steps, tuple(args.requests))
     if args.json:
-        result = {"passes": args.passes, "runs": rows}
+        result = {"steps": args.steps, "runs": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

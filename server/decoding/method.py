@@ -78,8 +78,8 @@ class Plan:
 @dataclass(slots=True)
 class Outcome:
     """What the rows gave: the byte of the selected causal row (where several verify a draft, its first `accepted` bytes
-    and the one after them), and the block after its `steps`, with the step that fixed each of its bytes (0: none of
-    them)."""
+    and the one after them), and the block after its `steps`. Where somebody wants to know, `block_steps` are the steps
+    that fixed its bytes (0: none of them)."""
 
     ids: Sequence[int] = ()
     accepted: int = 0

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import block_steps, multi_step
-from kernels.block_steps import Blocks, BlockSteps, Filled
+from kernels import decoder_steps, multi_step
 from kernels.choice import Draws
+from kernels.decoder_steps import Decoded, DecoderSteps, Plans
 from kernels.latent_attention import StoredLatents
 from kernels.multi_step import MultiStep, Part, Steps
 from kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
@@ -143,13 +143,13 @@ class Passes:
             fed=self._from_encoder,
         )
 
-    def block_steps(self, draws: Draws) -> BlockSteps | None:
-        """All steps of blocks in one call, likewise."""
+    def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
+        """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
         local = local_modules(self._model)
-        if local is None or not self._native or not block_steps.available() or local.decoder[1].table is None:
+        if local is None or not self._native or not decoder_steps.available():
             return None
         part = self._decoder_part(local)
-        return BlockSteps(part, local.head, self.ids, self._caches.latents, draws, mask=MASK_ID)
+        return DecoderSteps(part, local.head, self.ids, self._caches.latents, draws, mask=MASK_ID)
 
     def _decoder_part(self, local: LocalModules) -> Part:
         stack, source, sink = local.decoder
@@ -164,9 +164,11 @@ class Passes:
         """Several bytes of each request, as `kernels.multi_step` says."""
         return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
 
-    def fill(self, call: BlockSteps, rows: np.ndarray, blocks: Blocks, *, sampled: bool, truncated: bool) -> Filled:
-        """All steps of blocks, as `kernels.block_steps` says."""
-        return call(rows, blocks, sampled=sampled, truncated=truncated)
+    def decode_steps(
+        self, call: DecoderSteps, rows: np.ndarray, plans: Plans, *, sampled: bool, truncated: bool
+    ) -> Decoded:
+        """A pass of the decoder with the choice of bytes, and all steps of blocks: see `kernels.decoder_steps`."""
+        return call(rows, plans, sampled=sampled, truncated=truncated)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """fp32 [n, 260] of the states at int32 `index`, or of all."""

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from kernels.attention import TILE
 from kernels.backend import use_triton
-from kernels.block_steps import Blocks
+from kernels.decoder_steps import Plans
 from kernels.multi_step import OPENED
+from kernels.unmasking import ONE_STEP
 from models.blt import Blt
 from models.patching import PatchRule
 from models.vocabulary import MASK_ID
+from server.decoding.method import Unmask
 from server.engine.caches import Caches
 from server.engine.choosing import Batch, Chooser, Result
 from server.engine.cost import DRAFT, STEP, Announce, Costs, measure, measure_steps
@@ -40,6 +42,9 @@ from server.settings import EngineSettings
 
 #: A position that no request reaches.
 _NEVER = 2**31 - 1
+
+#: Of a plan without a block.
+_NO_STEP = Unmask(ONE_STEP, 0.0)
 
 #: Causal rows up to which a block's steps are one call: a prompt's are better shared out among the threads.
 _FEW = 40
@@ -76,7 +81,7 @@ class Runner:
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
         self._multi_step = self._passes.multi_step(self._chooser.draws)
-        self._block_steps = self._passes.block_steps(self._chooser.draws)
+        self._decoder_steps = self._passes.decoder_steps(self._chooser.draws)
         patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
         self._rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
         #: Whether drafted rows begin as encoder states.
@@ -188,10 +193,11 @@ class Runner:
     def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
         plan = sequence.plan
         assert plan is not None
-        if not plan.block_ids:
-            return self._go_on if plan.repeat > 1 else self._decode
-        known = self._block_steps is not None and plan.causal <= _FEW
-        return self._fill if known and sequence.plain and not sequence.penalizes else self._decode
+        if plan.repeat > 1 and not plan.block_ids:
+            return self._go_on
+        if self._decoder_steps is None or sequence.penalizes or not sequence.plain or plan.causal > _FEW:
+            return self._decode
+        return self._decode_plain
 
     def _go_on(self, sequences: list[Sequence]) -> list[Result]:
         """The passes of single rows, one after another, over the bytes that they give."""
@@ -229,45 +235,56 @@ class Runner:
         self._scan_ahead(sequences, ahead, results)
         return results
 
-    def _fill(self, sequences: list[Sequence]) -> list[Result]:
-        """The steps of blocks, the first behind their plans' causal rows."""
+    def _decode_plain(self, sequences: list[Sequence]) -> list[Result]:
+        """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
         batch = _lay_out(sequences, self._columns)
-        assert self._block_steps is not None
-        rows: list[tuple[int, ...]] = []
-        bounds: list[float] = []
-        for sequence, (first, count) in zip(sequences, batch.spans, strict=True):
-            plan = sequence.plan
-            assert plan is not None and plan.unmask is not None
-            size, step = len(plan.block_ids), plan.unmask
-            rows.append((first + count - size, size, plan.select, step.rule, step.left or 0, plan.repeat))
-            bounds.append(step.bound)
-        begins, sizes, opens, rules, lasts, mosts = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
+        assert self._decoder_steps is not None
+        plans = [sequence.plan for sequence in sequences if sequence.plan is not None]
+        asked = np.ones((6, len(plans)), dtype=np.int32)
+        ends, selects, sizes, rules, lasts, mosts = asked
+        bounds = np.zeros(len(plans), dtype=np.float32)
+        ends[:] = [plan.rows for plan in plans]
+        np.cumsum(ends, out=ends)
+        selects[:], sizes[:] = batch.selects, [len(plan.block_ids) for plan in plans]
+        ends -= sizes
+        if batch.in_block is not None:
+            steps = [plan.unmask or _NO_STEP for plan in plans]
+            rules[:], bounds[:] = [step.rule for step in steps], [step.bound for step in steps]
+            lasts[:], mosts[:] = [step.left or 0 for step in steps], [plan.repeat for plan in plans]
         sampled, truncated, _ = self._chooser.needs(sequences)
-        filled = self._passes.fill(
-            self._block_steps,
+        decoded = self._passes.decode_steps(
+            self._decoder_steps,
             batch.columns,
-            Blocks(begins, sizes, opens, rules, lasts, mosts, np.array(bounds, dtype=np.float32)),
+            Plans(ends, selects, sizes, rules, lasts, mosts, bounds),
             sampled=sampled,
             truncated=truncated,
         )
-        every, ids, fixed = filled.steps.tolist(), filled.ids.tolist(), filled.fixed.tolist()
-        results: list[Result] = []
+        chosen, blocks, every = decoded.chosen.tolist(), decoded.ids.tolist(), decoded.steps.tolist()
+        results = [Result(steps=steps) for steps in every]
         ahead: list[int] = []
-        for at, (sequence, steps, size) in enumerate(zip(sequences, every, sizes.tolist(), strict=True)):
-            plan, block = sequence.plan, ids[at][:size]
-            assert plan is not None
-            # Its first pass was counted where its rows were laid out.
-            sequence.ledger.decoder += steps - 1
-            done = MASK_ID not in block
-            results.append(
-                Result(block[: plan.select], 0, block, fixed[at][:size], done, steps, bad=bool(filled.bad[at]))
-            )
-            if done and plan.scan_to > sequence.scanned:
+        for at, (sequence, plan, result) in enumerate(zip(sequences, plans, results, strict=True)):
+            if plan.select:
+                ids, accepted = chosen[at], 0
+                if plan.select > 1:
+                    draft = sequence.draft
+                    while accepted < plan.select - 1 and ids[accepted] == draft[accepted]:
+                        accepted += 1
+                    result.accepted = accepted
+                result.ids = ids[: accepted + 1]
+            if plan.block_ids:
+                block = result.block_ids = blocks[at][: len(plan.block_ids)]
+                result.block_done = MASK_ID not in block
+                # Its first pass was counted where its rows were laid out.
+                sequence.ledger.decoder += result.steps - 1
+            if plan.scan_to > sequence.scanned and (result.block_done or not plan.block_ids):
                 ahead.append(at)
+        if decoded.bad.any():
+            for result, bad in zip(results, decoded.bad.tolist(), strict=True):
+                result.bad = bad
         most = max(every)
         self.ledger.decoder += most
         self.work.append(("decoder", batch.total))
-        self.work += [("decoder", int(sizes[filled.steps > step].sum())) for step in range(1, most)]
+        self.work += [("decoder", int(sizes[decoded.steps > step].sum())) for step in range(1, most)]
         self._scan_ahead(sequences, ahead, results)
         return results
 

@@ -1,5 +1,5 @@
 """Which positions of a block the C code fixes, against the scalar oracle. Whole steps are tested in the engine, by
-tests/server/engine/test_block_steps.py."""
+tests/server/engine/test_decoder_steps.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = float("nan")
 
 
 def pick(rule: int, bound: float, confidences: list[float], entropies: list[float]) -> list[int]:
-    native = library("block_steps")
+    native = library("decoder_steps")
     assert native is not None
     native.fastblt_pick.argtypes = [
         ctypes.c_int32,

@@ -1,4 +1,5 @@
-/* Blocks filled by several passes of the decoder in one call, on a CPU, fp32. What a step does stands in block_steps.py.
+/* A pass of the decoder and the choice of bytes from it, and all further passes that fill blocks, in one call, on a CPU,
+ * fp32. What a step does stands in decoder_steps.py.
  *
  * Threads share the requests in groups, and a group makes all of its steps before the next begins; a group that is alone
  * shares out the rows of each pass. Every row is computed as if it were alone, so neither changes a result.
@@ -27,16 +28,17 @@ struct rows {
     const int32_t *owners, *positions, *firsts, *highs, *latents, *block;
 };
 
-/* By request: its block's first row and size; whether the row before that gives its first byte; rule and bound; the step
- * that fills what is left, 0 where none does; most steps. Of what became of it: the block's ids [count, width], the steps
- * that fixed them, how many there were, and whether a row had no finite choice. */
-struct blocks {
-    const int32_t *begins, *sizes, *opens, *rules, *lasts, *mosts;
+/* By request: the row behind its causal ones, and how many of these give a byte; its block's size; rule and bound; the
+ * step that fills what is left, 0 where none does; most steps. Of what became of it: the causal rows' bytes [count, most
+ * selected], the block's ids [count, width], the steps that fixed them, how many there were, and whether a row had no
+ * finite choice. */
+struct plans {
+    const int32_t *ends, *selects, *sizes, *rules, *lasts, *mosts;
     const float *bounds;
-    int64_t *ids;
+    int64_t *chosen, *ids;
     int32_t *fixed, *steps;
     uint8_t *bad;
-    int64_t count, width, mask;
+    int64_t count, selected, width, mask;
 };
 
 /* Room for the rows of a group, and how many of them are in use. */
@@ -85,11 +87,11 @@ void fastblt_pick(int32_t rule, float bound, const float *confidences, const flo
 }
 
 /* Requests [first, first + n) to the end of their steps. Returns 0, or 1 when memory ran out. */
-static int steps(const struct decoder *decoder, const struct rows *given, const struct blocks *of,
+static int steps(const struct decoder *decoder, const struct rows *given, const struct plans *of,
                  const struct latents *latents, const struct choice *by, int64_t first, int64_t n, int64_t threads,
                  const struct room *room, double *seconds) {
     int64_t size = decoder->module->size, count = 0, alive[GROUP], places[GROUP];
-    int64_t begin = first ? of->begins[first - 1] + of->sizes[first - 1] : 0;
+    int64_t begin = first ? of->ends[first - 1] + of->sizes[first - 1] : 0;
     struct places at = *decoder->at;
     struct source from = *decoder->from;
     struct latents read = *latents;
@@ -98,10 +100,10 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
     at.highs = given->highs + begin, read.slots = given->latents + begin, from.block = given->block + begin;
     for (int64_t j = 0; j < n; j++) {
         int64_t r = first + j;
-        alive[j] = r, places[j] = of->begins[r] - begin;
+        alive[j] = r, places[j] = of->ends[r] - begin;
         count = places[j] + of->sizes[r];
         for (int64_t i = 0; i < of->sizes[r]; i++) {
-            of->ids[r * of->width + i] = given->block[of->begins[r] + i];
+            of->ids[r * of->width + i] = given->block[of->ends[r] + i];
             of->fixed[r * of->width + i] = 0;
         }
     }
@@ -109,17 +111,16 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
         double began = now();
         failed |= fastblt_stack(decoder->module, decoder->caches, &at, &read, &from, decoder->to, count, threads, room->x);
         seconds[0] += now() - began;
-        /* What gives a byte: a causal row before the block in the first step, and what is masked. */
+        /* What gives a byte: causal rows in the first step, of which the last one opens a block, and what is masked. */
         int64_t chosen = 0;
         int counted = 0;
         for (int64_t j = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->begins[r], open = step == 1 && of->opens[r];
-            counted |= of->rules[r] != ONE_STEP && step != of->lasts[r];
-            for (int64_t i = open ? -1 : 0; i < of->sizes[r]; i++) {
-                if (i >= open && of->ids[r * of->width + i] != of->mask) continue;
-                if (open && !i) continue;
-                room->owners[chosen] = given->owners[row];
-                room->targets[chosen] = given->positions[row] + (i < 0 ? 0 : i);
+            int64_t r = alive[j], row = of->ends[r], select = step == 1 ? of->selects[r] : 0;
+            counted |= of->sizes[r] && of->rules[r] != ONE_STEP && step != of->lasts[r];
+            for (int64_t i = -select; i < of->sizes[r]; i++) {
+                if (i >= 0 && ((select && !i) || of->ids[r * of->width + i] != of->mask)) continue;
+                room->owners[chosen] = given->owners[row + i];
+                room->targets[chosen] = given->positions[row + i] + (i < 0);
                 memcpy(room->chosen_from + chosen++ * size, room->x + (places[j] + i) * size, sizeof(float) * size);
             }
         }
@@ -128,12 +129,17 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
                counted ? room->entropies : NULL, room->bad);
         int64_t left = 0, rows = 0, next = 0;
         for (int64_t j = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->begins[r], masked = 0, open = step == 1 && of->opens[r];
+            int64_t r = alive[j], row = of->ends[r], masked = 0, select = step == 1 ? of->selects[r] : 0;
             int64_t *ids = of->ids + r * of->width, where[of->sizes[r] + 1], still = 0;
             int32_t *fixed = of->fixed + r * of->width;
             uint8_t picked[of->sizes[r] + 1];
-            if (open) of->bad[r] |= room->bad[next], ids[0] = room->ids[next++], fixed[0] = step;
-            for (int64_t i = open; i < of->sizes[r]; i++)
+            for (int64_t i = 0; i < select; i++, next++) {
+                int64_t *text = by->texts + given->owners[row - 1] * by->stride + given->positions[row - select + i] + 1;
+                of->bad[r] |= room->bad[next];
+                *text = of->chosen[r * of->selected + i] = room->ids[next];
+            }
+            if (select && of->sizes[r]) ids[0] = room->ids[next - 1], fixed[0] = step;
+            for (int64_t i = 0; i < of->sizes[r]; i++)
                 if (ids[i] == of->mask) where[masked++] = i;
             if (of->rules[r] == ONE_STEP || step == of->lasts[r]) memset(picked, 1, masked);
             else if (masked)
@@ -149,13 +155,14 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
                 places[left] = rows, alive[left++] = r, rows += of->sizes[r];
                 continue;
             }
+            if (!of->sizes[r]) continue;
             int64_t *text = by->texts + given->owners[row] * by->stride + given->positions[row];
             memcpy(text, ids, sizeof(int64_t) * of->sizes[r]);
         }
         n = left, count = rows;
         /* The next pass has the blocks' rows alone. */
         for (int64_t j = 0, k = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->begins[r];
+            int64_t r = alive[j], row = of->ends[r];
             for (int64_t i = 0; i < of->sizes[r]; i++, k++, row++) {
                 room->owners[k] = given->owners[row], room->positions[k] = given->positions[row];
                 room->firsts[k] = given->firsts[row], room->highs[k] = given->highs[row];
@@ -169,9 +176,9 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
     return failed;
 }
 
-/* Fills all blocks; `seconds` [2] become those of a thread in the decoder, and in all. Returns 0, or 1 when memory ran
- * out. */
-int fastblt_block_steps(const struct decoder *decoder, const struct rows *given, const struct blocks *of,
+/* Makes the steps of all plans; `seconds` [2] become those of a thread in the decoder, and altogether. Returns 0, or 1
+ * when memory ran out. */
+int fastblt_decoder_steps(const struct decoder *decoder, const struct rows *given, const struct plans *of,
                         const struct latents *latents, const struct choice *by, int64_t threads, double *seconds) {
     int64_t most = 0, size = decoder->module->size, groups = (of->count + GROUP - 1) / GROUP;
     /* Each thread its share, as far as there are requests. */
@@ -181,8 +188,8 @@ int fastblt_block_steps(const struct decoder *decoder, const struct rows *given,
     if (groups > of->count) groups = of->count;
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = of->count * g / groups, last = of->count * (g + 1) / groups - 1;
-        int64_t begin = first ? of->begins[first - 1] + of->sizes[first - 1] : 0;
-        int64_t rows = of->begins[last] + of->sizes[last] - begin;
+        int64_t begin = first ? of->ends[first - 1] + of->sizes[first - 1] : 0;
+        int64_t rows = of->ends[last] + of->sizes[last] - begin;
         most = rows > most ? rows : most;
     }
     int64_t each = sizeof(float) * (2 * size + by->vocabulary + 2) + 6 * sizeof(int32_t) + 2 * sizeof(int64_t) + 1;
