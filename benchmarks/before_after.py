@@ -1,7 +1,7 @@
 """Bytes a second of two checkouts of this repository, in turns: what a change to the engine brought.
 
     git worktree add ../before COMMIT
-    python -m benchmarks.before_after ../before    BLT, BLT-S k = 8 and BLT-DV-8 at 1, 8 and 32 requests
+    python -m benchmarks.before_after ../before    BLT, BLT-S k = 8, BLT-DV-8 and BLT-D-8 at 1, 8 and 32 requests
 
 A process per checkout and turn, for a machine's speed drifts; requests start one pass after another, and are measured
 while all of them run. The ratio is that of the medians.
@@ -25,14 +25,19 @@ def once(requests: int, seconds: float) -> dict[str, float]:
     """Bytes a second of every method, of the checkout that this process imports from."""
     from benchmarks.held_out import held_out_prompts
     from benchmarks.holding import METHODS, endless, start_apart
+    from benchmarks.methods import diffusion
     from models.checkpoint import load_checkpoint
     from server.engine.engine import Engine
+    from server.request import DecodingMethod
     from server.settings import PRETRAINED, EngineSettings
 
     model = load_checkpoint(str(PRETRAINED))
     prompts = held_out_prompts(requests, 256)
     speeds = {}
-    for name, decoding in METHODS.items():
+    methods = dict(METHODS)
+    for method in (DecodingMethod.BLT_DV, DecodingMethod.BLT_D):
+        methods[f"{method}-8 a0.7"] = diffusion(method, 8, "a0.7")
+    for name, decoding in methods.items():
         engine = Engine(model, EngineSettings(max_running=requests))
         start_apart(engine, prompts, endless(decoding, requests, 0.0))
         before, clock = engine.stats().bytes_generated, time.perf_counter()

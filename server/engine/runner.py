@@ -64,6 +64,16 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def agreeing(targets: abc.Sequence[int], drafted: abc.Sequence[int]) -> int:
+    """How many drafted bytes are the targets, up to the first that is not: `kernels.verification` on the host."""
+    count = 0
+    for target, byte in zip(targets, drafted, strict=False):
+        if target != byte:
+            break
+        count += 1
+    return count
+
+
 class Runner:
     def __init__(self, model: Blt, caches: Caches, settings: EngineSettings) -> None:
         self._caches = caches
@@ -264,13 +274,9 @@ class Runner:
         ahead: list[int] = []
         for at, (sequence, plan, result) in enumerate(zip(sequences, plans, results, strict=True)):
             if plan.select:
-                ids, accepted = chosen[at], 0
-                if plan.select > 1:
-                    draft = sequence.draft
-                    while accepted < plan.select - 1 and ids[accepted] == draft[accepted]:
-                        accepted += 1
-                    result.accepted = accepted
-                result.ids = ids[: accepted + 1]
+                ids = chosen[at]
+                result.accepted = agreeing(ids, sequence.draft[: plan.select - 1])
+                result.ids = ids[: result.accepted + 1]
             if plan.block_ids:
                 block = result.block_ids = blocks[at][: len(plan.block_ids)]
                 result.block_done = MASK_ID not in block

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 
+from kernels.decoder_steps import Decoded
 from server.engine.engine import Engine
 from server.request import DecodingMethod, DecodingParams, ErrorCode, Request, SamplingParams
 from tests.server.harness import (
@@ -155,9 +157,19 @@ def test_what_gave_nan_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = engine._runner._passes
     real = passes.logits
     monkeypatch.setattr(passes, "logits", lambda *args: torch.full_like(real(*args), float("nan")))
+    # Where one call computes logits and chooses from them, it says so itself.
+    in_one_call = passes.decode_steps
+
+    def bad(*args: Any, **kwargs: Any) -> Decoded:
+        decoded = in_one_call(*args, **kwargs)
+        decoded.bad[:] = True
+        return decoded
+
+    monkeypatch.setattr(passes, "decode_steps", bad)
     broken = run(engine, [greedy("b", prompt(100))])["b"]
     assert broken.deltas[-1].error_code is ErrorCode.NOT_FINITE and broken.deltas[-1].cached > 50
     monkeypatch.setattr(passes, "logits", real)
+    monkeypatch.setattr(passes, "decode_steps", in_one_call)
     assert run(engine, [greedy("c", prompt(100))])["c"].deltas[-1].cached == 0
     assert run(engine, [greedy("d", prompt(100))])["d"].deltas[-1].cached > 50
 
