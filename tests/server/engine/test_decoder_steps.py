@@ -49,6 +49,9 @@ def requests_of(rng: random.Random, count: int) -> list[Request]:
         if rng.random() < 0.2:
             decoding = DecodingParams(DecodingMethod.BLT)
         params = random_params(rng, decoding=decoding)
+        if decoding.method == DecodingMethod.BLT:
+            # Behind a stop string single bytes may go on in vain.
+            params = replace(params, stop=())
         if rng.random() < 0.2:
             params = replace(params, logprobs=2)
         made.append(Request(f"r{at}", prompt, params, 0.0))
@@ -56,7 +59,7 @@ def requests_of(rng: random.Random, count: int) -> list[Request]:
 
 
 @given(st.integers(0, 2**32))
-@examples(max_examples=20, deadline=None)
+@examples(max_examples=15, deadline=None)
 def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
     rng = random.Random(seed)
     which, count = rng.choice(MODELS), rng.choice((1, 3, 9, 20))
