@@ -121,7 +121,7 @@ class Engine:
         self._held_since: float | None = None
         #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
         #: longer than asked.
-        most = settings.max_passes_per_beat if self._runner.steps and settings.max_hold_ms != 0 else 1
+        most = settings.max_passes_per_beat if self._runner.one_call is not None and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
         self._bytes_generated = self._bytes_prompt = 0
         # Verified drafts by their length, and by how much of it was accepted.

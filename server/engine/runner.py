@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -21,17 +20,14 @@ from torch import Tensor
 
 from kernels.attention import TILE
 from kernels.backend import use_triton
-from kernels.decoder_steps import Plans
-from kernels.multi_step import OPENED
-from kernels.unmasking import ONE_STEP
 from models.blt import Blt
 from models.patching import PatchRule
-from models.vocabulary import MASK_ID
-from server.decoding.method import Unmask
 from server.engine.caches import Caches
-from server.engine.choosing import Batch, Chooser, Result
-from server.engine.cost import DRAFT, STEP, Announce, Costs, measure, measure_steps
+from server.engine.choosing import Chooser, Result
+from server.engine.cost import Announce, Costs, measure, measure_steps
 from server.engine.graphs import Graphs
+from server.engine.layout import bucket, lay_out, split, with_padding
+from server.engine.one_call import OneCall
 from server.engine.passes import Passes, Patches, Rows
 from server.engine.ranks import leader_of
 from server.engine.scoring import Scored
@@ -39,12 +35,6 @@ from server.engine.sequence import Sequence
 from server.engine.staging import Columns, Fetch, Staging
 from server.request import MAX_DRAFT_LENGTH, Ledger
 from server.settings import EngineSettings
-
-#: A position that no request reaches.
-_NEVER = 2**31 - 1
-
-#: Of a plan without a block.
-_NO_STEP = Unmask(ONE_STEP, 0.0)
 
 #: Causal rows up to which a block's steps are one call: a prompt's are better shared out among the threads.
 _FEW = 40
@@ -54,24 +44,6 @@ MOST_STEPPING = 64
 
 #: Passes of more rows are long enough to hide their launches.
 MOST_CAPTURED = 256
-
-
-def bucket(count: int) -> int:
-    """The number of rows that `count` rows are padded to where a shape costs a compilation or a captured graph."""
-    if count <= 8:
-        return 8
-    step = max(8, 1 << (count - 1).bit_length() - 3)
-    return -(-count // step) * step
-
-
-def agreeing(targets: abc.Sequence[int], drafted: abc.Sequence[int]) -> int:
-    """How many drafted bytes are the targets, up to the first that is not: `kernels.verification` on the host."""
-    count = 0
-    for target, byte in zip(targets, drafted, strict=False):
-        if target != byte:
-            break
-        count += 1
-    return count
 
 
 class Runner:
@@ -90,15 +62,20 @@ class Runner:
         self._graphs = Graphs(device) if self._static else None
         self._fetch = Fetch()
         self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
-        self._multi_step = self._passes.multi_step(self._chooser.draws)
-        self._decoder_steps = self._passes.decoder_steps(self._chooser.draws)
-        patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
-        self._rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
-        #: Whether drafted rows begin as encoder states.
-        self._fed = model.config.decoder_input == "encoder"
         self.ledger = Ledger()
         #: Passes since they were last taken away: module and rows, padding included. Steps in one call count as such.
         self.work: list[tuple[str, int]] = []
+        #: Calls that do without torch and make several passes, where they can be had.
+        self.one_call: OneCall | None = None
+        draws = self._chooser.draws
+        steps, decoder_steps = self._passes.multi_step(draws), self._passes.decoder_steps(draws)
+        if steps is not None and decoder_steps is not None:
+            patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
+            rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
+            chooser, columns = self._chooser, self._columns
+            self.one_call = OneCall(
+                self._passes, steps, decoder_steps, chooser, columns, self.scan, rule, self.ledger, self.work
+            )
 
     def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
         """Cost curves of the modules, at position `context` and patch `patches`, at ascending row counts."""
@@ -106,11 +83,10 @@ class Runner:
         if self._leader is not None:
             announce = partial(self._leader.announce, group=self._caches.groups["global"])
         costs = measure(self._passes, context, patches, counts, announce=announce)
-        if self._multi_step is not None:
-            run = partial(self._passes.steps, self._multi_step, sampled=False, truncated=False)
+        if self.one_call is not None:
             # What they write lies within the longest request.
             context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
-            costs |= measure_steps(run, context, [count for count in counts if count <= MOST_STEPPING])
+            costs |= measure_steps(self.one_call.time, context, [count for count in counts if count <= MOST_STEPPING])
         return costs
 
     @property
@@ -136,7 +112,7 @@ class Runner:
         self.ledger.patcher += 1
         for sequence in sequences:
             sequence.ledger.patcher += 1
-        return _split(flat, spans)
+        return split(flat, spans)
 
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
         """Encoder over rows [encoded, until); the states go to their store."""
@@ -170,7 +146,7 @@ class Runner:
         elif self._static:
             longest = bucket(longest)
         self._caches.send_tables()
-        every = _with_padding(spans, total, columns.shape[1])
+        every = with_padding(spans, total, columns.shape[1])
         if self._leader is not None:
             self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
         owners, index, starts, ends, latents, highs = self._staging["upstream"].send_each()
@@ -178,11 +154,6 @@ class Runner:
         self._passes.upstream(Patches(rows, starts, ends, latents, longest))
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
-
-    @property
-    def steps(self) -> bool:
-        """Whether plans may go on by themselves: `Plan.repeat`."""
-        return self._multi_step is not None
 
     def decode(self, sequences: list[Sequence]) -> list[Result]:
         """One decoder pass over the plans of ready sequences, and the choice of their bytes; of those that go on by
@@ -203,119 +174,17 @@ class Runner:
     def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
         plan = sequence.plan
         assert plan is not None
-        if plan.repeat > 1 and not plan.block_ids:
-            return self._go_on
-        if self._decoder_steps is None or sequence.penalizes or not sequence.plain or plan.causal > _FEW:
-            return self._decode
-        return self._decode_plain
-
-    def _go_on(self, sequences: list[Sequence]) -> list[Result]:
-        """The passes of single rows, one after another, over the bytes that they give."""
-        rows: list[tuple[int, ...]] = []
-        for sequence in sequences:
-            plan, patches = sequence.plan, sequence.patches
-            assert plan is not None
-            latent = patches[-1].slot if patches else 0
-            if plan.draft and plan.provisional and sequence.provisional is not None:
-                latent = sequence.provisional.slot
-            opened = -1 if plan.draft else sequence.open_start
-            rows.append((sequence.row, plan.start, latent, plan.repeat, sequence.left - 1, opened))
-        sampled, truncated, _ = self._chooser.needs(sequences)
-        columns = np.ascontiguousarray(np.array(rows, dtype=np.int32).T)
-        assert self._multi_step is not None
-        steps = self._passes.steps(self._multi_step, columns, self._rule, sampled=sampled, truncated=truncated)
-        every, ids, entropies, bad = steps.made.tolist(), steps.ids.tolist(), steps.entropies.tolist(), steps.bad
-        results: list[Result] = []
-        ahead: list[int] = []
-        for at, (sequence, made, scanned) in enumerate(zip(sequences, every, steps.scanned.tolist(), strict=True)):
-            plan, ledger = sequence.plan, sequence.ledger
-            assert plan is not None
-            ledger.decoder += made
-            ledger.patcher += scanned
-            if self._fed or not plan.draft:
-                ledger.encoder += made - 1
-                sequence.encoded = plan.start + made
-            result = Result(ids[at][:made], more=made - 1, bad=bool(bad[at]))
-            if scanned:
-                result.entropies = entropies[at][:scanned]
-            elif plan.draft and made == plan.repeat and plan.scan_to > sequence.scanned:
-                ahead.append(at)
-            results.append(result)
-        self._count(steps.made, steps.scanned, columns[OPENED] >= 0)
-        self._scan_ahead(sequences, ahead, results)
-        return results
-
-    def _decode_plain(self, sequences: list[Sequence]) -> list[Result]:
-        """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
-        batch = _lay_out(sequences, self._columns)
-        assert self._decoder_steps is not None
-        plans = [sequence.plan for sequence in sequences if sequence.plan is not None]
-        asked = np.ones((6, len(plans)), dtype=np.int32)
-        ends, selects, sizes, rules, lasts, mosts = asked
-        bounds = np.zeros(len(plans), dtype=np.float32)
-        ends[:] = [plan.rows for plan in plans]
-        np.cumsum(ends, out=ends)
-        selects[:], sizes[:] = batch.selects, [len(plan.block_ids) for plan in plans]
-        ends -= sizes
-        if batch.in_block is not None:
-            steps = [plan.unmask or _NO_STEP for plan in plans]
-            rules[:], bounds[:] = [step.rule for step in steps], [step.bound for step in steps]
-            lasts[:], mosts[:] = [step.left or 0 for step in steps], [plan.repeat for plan in plans]
-        sampled, truncated, _ = self._chooser.needs(sequences)
-        decoded = self._passes.decode_steps(
-            self._decoder_steps,
-            batch.columns,
-            Plans(ends, selects, sizes, rules, lasts, mosts, bounds),
-            sampled=sampled,
-            truncated=truncated,
-        )
-        chosen, blocks, every = decoded.chosen.tolist(), decoded.ids.tolist(), decoded.steps.tolist()
-        results = [Result(steps=steps) for steps in every]
-        ahead: list[int] = []
-        for at, (sequence, plan, result) in enumerate(zip(sequences, plans, results, strict=True)):
-            if plan.select:
-                ids = chosen[at]
-                result.accepted = agreeing(ids, sequence.draft[: plan.select - 1])
-                result.ids = ids[: result.accepted + 1]
-            if plan.block_ids:
-                block = result.block_ids = blocks[at][: len(plan.block_ids)]
-                result.block_done = MASK_ID not in block
-                # Its first pass was counted where its rows were laid out.
-                sequence.ledger.decoder += result.steps - 1
-            if plan.scan_to > sequence.scanned and (result.block_done or not plan.block_ids):
-                ahead.append(at)
-        if decoded.bad.any():
-            for result, bad in zip(results, decoded.bad.tolist(), strict=True):
-                result.bad = bad
-        most = max(every)
-        self.ledger.decoder += most
-        self.work.append(("decoder", batch.total))
-        self.work += [("decoder", int(sizes[decoded.steps > step].sum())) for step in range(1, most)]
-        self._scan_ahead(sequences, ahead, results)
-        return results
-
-    def _scan_ahead(self, sequences: list[Sequence], ahead: list[int], results: list[Result]) -> None:
-        """Entropies of new bytes that the next plans of some sequences need, into their results."""
-        if ahead:
-            those = [sequences[at] for at in ahead]
-            ends = [s.plan.scan_to for s in those if s.plan]
-            for at, values in zip(ahead, self.scan(those, ends), strict=True):
-                results[at].entropies = values
-
-    def _count(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
-        """The passes of single rows into ledger and work: of each step those who took part in it."""
-        encoded = made - 1 if self._fed else np.where(stays, made - 1, 0)
-        for module, each in (("decoder", made), ("patcher", scanned), ("encoder", encoded)):
-            setattr(self.ledger, module, getattr(self.ledger, module) + int(each.max()))
-        for kind, each in ((STEP, made[stays]), (DRAFT, made[~stays])):
-            self.work += [
-                (kind, rows) for rows in (each > np.arange(int(each.max(initial=0)))[:, None]).sum(1).tolist()
-            ]
+        if self.one_call is not None:
+            if plan.repeat > 1 and not plan.block_ids:
+                return self.one_call.go_on
+            if sequence.plain and not sequence.penalizes and plan.causal <= _FEW:
+                return self.one_call.decode
+        return self._decode
 
     def _decode(self, sequences: list[Sequence]) -> list[Result]:
         """One decoder pass over the plans, each once."""
-        batch = _lay_out(sequences, self._columns)
-        spans, with_blocks = _with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
+        batch = lay_out(sequences, self._columns)
+        spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
 
         def run(columns: Columns) -> Tensor:
             owners, positions, firsts, highs, latents, block = columns
@@ -340,7 +209,7 @@ class Runner:
             *fetched, flat = self._fetch(*scores, *tensors, entropies)
             self.ledger.patcher += 1
             results = staged.results(fetched[len(scores) :])
-            for at, values in zip(batch.ahead, _split(flat, tail), strict=True):
+            for at, values in zip(batch.ahead, split(flat, tail), strict=True):
                 results[at].entropies = values
                 sequences[at].ledger.patcher += 1
         if scored is not None:
@@ -384,7 +253,7 @@ class Runner:
         columns = self._columns(kind, 3, total)
         columns[:2, :total] = rows, positions
         np.add(columns[1], 1, out=columns[2])
-        every = _with_padding(spans, total, columns.shape[1])
+        every = with_padding(spans, total, columns.shape[1])
         self.work.append(("encoder" if kind == "encode" else "patcher", columns.shape[1]))
 
         def run(columns: Columns) -> Tensor:
@@ -420,82 +289,3 @@ class Runner:
         if padded > size:
             columns[:, size:] = 0
         return columns
-
-
-def _lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
-    """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
-    # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
-    # the run, latent, what `first` is at most and `high` at least, and the position from which on rows are picked.
-    runs: list[tuple[int, ...]] = []
-    sizes: list[int] = []
-    spans: list[tuple[int, int]] = []
-    block_ids: list[int] = []
-    ahead: list[int] = []
-    total = picks = 0
-    firsts: list[int] = []
-    selects: list[int] = []
-    for at, sequence in enumerate(sequences):
-        plan, patches = sequence.plan, sequence.patches
-        assert plan is not None
-        row, shift, causal, end = sequence.row, plan.start - total, plan.causal, plan.end
-        newest = latent = patches[-1].slot if patches else 0
-        if plan.provisional and sequence.provisional is not None:
-            newest = sequence.provisional.slot
-            if plan.draft:
-                latent = newest
-        if causal > 1 and len(patches) > 1:
-            # Each reads the newest patch that is closed at its position.
-            done, latent = plan.start, patches[0].slot
-            for patch in islice(patches, 1, None):
-                if done < patch.end < end:
-                    runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-                    sizes.append(patch.end - done)
-                    done = patch.end
-                if patch.end < end:
-                    latent = patch.slot
-            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-            sizes.append(end - done)
-        elif causal:
-            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-            sizes.append(causal)
-        if plan.block_ids:
-            block_ids += plan.block_ids
-            runs.append((row, shift, newest, end, plan.start + plan.rows, _NEVER))
-            sizes.append(len(plan.block_ids))
-        spans.append((total, plan.rows))
-        firsts.append(picks)
-        selects.append(plan.select)
-        if plan.scan_to > sequence.scanned and (plan.unmask is None or plan.unmask.fills):
-            ahead.append(at)
-        sequence.ledger.decoder += 1
-        total += plan.rows
-        picks += plan.select
-    columns = allocate("decode", 6, total)
-    owner, position, first, high, latents, block = columns[:, :total]
-    numbers = np.array(runs, dtype=np.int32)
-    owner[:], shifts, latents[:], first[:], high[:], selected = (
-        numbers if total == len(runs) else numbers.repeat(sizes, axis=0)
-    ).T
-    np.add(shifts, np.arange(total, dtype=np.int32), out=position)
-    in_block = None
-    columns[5] = -1
-    if block_ids:
-        in_block = first != _NEVER
-        block[in_block] = block_ids
-    np.minimum(first, position, out=first)
-    np.maximum(high, position + 1, out=high)
-    # Padding sees the null row's first position.
-    columns[3, total:] = 1
-    picked = np.flatnonzero(position >= selected)
-    return Batch(
-        columns, owner, position, block, picked, firsts, selects, ahead, in_block, spans, total, columns.shape[1]
-    )
-
-
-def _with_padding(spans: list[tuple[int, int]], total: int, padded: int) -> list[tuple[int, int]]:
-    return spans + [(i, 1) for i in range(total, padded)] if padded > total else spans
-
-
-def _split(flat: np.ndarray, spans: list[tuple[int, int]]) -> list[list[float]]:
-    values: list[float] = flat.tolist()
-    return [values[first : first + count] for first, count in spans]

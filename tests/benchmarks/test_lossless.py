@@ -9,7 +9,7 @@ import pytest
 from benchmarks import lossless
 from benchmarks.lossless import GREEDY, SAMPLED, compare, drafting_settings
 from models.blt import Blt
-from server.engine import choosing, runner
+from server.engine import choosing, one_call
 
 
 @pytest.mark.parametrize("parameters", [GREEDY, {name: SAMPLED[name] for name in ("penalties", "ends")}])
@@ -27,7 +27,7 @@ def test_a_method_that_takes_every_draft_is_found_out(
     model: Blt, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "verify", lambda targets, drafts, lengths: (lengths, targets[:, 0]))
-    monkeypatch.setattr(runner, "agreeing", lambda targets, drafted: len(drafted))
+    monkeypatch.setattr(one_call, "agreeing", lambda targets, drafted: len(drafted))
     # The bytes committed are the verification's own, each right only where those before it were.
     tallies = compare(model, dict(enumerate(prompts)), 16, GREEDY)
     assert sum(len(tally.differences) for tally in tallies.values()) > 10

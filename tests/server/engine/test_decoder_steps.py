@@ -72,9 +72,9 @@ def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
         for passes, most, threads in ((True, 1, 1), (False, 1, 1), (False, 64, 1), (False, 64, 3)):
             given_ = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
             engine = Engine(model(which), settings(max_running=count, threads=threads, **given_))
-            assert engine._runner._decoder_steps is not None
+            assert engine._runner.one_call is not None
             if passes:
-                engine._runner._decoder_steps = None
+                engine._runner.one_call = None
             with patch.object(engine, "step", wraps=engine.step) as step:
                 done.append(run(engine, requests, arrivals))
             calls.append(step.call_count)
@@ -103,7 +103,7 @@ def test_the_steps_that_fixed_bytes() -> None:
     decoding = DecodingParams(DecodingMethod.BLT_D, block_size=8, unmasking=Unmasking.ENTROPY, entropy_bound=9.0)
     params = SamplingParams(max_tokens=40, temperature=0.7, seed=3, ignore_eos=True, decoding=decoding)
     engine = Engine(model(0), settings())
-    assert engine._runner._decoder_steps is not None
+    assert engine._runner.one_call is not None
     fixed: list[int] = []
     fill = engine._runner._passes.decode_steps
 
@@ -132,7 +132,7 @@ def test_the_shipped_checkpoint(method: DecodingMethod, temperature: float) -> N
     for passes in (True, False):
         engine = Engine(shipped, settings(max_model_len=1024, deterministic=True))
         if passes:
-            engine._runner._decoder_steps = None
+            engine._runner.one_call = None
         engine.add(Request("r", [1, *(BYTE_OFFSET + byte for byte in b"def mean(values):\n")], params, 0.0))
         sequence = engine._sequences["r"]
         while len(sequence.output.ids) < 100 or sequence.decoded < 110:

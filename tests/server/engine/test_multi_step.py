@@ -69,7 +69,7 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
             # Prompts in one piece: what of them is computed, and when, depends on who runs beside them.
             passes = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
             engine = Engine(model(which), settings(max_running=count, threads=threads, **passes))
-            assert engine._runner.steps
+            assert engine._runner.one_call
             with patch.object(engine, "step", wraps=engine.step) as step:
                 done.append(run(engine, requests, arrivals))
             calls.append(step.call_count)
@@ -91,7 +91,7 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
 @pytest.mark.parametrize("which", (0, 1))
 def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
     engine = Engine(model(which), settings(threads=1))
-    assert engine._runner.steps
+    assert engine._runner.one_call
     plans: list[tuple[bool, int]] = []
     decode = engine._runner.decode
 

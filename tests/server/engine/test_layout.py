@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from server.engine.runner import bucket
+from server.engine.layout import bucket
 
 
 def test_buckets_are_few_and_waste_little() -> None:
