@@ -7,10 +7,8 @@ takes part. `step` does one decoder pass, with the upstream pass before it where
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
-from collections import abc
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,17 +16,15 @@ from pathlib import Path
 import torch
 
 from kernels.native import cores, set_threads
-from models.accounting import ModuleParameters, gb, gb_paper
+from models.accounting import ModuleParameters
 from models.blt import Blt
 from models.checkpoint import load_checkpoint
 from models.config import BltConfig
 from models.fused import fuse, stream
 from models.patching import PatchRule
-from server.decoding.auto import Auto
 from server.decoding.choose import check_block_size, make_method, resolve
-from server.decoding.method import Plan, Progress
+from server.decoding.method import Plan
 from server.engine.caches import Caches
-from server.engine.choosing import Result
 from server.engine.constraints import Constraint
 from server.engine.controller import Controller
 from server.engine.grammar import Grammars
@@ -37,18 +33,16 @@ from server.engine.ranks import RankLostError, leader_of, spread
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Patch, Sequence
+from server.engine.settling import DRAFTING, Settler
 from server.engine.stats import EngineStats
 from server.request import (
     MAX_BLOCK_SIZE,
-    MAX_DRAFT_LENGTH,
-    ByteLogprobs,
     DecodingMethod,
     DecodingParams,
     Delta,
     ErrorCode,
     FinishReason,
     InvalidRequestError,
-    Ledger,
     Request,
 )
 from server.settings import PRETRAINED, EngineSettings
@@ -66,9 +60,6 @@ _MOST_STEPS = 16
 
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
-
-#: What drafts add to the ledgers; the engine's own has those of ended requests, until it is asked.
-_DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
 #: Where and at how many rows the controller of `auto` has the modules' costs measured.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -103,7 +94,6 @@ class Engine:
         self.settings = settings
         self._check_defaults()
         self._parameters = _parameters(config)
-        self._bytes_per_weight = dtype.itemsize
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
         leader = leader_of(model)
         self._caches = Caches(model, leader.share(config) if leader else config, settings, device, dtype)
@@ -113,6 +103,17 @@ class Engine:
         self._grammars = Grammars()
         self._controller: Controller | None = None
         self._sequences: dict[str, Sequence] = {}
+        self._settler = Settler(
+            self._caches,
+            self._scheduler,
+            self._prefix,
+            self._runner,
+            self._sequences,
+            self._rule,
+            self._parameters,
+            dtype.itemsize,
+            lambda: self._controller,
+        )
         self._aborted: list[str] = []
         #: Ids of the requests that the last step took from the queue for the first time.
         self.started: list[str] = []
@@ -123,10 +124,7 @@ class Engine:
         #: longer than asked.
         most = settings.max_passes_per_beat if self._runner.one_call is not None and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
-        self._bytes_generated = self._bytes_prompt = 0
-        # Verified drafts by their length, and by how much of it was accepted.
-        self._drafts = [0] * (MAX_DRAFT_LENGTH + 1)
-        self._accepted = [0] * (MAX_DRAFT_LENGTH + 1)
+        self._bytes_prompt = 0
 
     @classmethod
     def load(cls, settings: EngineSettings) -> Engine:
@@ -213,7 +211,7 @@ class Engine:
         deltas: list[Delta] = []
         for request_id in self._aborted:
             if request_id in self._sequences:
-                deltas.append(self._finish(self._sequences[request_id], FinishReason.ABORT))
+                deltas.append(self._settler.finish(self._sequences[request_id], FinishReason.ABORT))
         self._aborted.clear()
         self.started.clear()
         for sequence in self._scheduler.admit():
@@ -259,8 +257,9 @@ class Engine:
         self._passes += made
         self._passes_in_beat += made
         for sequence, result in zip(batch, results, strict=True):
+            sequence.last_pass = self._passes
             try:
-                delta = self._settle(sequence, result)
+                delta = self._settler.settle(sequence, result)
             except Exception as error:
                 deltas += self._give_up([sequence], error)
                 continue
@@ -272,9 +271,9 @@ class Engine:
         groups = self._caches.groups
         ledger = replace(self._runner.ledger)
         for sequence in list(self._sequences.values()):
-            for name in _DRAFTING:
+            for name in DRAFTING:
                 setattr(ledger, name, getattr(ledger, name) + getattr(sequence.ledger, name))
-        self._add_traffic(ledger)
+        self._settler.add_traffic(ledger)
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -282,13 +281,13 @@ class Engine:
             pages_free={name: group.pool.free for name, group in groups.items()},
             pages_cached={name: group.pool.cached for name, group in groups.items()},
             ledger=ledger,
-            drafted_by_position=_at_least(self._drafts),
-            accepted_by_position=_at_least(self._accepted),
-            drafts=sum(self._drafts),
+            drafted_by_position=_at_least(self._settler.drafts),
+            accepted_by_position=_at_least(self._settler.accepted),
+            drafts=sum(self._settler.drafts),
             passes=self._passes,
             beats=self._beats,
             holds=self._holds,
-            bytes_generated=self._bytes_generated,
+            bytes_generated=self._settler.bytes_generated,
             bytes_prompt=self._bytes_prompt,
             preemptions=self._scheduler.preemptions,
             prefix_queries=self._prefix.queries,
@@ -311,10 +310,6 @@ class Engine:
         if size is not None:
             allowed = self.settings.allow_untrained_block_size
             check_block_size(size, DecodingMethod.BLT_D, self.config, untrained_sizes=allowed)
-
-    def _add_traffic(self, ledger: Ledger) -> None:
-        ledger.gb_paper = gb_paper(self._parameters, ledger.decoder, ledger.global_)
-        ledger.gb = gb(self._parameters, ledger, self._bytes_per_weight)
 
     # Before a pass
 
@@ -373,14 +368,9 @@ class Engine:
                 if plan.if_open is not None:
                     plan = sequence.plan = plan.if_open
                 if plan.provisional:
-                    self._drop_provisional(sequence)
+                    self._scheduler.drop_provisional(sequence)
                     sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
             sequence.ready = not sequence.pending
-
-    def _drop_provisional(self, sequence: Sequence) -> None:
-        if sequence.provisional is not None:
-            self._scheduler.free_latents([sequence.provisional.slot])
-            sequence.provisional = None
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
@@ -399,7 +389,7 @@ class Engine:
         # What the exception says is for the log.
         text = f"a forward pass failed: {type(error).__name__}"
         return [
-            self._finish(sequence, FinishReason.ERROR, text, ErrorCode.PASS_FAILED)
+            self._settler.finish(sequence, FinishReason.ERROR, text, ErrorCode.PASS_FAILED)
             for sequence in batch
             if sequence.request.request_id in self._sequences
         ]
@@ -419,163 +409,11 @@ class Engine:
         for sequence in [s for s in reversed(self._scheduler.running) if s in batch]:
             if alone and sequence.starved_at == sequence.known:
                 text = "out of memory, and again when it was tried once more with no other request beside it"
-                deltas.append(self._finish(sequence, FinishReason.ERROR, text, ErrorCode.OUT_OF_MEMORY))
+                deltas.append(self._settler.finish(sequence, FinishReason.ERROR, text, ErrorCode.OUT_OF_MEMORY))
             else:
                 sequence.starved_at = sequence.known
                 self._scheduler.preempt(sequence)
         return deltas
-
-    def _settle(self, sequence: Sequence, result: Result) -> Delta | None:
-        """Apply what a pass gave one sequence; the news of it, if any."""
-        sequence.last_pass = self._passes
-        plan = sequence.plan
-        assert plan is not None
-        sequence.plan, sequence.ready = None, False
-        if result.scores is not None:
-            sequence.score(result.scores)
-            result.bad |= any(math.isnan(score.logprob) for score in result.scores)
-        if result.bad:
-            self._prefix.forget(sequence)
-            text = "the model produced NaN or infinity for this request"
-            return self._finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
-        if plan.draft and sequence.plain and not plan.upstream:
-            # Nothing stays computed, no page is done with, and nobody has news.
-            progress = sequence.method.advance(plan, result)
-            sequence.ledger.steps += progress.steps
-            sequence.draft = progress.draft
-            if result.entropies is not None:
-                sequence.scan(result.entropies, self._rule)
-            return None
-        if plan.upstream and not plan.draft:
-            sequence.decoded = plan.end + result.more
-        # A chunk of the prompt gives nothing that the method would know of.
-        progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
-        if progress.keep is not None and (freed := sequence.cut(progress.keep)):
-            self._scheduler.free_latents(freed)
-        if progress.steps or progress.rounds:
-            self._count(sequence, progress)
-        logprobs = None
-        if not sequence.plain:
-            if sequence.params.return_patches:
-                sequence.steps += progress.commit_steps or [1] * len(progress.commit)
-            if sequence.params.logprobs is not None:
-                logprobs = self._logprobs(sequence, plan, progress, result)
-        if result.entropies is not None:
-            sequence.scan(result.entropies, self._rule)
-        delta = None
-        if progress.commit:
-            delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
-            if delta is not None and delta.finish_reason is not None:
-                return delta
-        sequence.draft = progress.draft
-        if progress.commit:
-            if sequence.provisional is not None:
-                self._drop_provisional(sequence)
-        elif not plan.upstream:
-            # A draft's step: nothing stays computed, and no page is done with.
-            return None
-        self._prefix.extend(sequence)
-        if len(sequence.patches) > 1:
-            self._scheduler.free_latents(sequence.forget_patches())
-        patches = sequence.closed + (sequence.provisional is not None)
-        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
-        return delta
-
-    def _count(self, sequence: Sequence, progress: Progress) -> None:
-        """What drafting did, into the ledgers, and to the controller of `auto`."""
-        ledger = sequence.ledger
-        ledger.steps += progress.steps
-        ledger.rounds += progress.rounds
-        if progress.drafted:
-            ledger.drafted += progress.drafted
-            ledger.accepted += progress.accepted
-            self._drafts[progress.drafted] += 1
-            self._accepted[progress.accepted] += 1
-            if self._controller is not None and isinstance(sequence.method, Auto):
-                self._controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
-
-    def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
-        """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
-        if result.block_logprobs is not None and not plan.draft:
-            for at, value in enumerate(result.block_logprobs):
-                if value is not None:
-                    sequence.block_logprobs[at] = value
-            if not progress.commit:
-                return []
-            values = [sequence.block_logprobs[at] for at in range(len(progress.commit))]
-            sequence.block_logprobs.clear()
-            return values
-        return (result.logprobs or [])[: len(progress.commit)]
-
-    def _commit(
-        self, sequence: Sequence, ids: abc.Sequence[int], accepted: int, logprobs: list[ByteLogprobs] | None
-    ) -> Delta | None:
-        """Append fixed bytes, of which the first `accepted` were drafted; cut at the first end among them."""
-        if sequence.timings.first_byte is None:
-            sequence.timings.first_byte = time.monotonic()
-        output, ledger = sequence.output, sequence.ledger
-        if sequence.plain and output.pass_on(ids):
-            self._bytes_generated += len(ids)
-            ledger.kept += accepted
-            sequence.ids += ids
-            if sequence.penalizes:
-                self._runner.commit(sequence, ids)
-            return Delta(sequence.request.request_id, list(ids))
-        before = len(output.ids)
-        taken = output.extend(ids, logprobs)
-        new = len(output.ids) - before
-        # A stop string can take back more than this pass gave.
-        self._bytes_generated += max(new, 0)
-        ledger.kept += max(min(accepted, new), -ledger.kept)
-        if output.finish_reason is not None:
-            ledger.wasted += len(ids) - taken
-            if output.finish_reason is FinishReason.ERROR and sequence.constraint is not None:
-                problem, code = sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX
-                return self._finish(sequence, FinishReason.ERROR, problem, code)
-            return self._finish(sequence, output.finish_reason)
-        sequence.ids += ids
-        if sequence.penalizes:
-            self._runner.commit(sequence, ids)
-        released, values = output.release()
-        if not released:
-            return None
-        wanted = values if logprobs is not None else None
-        return Delta(sequence.request.request_id, released, wanted, prompt_logprobs=sequence.take_scores())
-
-    def _finish(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
-    ) -> Delta:
-        """End a sequence, wherever it is, and free all it holds."""
-        if sequence.row:
-            self._scheduler.remove(sequence)
-        else:
-            self._scheduler.waiting.remove(sequence)
-        del self._sequences[sequence.request.request_id]
-        sequence.timings.finished = time.monotonic()
-        ledger, total = sequence.ledger, self._runner.ledger
-        sequence.count_patches()
-        for name in (*_DRAFTING, "bytes", "patched_bytes", "patches"):
-            setattr(total, name, getattr(total, name) + getattr(ledger, name))
-        self._add_traffic(ledger)
-        output = sequence.output
-        output.finish_reason = reason
-        released, values = output.release()
-        return Delta(
-            sequence.request.request_id,
-            released,
-            values if sequence.params.logprobs is not None else None,
-            finish_reason=reason,
-            stop_reason=output.stop_reason,
-            error=error,
-            error_code=code,
-            ledger=ledger,
-            timings=sequence.timings,
-            decoding=sequence.decoding,
-            patches=sequence.report(),
-            cached=sequence.cached or 0,
-            prompt_logprobs=sequence.take_scores(),
-            ending=output.ending,
-        )
 
 
 def _parameters(config: BltConfig) -> ModuleParameters:

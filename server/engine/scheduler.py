@@ -117,6 +117,12 @@ class Scheduler:
             if slot:
                 self._caches.latent_pool.give_back(slot)
 
+    def drop_provisional(self, sequence: Sequence) -> None:
+        """The latent of a patch that was closed for the occasion."""
+        if sequence.provisional is not None:
+            self.free_latents([sequence.provisional.slot])
+            sequence.provisional = None
+
     def patches_per_byte(self) -> float:
         """Of all text so far; 0.5 before there is any."""
         scanned = self._scanned + sum(s.scanned for s in self.running)
