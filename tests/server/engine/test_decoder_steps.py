@@ -59,7 +59,7 @@ def requests_of(rng: random.Random, count: int) -> list[Request]:
 
 
 @given(st.integers(0, 2**32))
-@examples(max_examples=15, deadline=None)
+@examples(max_examples=10, deadline=None)
 def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
     rng = random.Random(seed)
     which, count = rng.choice(MODELS), rng.choice((1, 3, 9, 20))
