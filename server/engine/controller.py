@@ -27,7 +27,9 @@ _CLEARLY = 1.05
 _REVIEW = 16
 #: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
-#: Share of the newest value in running means.
+#: Passes of the decoder, by what they are called in `work`.
+_DECODING = ("decoder", DRAFT, STEP)
+#: Share of a pass in running means.
 _NEWEST = 0.05
 #: Acceptance assumed where a checkpoint says nothing.
 _UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
@@ -108,13 +110,16 @@ class Controller:
         have been part. `patches_per_byte` is asked now and then."""
         load = self._load
         overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
+        # A step may make many passes of the decoder.
+        made = max(sum(module in _DECODING for module, _ in work), 1)
+        newest = 1 - (1 - _NEWEST) ** made
         self._load = Load(
-            load.requests + _NEWEST * (requests - load.requests),
+            load.requests + newest * (requests - load.requests),
             load.patches_per_byte,
-            load.overhead + _NEWEST * (max(overhead, 0.0) - load.overhead),
+            load.overhead + newest * (max(overhead, 0.0) - load.overhead),
         )
-        self._passes += 1
-        if self._passes % _REVIEW == 0:
+        before, self._passes = self._passes, self._passes + made
+        if before // _REVIEW < self._passes // _REVIEW:
             self._load = replace(self._load, patches_per_byte=patches_per_byte())
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
