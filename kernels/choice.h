@@ -1,5 +1,6 @@
 /* The choice of bytes within a call that goes on with them, by `fastblt_select`: without penalties, row by row. */
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 /* Rows that are handed on at a time. */

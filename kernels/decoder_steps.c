@@ -4,24 +4,15 @@
  * Threads share the requests in groups, and a group makes all of its steps before the next begins; a group that is alone
  * shares out the rows of each pass. Every row is computed as if it were alone, so neither changes a result.
  */
-#include <time.h>
-
 #include "choice.h"
 #include "stack.c"
+#include "part.h"
 
 /* Requests of a group: few, so that there are groups for every thread and nobody waits long for another's step. */
 #define GROUP 4
 
 /* As in unmasking.py. */
 enum { BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
-
-struct decoder {
-    const struct module *module;
-    float *const *caches;
-    const struct places *at;
-    const struct source *from;
-    const struct sink *to;
-};
 
 /* The rows of the first passes, those of a request together and its block's last. */
 struct rows {
@@ -41,19 +32,13 @@ struct plans {
     int64_t count, selected, width, mask;
 };
 
-/* Room for the rows of a group, and how many of them are in use. */
+/* Room for the rows of a group. */
 struct room {
     int32_t *owners, *positions, *firsts, *highs, *latents, *block;
     int64_t *targets, *ids;
     float *x, *chosen_from, *logits, *confidences, *entropies;
     uint8_t *bad;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* Which of `count` masked positions a step fixes, by the rules of unmasking.py: NaN of a bad row comes last. */
 void fastblt_pick(int32_t rule, float bound, const float *confidences, const float *entropies, int64_t count,
@@ -87,7 +72,7 @@ void fastblt_pick(int32_t rule, float bound, const float *confidences, const flo
 }
 
 /* Requests [first, first + n) to the end of their steps. Returns 0, or 1 when memory ran out. */
-static int steps(const struct decoder *decoder, const struct rows *given, const struct plans *of,
+static int steps(const struct part *decoder, const struct rows *given, const struct plans *of,
                  const struct latents *latents, const struct choice *by, int64_t first, int64_t n, int64_t threads,
                  const struct room *room, double *seconds) {
     int64_t size = decoder->module->size, count = 0, alive[GROUP], places[GROUP];
@@ -178,7 +163,7 @@ static int steps(const struct decoder *decoder, const struct rows *given, const 
 
 /* Makes the steps of all plans; `seconds` [2] become those of a thread in the decoder, and altogether. Returns 0, or 1
  * when memory ran out. */
-int fastblt_decoder_steps(const struct decoder *decoder, const struct rows *given, const struct plans *of,
+int fastblt_decoder_steps(const struct part *decoder, const struct rows *given, const struct plans *of,
                         const struct latents *latents, const struct choice *by, int64_t threads, double *seconds) {
     int64_t most = 0, size = decoder->module->size, groups = (of->count + GROUP - 1) / GROUP;
     /* Each thread its share, as far as there are requests. */

@@ -5,24 +5,15 @@
  * in their windows is then read from memory once and not once a byte, and nobody waits for another's step. Every row is
  * computed as if it were alone, so neither groups nor threads change a result.
  */
-#include <time.h>
-
 #include "choice.h"
 #include "stack.c"
+#include "part.h"
 
 /* Requests of a group: few enough for their keys and values to stay in the caches from step to step. */
 #define GROUP 4
 
 /* Of every module in turn: entropy model, encoder, decoder. */
 enum { PATCHER, ENCODER, DECODER, MODULES };
-
-struct part {
-    const struct module *module;
-    float *const *caches;
-    const struct places *at;
-    const struct source *from;
-    const struct sink *to;
-};
 
 /* By request in the order of the call: where it stands, what it may do, and what became of it. */
 struct requests {
@@ -46,12 +37,6 @@ struct step {
     int32_t owners[GROUP], positions[GROUP], highs[GROUP], latents[GROUP], request[GROUP];
     int64_t n;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static int one_pass(const struct part *part, const struct step *s, const struct latents *latents, float *entropies,
                 float *scratch, float *x, double *seconds) {
