@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kernels.decoder_steps import Decoded, DecoderSteps, Plans
-from kernels.multi_step import OPENED, MultiStep, Steps
+from kernels.multi_step import OPENED, MultiStep, Spent, Steps
 from models.accounting import ModuleParameters
 from server.engine.caches import Caches
 from server.engine.cost import MODULES, make_calls
@@ -64,20 +64,20 @@ class Recorder:
                 delattr(self._device, name)
 
     def _taken_apart(self, call: Callable[..., Steps]) -> Callable[..., Steps]:
-        """A call of many steps as the passes that it stands for: of each step and module those who took part, with an
-        equal share of the module's time. What the choice of bytes takes is the head's."""
+        """A call of many steps as the passes that it stands for: of each step and module those who took part. What the
+        choice of bytes takes is the head's."""
 
         def timed(step: MultiStep, columns: np.ndarray, *args: Any, **kwargs: Any) -> Steps:
             clock = time.perf_counter()
             result = call(step, columns, *args, **kwargs)
             taken = time.perf_counter() - clock
-            inside = dict(zip(("entropies", "encode", "decode"), result.seconds, strict=True))
-            inside["logits"] = max(taken - sum(inside.values()), 0.0)
-            encoded = result.made - 1 if step.fed else np.where(columns[OPENED] < 0, 0, result.made - 1)
-            each = {"entropies": result.scanned, "encode": encoded, "decode": result.made, "logits": result.made}
-            for module, counts in each.items():
-                rows = [int((counts > at).sum()) for at in range(int(counts.max()))]
-                self.passes += [Pass(module, count, inside[module] / len(rows)) for count in rows]
+            stays = columns[OPENED] >= 0
+            encoded = result.made - 1 if step.fed else np.where(stays, result.made - 1, 0)
+            each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
+            steps = {
+                name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()
+            }
+            self._share(result.spent, taken, steps)
             return result
 
         return timed
@@ -85,25 +85,36 @@ class Recorder:
     def _decoded(self, call: Callable[..., Decoded]) -> Callable[..., Decoded]:
         """A call of the decoder's passes likewise: of each step its rows, and those that bytes were chosen from."""
 
-        def timed(step: DecoderSteps, columns: np.ndarray, plans: Plans, **kwargs: Any) -> Decoded:
+        def timed(step: DecoderSteps, plans: Plans, **kwargs: Any) -> Decoded:
             clock = time.perf_counter()
-            result = call(step, columns, plans, **kwargs)
+            result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
+            sizes, selects = plans["sizes"], plans["selects"]
             steps = range(1, int(result.steps.max()) + 1)
-            rows = [int(plans.sizes[result.steps >= at].sum()) for at in steps]
-            rows[0] = int(plans.ends[-1] + plans.sizes[-1])
-            inside = np.arange(result.fixed.shape[1]) < plans.sizes[:, None]
+            rows = [int(sizes[result.steps >= at].sum()) for at in steps]
+            rows[0] = int((plans["causals"] + sizes).sum())
+            inside = np.arange(result.fixed.shape[1]) < sizes[:, None]
             masked = inside & ((result.fixed == 0) | (result.fixed >= np.arange(1, len(rows) + 1)[:, None, None]))
             chosen = (masked & (result.steps >= np.arange(1, len(rows) + 1)[:, None])[..., None]).sum((1, 2)).tolist()
             # A selected row's byte opens the block.
-            chosen[0] += int(plans.selects.sum()) - int((plans.selects[plans.sizes > 0] > 0).sum())
-            share = min(result.seconds[0] / result.seconds[1], 1.0)
-            for module, counts, seconds in (("decode", rows, share * taken), ("logits", chosen, (1 - share) * taken)):
-                each = seconds / max(sum(counts), 1)
-                self.passes += [Pass(module, count, each * count) for count in counts if count]
+            chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
+            self._share(result.spent, taken, {"decode": rows, "logits": chosen})
             return result
 
         return timed
+
+    def _share(self, spent: Spent, taken: float, steps: dict[str, list[int]]) -> None:
+        """The seconds of a call among the passes that it stands for, by their rows: the `steps` of the modules, and
+        what went beside them."""
+        passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
+        for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
+            passes.setdefault(name, []).extend([rows] if rows else [])
+        patcher, encoder, decoder, altogether = spent.seconds
+        inside = {"entropies": patcher, "encode": encoder, "decode": decoder}
+        inside["logits"] = max(altogether - sum(inside.values()), 0.0)
+        for name, own in passes.items():
+            each = taken * inside[name] / altogether / max(sum(own), 1)
+            self.passes += [Pass(name, rows, each * rows) for rows in own]
 
     def _timed(self, module: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:

@@ -14,27 +14,28 @@
 /* As in unmasking.py. */
 enum { BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
 
-/* The rows of the first passes, those of a request together and its block's last. */
-struct rows {
-    const int32_t *owners, *positions, *firsts, *highs, *latents, *block;
-};
-
-/* By request: the row behind its causal ones, and how many of these give a byte; its block's size; rule and bound; the
- * step that fills what is left, 0 where none does; most steps. Of what became of it: the causal rows' bytes [count, most
- * selected], the block's ids [count, width], the steps that fixed them, how many there were, and whether a row had no
- * finite choice. */
+/* By request: its state row; where its causal rows start, how many there are, and how many of the last give a byte; its
+ * block's size; the latent that the block reads, and how many cuts its causal rows have; rule and bound; the step that
+ * fills what is left, 0 where none does; most steps; up to where its text has been encoded and scanned, and shall be. One
+ * behind another: the cuts (position before which rows read a latent, and its slot), and the ids of blocks.
+ * Of what became of it: the causal rows' bytes [count, most selected], the block's ids [count, width], the steps that
+ * fixed them, how many there were, whether a row had no finite choice, and what was scanned [count, longest]. `fed`:
+ * causal rows begin as encoder states. */
 struct plans {
-    const int32_t *ends, *selects, *sizes, *rules, *lasts, *mosts;
+    const int32_t *owners, *starts, *causals, *selects, *sizes, *latents, *cuts, *rules, *lasts, *mosts, *encoded, *scanned,
+        *untils;
     const float *bounds;
+    const int32_t *reads, *blocks;
     int64_t *chosen, *ids;
     int32_t *fixed, *steps;
     uint8_t *bad;
-    int64_t count, selected, width, mask;
+    float *entropies;
+    int64_t count, selected, width, longest, mask, fed;
 };
 
 /* Room for the rows of a group. */
 struct room {
-    int32_t *owners, *positions, *firsts, *highs, *latents, *block;
+    int32_t *owners, *positions, *firsts, *highs, *latents, *block, *choosers;
     int64_t *targets, *ids;
     float *x, *chosen_from, *logits, *confidences, *entropies;
     uint8_t *bad;
@@ -71,57 +72,114 @@ void fastblt_pick(int32_t rule, float bound, const float *confidences, const flo
     }
 }
 
+/* Whether a request's new bytes shall go on through entropy model and encoder, and can. */
+static int goes_ahead(const struct plans *of, int64_t r) {
+    for (int64_t i = 0; i < of->sizes[r]; i++)
+        if (of->ids[r * of->width + i] == of->mask) return 0;
+    return of->untils[r] > of->scanned[r];
+}
+
+/* Rows of requests [first, first + n) that the encoder has not had: causal ones of which the decoder will read the states,
+ * or, `ahead`, those of new bytes. */
+static int encode(const struct part *parts, const struct plans *of, int64_t first, int64_t n, int ahead, int64_t threads,
+                  const struct room *room, struct spent *spent) {
+    struct stretch rows = {room->owners, room->positions, room->highs, 0};
+    for (int64_t r = first; r < first + n; r++) {
+        int32_t end = of->starts[r] + of->causals[r], from = of->encoded[r];
+        if (!ahead) stretch_to(&rows, of->owners[r], from, of->fed ? end : from);
+        else if (goes_ahead(of, r)) stretch_to(&rows, of->owners[r], of->fed && from < end ? end : from, of->untils[r]);
+    }
+    return pass_along(parts, ENCODER, &rows, ahead ? AHEAD : FRESH, threads, room->x, NULL, spent);
+}
+
+/* Their new bytes through the entropy model. */
+static int scan(const struct part *parts, const struct plans *of, int64_t first, int64_t n, int64_t threads,
+                const struct room *room, struct spent *spent) {
+    struct stretch rows = {room->owners, room->positions, room->highs, 0};
+    for (int64_t r = first; r < first + n; r++)
+        if (goes_ahead(of, r)) stretch_to(&rows, of->owners[r], of->scanned[r], of->untils[r]);
+    int failed = pass_along(parts, PATCHER, &rows, SCANNED, threads, room->x, room->entropies, spent);
+    const float *next = room->entropies;
+    for (int64_t r = first; r < first + n; r++) {
+        int64_t count = goes_ahead(of, r) ? of->untils[r] - of->scanned[r] : 0;
+        memcpy(of->entropies + r * of->longest, next, sizeof(float) * count);
+        next += count;
+    }
+    return failed;
+}
+
+/* Row k: of request r, at `position`, which sees [.., high) of its window behind `first`; `id` is -1 where it is known. */
+static void place(const struct room *room, int64_t k, const struct plans *of, int64_t r, int32_t position, int32_t first,
+                  int32_t high, int32_t latent, int64_t id) {
+    room->owners[k] = of->owners[r], room->positions[k] = position, room->firsts[k] = first, room->highs[k] = high;
+    room->latents[k] = latent, room->block[k] = (int32_t)id;
+}
+
+/* The block's rows from row k on; returns the row behind them. */
+static int64_t place_block(const struct room *room, int64_t k, const struct plans *of, int64_t r) {
+    int32_t end = of->starts[r] + of->causals[r], size = of->sizes[r];
+    for (int32_t i = 0; i < size; i++)
+        place(room, k++, of, r, end + i, end, end + size, of->latents[r], of->ids[r * of->width + i]);
+    return k;
+}
+
 /* Requests [first, first + n) to the end of their steps. Returns 0, or 1 when memory ran out. */
-static int steps(const struct part *decoder, const struct rows *given, const struct plans *of,
-                 const struct latents *latents, const struct choice *by, int64_t first, int64_t n, int64_t threads,
-                 const struct room *room, double *seconds) {
-    int64_t size = decoder->module->size, count = 0, alive[GROUP], places[GROUP];
-    int64_t begin = first ? of->ends[first - 1] + of->sizes[first - 1] : 0;
+static int steps(const struct part *parts, const struct plans *of, const struct latents *latents, const struct choice *by,
+                 int64_t first, int64_t n, int64_t threads, const struct room *room, struct spent *spent) {
+    const struct part *decoder = parts + DECODER;
+    int64_t size = decoder->module->size, count = 0, alive[GROUP], places[GROUP], all = n;
     struct places at = *decoder->at;
     struct source from = *decoder->from;
     struct latents read = *latents;
-    int failed = 0;
-    at.rows = given->owners + begin, at.positions = given->positions + begin, at.firsts = given->firsts + begin;
-    at.highs = given->highs + begin, read.slots = given->latents + begin, from.block = given->block + begin;
+    double started = now();
+    int failed = encode(parts, of, first, n, 0, threads, room, spent);
+    at.rows = room->owners, at.positions = room->positions, at.firsts = room->firsts, at.highs = room->highs;
+    read.slots = room->latents, from.block = room->block;
+    const int32_t *cut = of->reads, *block = of->blocks;
+    for (int64_t r = 0; r < first; r++) cut += 2 * of->cuts[r], block += of->sizes[r];
     for (int64_t j = 0; j < n; j++) {
         int64_t r = first + j;
-        alive[j] = r, places[j] = of->ends[r] - begin;
-        count = places[j] + of->sizes[r];
+        int32_t p = of->starts[r];
+        for (int32_t i = 0; i < of->cuts[r]; i++, cut += 2)
+            for (; p < cut[0]; p++) place(room, count++, of, r, p, p, p + 1, cut[1], -1);
         for (int64_t i = 0; i < of->sizes[r]; i++) {
-            of->ids[r * of->width + i] = given->block[of->ends[r] + i];
+            of->ids[r * of->width + i] = *block++;
             of->fixed[r * of->width + i] = 0;
         }
+        alive[j] = r, places[j] = count, count = place_block(room, count, of, r);
     }
     for (int32_t step = 1; n; step++) {
         double began = now();
         failed |= fastblt_stack(decoder->module, decoder->caches, &at, &read, &from, decoder->to, count, threads, room->x);
-        seconds[0] += now() - began;
+        spent->seconds[DECODER] += now() - began;
         /* What gives a byte: causal rows in the first step, of which the last one opens a block, and what is masked. */
         int64_t chosen = 0;
         int counted = 0;
         for (int64_t j = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->ends[r], select = step == 1 ? of->selects[r] : 0;
+            int64_t r = alive[j], select = step == 1 ? of->selects[r] : 0;
+            int32_t end = of->starts[r] + of->causals[r];
             counted |= of->sizes[r] && of->rules[r] != ONE_STEP && step != of->lasts[r];
             for (int64_t i = -select; i < of->sizes[r]; i++) {
                 if (i >= 0 && ((select && !i) || of->ids[r * of->width + i] != of->mask)) continue;
-                room->owners[chosen] = given->owners[row + i];
-                room->targets[chosen] = given->positions[row + i] + (i < 0);
+                room->choosers[chosen] = of->owners[r];
+                room->targets[chosen] = end + i + (i < 0);
                 memcpy(room->chosen_from + chosen++ * size, room->x + (places[j] + i) * size, sizeof(float) * size);
             }
         }
         map(room->chosen_from, chosen, size, by->head, (struct target){room->logits, NULL, by->vocabulary, 0});
-        choose_rows(by, room->logits, room->owners, room->targets, chosen, room->ids, counted ? room->confidences : NULL,
-               counted ? room->entropies : NULL, room->bad);
-        int64_t left = 0, rows = 0, next = 0;
+        choose_rows(by, room->logits, room->choosers, room->targets, chosen, room->ids, counted ? room->confidences : NULL,
+                    counted ? room->entropies : NULL, room->bad);
+        int64_t left = 0, next = 0;
+        count = 0;
         for (int64_t j = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->ends[r], masked = 0, select = step == 1 ? of->selects[r] : 0;
+            int64_t r = alive[j], masked = 0, select = step == 1 ? of->selects[r] : 0;
             int64_t *ids = of->ids + r * of->width, where[of->sizes[r] + 1], still = 0;
+            int64_t *text = by->texts + of->owners[r] * by->stride + of->starts[r] + of->causals[r];
             int32_t *fixed = of->fixed + r * of->width;
             uint8_t picked[of->sizes[r] + 1];
             for (int64_t i = 0; i < select; i++, next++) {
-                int64_t *text = by->texts + given->owners[row - 1] * by->stride + given->positions[row - select + i] + 1;
                 of->bad[r] |= room->bad[next];
-                *text = of->chosen[r * of->selected + i] = room->ids[next];
+                text[i - select + 1] = of->chosen[r * of->selected + i] = room->ids[next];
             }
             if (select && of->sizes[r]) ids[0] = room->ids[next - 1], fixed[0] = step;
             for (int64_t i = 0; i < of->sizes[r]; i++)
@@ -137,70 +195,63 @@ static int steps(const struct part *decoder, const struct rows *given, const str
             }
             of->steps[r] = step;
             if (still && step < of->mosts[r]) {
-                places[left] = rows, alive[left++] = r, rows += of->sizes[r];
-                continue;
-            }
-            if (!of->sizes[r]) continue;
-            int64_t *text = by->texts + given->owners[row] * by->stride + given->positions[row];
-            memcpy(text, ids, sizeof(int64_t) * of->sizes[r]);
-        }
-        n = left, count = rows;
-        /* The next pass has the blocks' rows alone. */
-        for (int64_t j = 0, k = 0; j < n; j++) {
-            int64_t r = alive[j], row = of->ends[r];
-            for (int64_t i = 0; i < of->sizes[r]; i++, k++, row++) {
-                room->owners[k] = given->owners[row], room->positions[k] = given->positions[row];
-                room->firsts[k] = given->firsts[row], room->highs[k] = given->highs[row];
-                room->latents[k] = given->latents[row], room->block[k] = (int32_t)of->ids[r * of->width + i];
+                /* The next pass has the block's rows alone. */
+                places[left] = count, alive[left++] = r, count = place_block(room, count, of, r);
+            } else if (of->sizes[r]) {
+                memcpy(text, ids, sizeof(int64_t) * of->sizes[r]);
             }
         }
-        at.rows = room->owners, at.positions = room->positions, at.firsts = room->firsts, at.highs = room->highs;
-        read.slots = room->latents, from.block = room->block;
-        seconds[1] += now() - began;
+        n = left;
     }
+    failed |= scan(parts, of, first, all, threads, room, spent);
+    failed |= encode(parts, of, first, all, 1, threads, room, spent);
+    spent->seconds[MODULES] += now() - started;
     return failed;
 }
 
-/* Makes the steps of all plans; `seconds` [2] become those of a thread in the decoder, and altogether. Returns 0, or 1
- * when memory ran out. */
-int fastblt_decoder_steps(const struct part *decoder, const struct rows *given, const struct plans *of,
-                        const struct latents *latents, const struct choice *by, int64_t threads, double *seconds) {
-    int64_t most = 0, size = decoder->module->size, groups = (of->count + GROUP - 1) / GROUP;
+/* Makes the steps of all plans; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
+int fastblt_decoder_steps(const struct part *parts, const struct plans *of, const struct latents *latents,
+                          const struct choice *by, int64_t threads, struct spent *spent) {
+    int64_t most = 0, size = 0, groups = (of->count + GROUP - 1) / GROUP;
     /* Each thread its share, as far as there are requests. */
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int64_t apart = threads < of->count ? threads : of->count;
     groups = (groups + apart - 1) / apart * apart;
     if (groups > of->count) groups = of->count;
+    for (int64_t i = 0; i < MODULES; i++) size = parts[i].module->size > size ? parts[i].module->size : size;
     for (int64_t g = 0; g < groups; g++) {
-        int64_t first = of->count * g / groups, last = of->count * (g + 1) / groups - 1;
-        int64_t begin = first ? of->ends[first - 1] + of->sizes[first - 1] : 0;
-        int64_t rows = of->ends[last] + of->sizes[last] - begin;
+        int64_t rows = 0, beside = 0;
+        for (int64_t r = of->count * g / groups; r < of->count * (g + 1) / groups; r++) {
+            int32_t from = of->scanned[r] < of->encoded[r] ? of->scanned[r] : of->encoded[r];
+            int32_t end = of->starts[r] + of->causals[r], until = of->untils[r] > end ? of->untils[r] : end;
+            rows += of->causals[r] + of->sizes[r];
+            beside += until > from ? until - from : 0;
+        }
+        rows = beside > rows ? beside : rows;
         most = rows > most ? rows : most;
     }
-    int64_t each = sizeof(float) * (2 * size + by->vocabulary + 2) + 6 * sizeof(int32_t) + 2 * sizeof(int64_t) + 1;
+    int64_t each = sizeof(float) * (2 * size + by->vocabulary + 2) + 7 * sizeof(int32_t) + 2 * sizeof(int64_t) + 1;
     int64_t share = (most * each + 7) / 8 * 8;
     char *memory = malloc(apart * share);
     if (!memory) return 1;
-    double inside = 0.0, all = 0.0;
+    struct spent all = {0};
     int failed = 0;
-#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) \
-    reduction(| : failed) reduction(+ : inside, all)
+#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) reduction(| : failed) reduction(add : all)
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = of->count * g / groups, n = of->count * (g + 1) / groups - first;
         /* Widest first, so that all are aligned. */
         int64_t *longs = (int64_t *)(memory + omp_get_thread_num() * share);
         float *floats = (float *)(longs + 2 * most);
         int32_t *ints = (int32_t *)(floats + most * (2 * size + by->vocabulary + 2));
-        struct room room = {ints, ints + most, ints + 2 * most, ints + 3 * most, ints + 4 * most, ints + 5 * most,
-                            longs, longs + most, floats, floats + most * size, floats + 2 * most * size,
-                            floats + most * (2 * size + by->vocabulary), floats + most * (2 * size + by->vocabulary + 1),
-                            (uint8_t *)(ints + 6 * most)};
-        double spent[2] = {0};
-        failed |= steps(decoder, given, of, latents, by, first, n, groups > 1 ? 1 : threads, &room, spent);
-        inside += spent[0], all += spent[1];
+        struct room room = {
+            ints, ints + most, ints + 2 * most, ints + 3 * most, ints + 4 * most, ints + 5 * most, ints + 6 * most,
+            longs, longs + most, floats, floats + most * size, floats + 2 * most * size,
+            floats + most * (2 * size + by->vocabulary), floats + most * (2 * size + by->vocabulary + 1),
+            (uint8_t *)(ints + 7 * most)};
+        failed |= steps(parts, of, latents, by, first, n, groups > 1 ? 1 : threads, &room, &all);
     }
-    int64_t shared = groups > 1 ? apart : 1;
-    seconds[0] = inside / shared, seconds[1] = all / shared;
+    for (int64_t i = 0; i <= MODULES; i++) all.seconds[i] /= groups > 1 ? apart : 1;
+    *spent = all;
     free(memory);
     return failed;
 }

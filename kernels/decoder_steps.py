@@ -5,14 +5,17 @@ A step of a request is a pass over its block's rows, in the first step behind it
 are selected and give a byte each; the choice of a byte for these and for every masked position, as in
 `kernels.selection` without penalties; and by the request's rule the fixing of some of the latter, as in
 `kernels.unmasking`. A block behind a selected row has that row's byte as its first. A request ends with the step that
-leaves nothing masked, or with its last.
+leaves nothing masked, or with its last. If nothing is masked then, its new bytes go on through entropy model and
+encoder as far as is asked for; and causal rows that begin as encoder states are encoded first where they were not.
 
 One call for each of these would cost a small model more than its arithmetic.
 
-Shapes: owners (state rows), positions, firsts, highs, latents and block int32 [rows] are the rows of the first passes
-as in `server.engine.passes`, those of a request together, its block last. ends (the row behind a request's causal
-ones), selects, sizes (of blocks), rules, lasts (the step that fills what is left, 0: none) and mosts (most steps) int32
-[N]; bounds fp32 [N].
+Shapes: owners (state rows), starts (position of the first causal row), causals (how many there are), selects, sizes (of
+blocks), latents (the slot that a block reads), cuts (how many runs of causal rows read one latent each), rules, lasts
+(the step that fills what is left, 0: none), mosts (most steps), encoded and scanned (positions before which text has
+been through the modules) and untils (those before which it shall have been; 0: as far as it has): int32 [N], the rows
+of one array. bounds fp32 [N]. reads int32 [cuts, 2]: the position behind a run, and its latent's slot. blocks int32
+[sizes].
 """
 
 from __future__ import annotations
@@ -28,76 +31,100 @@ from torch import Tensor
 from kernels import choice
 from kernels.choice import Choices, ChoiceStruct, Draws
 from kernels.dense import Packed
-from kernels.multi_step import Part, PartStruct
+from kernels.multi_step import Parts, PartStruct, Spent
 from kernels.native import library, threads
 from kernels.request_ids import RequestIds
 from kernels.stack import LatentsStruct
 
+#: The columns of a call's array.
+COLUMNS = (
+    *("owners", "starts", "causals", "selects", "sizes", "latents", "cuts"),
+    *("rules", "lasts", "mosts", "encoded", "scanned", "untils"),
+)
+
 
 @dataclass(frozen=True)
 class Plans:
-    """What the requests ask for; see the module."""
+    """What the requests ask for: `columns`, the rest as the module says."""
 
-    ends: np.ndarray
-    selects: np.ndarray
-    sizes: np.ndarray
-    rules: np.ndarray
-    lasts: np.ndarray
-    mosts: np.ndarray
+    columns: np.ndarray
     bounds: np.ndarray
+    reads: np.ndarray
+    blocks: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The column of this name."""
+        column: np.ndarray = self.columns[COLUMNS.index(name)]
+        return column
 
 
 @dataclass(frozen=True)
 class Decoded:
     """What became of them: the bytes of selected rows int64 [N, most of them]; the ids of blocks int64 [N, widest],
     where still masked [MASK]; the step that fixed each, int32 [N, widest] (0: none did); how many steps there were
-    int32 [N]; whether a row had no finite choice, bool [N]. Seconds as one thread's, in the decoder and altogether."""
+    int32 [N]; whether a row had no finite choice, bool [N]; the entropies (nats) of rows from `scanned` on, fp32
+    [N, most of them]; what the call spent."""
 
     chosen: np.ndarray
     ids: np.ndarray
     fixed: np.ndarray
     steps: np.ndarray
     bad: np.ndarray
-    seconds: tuple[float, float]
+    entropies: np.ndarray
+    spent: Spent
 
 
 class DecoderSteps:
-    """The call for a model and its caches, all of which must outlive it."""
+    """The call for a model and its caches, all of which must outlive it. `mask` is the id of what is masked; without
+    `fed` causal rows begin as ids."""
 
     def __init__(
-        self, decoder: Part, head: Packed, ids: RequestIds, latents: Tensor, draws: Draws, *, mask: int
+        self,
+        parts: Parts,
+        head: Packed,
+        ids: RequestIds,
+        latents: Tensor,
+        draws: Draws,
+        *,
+        mask: int,
+        fed: bool,
     ) -> None:
-        """`mask` is the id of what is masked."""
         # What pointers point to must live.
-        self._own = (decoder, latents)
-        self._decoder = PartStruct.of(decoder)
+        self._own = (parts, latents)
+        self._parts = PartStruct.all_of(parts)
         self._latents = LatentsStruct.of(latents)
         self._choices = Choices(draws, head, ids)
         self._mask = mask
+        self._fed = fed
         self._call = _entry()
 
-    def __call__(self, rows: np.ndarray, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
-        """The steps of plans over the int32 rows [6, rows] of their first passes. Raises MemoryError."""
-        count, selected, width = len(plans.sizes), int(plans.selects.max()), int(plans.sizes.max())
+    def __call__(self, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
+        """The steps of the plans. Raises MemoryError."""
+        columns = plans.columns
+        count, selected, width = columns.shape[1], int(plans["selects"].max()), int(plans["sizes"].max())
+        longest = max(int((plans["untils"] - plans["scanned"]).max()), 0)
         chosen, ids = np.empty((count, selected), dtype=np.int64), np.empty((count, width), dtype=np.int64)
         fixed, steps = np.zeros((count, width), dtype=np.int32), np.empty(count, dtype=np.int32)
         bad = np.zeros(count, dtype=np.uint8)
-        seconds = (ctypes.c_double * 2)()
-        given = (plans.ends, plans.selects, plans.sizes, plans.rules, plans.lasts, plans.mosts, plans.bounds)
-        results = (chosen, ids, fixed, steps, bad)
-        first, stride = rows.ctypes.data, rows.strides[0]
+        entropies = np.empty((count, longest), dtype=np.float32)
+        spent = Spent()
+        first, stride = columns.ctypes.data, columns.strides[0]
+        others = (plans.bounds, plans.reads, plans.blocks, chosen, ids, fixed, steps, bad, entropies)
         assert self._call is not None
         if self._call(
-            self._decoder,
-            _Rows(*(first + at * stride for at in range(6))),
-            _Plans(*(one.ctypes.data for one in (*given, *results)), count, selected, width, self._mask),
+            self._parts,
+            _Plans(
+                *(first + at * stride for at in range(len(COLUMNS))),
+                *(one.ctypes.data for one in others),
+                *(count, selected, width, longest, self._mask, self._fed),
+            ),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),
             threads(),
-            seconds,
+            spent,
         ):
             raise MemoryError("a module could not allocate its scratch space")
-        return Decoded(chosen, ids, fixed, steps, bad.view(bool), (seconds[0], seconds[1]))
+        return Decoded(chosen, ids, fixed, steps, bad.view(bool), entropies, spent)
 
 
 def available() -> bool:
@@ -105,15 +132,11 @@ def available() -> bool:
     return choice.available() and _entry() is not None
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("owners", "positions", "firsts", "highs", "latents", "block")]
-
-
 class _Plans(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ends", "selects", "sizes", "rules", "lasts", "mosts", "bounds")),
-        *((name, ctypes.c_void_p) for name in ("chosen", "ids", "fixed", "steps", "bad")),
-        *((name, ctypes.c_int64) for name in ("count", "selected", "width", "mask")),
+        *((name, ctypes.c_void_p) for name in (*COLUMNS, "bounds", "reads", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("chosen", "ids", "fixed", "steps", "bad", "entropies")),
+        *((name, ctypes.c_int64) for name in ("count", "selected", "width", "longest", "mask", "fed")),
     ]
 
 
@@ -124,7 +147,7 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_decoder_steps
-    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Rows, _Plans, LatentsStruct, ChoiceStruct))
-    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(ctypes.c_double)]
+    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Plans, LatentsStruct, ChoiceStruct))
+    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
     function.restype = ctypes.c_int
     return function

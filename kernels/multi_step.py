@@ -4,13 +4,15 @@ A step of a request is a decoder row at its position p, and the choice of the by
 `kernels.selection` without penalties. Where p + 1 is not the last, the new byte then goes through the encoder, and its
 decoder row is the next step. All rows of a request read the same latent. A request whose bytes stay (its open patch
 began at `opened`, not -1) has them scanned by the entropy model too, and ends with a byte that closes the patch, or
-with EOS.
+with EOS. A draft may have the last of its rows scanned when it is whole; its last byte is then encoded too, so that
+nothing keeps it from verification.
 
 One call for each step of each module would cost a small model more than the steps' arithmetic, and would read the keys
 and values in a request's window from memory for every byte.
 
 Shapes: owners (state rows), starts (position of the first decoder row), latents (slots), limits (most bytes), scans
-(how many of them are scanned), opened: int32 [N], the rows of one array. The decoder's first rows have been encoded.
+(of bytes that stay how many may be scanned, of drafts how many rows are), opened, fresh (1 where the first row is still
+to be encoded): int32 [N], the rows of one array.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from kernels.request_ids import RequestIds
 from kernels.stack import LatentsStruct, ModuleStruct, PackedStack, Sink, SinkStruct, Source, SourceStruct
 
 #: The columns of a call's array.
-COLUMNS = ("owners", "starts", "latents", "limits", "scans", "opened")
-OWNERS, STARTS, LATENTS, LIMITS, SCANS, OPENED = range(len(COLUMNS))
+COLUMNS = ("owners", "starts", "latents", "limits", "scans", "opened", "fresh")
+OWNERS, STARTS, LATENTS, LIMITS, SCANS, OPENED, FRESH = range(len(COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,28 @@ class Part:
     places: Places
 
 
+#: Entropy model, encoder and decoder.
+Parts = tuple[Part, Part, Part]
+
+
+class Spent(ctypes.Structure):
+    """Seconds as one thread's, in entropy model, encoder and decoder, and altogether. Rows of the passes beside the
+    steps: first ones encoded, new ones scanned, and these encoded."""
+
+    _fields_ = [("seconds", ctypes.c_double * 4), ("rows", ctypes.c_int64 * 3)]
+
+
 @dataclass(frozen=True)
 class Steps:
-    """What became of the requests: int32 [N] how many bytes each was given and how many of them were scanned; ids int64
-    and entropies (nats) fp32 [N, most]; whether a row had no finite choice. `seconds` of entropy model, encoder and
-    decoder, as one thread's."""
+    """What became of the requests: int32 [N] how many bytes each was given and how many rows were scanned; ids int64
+    and entropies (nats) fp32 [N, most or more]; whether a row had no finite choice; what the call spent."""
 
     made: np.ndarray
     scanned: np.ndarray
     ids: np.ndarray
     entropies: np.ndarray
     bad: np.ndarray
-    seconds: tuple[float, float, float]
+    spent: Spent
 
 
 class MultiStep:
@@ -67,9 +79,7 @@ class MultiStep:
 
     def __init__(
         self,
-        patcher: Part,
-        encoder: Part,
-        decoder: Part,
+        parts: Parts,
         head: Packed,
         ids: RequestIds,
         latents: Tensor,
@@ -78,8 +88,8 @@ class MultiStep:
         fed: bool,
     ) -> None:
         # What pointers point to must live.
-        self._own = (patcher, encoder, decoder, latents)
-        self._parts = (PartStruct * 3)(*map(PartStruct.of, (patcher, encoder, decoder)))
+        self._own = (parts, latents)
+        self._parts = PartStruct.all_of(parts)
         self._latents = LatentsStruct.of(latents)
         self._call = _entry()
         self._choices = Choices(draws, head, ids)
@@ -89,14 +99,15 @@ class MultiStep:
     def __call__(
         self, columns: np.ndarray, threshold: float, longest: int | None, *, sampled: bool, truncated: bool
     ) -> Steps:
-        """Steps of the requests in int32 columns [6, N]; a patch closes behind an entropy above the threshold (nats),
+        """Steps of the requests in int32 columns [7, N]; a patch closes behind an entropy above the threshold (nats),
         or at its longest. Raises MemoryError."""
-        count, most = columns.shape[1], int(columns[LIMITS].max())
+        count = columns.shape[1]
+        most = int(np.where(columns[OPENED] < 0, columns[[LIMITS, SCANS]], columns[LIMITS]).max())
         made, scanned = np.zeros((2, count), dtype=np.int32)
         bad = np.zeros(count, dtype=np.uint8)
         ids = np.empty((count, most), dtype=np.int64)
         entropies = np.empty((count, most), dtype=np.float32)
-        seconds = (ctypes.c_double * 3)()
+        spent = Spent()
         given = [columns[at].ctypes.data for at in range(len(COLUMNS))]
         results = [one.ctypes.data for one in (made, scanned, ids, entropies, bad)]
         assert self._call is not None
@@ -107,10 +118,10 @@ class MultiStep:
             self._choices.of(sampled=sampled, truncated=truncated),
             _Rule(threshold, longest or 0, self.fed),
             threads(),
-            seconds,
+            spent,
         ):
             raise MemoryError("a module could not allocate its scratch space")
-        return Steps(made, scanned, ids, entropies, bad.view(bool), (seconds[0], seconds[1], seconds[2]))
+        return Steps(made, scanned, ids, entropies, bad.view(bool), spent)
 
 
 def available() -> bool:
@@ -130,14 +141,19 @@ class PartStruct(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, part: Part) -> PartStruct:
-        """The part must outlive it."""
-        return cls(
-            ctypes.pointer(part.stack.module),
-            ctypes.cast(part.caches, ctypes.c_void_p),
-            ctypes.pointer(part.places),
-            ctypes.pointer(part.source.struct()),
-            ctypes.pointer(part.sink.struct()),
+    def all_of(cls, parts: Parts) -> ctypes.Array[PartStruct]:
+        """The parts must outlive them."""
+        return (cls * len(parts))(
+            *(
+                cls(
+                    ctypes.pointer(part.stack.module),
+                    ctypes.cast(part.caches, ctypes.c_void_p),
+                    ctypes.pointer(part.places),
+                    ctypes.pointer(part.source.struct()),
+                    ctypes.pointer(part.sink.struct()),
+                )
+                for part in parts
+            )
         )
 
 
@@ -160,6 +176,6 @@ def _entry() -> Callable[..., int] | None:
         return None
     function = native.fastblt_multi_step
     structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Requests, LatentsStruct, ChoiceStruct, _Rule))
-    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(ctypes.c_double)]
+    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
     function.restype = ctypes.c_int
     return function

@@ -98,7 +98,9 @@ def measure_steps(
         seconds = []
         for count in counts:
             columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
-            columns[STARTS], columns[OPENED], columns[[LIMITS, SCANS]] = context, opened, length
+            columns[STARTS], columns[OPENED], columns[LIMITS] = context, opened, length
+            if name == STEP:
+                columns[SCANS] = length
             call = partial(run, columns, rule)
             seconds.append(min(_seconds(call, torch.device("cpu")) for _ in range(3)) / length)
         costs[name] = _curve(counts, seconds)

@@ -334,8 +334,8 @@ class Engine:
             if not sequence.prefilling:
                 plan = sequence.method.plan(known, decoded, sequence.left)
                 if plan.repeat > 1:
-                    alone = not sequence.plain or sequence.penalizes
-                    plan.stop_after(1 if alone else self._most_steps[plan.draft or bool(plan.block_ids)])
+                    most = self._most_steps[plan.draft or bool(plan.block_ids)] if sequence.unwatched else 1
+                    plan.stop_after(most)
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append(sequence)
@@ -345,12 +345,14 @@ class Engine:
     def _ingest(self, sequences: list[Sequence]) -> None:
         """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
         scan, encode = [], []
+        # A draft's rows are encoded because the decoder reads their states: by its own call, where that can.
+        fed, one_call = self.config.decoder_input == "encoder", self._runner.one_call is not None
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
             if plan.upstream and plan.end > sequence.scanned:
                 scan.append(sequence)
-            if plan.end > sequence.encoded and (plan.upstream or self.config.decoder_input == "encoder"):
+            if plan.end > sequence.encoded and (plan.upstream or (fed and not (one_call and sequence.unwatched))):
                 encode.append(sequence)
         if scan:
             ends = [s.plan.end for s in scan if s.plan is not None]

@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 
+from server.decoding.method import Plan
 from server.engine.picks import Batch
 from server.engine.sequence import Sequence
 
@@ -22,6 +23,33 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def read_by(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]:
+    """The slot of the latent that a plan's block, or draft, reads; and those of its causal rows, each with the position
+    before which it is read."""
+    patches, end = sequence.patches, plan.end
+    newest = latent = patches[-1].slot if patches else 0
+    if plan.provisional and sequence.provisional is not None:
+        newest = sequence.provisional.slot
+        if plan.draft:
+            latent = newest
+    if not plan.causal:
+        return newest, []
+    if plan.causal == 1 or len(patches) < 2:
+        return newest, [(end, latent)]
+    # Each row reads the newest patch that is closed at its position.
+    runs: list[tuple[int, int]] = []
+    done, latent = plan.start, patches[0].slot
+    for patch in islice(patches, 1, None):
+        if patch.end >= end:
+            break
+        if done < patch.end:
+            done = patch.end
+            runs.append((done, latent))
+        latent = patch.slot
+    runs.append((end, latent))
+    return newest, runs
+
+
 def lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
     """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
     # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
@@ -35,29 +63,15 @@ def lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.nd
     firsts: list[int] = []
     selects: list[int] = []
     for at, sequence in enumerate(sequences):
-        plan, patches = sequence.plan, sequence.patches
+        plan = sequence.plan
         assert plan is not None
-        row, shift, causal, end = sequence.row, plan.start - total, plan.causal, plan.end
-        newest = latent = patches[-1].slot if patches else 0
-        if plan.provisional and sequence.provisional is not None:
-            newest = sequence.provisional.slot
-            if plan.draft:
-                latent = newest
-        if causal > 1 and len(patches) > 1:
-            # Each reads the newest patch that is closed at its position.
-            done, latent = plan.start, patches[0].slot
-            for patch in islice(patches, 1, None):
-                if done < patch.end < end:
-                    runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-                    sizes.append(patch.end - done)
-                    done = patch.end
-                if patch.end < end:
-                    latent = patch.slot
+        row, shift, end = sequence.row, plan.start - total, plan.end
+        newest, reads = read_by(sequence, plan)
+        done = plan.start
+        for until, latent in reads:
             runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-            sizes.append(end - done)
-        elif causal:
-            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
-            sizes.append(causal)
+            sizes.append(until - done)
+            done = until
         if plan.block_ids:
             block_ids += plan.block_ids
             runs.append((row, shift, newest, end, plan.start + plan.rows, _NEVER))

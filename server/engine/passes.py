@@ -16,7 +16,7 @@ from kernels import decoder_steps, multi_step
 from kernels.choice import Draws
 from kernels.decoder_steps import Decoded, DecoderSteps, Plans
 from kernels.latent_attention import StoredLatents
-from kernels.multi_step import MultiStep, Part, Steps
+from kernels.multi_step import MultiStep, Part, Parts, Steps
 from kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
 from kernels.paged_rows import PagedRows
 from kernels.request_ids import RequestIds
@@ -131,30 +131,25 @@ class Passes:
         local = local_modules(self._model)
         if local is None or not self._native or not multi_step.available():
             return None
-        hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
-        return MultiStep(
-            self._part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
-            self._part("encoder", local.encoder[0], hashed, states),
-            self._decoder_part(local),
-            local.head,
-            self.ids,
-            self._caches.latents,
-            draws,
-            fed=self._from_encoder,
-        )
+        return MultiStep(self._parts(local), local.head, self.ids, self._caches.latents, draws, fed=self._from_encoder)
 
     def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
         """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
         local = local_modules(self._model)
         if local is None or not self._native or not decoder_steps.available():
             return None
-        part = self._decoder_part(local)
-        return DecoderSteps(part, local.head, self.ids, self._caches.latents, draws, mask=MASK_ID)
+        latents, fed = self._caches.latents, self._from_encoder
+        return DecoderSteps(self._parts(local), local.head, self.ids, latents, draws, mask=MASK_ID, fed=fed)
 
-    def _decoder_part(self, local: LocalModules) -> Part:
+    def _parts(self, local: LocalModules) -> Parts:
+        hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
         stack, source, sink = local.decoder
         begin = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
-        return self._part("decoder", stack, replace(begin, block_table=source.table), sink)
+        return (
+            self._part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
+            self._part("encoder", local.encoder[0], hashed, states),
+            self._part("decoder", stack, replace(begin, block_table=source.table), sink),
+        )
 
     def _part(self, name: str, stack: PackedStack, source: Source, sink: Sink) -> Part:
         group = self._groups[name]
@@ -164,11 +159,9 @@ class Passes:
         """Several bytes of each request, as `kernels.multi_step` says."""
         return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
 
-    def decode_steps(
-        self, call: DecoderSteps, rows: np.ndarray, plans: Plans, *, sampled: bool, truncated: bool
-    ) -> Decoded:
+    def decode_steps(self, call: DecoderSteps, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
         """A pass of the decoder with the choice of bytes, and all steps of blocks: see `kernels.decoder_steps`."""
-        return call(rows, plans, sampled=sampled, truncated=truncated)
+        return call(plans, sampled=sampled, truncated=truncated)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """fp32 [n, 260] of the states at int32 `index`, or of all."""

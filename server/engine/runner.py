@@ -72,10 +72,7 @@ class Runner:
         if steps is not None and decoder_steps is not None:
             patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
             rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
-            chooser, columns = self._chooser, self._columns
-            self.one_call = OneCall(
-                self._passes, steps, decoder_steps, chooser, columns, self.scan, rule, self.ledger, self.work
-            )
+            self.one_call = OneCall(self._passes, steps, decoder_steps, self._chooser, rule, self.ledger, self.work)
 
     def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
         """Cost curves of the modules, at position `context` and patch `patches`, at ascending row counts."""
@@ -177,7 +174,7 @@ class Runner:
         if self.one_call is not None:
             if plan.repeat > 1 and not plan.block_ids:
                 return self.one_call.go_on
-            if sequence.plain and not sequence.penalizes and plan.causal <= _FEW:
+            if sequence.unwatched and plan.causal <= _FEW:
                 return self.one_call.decode
         return self._decode
 

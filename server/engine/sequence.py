@@ -55,6 +55,8 @@ class Sequence:
             and not self.params.return_patches
         )
         self.penalizes = self.params.penalizes
+        #: Whether nothing need be done between its passes but to go on: then one call may make several.
+        self.unwatched = self.plain and not self.penalizes
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
         #: How many of the prompt's rows were scored, and their scores until they leave.

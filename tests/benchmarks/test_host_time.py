@@ -38,9 +38,10 @@ def test_nothing_stays_replaced() -> None:
 
 
 def test_host_time_of_every_method(model: Blt) -> None:
-    rows = measure(model, [random_ids(seed, 24) for seed in range(4)], 20, (1, 4))
+    rows = measure(model, [random_ids(seed, 24) for seed in range(4)], 20, (1, 4), 2)
     assert len(rows) == 8
     for name, row in rows.items():
         assert row["alone"]["mean"] > 0 and row["beside"]["mean"] > 0, name
         assert row["requests_per_pass"] <= row["requests"]
+        assert len(row["rounds"]) == 2 and row["alone"]["mean"] == min(row["rounds"])
     assert rows["blt, 1"]["requests_per_pass"] == 1

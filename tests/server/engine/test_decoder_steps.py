@@ -88,14 +88,36 @@ def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
             assert other[name].reason == result.reason
             one, many = dict(vars(result.ledger)), dict(vars(other[name].ledger))
             if result.reason == "stop":
-                # A call may scan, or leave out, bytes behind which the text turns out to end; of how many it is known
-                # whether they begin a patch depends on it.
-                assert abs(one["patcher"] - many["patcher"]) <= 1
+                # A call may scan and encode, or leave out, bytes behind which the text turns out to end; of how many it
+                # is known whether they begin a patch depends on it.
+                assert all(abs(one[name] - many[name]) <= 1 for name in ("patcher", "encoder"))
                 for ledger in (one, many):
-                    for name in ("patcher", "patched_bytes", "patches", "gb"):
+                    for name in ("patcher", "encoder", "patched_bytes", "patches", "gb"):
                         del ledger[name]
             assert many == one
     assert calls[0] == calls[1] and calls[2] == calls[3], "threads change nothing"
+
+
+@pytest.mark.parametrize("which", (0, 1))
+@pytest.mark.parametrize("method", (DecodingMethod.BLT_DV, DecodingMethod.BLT_D, DecodingMethod.BLT_S))
+def test_nothing_between_a_block_and_what_reads_it(method: DecodingMethod, which: int) -> None:
+    """Entropy model and encoder have calls of their own for the prompt, and for a last byte without a draft before it;
+    and the encoder where drafted rows do not begin as its states."""
+    asked = {"draft_length": 8} if method == DecodingMethod.BLT_S else {"block_size": 8}
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method, **asked))
+    engine = Engine(model(which), settings())
+    runner = engine._runner
+    with (
+        patch.object(runner, "scan", wraps=runner.scan) as scan,
+        patch.object(runner, "encode", wraps=runner.encode) as encode,
+    ):
+        done = run(engine, [Request("r", [1, *range(60, 90)], params, 0.0)])["r"]
+    rounds = done.ledger.rounds
+    assert rounds > 5
+    assert scan.call_count <= 2
+    # A draft of single rows that begin as ids leaves the encoder to its verification.
+    left = rounds if method == DecodingMethod.BLT_S and which % 2 else 0
+    assert left < encode.call_count <= 2 + left
 
 
 def test_the_steps_that_fixed_bytes() -> None:
