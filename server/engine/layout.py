@@ -24,8 +24,8 @@ def bucket(count: int) -> int:
 
 
 def read_by(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]:
-    """The slot of the latent that a plan's block, or draft, reads; and those of its causal rows, each with the position
-    before which it is read."""
+    """The slot of the latent that a plan's block, its draft, or what goes on behind its rows reads; and those of its
+    causal rows, each with the position before which it is read."""
     patches, end = sequence.patches, plan.end
     newest = latent = patches[-1].slot if patches else 0
     if plan.provisional and sequence.provisional is not None:

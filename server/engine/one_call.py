@@ -71,12 +71,10 @@ class OneCall:
         numbers: list[int] = []
         fed = self._fed
         for sequence in sequences:
-            plan, patches = sequence.plan, sequence.patches
+            plan = sequence.plan
             assert plan is not None
-            latent = patches[-1].slot if patches else 0
+            latent, _ = read_by(sequence, plan)
             if plan.draft:
-                if plan.provisional and sequence.provisional is not None:
-                    latent = sequence.provisional.slot
                 scans = max(plan.scan_to - sequence.scanned, 0)
                 fresh = fed and sequence.encoded < plan.end
                 numbers += (sequence.row, plan.start, latent, plan.repeat, scans, -1, fresh)
