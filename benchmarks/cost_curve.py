@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.decoder_steps import Decoded, DecoderSteps, Plans
+from kernels.decoder_steps import Decoded, DecoderSteps, Made, Plans
 from kernels.multi_step import OPENED, MultiStep, Spent, Steps
 from models.accounting import ModuleParameters
 from server.engine.caches import Caches
@@ -89,15 +89,15 @@ class Recorder:
             clock = time.perf_counter()
             result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
-            sizes, selects = plans["sizes"], plans["selects"]
-            steps = range(1, int(result.steps.max()) + 1)
-            rows = [int(sizes[result.steps >= at].sum()) for at in steps]
-            rows[0] = int((plans["causals"] + sizes).sum())
-            inside = np.arange(result.fixed.shape[1]) < sizes[:, None]
-            masked = inside & ((result.fixed == 0) | (result.fixed >= np.arange(1, len(rows) + 1)[:, None, None]))
-            chosen = (masked & (result.steps >= np.arange(1, len(rows) + 1)[:, None])[..., None]).sum((1, 2)).tolist()
-            # A selected row's byte opens the block.
-            chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
+            sizes, selects, behind = plans["sizes"], plans["selects"], result.lines >= 0
+            rows, chosen = _of_blocks(plans["causals"], selects, sizes, result.made)
+            if behind.any():
+                lines, lefts = result.lines[behind], plans["lefts"][behind]
+                own = np.zeros(len(result.drafts.steps), dtype=np.int32)
+                own[lines] = np.minimum(plans["follows"][behind], lefts - result.accepted[behind] - 2)
+                ones = np.minimum(own, 1)
+                for all_, further in zip((rows, chosen), _of_blocks(ones, ones, own, result.drafts), strict=True):
+                    all_ += further
             self._share(result.spent, taken, {"decode": rows, "logits": chosen})
             return result
 
@@ -124,6 +124,19 @@ class Recorder:
             return result
 
         return timed
+
+
+def _of_blocks(causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, made: Made) -> tuple[list[int], list[int]]:
+    """Of each step that blocks took, causal rows in the first: its rows, and those that bytes were chosen from."""
+    steps = range(1, int(made.steps.max()) + 1)
+    rows = [int(sizes[made.steps >= at].sum()) for at in steps]
+    rows[0] += int(causals.sum())
+    inside = np.arange(made.fixed.shape[1]) < sizes[:, None]
+    masked = inside & ((made.fixed == 0) | (made.fixed >= np.array(steps)[:, None, None]))
+    chosen = (masked & (made.steps >= np.array(steps)[:, None])[..., None]).sum((1, 2)).tolist()
+    # A selected row's byte opens the block.
+    chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
+    return rows, chosen
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,33 @@
 /* As in unmasking.py. */
 enum { BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
 
-/* By request: its state row; where its causal rows start, how many there are, and how many of the last give a byte; its
- * block's size; the latent that the block reads, and how many cuts its causal rows have; rule and bound; the step that
- * fills what is left, 0 where none does; most steps; up to where its text has been encoded and scanned, and shall be. One
- * behind another: the cuts (position before which rows read a latent, and its slot), and the ids of blocks.
- * Of what became of it: the causal rows' bytes [count, most selected], the block's ids [count, width], the steps that
- * fixed them, how many there were, whether a row had no finite choice, and what was scanned [count, longest]. `fed`:
- * causal rows begin as encoder states. */
-struct plans {
-    const int32_t *owners, *starts, *causals, *selects, *sizes, *latents, *cuts, *rules, *lasts, *mosts, *encoded, *scanned,
-        *untils;
-    const float *bounds;
-    const int32_t *reads, *blocks;
-    int64_t *chosen, *ids;
+/* What became of blocks, a line for each: ids [.., width], the steps that fixed them, how many there were, whether a row
+ * had no finite choice, and the entropies of what was scanned [.., longest]. */
+struct made {
+    int64_t *ids;
     int32_t *fixed, *steps;
     uint8_t *bad;
     float *entropies;
-    int64_t count, selected, width, longest, mask, fed;
+    int64_t width, longest;
+};
+
+/* By request: its state row; where its causal rows start, how many there are, and how many of the last give a byte; its
+ * block's size; the latent that the block reads, and how many cuts its causal rows have; rule and bound; the step that
+ * fills what is left, 0 where none does; most steps; up to where its text has been encoded and scanned, and shall be; how
+ * large the block of a draft behind it may be, and how many bytes its text may still get. One behind another: the cuts
+ * (position before which rows read a latent, and its slot), and the ids of blocks.
+ * Of what became of it: the causal rows' bytes [count, most selected]; how many of the bytes that stood in their place
+ * they agree with; the line in `next` of the draft behind it, -1 where none was made; the rest in `made`. `fed`: causal
+ * rows begin as encoder states. */
+struct plans {
+    const int32_t *owners, *starts, *causals, *selects, *sizes, *latents, *cuts, *rules, *lasts, *mosts, *encoded, *scanned,
+        *untils, *follows, *lefts;
+    const float *bounds;
+    const int32_t *reads, *blocks;
+    int64_t *chosen;
+    int32_t *accepted, *lines;
+    struct made made, next;
+    int64_t count, selected, mask, fed;
 };
 
 /* Room for the rows of a group. */
@@ -75,7 +85,7 @@ void fastblt_pick(int32_t rule, float bound, const float *confidences, const flo
 /* Whether a request's new bytes shall go on through entropy model and encoder, and can. */
 static int goes_ahead(const struct plans *of, int64_t r) {
     for (int64_t i = 0; i < of->sizes[r]; i++)
-        if (of->ids[r * of->width + i] == of->mask) return 0;
+        if (of->made.ids[r * of->made.width + i] == of->mask) return 0;
     return of->untils[r] > of->scanned[r];
 }
 
@@ -102,7 +112,7 @@ static int scan(const struct part *parts, const struct plans *of, int64_t first,
     const float *next = room->entropies;
     for (int64_t r = first; r < first + n; r++) {
         int64_t count = goes_ahead(of, r) ? of->untils[r] - of->scanned[r] : 0;
-        memcpy(of->entropies + r * of->longest, next, sizeof(float) * count);
+        memcpy(of->made.entropies + r * of->made.longest, next, sizeof(float) * count);
         next += count;
     }
     return failed;
@@ -119,7 +129,7 @@ static void place(const struct room *room, int64_t k, const struct plans *of, in
 static int64_t place_block(const struct room *room, int64_t k, const struct plans *of, int64_t r) {
     int32_t end = of->starts[r] + of->causals[r], size = of->sizes[r];
     for (int32_t i = 0; i < size; i++)
-        place(room, k++, of, r, end + i, end, end + size, of->latents[r], of->ids[r * of->width + i]);
+        place(room, k++, of, r, end + i, end, end + size, of->latents[r], of->made.ids[r * of->made.width + i]);
     return k;
 }
 
@@ -143,8 +153,8 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
         for (int32_t i = 0; i < of->cuts[r]; i++, cut += 2)
             for (; p < cut[0]; p++) place(room, count++, of, r, p, p, p + 1, cut[1], -1);
         for (int64_t i = 0; i < of->sizes[r]; i++) {
-            of->ids[r * of->width + i] = *block++;
-            of->fixed[r * of->width + i] = 0;
+            of->made.ids[r * of->made.width + i] = *block++;
+            of->made.fixed[r * of->made.width + i] = 0;
         }
         alive[j] = r, places[j] = count, count = place_block(room, count, of, r);
     }
@@ -160,7 +170,7 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
             int32_t end = of->starts[r] + of->causals[r];
             counted |= of->sizes[r] && of->rules[r] != ONE_STEP && step != of->lasts[r];
             for (int64_t i = -select; i < of->sizes[r]; i++) {
-                if (i >= 0 && ((select && !i) || of->ids[r * of->width + i] != of->mask)) continue;
+                if (i >= 0 && ((select && !i) || of->made.ids[r * of->made.width + i] != of->mask)) continue;
                 room->choosers[chosen] = of->owners[r];
                 room->targets[chosen] = end + i + (i < 0);
                 memcpy(room->chosen_from + chosen++ * size, room->x + (places[j] + i) * size, sizeof(float) * size);
@@ -173,14 +183,18 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
         count = 0;
         for (int64_t j = 0; j < n; j++) {
             int64_t r = alive[j], masked = 0, select = step == 1 ? of->selects[r] : 0;
-            int64_t *ids = of->ids + r * of->width, where[of->sizes[r] + 1], still = 0;
+            int64_t *ids = of->made.ids + r * of->made.width, where[of->sizes[r] + 1], still = 0;
             int64_t *text = by->texts + of->owners[r] * by->stride + of->starts[r] + of->causals[r];
-            int32_t *fixed = of->fixed + r * of->width;
+            int32_t *fixed = of->made.fixed + r * of->made.width;
             uint8_t picked[of->sizes[r] + 1];
+            int32_t agreed = 0;
             for (int64_t i = 0; i < select; i++, next++) {
-                of->bad[r] |= room->bad[next];
-                text[i - select + 1] = of->chosen[r * of->selected + i] = room->ids[next];
+                int64_t *place = text + i - select + 1, byte = room->ids[next];
+                of->made.bad[r] |= room->bad[next];
+                agreed += agreed == i && i + 1 < select && *place == byte;
+                *place = of->chosen[r * of->selected + i] = byte;
             }
+            if (step == 1) of->accepted[r] = agreed;
             if (select && of->sizes[r]) ids[0] = room->ids[next - 1], fixed[0] = step;
             for (int64_t i = 0; i < of->sizes[r]; i++)
                 if (ids[i] == of->mask) where[masked++] = i;
@@ -189,11 +203,11 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
                 fastblt_pick(of->rules[r], of->bounds[r], room->confidences + next, room->entropies + next, masked,
                              picked);
             for (int64_t k = 0; k < masked; k++, next++) {
-                of->bad[r] |= room->bad[next];
+                of->made.bad[r] |= room->bad[next];
                 if (picked[k]) ids[where[k]] = room->ids[next], fixed[where[k]] = step;
                 else still++;
             }
-            of->steps[r] = step;
+            of->made.steps[r] = step;
             if (still && step < of->mosts[r]) {
                 /* The next pass has the block's rows alone. */
                 places[left] = count, alive[left++] = r, count = place_block(room, count, of, r);
@@ -209,6 +223,43 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
     return failed;
 }
 
+/* The drafts behind verifications of requests [first, first + n): the byte behind what was accepted as a causal row on the
+ * latent that the last accepted row read, whose own byte opens a block of masks. Their lines in `next` begin at `first`. */
+static int follow(const struct part *parts, const struct plans *of, const struct latents *latents, const struct choice *by,
+                  int64_t first, int64_t n, int64_t threads, const struct room *room, struct spent *spent) {
+    int32_t owners[GROUP], starts[GROUP], sizes[GROUP], newest[GROUP], rules[GROUP], lasts[GROUP], mosts[GROUP],
+        untils[GROUP], ones[GROUP], reads[2 * GROUP], blocks[GROUP * of->next.width + 1], accepted[GROUP];
+    float bounds[GROUP];
+    int64_t chosen[GROUP], count = 0;
+    const int32_t *cut = of->reads;
+    for (int64_t r = 0; r < first; r++) cut += 2 * of->cuts[r];
+    for (int64_t r = first; r < first + n; cut += 2 * of->cuts[r++]) {
+        const int64_t *bytes = of->chosen + r * of->selected;
+        int32_t taken = of->accepted[r] + 1, most = of->lefts[r] - taken - 1;
+        int32_t size = of->follows[r] < most ? of->follows[r] : most, ended = size <= 0 || of->made.bad[r];
+        of->lines[r] = -1;
+        for (int32_t i = 0; i < taken && !ended; i++) ended = bytes[i] == by->eos;
+        if (ended) continue;
+        int32_t start = of->starts[r] + of->causals[r] - of->selects[r] + taken;
+        const int32_t *read = cut;
+        while (read[0] < start) read += 2;
+        of->lines[r] = (int32_t)(first + count);
+        owners[count] = of->owners[r], starts[count] = start, sizes[count] = size, newest[count] = read[1];
+        rules[count] = of->rules[r], lasts[count] = of->lasts[r], mosts[count] = of->mosts[r], bounds[count] = of->bounds[r];
+        untils[count] = start + 1 + size, ones[count] = 1;
+        reads[2 * count] = start + 1, reads[2 * count + 1] = read[1];
+        count++;
+    }
+    if (!count) return 0;
+    for (int64_t i = 0; i < GROUP * of->next.width; i++) blocks[i] = (int32_t)of->mask;
+    struct plans drafts = {
+        owners, starts, ones, ones, sizes, newest, ones, rules, lasts, mosts, starts, starts, untils, NULL, NULL,
+        bounds, reads, blocks, chosen, accepted, NULL, of->next, of->next, count, 1, of->mask, of->fed};
+    drafts.made.ids += first * of->next.width, drafts.made.fixed += first * of->next.width;
+    drafts.made.steps += first, drafts.made.bad += first, drafts.made.entropies += first * of->next.longest;
+    return steps(parts, &drafts, latents, by, 0, count, threads, room, spent);
+}
+
 /* Makes the steps of all plans; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
 int fastblt_decoder_steps(const struct part *parts, const struct plans *of, const struct latents *latents,
                           const struct choice *by, int64_t threads, struct spent *spent) {
@@ -220,14 +271,16 @@ int fastblt_decoder_steps(const struct part *parts, const struct plans *of, cons
     if (groups > of->count) groups = of->count;
     for (int64_t i = 0; i < MODULES; i++) size = parts[i].module->size > size ? parts[i].module->size : size;
     for (int64_t g = 0; g < groups; g++) {
-        int64_t rows = 0, beside = 0;
+        int64_t rows = 0, beside = 0, behind = 0;
         for (int64_t r = of->count * g / groups; r < of->count * (g + 1) / groups; r++) {
             int32_t from = of->scanned[r] < of->encoded[r] ? of->scanned[r] : of->encoded[r];
             int32_t end = of->starts[r] + of->causals[r], until = of->untils[r] > end ? of->untils[r] : end;
             rows += of->causals[r] + of->sizes[r];
             beside += until > from ? until - from : 0;
+            behind += of->follows[r] ? 1 + of->follows[r] : 0;
         }
         rows = beside > rows ? beside : rows;
+        rows = behind > rows ? behind : rows;
         most = rows > most ? rows : most;
     }
     int64_t each = sizeof(float) * (2 * size + by->vocabulary + 2) + 7 * sizeof(int32_t) + 2 * sizeof(int64_t) + 1;
@@ -248,7 +301,9 @@ int fastblt_decoder_steps(const struct part *parts, const struct plans *of, cons
             longs, longs + most, floats, floats + most * size, floats + 2 * most * size,
             floats + most * (2 * size + by->vocabulary), floats + most * (2 * size + by->vocabulary + 1),
             (uint8_t *)(ints + 7 * most)};
-        failed |= steps(parts, of, latents, by, first, n, groups > 1 ? 1 : threads, &room, &all);
+        int64_t each_pass = groups > 1 ? 1 : threads;
+        failed |= steps(parts, of, latents, by, first, n, each_pass, &room, &all);
+        failed |= follow(parts, of, latents, by, first, n, each_pass, &room, &all);
     }
     for (int64_t i = 0; i <= MODULES; i++) all.seconds[i] /= groups > 1 ? apart : 1;
     *spent = all;

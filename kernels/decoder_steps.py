@@ -8,14 +8,19 @@ are selected and give a byte each; the choice of a byte for these and for every 
 leaves nothing masked, or with its last. If nothing is masked then, its new bytes go on through entropy model and
 encoder as far as is asked for; and causal rows that begin as encoder states are encoded first where they were not.
 
+Selected rows over a draft verify it: how many bytes of it they agree with, is told. Behind it a request may draft
+anew: the byte after those is a causal row on the latent that the row before it read, and its own byte opens a block,
+whose bytes go on as above. It does not where the text has ended or would with the next byte.
+
 One call for each of these would cost a small model more than its arithmetic.
 
 Shapes: owners (state rows), starts (position of the first causal row), causals (how many there are), selects, sizes (of
 blocks), latents (the slot that a block reads), cuts (how many runs of causal rows read one latent each), rules, lasts
 (the step that fills what is left, 0: none), mosts (most steps), encoded and scanned (positions before which text has
-been through the modules) and untils (those before which it shall have been; 0: as far as it has): int32 [N], the rows
-of one array. bounds fp32 [N]. reads int32 [cuts, 2]: the position behind a run, and its latent's slot. blocks int32
-[sizes].
+been through the modules), untils (those before which it shall have been; 0: as far as it has), follows (the size of
+the block of a draft behind a verification, which has its rule, bound, last and most steps; 0: none) and lefts (how many
+bytes the text may still get): int32 [N], the rows of one array. bounds fp32 [N]. reads int32 [cuts, 2]: the position
+behind a run, and its latent's slot. blocks int32 [sizes].
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from kernels.stack import LatentsStruct
 #: The columns of a call's array.
 COLUMNS = (
     *("owners", "starts", "causals", "selects", "sizes", "latents", "cuts"),
-    *("rules", "lasts", "mosts", "encoded", "scanned", "untils"),
+    *("rules", "lasts", "mosts", "encoded", "scanned", "untils", "follows", "lefts"),
 )
 
 
@@ -59,18 +64,40 @@ class Plans:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What became of them: the bytes of selected rows int64 [N, most of them]; the ids of blocks int64 [N, widest],
-    where still masked [MASK]; the step that fixed each, int32 [N, widest] (0: none did); how many steps there were
-    int32 [N]; whether a row had no finite choice, bool [N]; the entropies (nats) of rows from `scanned` on, fp32
-    [N, most of them]; what the call spent."""
+class Made:
+    """What became of blocks: their ids int64 [n, widest], where still masked [MASK]; the step that fixed each, int32
+    [n, widest] (0: none did); how many steps there were int32 [n]; whether a row had no finite choice, bool [n]; the
+    entropies (nats) of rows from the first that was scanned on, fp32 [n, most of them]."""
 
-    chosen: np.ndarray
     ids: np.ndarray
     fixed: np.ndarray
     steps: np.ndarray
     bad: np.ndarray
     entropies: np.ndarray
+
+    @classmethod
+    def room(cls, count: int, width: int, longest: int) -> Made:
+        """Of `count` blocks."""
+        return cls(
+            np.empty((count, width), dtype=np.int64),
+            np.zeros((count, width), dtype=np.int32),
+            np.zeros(count, dtype=np.int32),
+            np.zeros(count, dtype=np.bool_),
+            np.empty((count, longest), dtype=np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of the plans: the bytes of selected rows int64 [N, most of them]; how many bytes of a draft they
+    agree with int32 [N]; their blocks; the line of `drafts` that has the draft behind each, int32 [N] (-1: there is
+    none); what the call spent."""
+
+    chosen: np.ndarray
+    accepted: np.ndarray
+    made: Made
+    lines: np.ndarray
+    drafts: Made
     spent: Spent
 
 
@@ -102,21 +129,22 @@ class DecoderSteps:
         """The steps of the plans. Raises MemoryError."""
         columns = plans.columns
         count, selected, width = columns.shape[1], int(plans["selects"].max()), int(plans["sizes"].max())
-        longest = max(int((plans["untils"] - plans["scanned"]).max()), 0)
-        chosen, ids = np.empty((count, selected), dtype=np.int64), np.empty((count, width), dtype=np.int64)
-        fixed, steps = np.zeros((count, width), dtype=np.int32), np.empty(count, dtype=np.int32)
-        bad = np.zeros(count, dtype=np.uint8)
-        entropies = np.empty((count, longest), dtype=np.float32)
+        longest, behind = max(int((plans["untils"] - plans["scanned"]).max()), 0), int(plans["follows"].max())
+        chosen = np.empty((count, selected), dtype=np.int64)
+        accepted, lines = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int32)
+        made = Made.room(count, width, longest)
+        drafts = Made.room(count if behind else 0, behind, behind + 1)
         spent = Spent()
         first, stride = columns.ctypes.data, columns.strides[0]
-        others = (plans.bounds, plans.reads, plans.blocks, chosen, ids, fixed, steps, bad, entropies)
+        others = (plans.bounds, plans.reads, plans.blocks, chosen, accepted, lines)
         assert self._call is not None
         if self._call(
             self._parts,
             _Plans(
                 *(first + at * stride for at in range(len(COLUMNS))),
                 *(one.ctypes.data for one in others),
-                *(count, selected, width, longest, self._mask, self._fed),
+                *(_Made.of(made), _Made.of(drafts)),
+                *(count, selected, self._mask, self._fed),
             ),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),
@@ -124,7 +152,7 @@ class DecoderSteps:
             spent,
         ):
             raise MemoryError("a module could not allocate its scratch space")
-        return Decoded(chosen, ids, fixed, steps, bad.view(bool), entropies, spent)
+        return Decoded(chosen, accepted, made, lines, drafts, spent)
 
 
 def available() -> bool:
@@ -132,11 +160,24 @@ def available() -> bool:
     return choice.available() and _entry() is not None
 
 
+class _Made(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "fixed", "steps", "bad", "entropies")),
+        *((name, ctypes.c_int64) for name in ("width", "longest")),
+    ]
+
+    @classmethod
+    def of(cls, made: Made) -> _Made:
+        arrays = (made.ids, made.fixed, made.steps, made.bad, made.entropies)
+        return cls(*(array.ctypes.data for array in arrays), made.ids.shape[1], made.entropies.shape[1])
+
+
 class _Plans(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*COLUMNS, "bounds", "reads", "blocks")),
-        *((name, ctypes.c_void_p) for name in ("chosen", "ids", "fixed", "steps", "bad", "entropies")),
-        *((name, ctypes.c_int64) for name in ("count", "selected", "width", "longest", "mask", "fed")),
+        *((name, ctypes.c_void_p) for name in ("chosen", "accepted", "lines")),
+        *((name, _Made) for name in ("made", "next")),
+        *((name, ctypes.c_int64) for name in ("count", "selected", "mask", "fed")),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`auto`: every round drafts as a controller says when it begins, in any lossless way; bytes do not depend on it."""
+"""`auto`: every round drafts as a controller says, in any lossless way; bytes do not depend on it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from kernels.unmasking import ONE_STEP
 from server.decoding.blt import Blt
-from server.decoding.blt_dv import BltDV
+from server.decoding.blt_dv import BltDV, go_on
 from server.decoding.blt_s import BltS
-from server.decoding.method import Method, Outcome, Plan, Progress, Unmask
+from server.decoding.method import WENT_ON, Method, Outcome, Plan, Progress, Unmask
 from server.request import DecodingMethod
+
+#: How BLT-DV drafts here.
+_ONE_STEP = Unmask(ONE_STEP, 0.0)
 
 
 @dataclass(frozen=True)
@@ -29,30 +32,44 @@ class Auto:
         self._inner: Method = Blt()
         self._between = True
         self._begun = False
+        #: Of the next round, where that was asked for already.
+        self._next: Draft | None = None
         #: Of the round that is under way, or was the last.
         self.draft = Draft()
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         if self._between:
-            # The first pass gives the first byte at once, whatever will be drafted later.
-            self.draft = self._choose() if self._begun else Draft()
-            self._inner = _method(self.draft)
-            self._between = False
-        return self._inner.plan(known, computed, left)
+            self._begin()
+        plan = self._inner.plan(known, computed, left)
+        if plan.select > 1:
+            # A verification may go on with the next draft, if that is a block.
+            plan.stop_after(1)
+            self._next = self._choose()
+            if self._next.method == DecodingMethod.BLT_DV:
+                go_on(plan, self._next.length, _ONE_STEP, 1)
+        return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
+        if plan is WENT_ON:
+            self._begin()
         progress = self._inner.advance(plan, outcome)
         if not plan.draft:
             self._between = self._begun = True
         return progress
 
+    def _begin(self) -> None:
+        # The first pass gives the first byte at once, whatever will be drafted later.
+        self.draft = self._next or (self._choose() if self._begun else Draft())
+        self._inner = _method(self.draft)
+        self._between, self._next = False, None
+
     def reset(self) -> None:
-        self._between, self._begun = True, False
+        self._between, self._begun, self._next = True, False, None
 
 
 def _method(draft: Draft) -> Method:
     if draft.method == DecodingMethod.BLT_S:
         return BltS(draft.length, begun=True)
     if draft.method == DecodingMethod.BLT_DV:
-        return BltDV(draft.length, Unmask(ONE_STEP, 0.0), None, begun=True)
+        return BltDV(draft.length, _ONE_STEP, None, begun=True)
     return Blt()

@@ -10,6 +10,11 @@ from server.decoding.blt_s import settle, verify
 from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
+def go_on(plan: Plan, size: int, unmask: Unmask, steps: int) -> None:
+    """Let a verification go on with the draft of a block of up to `size`, filled in up to so many steps."""
+    plan.follow, plan.unmask, plan.repeat = size, unmask, 1 + steps
+
+
 class BltDV:
     """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after
     it for the rest. Verify as BLT-S does. `begun`: the request has had its first pass."""
@@ -33,13 +38,17 @@ class BltDV:
         self._begun = begun
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
-        if self._drafted:
-            return verify(self._block, known, computed, paper=self._paper)
         step = self._unmask
         if self._max_steps is not None:
-            step = replace(step, left=self._max_steps - self._steps)
+            # A verification goes on with the next draft, which begins to count anew.
+            step = replace(step, left=self._max_steps - (0 if self._drafted else self._steps))
         # Every step fixes a byte.
         repeat = 1 if step.fills else self._size
+        if self._drafted:
+            plan = verify(self._block, known, computed, paper=self._paper)
+            if not self._paper:
+                go_on(plan, self._size, step, repeat)
+            return plan
         if self._block:
             return Plan(
                 known,

@@ -43,8 +43,10 @@ class Plan:
 
     A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
     `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
-    A plan with a block may go on up to `repeat` steps, until nothing is masked. Whoever runs the plan may stop it after
-    any row or step.
+    A plan with a block may go on up to `repeat` steps, until nothing is masked. A verification behind which the method
+    would draft a block of up to `follow` bytes, on the byte it gives as a causal row, may go on with that draft as its
+    `unmask` says, up to `repeat` passes with its own: the draft is then settled under the plan `WENT_ON`, for which the
+    method was not asked. Whoever runs the plan may stop it after any row or step.
     """
 
     start: int
@@ -58,6 +60,7 @@ class Plan:
     scan_to: int = 0
     if_open: Plan | None = None
     repeat: int = 1
+    follow: int = 0
     #: How many rows there are, and the position after the last causal one; every pass asks several times.
     rows: int = field(init=False)
     end: int = field(init=False)
@@ -70,9 +73,15 @@ class Plan:
         """Go on by itself no further than `repeat` rows, or steps."""
         if repeat < self.repeat:
             self.repeat = repeat
+            if repeat == 1:
+                self.follow = 0
             if self.draft and not self.block_ids:
                 # Its last byte will not be there.
                 self.scan_to = 0
+
+
+#: Stands for the plan of a draft with which a verification went on.
+WENT_ON = Plan(0, 0, upstream=False, draft=True)
 
 
 @dataclass(slots=True)

@@ -259,12 +259,14 @@ class Engine:
         for sequence, result in zip(batch, results, strict=True):
             sequence.last_pass = self._passes
             try:
-                delta = self._settler.settle(sequence, result)
+                if (delta := self._settler.settle(sequence, result)) is not None:
+                    deltas.append(delta)
+                # Its row is gone if the text has ended.
+                then = result.then if sequence.row else None
+                if then is not None and (delta := self._settler.follow(sequence, then)) is not None:
+                    deltas.append(delta)
             except Exception as error:
                 deltas += self._give_up([sequence], error)
-                continue
-            if delta is not None:
-                deltas.append(delta)
         return deltas
 
     def stats(self) -> EngineStats:
@@ -334,7 +336,8 @@ class Engine:
             if not sequence.prefilling:
                 plan = sequence.method.plan(known, decoded, sequence.left)
                 if plan.repeat > 1:
-                    most = self._most_steps[plan.draft or bool(plan.block_ids)] if sequence.unwatched else 1
+                    own = plan.draft or bool(plan.block_ids or plan.follow)
+                    most = self._most_steps[own] if sequence.unwatched else 1
                     plan.stop_after(most)
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan

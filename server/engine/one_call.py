@@ -3,11 +3,9 @@ step after step, verifications with the choice of their bytes. On a CPU, for mod
 
 from __future__ import annotations
 
-from collections import abc
-
 import numpy as np
 
-from kernels.decoder_steps import DecoderSteps, Plans
+from kernels.decoder_steps import DecoderSteps, Made, Plans
 from kernels.multi_step import OPENED, MultiStep, Spent
 from kernels.unmasking import ONE_STEP
 from models.patching import PatchRule
@@ -17,21 +15,12 @@ from server.engine.choosing import Chooser, Result
 from server.engine.cost import DRAFT, STEP
 from server.engine.layout import read_by
 from server.engine.passes import Passes
+from server.engine.picks import Draft
 from server.engine.sequence import Sequence
 from server.request import Ledger
 
 #: Of a plan without a block.
 _NO_STEP = Unmask(ONE_STEP, 0.0)
-
-
-def agreeing(targets: abc.Sequence[int], drafted: abc.Sequence[int]) -> int:
-    """How many drafted bytes are the targets, up to the first that is not: `kernels.verification` on the host."""
-    count = 0
-    for target, byte in zip(targets, drafted, strict=False):
-        if target != byte:
-            break
-        count += 1
-    return count
 
 
 def _columns(numbers: list[int], count: int) -> np.ndarray:
@@ -125,8 +114,9 @@ class OneCall:
             bounds.append(step.bound)
             numbers += (
                 *(sequence.row, plan.start, plan.causal, plan.select, len(plan.block_ids), newest, len(own)),
-                *(step.rule, step.left or 0, plan.repeat, sequence.encoded, sequence.scanned),
-                plan.scan_to if plan.scan_to > sequence.scanned else 0,
+                *(step.rule, step.left or 0, plan.repeat - 1 if plan.follow else plan.repeat),
+                *(sequence.encoded, sequence.scanned, plan.scan_to if plan.scan_to > sequence.scanned else 0),
+                *(plan.follow, sequence.left if plan.follow else 0),
             )
             sequence.ledger.decoder += 1
         sampled, truncated, _ = self._chooser.needs(sequences)
@@ -137,16 +127,16 @@ class OneCall:
             np.array(block_ids, dtype=np.int32),
         )
         decoded = self._passes.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
-        chosen, blocks, every = decoded.chosen.tolist(), decoded.ids.tolist(), decoded.steps.tolist()
-        entropies, fed = decoded.entropies.tolist(), self._fed
+        made, fed = decoded.made, self._fed
+        chosen, accepted, lines = decoded.chosen.tolist(), decoded.accepted.tolist(), decoded.lines.tolist()
+        blocks, every, entropies = made.ids.tolist(), made.steps.tolist(), made.entropies.tolist()
         results: list[Result] = []
         for at, (sequence, plan, steps) in enumerate(zip(sequences, plans, every, strict=True)):
             ledger = sequence.ledger
             result = Result(steps=steps)
             if plan.select:
-                ids = chosen[at]
-                result.accepted = agreeing(ids, sequence.draft[: plan.select - 1])
-                result.ids = ids[: result.accepted + 1]
+                result.accepted = accepted[at]
+                result.ids = chosen[at][: result.accepted + 1]
             if plan.block_ids:
                 block = result.block_ids = blocks[at][: len(plan.block_ids)]
                 result.block_done = MASK_ID not in block
@@ -161,17 +151,44 @@ class OneCall:
                 sequence.encoded = plan.scan_to
                 result.entropies = entropies[at][: plan.scan_to - sequence.scanned]
             results.append(result)
-        if decoded.bad.any():
-            for result, bad in zip(results, decoded.bad.tolist(), strict=True):
+        if made.bad.any():
+            for result, bad in zip(results, made.bad.tolist(), strict=True):
                 result.bad = bad
-        most = max(every)
-        self._ledger.decoder += most
-        self._work.append(("decoder", sum(plan.rows for plan in plans)))
-        if most > 1:
-            sizes = asked["sizes"]
-            self._work += [("decoder", int(sizes[decoded.steps > step].sum())) for step in range(1, most)]
+        rows, sizes = sum(plan.rows for plan in plans), asked["sizes"]
+        self._block_steps(rows, sizes, made.steps)
+        if len(decoded.drafts.steps):
+            self._drafts(sequences, results, lines, decoded.drafts)
         self._beside(decoded.spent)
         return results
+
+    def _drafts(self, sequences: list[Sequence], results: list[Result], lines: list[int], drafts: Made) -> None:
+        """Behind the results of verifications those of the drafts with which the call went on."""
+        ids, every, entropies = drafts.ids.tolist(), drafts.steps.tolist(), drafts.entropies.tolist()
+        bad, sizes = drafts.bad.tolist(), [0] * len(every)
+        for sequence, result, line in zip(sequences, results, lines, strict=True):
+            if line < 0:
+                continue
+            plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), every[line]
+            assert plan is not None
+            size = min(plan.follow, sequence.left - taken - 1)
+            block, end = ids[line][:size], plan.end - plan.select + taken + 1
+            sizes[line] = size
+            done = MASK_ID not in block
+            ledger.decoder += steps
+            ledger.encoder += self._fed + done
+            ledger.patcher += done
+            encoded = end + size if done else end if self._fed else end - 1
+            result.then = Draft((), 0, block, (), done, steps, bad[line], entropies[line][: size + 1], encoded)
+        self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), np.array(sizes), drafts.steps)
+
+    def _block_steps(self, rows: int, sizes: np.ndarray, steps: np.ndarray) -> None:
+        """The decoder's passes into ledger and work: one of all rows, and for blocks, of such sizes, further ones."""
+        most = int(steps.max())
+        if not most:
+            return
+        self._ledger.decoder += most
+        self._work.append(("decoder", rows))
+        self._work += [("decoder", int(sizes[steps > step].sum())) for step in range(1, most)]
 
     def _steps_taken(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
         """The passes of single rows into ledger and work: of each step those who took part in it."""

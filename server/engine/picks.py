@@ -6,7 +6,7 @@ Picks are first those of all causal rows, then those of all blocks, each padded 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Result(Outcome):
 
     `logprobs` go with `ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats) are
     those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it. `more` rows than the plan
-    had were computed.
+    had were computed. `then` is the draft with which the call went on behind a verification.
     """
 
     logprobs: list[ByteLogprobs] | None = None
@@ -58,6 +58,17 @@ class Result(Outcome):
     entropies: list[float] | None = None
     scores: list[ByteLogprobs] | None = None
     more: int = 0
+    then: Draft | None = None
+
+
+@dataclass(slots=True)
+class Draft(Outcome):
+    """The outcome of a draft with which a call went on, as a Result has it. The encoder has had the rows before
+    position `encoded`."""
+
+    bad: bool = False
+    entropies: list[float] = field(default_factory=list)
+    encoded: int = 0
 
 
 class CausalPicks:

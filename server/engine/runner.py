@@ -172,7 +172,7 @@ class Runner:
         plan = sequence.plan
         assert plan is not None
         if self.one_call is not None:
-            if plan.repeat > 1 and not plan.block_ids:
+            if plan.repeat > 1 and not plan.block_ids and not plan.follow:
                 return self.one_call.go_on
             if sequence.unwatched and plan.causal <= _FEW:
                 return self.one_call.decode

@@ -67,15 +67,16 @@ class Scheduler:
         length = plan.start + plan.rows
         if plan.scan_to > length:
             length = plan.scan_to
-        if plan.repeat > 1 and not plan.block_ids:
-            further = max(length, plan.end + plan.repeat)
-            if not self._caches.reserve(sequence.row, further, sequence.closed):
-                # Nobody is preempted for what a later pass can do.
-                plan.stop_after(1)
         # Every row may turn out to close a patch; what was not needed goes back after the pass.
         patches = sequence.closed + plan.provisional
         if plan.end > sequence.scanned:
             patches += plan.end - sequence.scanned
+        if plan.repeat > 1 and not plan.block_ids:
+            further = plan.end + (1 + plan.follow if plan.follow else plan.repeat)
+            if self._caches.reserve(sequence.row, further if further > length else length, patches):
+                return True
+            # Nobody is preempted for what a later pass can do.
+            plan.stop_after(1)
         while not self._caches.reserve(sequence.row, length, patches):
             # The youngest of those that matter least.
             victim = max(reversed(self.running), key=lambda s: s.request.priority)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from models.accounting import ModuleParameters, gb, gb_paper
 from models.patching import PatchRule
 from server.decoding.auto import Auto
-from server.decoding.method import Plan, Progress
+from server.decoding.method import WENT_ON, Plan, Progress
 from server.engine.caches import Caches
 from server.engine.controller import Controller
-from server.engine.picks import Result
+from server.engine.picks import Draft, Result
 from server.engine.prefix_cache import PrefixCache
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -68,9 +68,7 @@ class Settler:
             sequence.score(result.scores)
             result.bad |= any(math.isnan(score.logprob) for score in result.scores)
         if result.bad:
-            self._prefix.forget(sequence)
-            text = "the model produced NaN or infinity for this request"
-            return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
+            return self._not_finite(sequence)
         if plan.draft and sequence.plain and not plan.upstream:
             # Nothing stays computed, no page is done with, and nobody has news.
             progress = sequence.method.advance(plan, result)
@@ -113,6 +111,23 @@ class Settler:
         patches = sequence.closed + (sequence.provisional is not None)
         self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
         return delta
+
+    def follow(self, sequence: Sequence, draft: Draft) -> Delta | None:
+        """Apply what the draft behind a verification gave, once that has been settled; the news of it, if any."""
+        if draft.bad:
+            return self._not_finite(sequence)
+        progress = sequence.method.advance(WENT_ON, draft)
+        sequence.ledger.steps += progress.steps
+        sequence.draft = progress.draft
+        sequence.encoded = draft.encoded
+        if draft.block_done:
+            sequence.scan(draft.entropies, self._rule)
+        return None
+
+    def _not_finite(self, sequence: Sequence) -> Delta:
+        self._prefix.forget(sequence)
+        text = "the model produced NaN or infinity for this request"
+        return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
 
     def _count(self, sequence: Sequence, progress: Progress) -> None:
         """What drafting did, into the ledgers, and to the controller of `auto`."""
