@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.decoder_steps import Decoded, DecoderSteps, Made, Plans
+from kernels.decoder_steps import SINGLE_ROWS, Decoded, DecoderSteps, Made, Plans
 from kernels.multi_step import OPENED, MultiStep, Spent, Steps
 from models.accounting import ModuleParameters
 from server.engine.caches import Caches
@@ -90,15 +90,23 @@ class Recorder:
             result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
             sizes, selects, behind = plans["sizes"], plans["selects"], result.lines >= 0
+            encoded: list[int] = []
             rows, chosen = _of_blocks(plans["causals"], selects, sizes, result.made)
             if behind.any():
                 lines, lefts = result.lines[behind], plans["lefts"][behind]
                 own = np.zeros(len(result.drafts.steps), dtype=np.int32)
                 own[lines] = np.minimum(plans["follows"][behind], lefts - result.accepted[behind] - 2)
-                ones = np.minimum(own, 1)
-                for all_, further in zip((rows, chosen), _of_blocks(ones, ones, own, result.drafts), strict=True):
-                    all_ += further
-            self._share(result.spent, taken, {"decode": rows, "logits": chosen})
+                made, singles = result.drafts, np.zeros(len(own), dtype=bool)
+                singles[lines] = plans["rules"][behind] == SINGLE_ROWS
+                if own[~singles].any():
+                    blocks = replace(made, steps=np.where(singles, 0, made.steps))
+                    ones = (~singles & (own > 0)).astype(np.int32)
+                    further = _of_blocks(ones, ones, np.where(singles, 0, own), blocks)
+                    rows, chosen = rows + further[0], chosen + further[1]
+                each = np.where(singles, made.steps, 0)
+                steps = [int((each > at).sum()) for at in range(int(each.max()))]
+                rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
+            self._share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if step.fed else []})
             return result
 
         return timed

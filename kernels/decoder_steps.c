@@ -7,12 +7,10 @@
 #include "choice.h"
 #include "stack.c"
 #include "part.h"
-
-/* Requests of a group: few, so that there are groups for every thread and nobody waits long for another's step. */
-#define GROUP 4
+#include "single_rows.h"
 
 /* As in unmasking.py. */
-enum { BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
+enum { SINGLE_ROWS = -1, BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
 
 /* What became of blocks, a line for each: ids [.., width], the steps that fixed them, how many there were, whether a row
  * had no finite choice, and the entropies of what was scanned [.., longest]. */
@@ -27,7 +25,7 @@ struct made {
 /* By request: its state row; where its causal rows start, how many there are, and how many of the last give a byte; its
  * block's size; the latent that the block reads, and how many cuts its causal rows have; rule and bound; the step that
  * fills what is left, 0 where none does; most steps; up to where its text has been encoded and scanned, and shall be; how
- * large the block of a draft behind it may be, and how many bytes its text may still get. One behind another: the cuts
+ * long a draft behind it may be, a block or single rows by its rule, and how many bytes its text may still get. One behind another: the cuts
  * (position before which rows read a latent, and its slot), and the ids of blocks.
  * Of what became of it: the causal rows' bytes [count, most selected]; how many of the bytes that stood in their place
  * they agree with; the line in `next` of the draft behind it, -1 where none was made; the rest in `made`. `fed`: causal
@@ -47,8 +45,9 @@ struct plans {
 struct room {
     int32_t *owners, *positions, *firsts, *highs, *latents, *block, *choosers;
     int64_t *targets, *ids;
-    float *x, *chosen_from, *logits, *confidences, *entropies;
+    float *x, *chosen_from, *logits, *confidences, *entropies, *scratch;
     uint8_t *bad;
+    int64_t rows, each;
 };
 
 /* Which of `count` masked positions a step fixes, by the rules of unmasking.py: NaN of a bad row comes last. */
@@ -223,14 +222,64 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
     return failed;
 }
 
-/* The drafts behind verifications of requests [first, first + n): the byte behind what was accepted as a causal row on the
- * latent that the last accepted row read, whose own byte opens a block of masks. Their lines in `next` begin at `first`. */
+/* Drafts of a group behind verifications: blocks, or single rows. */
+struct drafts {
+    int32_t owners[GROUP], starts[GROUP], sizes[GROUP], latents[GROUP], rules[GROUP], lasts[GROUP], mosts[GROUP],
+        untils[GROUP], ones[GROUP], reads[2 * GROUP], request[GROUP];
+    float bounds[GROUP];
+    int64_t n;
+};
+
+static void add_draft(struct drafts *to, const struct plans *of, int64_t r, int32_t start, int32_t size, int32_t latent) {
+    int64_t k = to->n++;
+    to->request[k] = (int32_t)r, to->owners[k] = of->owners[r], to->starts[k] = start, to->sizes[k] = size;
+    to->latents[k] = to->reads[2 * k + 1] = latent, to->reads[2 * k] = start + 1, to->ones[k] = 1;
+    to->rules[k] = of->rules[r], to->bounds[k] = of->bounds[r], to->lasts[k] = of->lasts[r], to->mosts[k] = of->mosts[r];
+    to->untils[k] = start + 1 + size;
+}
+
+/* Blocks of masks behind a causal row each, whose own byte opens them, into the lines of `next` from `line` on. */
+static int draft_blocks(const struct part *parts, const struct plans *of, const struct drafts *these,
+                        const struct latents *latents, const struct choice *by, int64_t line, int64_t threads,
+                        const struct room *room, struct spent *spent) {
+    struct made to = of->next;
+    int32_t masks[GROUP * to.width], accepted[GROUP];
+    int64_t chosen[GROUP];
+    for (int64_t i = 0; i < GROUP * to.width; i++) masks[i] = (int32_t)of->mask;
+    to.ids += line * to.width, to.fixed += line * to.width, to.entropies += line * to.longest;
+    to.steps += line, to.bad += line;
+    struct plans plans = {
+        these->owners, these->starts, these->ones, these->ones, these->sizes, these->latents, these->ones, these->rules,
+        these->lasts, these->mosts, these->starts, these->starts, these->untils, NULL, NULL, these->bounds, these->reads,
+        masks, chosen, accepted, NULL, to, to, these->n, 1, of->mask, of->fed};
+    return steps(parts, &plans, latents, by, 0, these->n, threads, room, spent);
+}
+
+/* Single rows likewise: a draft that may be whole is scanned and encoded. */
+static int draft_rows(const struct part *parts, const struct plans *of, const struct drafts *these,
+                      const struct latents *latents, const struct choice *by, int64_t line, int64_t threads,
+                      const struct room *room, struct spent *spent) {
+    int32_t limits[GROUP], scans[GROUP], opened[GROUP], fresh[GROUP], scanned[GROUP];
+    struct made to = of->next;
+    struct rule rule = {0, 0, of->fed};
+    struct stretch beside = {room->owners, room->positions, room->highs, room->rows};
+    for (int64_t k = 0; k < these->n; k++) {
+        int whole = these->sizes[k] <= these->mosts[k];
+        limits[k] = whole ? these->sizes[k] : these->mosts[k], scans[k] = whole ? these->sizes[k] + 1 : 0;
+        opened[k] = -1, fresh[k] = of->fed != 0, scanned[k] = 0, to.steps[line + k] = 0;
+    }
+    struct requests requests = {
+        these->owners, these->starts, these->latents, limits, scans, opened, fresh, to.steps + line, scanned,
+        to.ids + line * to.width, to.entropies + line * to.width, to.bad + line, these->n, to.width};
+    return single_rows(parts, &requests, latents, by, &rule, 0, these->n, room->scratch, room->x,
+                       room->scratch + GROUP * room->each, threads, &beside, spent);
+}
+
+/* The drafts behind verifications of requests [first, first + n): over the byte behind what was accepted, on the latent
+ * that the last accepted row read. Their lines in `next` begin at `first`. */
 static int follow(const struct part *parts, const struct plans *of, const struct latents *latents, const struct choice *by,
                   int64_t first, int64_t n, int64_t threads, const struct room *room, struct spent *spent) {
-    int32_t owners[GROUP], starts[GROUP], sizes[GROUP], newest[GROUP], rules[GROUP], lasts[GROUP], mosts[GROUP],
-        untils[GROUP], ones[GROUP], reads[2 * GROUP], blocks[GROUP * of->next.width + 1], accepted[GROUP];
-    float bounds[GROUP];
-    int64_t chosen[GROUP], count = 0;
+    struct drafts blocks = {.n = 0}, rows = {.n = 0};
     const int32_t *cut = of->reads;
     for (int64_t r = 0; r < first; r++) cut += 2 * of->cuts[r];
     for (int64_t r = first; r < first + n; cut += 2 * of->cuts[r++]) {
@@ -243,21 +292,12 @@ static int follow(const struct part *parts, const struct plans *of, const struct
         int32_t start = of->starts[r] + of->causals[r] - of->selects[r] + taken;
         const int32_t *read = cut;
         while (read[0] < start) read += 2;
-        of->lines[r] = (int32_t)(first + count);
-        owners[count] = of->owners[r], starts[count] = start, sizes[count] = size, newest[count] = read[1];
-        rules[count] = of->rules[r], lasts[count] = of->lasts[r], mosts[count] = of->mosts[r], bounds[count] = of->bounds[r];
-        untils[count] = start + 1 + size, ones[count] = 1;
-        reads[2 * count] = start + 1, reads[2 * count + 1] = read[1];
-        count++;
+        add_draft(of->rules[r] == SINGLE_ROWS ? &rows : &blocks, of, r, start, size, read[1]);
     }
-    if (!count) return 0;
-    for (int64_t i = 0; i < GROUP * of->next.width; i++) blocks[i] = (int32_t)of->mask;
-    struct plans drafts = {
-        owners, starts, ones, ones, sizes, newest, ones, rules, lasts, mosts, starts, starts, untils, NULL, NULL,
-        bounds, reads, blocks, chosen, accepted, NULL, of->next, of->next, count, 1, of->mask, of->fed};
-    drafts.made.ids += first * of->next.width, drafts.made.fixed += first * of->next.width;
-    drafts.made.steps += first, drafts.made.bad += first, drafts.made.entropies += first * of->next.longest;
-    return steps(parts, &drafts, latents, by, 0, count, threads, room, spent);
+    for (int64_t k = 0; k < blocks.n; k++) of->lines[blocks.request[k]] = (int32_t)(first + k);
+    for (int64_t k = 0; k < rows.n; k++) of->lines[rows.request[k]] = (int32_t)(first + blocks.n + k);
+    int failed = blocks.n && draft_blocks(parts, of, &blocks, latents, by, first, threads, room, spent);
+    return failed | (rows.n && draft_rows(parts, of, &rows, latents, by, first + blocks.n, threads, room, spent));
 }
 
 /* Makes the steps of all plans; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
@@ -284,7 +324,8 @@ int fastblt_decoder_steps(const struct part *parts, const struct plans *of, cons
         most = rows > most ? rows : most;
     }
     int64_t each = sizeof(float) * (2 * size + by->vocabulary + 2) + 7 * sizeof(int32_t) + 2 * sizeof(int64_t) + 1;
-    int64_t share = (most * each + 7) / 8 * 8;
+    int64_t each_step, stepping = step_floats(parts, by->vocabulary, &each_step);
+    int64_t share = (most * each + stepping * sizeof(float) + 7) / 8 * 8;
     char *memory = malloc(apart * share);
     if (!memory) return 1;
     struct spent all = {0};
@@ -294,13 +335,13 @@ int fastblt_decoder_steps(const struct part *parts, const struct plans *of, cons
         int64_t first = of->count * g / groups, n = of->count * (g + 1) / groups - first;
         /* Widest first, so that all are aligned. */
         int64_t *longs = (int64_t *)(memory + omp_get_thread_num() * share);
-        float *floats = (float *)(longs + 2 * most);
-        int32_t *ints = (int32_t *)(floats + most * (2 * size + by->vocabulary + 2));
+        float *floats = (float *)(longs + 2 * most), *scratch = floats + most * (2 * size + by->vocabulary + 2);
+        int32_t *ints = (int32_t *)(scratch + stepping);
         struct room room = {
             ints, ints + most, ints + 2 * most, ints + 3 * most, ints + 4 * most, ints + 5 * most, ints + 6 * most,
             longs, longs + most, floats, floats + most * size, floats + 2 * most * size,
             floats + most * (2 * size + by->vocabulary), floats + most * (2 * size + by->vocabulary + 1),
-            (uint8_t *)(ints + 7 * most)};
+            scratch, (uint8_t *)(ints + 7 * most), most, each_step};
         int64_t each_pass = groups > 1 ? 1 : threads;
         failed |= steps(parts, of, latents, by, first, n, each_pass, &room, &all);
         failed |= follow(parts, of, latents, by, first, n, each_pass, &room, &all);

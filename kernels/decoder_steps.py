@@ -9,16 +9,17 @@ leaves nothing masked, or with its last. If nothing is masked then, its new byte
 encoder as far as is asked for; and causal rows that begin as encoder states are encoded first where they were not.
 
 Selected rows over a draft verify it: how many bytes of it they agree with, is told. Behind it a request may draft
-anew: the byte after those is a causal row on the latent that the row before it read, and its own byte opens a block,
-whose bytes go on as above. It does not where the text has ended or would with the next byte.
+anew: the byte after those is a causal row on the latent that the row before it read. Its own byte opens a block of
+masks, whose bytes go on as above; or, by the rule SINGLE_ROWS, is the next such row, and so on, as in
+`kernels.multi_step`. It does not where the text has ended or would with the next byte.
 
 One call for each of these would cost a small model more than its arithmetic.
 
 Shapes: owners (state rows), starts (position of the first causal row), causals (how many there are), selects, sizes (of
 blocks), latents (the slot that a block reads), cuts (how many runs of causal rows read one latent each), rules, lasts
 (the step that fills what is left, 0: none), mosts (most steps), encoded and scanned (positions before which text has
-been through the modules), untils (those before which it shall have been; 0: as far as it has), follows (the size of
-the block of a draft behind a verification, which has its rule, bound, last and most steps; 0: none) and lefts (how many
+been through the modules), untils (those before which it shall have been; 0: as far as it has), follows (the length of
+a draft behind a verification, which has its rule, bound, last and most steps or rows; 0: none) and lefts (how many
 bytes the text may still get): int32 [N], the rows of one array. bounds fp32 [N]. reads int32 [cuts, 2]: the position
 behind a run, and its latent's slot. blocks int32 [sizes].
 """
@@ -48,6 +49,10 @@ COLUMNS = (
 )
 
 
+#: The rule of a draft that is no block.
+SINGLE_ROWS = -1
+
+
 @dataclass(frozen=True)
 class Plans:
     """What the requests ask for: `columns`, the rest as the module says."""
@@ -65,9 +70,9 @@ class Plans:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of blocks: their ids int64 [n, widest], where still masked [MASK]; the step that fixed each, int32
-    [n, widest] (0: none did); how many steps there were int32 [n]; whether a row had no finite choice, bool [n]; the
-    entropies (nats) of rows from the first that was scanned on, fp32 [n, most of them]."""
+    """What became of blocks, or single rows: their ids int64 [n, widest or more], where still masked [MASK]; the step
+    that fixed each of a block, int32 likewise (0: none did); how many steps there were int32 [n]; whether a row had no
+    finite choice, bool [n]; the entropies (nats) of rows from the first that was scanned on, fp32 [n, most of them]."""
 
     ids: np.ndarray
     fixed: np.ndarray
@@ -122,7 +127,8 @@ class DecoderSteps:
         self._latents = LatentsStruct.of(latents)
         self._choices = Choices(draws, head, ids)
         self._mask = mask
-        self._fed = fed
+        #: Whether causal rows begin as encoder states.
+        self.fed = fed
         self._call = _entry()
 
     def __call__(self, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
@@ -133,7 +139,7 @@ class DecoderSteps:
         chosen = np.empty((count, selected), dtype=np.int64)
         accepted, lines = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int32)
         made = Made.room(count, width, longest)
-        drafts = Made.room(count if behind else 0, behind, behind + 1)
+        drafts = Made.room(count if behind else 0, behind + 1, behind + 1)
         spent = Spent()
         first, stride = columns.ctypes.data, columns.strides[0]
         others = (plans.bounds, plans.reads, plans.blocks, chosen, accepted, lines)
@@ -144,7 +150,7 @@ class DecoderSteps:
                 *(first + at * stride for at in range(len(COLUMNS))),
                 *(one.ctypes.data for one in others),
                 *(_Made.of(made), _Made.of(drafts)),
-                *(count, selected, self._mask, self._fed),
+                *(count, selected, self._mask, self.fed),
             ),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),

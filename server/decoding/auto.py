@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kernels.unmasking import ONE_STEP
 from server.decoding.blt import Blt
-from server.decoding.blt_dv import BltDV, go_on
+from server.decoding.blt_dv import BltDV
 from server.decoding.blt_s import BltS
 from server.decoding.method import WENT_ON, Method, Outcome, Plan, Progress, Unmask
 from server.request import DecodingMethod
@@ -42,11 +42,14 @@ class Auto:
             self._begin()
         plan = self._inner.plan(known, computed, left)
         if plan.select > 1:
-            # A verification may go on with the next draft, if that is a block.
+            # A verification goes on with the next round's draft.
             plan.stop_after(1)
             self._next = self._choose()
+            length = self._next.length
             if self._next.method == DecodingMethod.BLT_DV:
-                go_on(plan, self._next.length, _ONE_STEP, 1)
+                plan.draft_next(length, _ONE_STEP, 1)
+            elif length:
+                plan.draft_next(length, None, length)
         return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:

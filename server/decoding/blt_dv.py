@@ -10,11 +10,6 @@ from server.decoding.blt_s import settle, verify
 from server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
-def go_on(plan: Plan, size: int, unmask: Unmask, steps: int) -> None:
-    """Let a verification go on with the draft of a block of up to `size`, filled in up to so many steps."""
-    plan.follow, plan.unmask, plan.repeat = size, unmask, 1 + steps
-
-
 class BltDV:
     """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after
     it for the rest. Verify as BLT-S does. `begun`: the request has had its first pass."""
@@ -47,7 +42,7 @@ class BltDV:
         if self._drafted:
             plan = verify(self._block, known, computed, paper=self._paper)
             if not self._paper:
-                go_on(plan, self._size, step, repeat)
+                plan.draft_next(self._size, step, repeat)
             return plan
         if self._block:
             return Plan(

@@ -50,7 +50,10 @@ class BltS:
             return Plan(
                 start, 1, upstream, draft=True, select=1, provisional=self._paper, scan_to=scan_to, repeat=repeat
             )  # fmt: skip
-        return verify(self._draft, known, computed, paper=self._paper)
+        plan = verify(self._draft, known, computed, paper=self._paper)
+        if self._draft and not self._paper:
+            plan.draft_next(self._length, None, self._length)
+        return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if plan.draft:

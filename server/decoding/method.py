@@ -44,9 +44,9 @@ class Plan:
     A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
     `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
     A plan with a block may go on up to `repeat` steps, until nothing is masked. A verification behind which the method
-    would draft a block of up to `follow` bytes, on the byte it gives as a causal row, may go on with that draft as its
-    `unmask` says, up to `repeat` passes with its own: the draft is then settled under the plan `WENT_ON`, for which the
-    method was not asked. Whoever runs the plan may stop it after any row or step.
+    would draft up to `follow` bytes, over the byte it gives as a causal row, a block as its `unmask` says or without
+    one single rows, may go on with that draft, up to `repeat` passes with its own: the draft is then settled under the
+    plan `WENT_ON`, for which the method was not asked. Whoever runs the plan may stop it after any row or step.
     """
 
     start: int
@@ -68,6 +68,10 @@ class Plan:
     def __post_init__(self) -> None:
         self.rows = self.causal + len(self.block_ids)
         self.end = self.start + self.causal
+
+    def draft_next(self, length: int, unmask: Unmask | None, passes: int) -> None:
+        """Let a verification go on with a draft of up to so many bytes, in so many passes."""
+        self.follow, self.unmask, self.repeat = length, unmask, 1 + passes
 
     def stop_after(self, repeat: int) -> None:
         """Go on by itself no further than `repeat` rows, or steps."""

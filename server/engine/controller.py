@@ -137,13 +137,13 @@ class Controller:
             upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
             seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)
             if draft.method == DecodingMethod.BLT_S and DRAFT in costs:
-                seconds += draft.length * costs[DRAFT](count) + load.overhead
+                seconds += draft.length * costs[DRAFT](count)
             elif draft.method == DecodingMethod.BLT_S:
                 drafting = costs["decoder"](count) + (costs["encoder"](count) if self._fed else 0.0)
                 seconds += draft.length * (drafting + load.overhead)
             else:
-                seconds += costs["decoder"](rows)
-                seconds += load.overhead
+                # Where drafts are calls that make several passes, a verification's makes the next one.
+                seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else load.overhead)
         else:
             # Who closes a patch early waits for the others before all go upstream together.
             mean = 1 / max(patches, 1e-3)

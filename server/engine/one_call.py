@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.decoder_steps import DecoderSteps, Made, Plans
+from kernels.decoder_steps import SINGLE_ROWS, DecoderSteps, Made, Plans
 from kernels.multi_step import OPENED, MultiStep, Spent
 from kernels.unmasking import ONE_STEP
 from models.patching import PatchRule
@@ -19,8 +19,8 @@ from server.engine.picks import Draft
 from server.engine.sequence import Sequence
 from server.request import Ledger
 
-#: Of a plan without a block.
-_NO_STEP = Unmask(ONE_STEP, 0.0)
+#: Of a plan without a block, and of one behind which single rows are drafted.
+_NO_STEP, _SINGLE_ROWS = Unmask(ONE_STEP, 0.0), Unmask(SINGLE_ROWS, 0.0)
 
 
 def _columns(numbers: list[int], count: int) -> np.ndarray:
@@ -110,7 +110,7 @@ class OneCall:
             newest, own = read_by(sequence, plan)
             reads += own
             block_ids += plan.block_ids
-            step = plan.unmask or _NO_STEP
+            step = plan.unmask or (_SINGLE_ROWS if plan.follow else _NO_STEP)
             bounds.append(step.bound)
             numbers += (
                 *(sequence.row, plan.start, plan.causal, plan.select, len(plan.block_ids), newest, len(own)),
@@ -164,22 +164,34 @@ class OneCall:
     def _drafts(self, sequences: list[Sequence], results: list[Result], lines: list[int], drafts: Made) -> None:
         """Behind the results of verifications those of the drafts with which the call went on."""
         ids, every, entropies = drafts.ids.tolist(), drafts.steps.tolist(), drafts.entropies.tolist()
-        bad, sizes = drafts.bad.tolist(), [0] * len(every)
+        bad, sizes, singles = drafts.bad.tolist(), [0] * len(every), [0] * len(every)
         for sequence, result, line in zip(sequences, results, lines, strict=True):
             if line < 0:
                 continue
             plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), every[line]
             assert plan is not None
-            size = min(plan.follow, sequence.left - taken - 1)
-            block, end = ids[line][:size], plan.end - plan.select + taken + 1
-            sizes[line] = size
-            done = MASK_ID not in block
+            size, start = min(plan.follow, sequence.left - taken - 1), plan.end - plan.select + taken
             ledger.decoder += steps
-            ledger.encoder += self._fed + done
-            ledger.patcher += done
-            encoded = end + size if done else end if self._fed else end - 1
-            result.then = Draft((), 0, block, (), done, steps, bad[line], entropies[line][: size + 1], encoded)
-        self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), np.array(sizes), drafts.steps)
+            then = result.then = Draft(bad=bad[line], steps=steps)
+            if plan.unmask is None:
+                singles[line], then.ids, whole = steps, ids[line][:steps], steps == size
+                encoded = steps + whole if self._fed else 0
+                ledger.encoder += encoded
+            else:
+                sizes[line], then.block_ids = size, ids[line][:size]
+                whole = then.block_done = MASK_ID not in then.block_ids
+                encoded = size + 1 if whole else int(self._fed)
+                ledger.encoder += self._fed + whole
+            then.encoded = start + encoded
+            if whole:
+                ledger.patcher += 1
+                then.entropies = entropies[line][: size + 1]
+        if any(sizes):
+            blocks = np.array(sizes)
+            self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), blocks, np.where(blocks, drafts.steps, 0))
+        if any(singles):
+            made = np.array(singles)
+            self._steps_taken(made, made, np.zeros(len(made), dtype=np.bool_))
 
     def _block_steps(self, rows: int, sizes: np.ndarray, steps: np.ndarray) -> None:
         """The decoder's passes into ledger and work: one of all rows, and for blocks, of such sizes, further ones."""

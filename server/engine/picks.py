@@ -63,8 +63,8 @@ class Result(Outcome):
 
 @dataclass(slots=True)
 class Draft(Outcome):
-    """The outcome of a draft with which a call went on, as a Result has it. The encoder has had the rows before
-    position `encoded`."""
+    """The outcome of a draft with which a call went on, as a Result has it. What was scanned ahead has `entropies`; the
+    encoder has had the rows before position `encoded`."""
 
     bad: bool = False
     entropies: list[float] = field(default_factory=list)

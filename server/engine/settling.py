@@ -120,7 +120,7 @@ class Settler:
         sequence.ledger.steps += progress.steps
         sequence.draft = progress.draft
         sequence.encoded = draft.encoded
-        if draft.block_done:
+        if draft.entropies:
             sequence.scan(draft.entropies, self._rule)
         return None
 

@@ -114,14 +114,34 @@ def test_nothing_between_a_block_and_what_reads_it(method: DecodingMethod, which
     with (
         patch.object(runner, "scan", wraps=runner.scan) as scan,
         patch.object(runner, "encode", wraps=runner.encode) as encode,
+        patch.object(runner, "decode", wraps=runner.decode) as decode,
     ):
         done = run(engine, [Request("r", [1, *range(60, 90)], params, 0.0)])["r"]
     rounds = done.ledger.rounds
     assert rounds > 5
     assert scan.call_count <= 2
+    # The prompt, the first draft, verifications that go on with the next draft, and the last byte.
+    assert decode.call_count <= rounds + 3
     # A draft of single rows that begin as ids leaves the encoder to its verification.
     left = rounds if method == DecodingMethod.BLT_S and which % 2 else 0
     assert left < encode.call_count <= 2 + left
+
+
+@pytest.mark.parametrize("rule", ({"unmasking": Unmasking.ONE_STEP}, RULES[1], RULES[2]))
+def test_drafts_up_to_the_longest_text(rule: dict) -> None:
+    """A verification near the end of the longest text goes on with a shorter draft, or with none."""
+    texts, ledgers = [], []
+    for most in (1, 64, 3):
+        engine = Engine(model(0), settings(max_model_len=200, max_passes_per_beat=most))
+        prompt = [1, *range(10, 10 + engine.max_model_len - 41)]
+        decoding = DecodingParams(DecodingMethod.BLT_DV, block_size=8, **rule)
+        params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, decoding=decoding)
+        done = run(engine, [Request("r", prompt, params, 0.0)])["r"]
+        texts.append(done.ids)
+        ledgers.append(vars(done.ledger))
+        assert engine.balanced()
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 40
+    assert ledgers[0] == ledgers[1] == ledgers[2]
 
 
 def test_the_steps_that_fixed_bytes() -> None:

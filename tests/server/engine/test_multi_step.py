@@ -65,7 +65,8 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
     done: list[dict[str, Finished]] = []
     calls: list[int] = []
     try:
-        for most, threads in ((1, 1), (64, 1), (64, 3)):
+        # With five passes a call drafts end within one.
+        for most, threads in ((1, 1), (64, 1), (64, 3), (5, 1)):
             # Prompts in one piece: what of them is computed, and when, depends on who runs beside them.
             passes = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
             engine = Engine(model(which), settings(max_running=count, threads=threads, **passes))
@@ -101,6 +102,9 @@ def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
         for sequence, result in zip(sequences, results, strict=True):
             plan: Plan = sequence.plan
             plans.append((plan.draft, len(result.ids)))
+            # A verification goes on with the next draft.
+            if result.then is not None:
+                plans.append((True, len(result.then.ids)))
         return results
 
     engine._runner.decode = watched  # type: ignore[method-assign]
