@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import lossless
 from benchmarks.lossless import GREEDY, SAMPLED, compare, drafting_settings
+from kernels.decoder_steps import Decoded, DecoderSteps, Plans
 from models.blt import Blt
-from server.engine import choosing, one_call
+from server.engine import choosing
+from server.engine.passes import Passes
 
 
 @pytest.mark.parametrize("parameters", [GREEDY, {name: SAMPLED[name] for name in ("penalties", "ends")}])
@@ -27,7 +30,14 @@ def test_a_method_that_takes_every_draft_is_found_out(
     model: Blt, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "verify", lambda targets, drafts, lengths: (lengths, targets[:, 0]))
-    monkeypatch.setattr(one_call, "agreeing", lambda targets, drafted: len(drafted))
+    decode_steps = Passes.decode_steps
+
+    def takes_all(passes: Passes, call: DecoderSteps, plans: Plans, **kinds: bool) -> Decoded:
+        decoded = decode_steps(passes, call, plans, **kinds)
+        decoded.accepted[:], decoded.lines[:] = np.maximum(plans["selects"] - 1, 0), -1
+        return decoded
+
+    monkeypatch.setattr(Passes, "decode_steps", takes_all)
     # The bytes committed are the verification's own, each right only where those before it were.
     tallies = compare(model, dict(enumerate(prompts)), 16, GREEDY)
     assert sum(len(tally.differences) for tally in tallies.values()) > 10
