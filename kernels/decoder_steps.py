@@ -48,7 +48,6 @@ COLUMNS = (
     *("rules", "lasts", "mosts", "encoded", "scanned", "untils", "follows", "lefts"),
 )
 
-
 #: The rule of a draft that is no block.
 SINGLE_ROWS = -1
 
