@@ -23,16 +23,16 @@ from models.config import BltConfig
 from models.fused import fuse, stream
 from models.patching import PatchRule
 from server.decoding.choose import check_block_size, make_method, resolve
-from server.decoding.method import Plan
 from server.engine.caches import Caches
 from server.engine.constraints import Constraint
 from server.engine.controller import Controller
 from server.engine.grammar import Grammars
+from server.engine.planning import Planner
 from server.engine.prefix_cache import PrefixCache
 from server.engine.ranks import RankLostError, leader_of, spread
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Patch, Sequence
+from server.engine.sequence import Sequence
 from server.engine.settling import DRAFTING, Settler
 from server.engine.stats import EngineStats
 from server.request import (
@@ -54,9 +54,6 @@ _SMALL = 50_000_000
 
 #: Passes without trouble after which one more request may run, where memory had run out.
 _GROW_PASSES = 64
-
-#: How many bytes may follow each other in one call where patches have no longest.
-_MOST_STEPS = 16
 
 #: Positions past the longest completion that a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
@@ -94,12 +91,13 @@ class Engine:
         self.settings = settings
         self._check_defaults()
         self._parameters = _parameters(config)
-        self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
+        rule = PatchRule(config.patching_threshold, config.max_patch_length)
         leader = leader_of(model)
         self._caches = Caches(model, leader.share(config) if leader else config, settings, device, dtype)
         self._runner = Runner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
+        self._planner = Planner(self._scheduler, self._runner, rule, config, settings)
         self._grammars = Grammars()
         self._controller: Controller | None = None
         self._sequences: dict[str, Sequence] = {}
@@ -109,7 +107,7 @@ class Engine:
             self._prefix,
             self._runner,
             self._sequences,
-            self._rule,
+            rule,
             self._parameters,
             dtype.itemsize,
             lambda: self._controller,
@@ -120,10 +118,6 @@ class Engine:
         self._passes = self._beats = self._holds = self._passes_in_beat = 0
         #: Since when somebody waits for the next upstream pass.
         self._held_since: float | None = None
-        #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
-        #: longer than asked.
-        most = settings.max_passes_per_beat if self._runner.one_call is not None and settings.max_hold_ms != 0 else 1
-        self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
         self._bytes_prompt = 0
 
     @classmethod
@@ -226,7 +220,7 @@ class Engine:
         running = self._scheduler.running
         try:
             batch = list(running)
-            self._ingest(self._plan())
+            self._planner.ingest(self._planner.plan())
             waiting = [s for s in running if s.plan is not None and not s.ready]
             ready = [s for s in running if s.ready]
             if waiting and (not ready or self._upstream_due(waiting)):
@@ -314,68 +308,6 @@ class Engine:
             check_block_size(size, DecodingMethod.BLT_D, self.config, untrained_sizes=allowed)
 
     # Before a pass
-
-    def _plan(self) -> list[Sequence]:
-        """Give a plan, with pages, to every running sequence that has none; those that got one."""
-        scheduler = self._scheduler
-        planned: list[Sequence] = []
-        budget: int | None = None
-        for sequence in list(scheduler.running):
-            if sequence.plan is not None or sequence.row == 0:
-                continue
-            known, decoded = len(sequence.ids), sequence.decoded
-            if sequence.prefilling:
-                budget = scheduler.prefill_budget() if budget is None else budget
-                if budget == 0:
-                    continue
-                chunk = min(known - decoded, budget)
-                budget -= chunk
-                sequence.prefilling = chunk < known - decoded
-                if sequence.prefilling:
-                    plan = Plan(decoded, chunk)
-            if not sequence.prefilling:
-                plan = sequence.method.plan(known, decoded, sequence.left)
-                if plan.repeat > 1:
-                    own = plan.draft or bool(plan.block_ids or plan.follow)
-                    most = self._most_steps[own] if sequence.unwatched else 1
-                    plan.stop_after(most)
-            if scheduler.reserve(sequence, plan):
-                sequence.plan = plan
-                planned.append(sequence)
-        # A sequence planned early may have been preempted for a later one.
-        return [s for s in planned if s.plan is not None]
-
-    def _ingest(self, sequences: list[Sequence]) -> None:
-        """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
-        scan, encode = [], []
-        # A draft's rows are encoded because the decoder reads their states: by its own call, where that can.
-        fed, one_call = self.config.decoder_input == "encoder", self._runner.one_call is not None
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
-            if plan.upstream and plan.end > sequence.scanned:
-                scan.append(sequence)
-            if plan.end > sequence.encoded and (plan.upstream or (fed and not (one_call and sequence.unwatched))):
-                encode.append(sequence)
-        if scan:
-            ends = [s.plan.end for s in scan if s.plan is not None]
-            for sequence, entropy in zip(scan, self._runner.scan(scan, ends), strict=True):
-                sequence.scan(entropy, self._rule)
-        if encode:
-            self._runner.encode(encode, [s.plan.end for s in encode if s.plan is not None])
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
-            if not plan.upstream:
-                sequence.ready = True
-                continue
-            if sequence.open_start < plan.end:
-                if plan.if_open is not None:
-                    plan = sequence.plan = plan.if_open
-                if plan.provisional:
-                    self._scheduler.drop_provisional(sequence)
-                    sequence.provisional = Patch(sequence.closed, sequence.open_start, plan.end - 1)
-            sequence.ready = not sequence.pending
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
