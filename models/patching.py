@@ -37,15 +37,15 @@ class PatchRule:
             if entropy[0] > self.threshold or position - open_start + 1 == self.max_patch_length or position == 0:
                 return [position]
             return []
-        threshold = self.threshold
+        threshold, longest = self.threshold, self.max_patch_length
         over = [at for at, value in enumerate(entropy, position) if value > threshold]
         if position == 0 and (not over or over[0] > 0):
             over.insert(0, 0)
         ends: list[int] = []
         start = open_start
         for end in (*over, position + len(entropy)):
-            while self.max_patch_length is not None and end - start >= self.max_patch_length:
-                start += self.max_patch_length
+            while longest is not None and end - start >= longest:
+                start += longest
                 ends.append(start - 1)
             if start <= end < position + len(entropy):
                 ends.append(end)

@@ -170,7 +170,7 @@ class Sequence:
             self.open_start = patch.start
             if patch.slot:
                 freed.append(patch.slot)
-        if self.starts or self.entropies:
+        if self.entropies or (self.starts and self.starts[-1] > keep):
             self._cut_report(keep)
         if self.scanned > keep:
             self.scanned = keep
