@@ -1,5 +1,5 @@
-/* A pass of the decoder and the choice of bytes from it, and all further passes that fill blocks, in one call, on a CPU,
- * fp32. What a step does stands in decoder_steps.py.
+/* A pass of the decoder and the choice of bytes from it, all further passes that fill blocks, and the drafts behind
+ * verifications, in one call, on a CPU, fp32. What a step does stands in decoder_steps.py.
  *
  * Threads share the requests in groups, and a group makes all of its steps before the next begins; a group that is alone
  * shares out the rows of each pass. Every row is computed as if it were alone, so neither changes a result.
@@ -25,8 +25,8 @@ struct made {
 /* By request: its state row; where its causal rows start, how many there are, and how many of the last give a byte; its
  * block's size; the latent that the block reads, and how many cuts its causal rows have; rule and bound; the step that
  * fills what is left, 0 where none does; most steps; up to where its text has been encoded and scanned, and shall be; how
- * long a draft behind it may be, a block or single rows by its rule, and how many bytes its text may still get. One behind another: the cuts
- * (position before which rows read a latent, and its slot), and the ids of blocks.
+ * long a draft behind it may be, a block or single rows by its rule, and how many bytes its text may still get. One
+ * behind another: the cuts (position before which rows read a latent, and its slot), and the ids of blocks.
  * Of what became of it: the causal rows' bytes [count, most selected]; how many of the bytes that stood in their place
  * they agree with; the line in `next` of the draft behind it, -1 where none was made; the rest in `made`. `fed`: causal
  * rows begin as encoder states. */
@@ -41,7 +41,7 @@ struct plans {
     int64_t count, selected, mask, fed;
 };
 
-/* Room for the rows of a group. */
+/* Room for so many rows of a group; `scratch` is that of single rows, `each` what one takes of it before their logits. */
 struct room {
     int32_t *owners, *positions, *firsts, *highs, *latents, *block, *choosers;
     int64_t *targets, *ids;
