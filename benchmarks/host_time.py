@@ -14,7 +14,8 @@ call that makes several (`Passes.steps`, `Passes.decode_steps`) asks the host on
            what remains where a device of its own does that work. The same plans, rows, picks and bytes.
 
 Against the target of 200 us a pass and 20 for each request in it. What others do on the machine only ever adds to it:
-of `--rounds` runs the one that had least alone is reported, beside what the others had.
+of `--rounds` runs the one that had least alone is reported, beside what the others had, and beside what a fixed piece
+of Python of this module took right behind each: where that takes longer, it is the minute that is slow.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,26 @@ def replaced(change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) ->
             setattr(place, name, original)
 
 
+@dataclass(slots=True)
+class _Thing:
+    value: int
+    tail: list[int]
+
+
+def yardstick() -> float:
+    """Microseconds of this thread's processor time that a fixed piece of Python takes: objects, attributes, short
+    lists, a dict; the best of a few, so that it says how fast the minute is, and nothing of single interruptions."""
+
+    def once() -> float:
+        clock, named = time.thread_time(), dict[int, _Thing]()
+        for at in range(2000):
+            thing = named[at & 31] = _Thing(at, [at, at + 1])
+            thing.tail += (thing.value, len(named))
+        return 1e6 * (time.thread_time() - clock)
+
+    return min(once() for _ in range(5))
+
+
 def run(model: Blt, prompts: list[list[int]], decoding: DecodingParams, steps: int, timer: Timer) -> dict[str, float]:
     """Microseconds of the host per decoder pass, while all the requests run; `timer` has the device's share."""
     engine = Engine(model, EngineSettings(max_running=len(prompts)))
@@ -159,6 +181,7 @@ def host_time(model: Blt, prompts: list[list[int]], decoding: DecodingParams, st
         "passes_per_step": beside["passes_per_step"],
         "beside": beside,
         "alone": alone,
+        "yardstick": yardstick(),
         "target_us": TARGET[0] + TARGET[1] * beside["requests_per_pass"],
     }
 
@@ -172,8 +195,8 @@ def measure(
         methods["blt-d-8 a0.7"] = diffusion(DecodingMethod.BLT_D, 8, "a0.7")
     rows: dict[str, Any] = {}
     print(
-        "| method | requests | in a call | its passes | beside, mean us | median | alone, mean us | median | of rounds "
-        "| target |"
+        "| method | requests | in a call | its passes | beside, mean us | median | alone, mean us | median "
+        "| of rounds (fixed Python) | target |"
     )
     print("|" + "---|" * 10)
     for name, decoding in methods.items():
@@ -181,8 +204,9 @@ def measure(
             runs = [host_time(model, prompts[:count], decoding, steps) for _ in range(rounds)]
             row = rows[f"{name}, {count}"] = min(runs, key=lambda run: run["alone"]["mean"])
             row["rounds"] = [run["alone"]["mean"] for run in runs]
+            row["yardsticks"] = [run["yardstick"] for run in runs]
             beside, alone = row["beside"], row["alone"]
-            others = ", ".join(f"{mean:.0f}" for mean in row["rounds"])
+            others = ", ".join(f"{run['alone']['mean']:.0f} ({run['yardstick']:.0f})" for run in runs)
             print(
                 f"| {name} | {count} | {row['requests_per_pass']:.1f} "
                 f"| {row['passes_per_step']:.1f} | {beside['mean']:.0f} | {beside['median']:.0f} "
