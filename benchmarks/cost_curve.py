@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.decoder_steps import SINGLE_ROWS, Decoded, DecoderSteps, Made, Plans
+from kernels.decoder_steps import COLUMNS, SINGLE_ROWS, Decoded, DecoderSteps, Plans
 from kernels.multi_step import OPENED, MultiStep, Spent, Steps
 from models.accounting import ModuleParameters
 from server.engine.caches import Caches
@@ -89,21 +89,22 @@ class Recorder:
             clock = time.perf_counter()
             result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
-            sizes, selects, behind = plans["sizes"], plans["selects"], result.lines >= 0
-            encoded: list[int] = []
-            rows, chosen = _of_blocks(plans["causals"], selects, sizes, result.made)
+            asked = {name: np.array(plans.column(name)) for name in COLUMNS}
+            lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
+            behind, encoded = lines >= 0, list[int]()
+            steps_of = np.array(result.made.steps)
+            rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], result.made.fixed, steps_of)
             if behind.any():
-                lines, lefts = result.lines[behind], plans["lefts"][behind]
-                own = np.zeros(len(result.drafts.steps), dtype=np.int32)
-                own[lines] = np.minimum(plans["follows"][behind], lefts - result.accepted[behind] - 2)
-                made, singles = result.drafts, np.zeros(len(own), dtype=bool)
-                singles[lines] = plans["rules"][behind] == SINGLE_ROWS
+                own, singles = np.zeros(len(drafted), dtype=np.int32), np.zeros(len(drafted), dtype=bool)
+                accepted = np.array(result.accepted)[behind]
+                own[lines[behind]] = np.minimum(asked["follows"][behind], asked["lefts"][behind] - accepted - 2)
+                singles[lines[behind]] = asked["rules"][behind] == SINGLE_ROWS
                 if own[~singles].any():
-                    blocks = replace(made, steps=np.where(singles, 0, made.steps))
-                    ones = (~singles & (own > 0)).astype(np.int32)
-                    further = _of_blocks(ones, ones, np.where(singles, 0, own), blocks)
+                    ones, sizes = (~singles & (own > 0)).astype(np.int32), np.where(singles, 0, own)
+                    taking = np.where(singles, 0, drafted)
+                    further = _of_blocks(ones, ones, sizes, result.drafts.fixed, taking)
                     rows, chosen = rows + further[0], chosen + further[1]
-                each = np.where(singles, made.steps, 0)
+                each = np.where(singles, drafted, 0)
                 steps = [int((each > at).sum()) for at in range(int(each.max()))]
                 rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
             self._share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if step.fed else []})
@@ -134,14 +135,16 @@ class Recorder:
         return timed
 
 
-def _of_blocks(causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, made: Made) -> tuple[list[int], list[int]]:
+def _of_blocks(
+    causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, fixed: np.ndarray, taken: np.ndarray
+) -> tuple[list[int], list[int]]:
     """Of each step that blocks took, causal rows in the first: its rows, and those that bytes were chosen from."""
-    steps = range(1, int(made.steps.max()) + 1)
-    rows = [int(sizes[made.steps >= at].sum()) for at in steps]
+    steps = range(1, int(taken.max()) + 1)
+    rows = [int(sizes[taken >= at].sum()) for at in steps]
     rows[0] += int(causals.sum())
-    inside = np.arange(made.fixed.shape[1]) < sizes[:, None]
-    masked = inside & ((made.fixed == 0) | (made.fixed >= np.array(steps)[:, None, None]))
-    chosen = (masked & (made.steps >= np.array(steps)[:, None])[..., None]).sum((1, 2)).tolist()
+    inside = np.arange(fixed.shape[1]) < sizes[:, None]
+    masked = inside & ((fixed == 0) | (fixed >= np.array(steps)[:, None, None]))
+    chosen = (masked & (taken >= np.array(steps)[:, None])[..., None]).sum((1, 2)).tolist()
     # A selected row's byte opens the block.
     chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
     return rows, chosen
@@ -149,10 +152,11 @@ def _of_blocks(causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, made
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of a pass by module, at the rows it was measured at."""
+    """Seconds of a pass by module, at the rows it was measured at, which stood at position `context`."""
 
     rows: tuple[int, ...]
     seconds: dict[str, tuple[float, ...]]
+    context: int = 0
 
     @classmethod
     @torch.inference_mode()
@@ -183,12 +187,14 @@ class CostCurve:
         seconds = {
             module: tuple(statistics.median(singles[module]) * ratio for ratio in ratios[module]) for module in _MODULES
         }
-        return cls(tuple(rows), seconds)
+        return cls(tuple(rows), seconds, context)
 
     @torch.inference_mode()
     def drift(self, engine: Engine) -> dict[str, float]:
-        """How many times as long as when the curve was measured a pass of one row takes now, by module."""
-        taken = _medians(_calls(engine._runner._passes, self.rows[0], 0, []), 0.1)
+        """How many times as long as when the curve was measured a pass of one row takes now, by module. Nothing must
+        run in the engine."""
+        with _occupied(engine._caches, self.context, 1 if self.context else 0) as owners:
+            taken = _medians(_calls(engine._runner._passes, self.rows[0], self.context, owners), 0.1)
         return {module: value / self.seconds[module][0] for module, value in taken.items()}
 
     def predict(self, done: Pass) -> float:

@@ -10,7 +10,9 @@ than memory.
 
 Then, for every method: microseconds a byte measured, and predicted as the sum of the run's passes on the curve (design
 §6.6); and the parts of the former: each module's passes, what they took beyond the curve, and the engine, which is all
-else (selection, host, scheduling).
+else (selection, host, scheduling). The machine's speed may drift, so the methods take turns, and a pass of one row
+before and after each corrects what the curve says for the speed of the moment; a row is of the round in which predicted
+over measured time was the median.
 """
 
 from __future__ import annotations
@@ -55,20 +57,20 @@ def curve_table(curve: CostCurve, weights: dict[str, int], limits: dict[str, flo
     return "\n".join(lines)
 
 
-def parts(batch: Batch, curve: CostCurve) -> dict[str, Any]:
+def parts(batch: Batch) -> dict[str, Any]:
     """Microseconds a byte of a run: measured, predicted, and what the difference is made of."""
     scale = 1e6 / batch.bytes
-    predicted = sum(curve.predict(done) for done in batch.passes)
     inside = sum(done.seconds for done in batch.passes)
     return {
         "measured": scale * batch.seconds,
-        "predicted": scale * predicted,
-        "predicted_over_measured": predicted / batch.seconds,
-        "beyond_curve": scale * (inside - predicted),
+        "predicted": scale * batch.predicted,
+        "predicted_over_measured": batch.predicted / batch.seconds,
+        "drift": batch.drift,
+        "beyond_curve": scale * (inside - batch.predicted),
         "engine": scale * (batch.seconds - inside),
         "modules": {
             module: scale * sum(done.seconds for done in batch.passes if done.module == module)
-            for module in curve.seconds
+            for module in batch.drift
         },
         "passes_per_byte": len(batch.passes) / batch.bytes,
         "rows_per_pass": sum(done.rows for done in batch.passes) / len(batch.passes),
@@ -99,21 +101,43 @@ def measure(
         print(f"| setting | measured | predicted | predicted/measured | {modules} | beyond the curve | engine |")
         print("|---" * (6 + len(curve.seconds)) + "|", flush=True)
         rows = result["batches"][size] = {}
-        with recorder.on():
-            for name, decoding in settings.items():
-                params = [
-                    SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=decoding)
-                    for _ in prompts
-                ]
-                runs = [run(engine, prompts[:size], params[:size], recorder) for _ in range(rounds)]
-                row = rows[name] = parts(sorted(runs, key=lambda one: one.seconds)[(rounds - 1) // 2], curve)
-                cells = " | ".join(f"{value:.0f}" for value in row["modules"].values())
-                print(
-                    f"| {name} | {row['measured']:.0f} | {row['predicted']:.0f} | {row['predicted_over_measured']:.2f} "
-                    f"| {cells} | {row['beyond_curve']:.0f} | {row['engine']:.0f} |",
-                    flush=True,
-                )
+        runs = in_turns(engine, curve, recorder, settings, prompts[:size], length, rounds)
+        for name, own in runs.items():
+            each = sorted(map(parts, own), key=lambda row: row["predicted_over_measured"])
+            row = rows[name] = each[(rounds - 1) // 2]
+            row["rounds"] = [one["predicted_over_measured"] for one in each]
+            cells = " | ".join(f"{value:.0f}" for value in row["modules"].values())
+            print(
+                f"| {name} | {row['measured']:.0f} | {row['predicted']:.0f} | {row['predicted_over_measured']:.2f} "
+                f"| {cells} | {row['beyond_curve']:.0f} | {row['engine']:.0f} |",
+                flush=True,
+            )
     return result
+
+
+def in_turns(
+    engine: Engine,
+    curve: CostCurve,
+    recorder: Recorder,
+    settings: dict[str, DecodingParams],
+    prompts: Sequence[list[int]],
+    length: int,
+    rounds: int,
+) -> dict[str, list[Batch]]:
+    """Runs of the settings by name, a run a round, each with its predicted time at the speed of the moment."""
+    runs: dict[str, list[Batch]] = {name: [] for name in settings}
+    early = curve.drift(engine)
+    for _ in range(rounds):
+        for name, decoding in settings.items():
+            one = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=decoding)
+            with recorder.on():
+                batch = run(engine, prompts, [one] * len(prompts), recorder)
+            late = curve.drift(engine)
+            batch.drift = {module: (early[module] + late[module]) / 2 for module in early}
+            batch.predicted = sum(curve.predict(done) * batch.drift[done.module] for done in batch.passes)
+            early = late
+            runs[name].append(batch)
+    return runs
 
 
 def main() -> None:

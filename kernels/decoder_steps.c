@@ -41,6 +41,33 @@ struct plans {
     int64_t count, selected, mask, fed;
 };
 
+/* The same as it comes: one behind another what is asked for, the columns first, then the cuts, then the blocks' ids; and
+ * room for what becomes of it, in the order of `laid_out`. A draft is at most `behind` bytes long. */
+struct call {
+    const int32_t *asked;
+    const float *bounds;
+    int64_t *ids;
+    int32_t *numbers;
+    float *entropies;
+    int64_t count, cuts, selected, width, longest, behind, mask, fed;
+};
+
+static struct plans laid_out(const struct call *of) {
+    int64_t n = of->count, lines = of->behind ? n : 0, width = of->behind ? of->behind + 1 : 0;
+    const int32_t *asked = of->asked, *reads = asked + 15 * n;
+    int64_t *ids = of->ids + n * of->selected;
+    int32_t *steps = of->numbers + 2 * n, *fixed = steps + n, *then = fixed + n * of->width, *end = then + lines * (1 + width);
+    uint8_t *bad = (uint8_t *)end;
+    struct made made = {ids, fixed, steps, bad, of->entropies, of->width, of->longest};
+    struct made next = {
+        ids + n * of->width, then + lines, then, bad + n, of->entropies + n * of->longest, width, width};
+    return (struct plans){
+        asked, asked + n, asked + 2 * n, asked + 3 * n, asked + 4 * n, asked + 5 * n, asked + 6 * n, asked + 7 * n,
+        asked + 8 * n, asked + 9 * n, asked + 10 * n, asked + 11 * n, asked + 12 * n, asked + 13 * n, asked + 14 * n,
+        of->bounds, reads, reads + 2 * of->cuts, of->ids, of->numbers, of->numbers + n, made, next, n, of->selected,
+        of->mask, of->fed};
+}
+
 /* Room for so many rows of a group; `scratch` is that of single rows, `each` what one takes of it before their logits. */
 struct room {
     int32_t *owners, *positions, *firsts, *highs, *latents, *block, *choosers;
@@ -155,6 +182,7 @@ static int steps(const struct part *parts, const struct plans *of, const struct 
             of->made.ids[r * of->made.width + i] = *block++;
             of->made.fixed[r * of->made.width + i] = 0;
         }
+        of->made.bad[r] = 0;
         alive[j] = r, places[j] = count, count = place_block(room, count, of, r);
     }
     for (int32_t step = 1; n; step++) {
@@ -266,7 +294,7 @@ static int draft_rows(const struct part *parts, const struct plans *of, const st
     for (int64_t k = 0; k < these->n; k++) {
         int whole = these->sizes[k] <= these->mosts[k];
         limits[k] = whole ? these->sizes[k] : these->mosts[k], scans[k] = whole ? these->sizes[k] + 1 : 0;
-        opened[k] = -1, fresh[k] = of->fed != 0, scanned[k] = 0, to.steps[line + k] = 0;
+        opened[k] = -1, fresh[k] = of->fed != 0, scanned[k] = 0, to.steps[line + k] = to.bad[line + k] = 0;
     }
     struct requests requests = {
         these->owners, these->starts, these->latents, limits, scans, opened, fresh, to.steps + line, scanned,
@@ -287,6 +315,7 @@ static int follow(const struct part *parts, const struct plans *of, const struct
         int32_t taken = of->accepted[r] + 1, most = of->lefts[r] - taken - 1;
         int32_t size = of->follows[r] < most ? of->follows[r] : most, ended = size <= 0 || of->made.bad[r];
         of->lines[r] = -1;
+        if (of->next.width) of->next.steps[r] = of->next.bad[r] = 0;
         for (int32_t i = 0; i < taken && !ended; i++) ended = bytes[i] == by->eos;
         if (ended) continue;
         int32_t start = of->starts[r] + of->causals[r] - of->selects[r] + taken;
@@ -301,8 +330,10 @@ static int follow(const struct part *parts, const struct plans *of, const struct
 }
 
 /* Makes the steps of all plans; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
-int fastblt_decoder_steps(const struct part *parts, const struct plans *of, const struct latents *latents,
+int fastblt_decoder_steps(const struct part *parts, const struct call *call, const struct latents *latents,
                           const struct choice *by, int64_t threads, struct spent *spent) {
+    struct plans plans = laid_out(call);
+    const struct plans *of = &plans;
     int64_t most = 0, size = 0, groups = (of->count + GROUP - 1) / GROUP;
     /* Each thread its share, as far as there are requests. */
     if (threads > MOST_THREADS) threads = MOST_THREADS;

@@ -27,9 +27,13 @@ behind a run, and its latent's slot. blocks int32 [sizes].
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from operator import sub
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,61 +52,77 @@ COLUMNS = (
     *("rules", "lasts", "mosts", "encoded", "scanned", "untils", "follows", "lefts"),
 )
 
+_SELECTS, _SIZES, _SCANNED, _UNTILS, _FOLLOWS = map(COLUMNS.index, ("selects", "sizes", "scanned", "untils", "follows"))
+
 #: The rule of a draft that is no block.
 SINGLE_ROWS = -1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Plans:
-    """What the requests ask for: `columns`, the rest as the module says."""
+    """What requests ask for: a row of each in the order of `COLUMNS`, its bound, and the rest as the module says."""
 
-    columns: np.ndarray
-    bounds: np.ndarray
-    reads: np.ndarray
-    blocks: np.ndarray
+    rows: list[tuple[int, ...]]
+    bounds: list[float]
+    reads: list[tuple[int, int]]
+    blocks: list[int]
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> list[int]:
         """The column of this name."""
-        column: np.ndarray = self.columns[COLUMNS.index(name)]
-        return column
+        at = COLUMNS.index(name)
+        return [row[at] for row in self.rows]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Made:
-    """What became of blocks, or single rows: their ids int64 [n, widest or more], where still masked [MASK]; the step
-    that fixed each of a block, int32 likewise (0: none did); how many steps there were int32 [n]; whether a row had no
-    finite choice, bool [n]; the entropies (nats) of rows from the first that was scanned on, fp32 [n, most of them]."""
+    """What became of blocks, or single rows, a line for each: their ids [width or more], where still masked MASK; how
+    many steps there were; whether a row had no finite choice; the entropies (nats) of rows from the first that was
+    scanned on [most of them]. The step that fixed each of a block is in `fixed` int32 [n, width] (0: none did), which
+    the next call takes back."""
 
-    ids: np.ndarray
+    ids: list[list[int]]
     fixed: np.ndarray
-    steps: np.ndarray
-    bad: np.ndarray
-    entropies: np.ndarray
-
-    @classmethod
-    def room(cls, count: int, width: int, longest: int) -> Made:
-        """Of `count` blocks."""
-        return cls(
-            np.empty((count, width), dtype=np.int64),
-            np.zeros((count, width), dtype=np.int32),
-            np.zeros(count, dtype=np.int32),
-            np.zeros(count, dtype=np.bool_),
-            np.empty((count, longest), dtype=np.float32),
-        )
+    steps: list[int]
+    bad: bytes
+    entropies: list[list[float]]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Decoded:
-    """What became of the plans: the bytes of selected rows int64 [N, most of them]; how many bytes of a draft they
-    agree with int32 [N]; their blocks; the line of `drafts` that has the draft behind each, int32 [N] (-1: there is
-    none); what the call spent."""
+    """What became of the plans: the bytes of selected rows [most of them]; how many bytes of a draft they agree with;
+    their blocks; the line of `drafts` that has the draft behind each (-1: there is none), some of whose lines nobody
+    has; what the call spent."""
 
-    chosen: np.ndarray
-    accepted: np.ndarray
+    chosen: list[list[int]]
+    accepted: list[int]
     made: Made
-    lines: np.ndarray
+    lines: list[int]
     drafts: Made
     spent: Spent
+
+
+class _Room:
+    """Memory for results that grows to what a call needs; they leave it as lists."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._dtype = dtype
+        self.take(1024)
+
+    def take(self, size: int) -> None:
+        """Have room for so many."""
+        self.values = np.empty(size, dtype=self._dtype)
+        self.pointer = self.values.ctypes.data
+
+    def of(self, size: int) -> int:
+        """A pointer to room for so many."""
+        if size > len(self.values):
+            self.take(2 * size)
+        return self.pointer
+
+
+def _lines(values: list[Any], first: int, count: int, width: int) -> list[list[Any]]:
+    """Lines of so many values, the first of which begins at `first`."""
+    return [values[at : at + width] for at in range(first, first + count * width, width)] if width else [[]] * count
 
 
 class DecoderSteps:
@@ -126,30 +146,35 @@ class DecoderSteps:
         self._latents = LatentsStruct.of(latents)
         self._choices = Choices(draws, head, ids)
         self._mask = mask
+        self._ids, self._numbers, self._entropies = _Room(np.int64), _Room(np.int32), _Room(np.float32)
         #: Whether causal rows begin as encoder states.
         self.fed = fed
         self._call = _entry()
 
     def __call__(self, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
         """The steps of the plans. Raises MemoryError."""
-        columns = plans.columns
-        count, selected, width = columns.shape[1], int(plans["selects"].max()), int(plans["sizes"].max())
-        longest, behind = max(int((plans["untils"] - plans["scanned"]).max()), 0), int(plans["follows"].max())
-        chosen = np.empty((count, selected), dtype=np.int64)
-        accepted, lines = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int32)
-        made = Made.room(count, width, longest)
-        drafts = Made.room(count if behind else 0, behind + 1, behind + 1)
+        # Views and pointers of numpy's take longer than the lists: behind a pass all code comes from memory.
+        columns, count, cuts = list(zip(*plans.rows, strict=True)), len(plans.rows), len(plans.reads)
+        selected, width, behind = max(columns[_SELECTS]), max(columns[_SIZES]), max(columns[_FOLLOWS])
+        longest = max(0, *map(sub, columns[_UNTILS], columns[_SCANNED]))
+        lines, wide = (count, behind + 1) if behind else (0, 0)
+        asked = array("i", chain(chain.from_iterable(columns), chain.from_iterable(plans.reads), plans.blocks))
+        bounds = array("f", plans.bounds)
+        # As the C code lays them out.
+        made_ids, draft_ids = count * selected, count * (selected + width)
+        fixed, drafted = 3 * count, count * (3 + width)
+        bad = drafted + lines * (1 + wide)
         spent = Spent()
-        first, stride = columns.ctypes.data, columns.strides[0]
-        others = (plans.bounds, plans.reads, plans.blocks, chosen, accepted, lines)
         assert self._call is not None
         if self._call(
             self._parts,
-            _Plans(
-                *(first + at * stride for at in range(len(COLUMNS))),
-                *(one.ctypes.data for one in others),
-                *(_Made.of(made), _Made.of(drafts)),
-                *(count, selected, self._mask, self.fed),
+            _Call(
+                asked.buffer_info()[0],
+                bounds.buffer_info()[0],
+                self._ids.of(draft_ids + lines * wide),
+                self._numbers.of(bad + (count + lines + 3) // 4),
+                self._entropies.of(count * longest + lines * wide),
+                *(count, cuts, selected, width, longest, behind, self._mask, self.fed),
             ),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),
@@ -157,7 +182,26 @@ class DecoderSteps:
             spent,
         ):
             raise MemoryError("a module could not allocate its scratch space")
-        return Decoded(chosen, accepted, made, lines, drafts, spent)
+        ids = self._ids.values[: draft_ids + lines * wide].tolist()
+        entropies = self._entropies.values[: count * longest + lines * wide].tolist()
+        numbers = self._numbers.values
+        own, failed = numbers[:fixed].tolist(), numbers[bad : bad + (count + lines + 3) // 4].tobytes()
+        made = Made(
+            _lines(ids, made_ids, count, width),
+            numbers[fixed:drafted].reshape(count, width),
+            own[2 * count :],
+            failed[:count],
+            _lines(entropies, 0, count, longest),
+        )
+        drafts = Made(
+            _lines(ids, draft_ids, lines, wide),
+            numbers[drafted + lines : bad].reshape(lines, wide),
+            numbers[drafted : drafted + lines].tolist(),
+            failed[count : count + lines],
+            _lines(entropies, count * longest, lines, wide),
+        )
+        chosen = _lines(ids, 0, count, selected)
+        return Decoded(chosen, own[:count], made, own[count : 2 * count], drafts, spent)
 
 
 def available() -> bool:
@@ -165,24 +209,13 @@ def available() -> bool:
     return choice.available() and _entry() is not None
 
 
-class _Made(ctypes.Structure):
+class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ids", "fixed", "steps", "bad", "entropies")),
-        *((name, ctypes.c_int64) for name in ("width", "longest")),
-    ]
-
-    @classmethod
-    def of(cls, made: Made) -> _Made:
-        arrays = (made.ids, made.fixed, made.steps, made.bad, made.entropies)
-        return cls(*(array.ctypes.data for array in arrays), made.ids.shape[1], made.entropies.shape[1])
-
-
-class _Plans(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*COLUMNS, "bounds", "reads", "blocks")),
-        *((name, ctypes.c_void_p) for name in ("chosen", "accepted", "lines")),
-        *((name, _Made) for name in ("made", "next")),
-        *((name, ctypes.c_int64) for name in ("count", "selected", "mask", "fed")),
+        *((name, ctypes.c_void_p) for name in ("asked", "bounds", "ids", "numbers", "entropies")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("count", "cuts", "selected", "width", "longest", "behind", "mask", "fed")
+        ),
     ]
 
 
@@ -193,7 +226,7 @@ def _entry() -> Callable[..., int] | None:
     if native is None:
         return None
     function = native.fastblt_decoder_steps
-    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Plans, LatentsStruct, ChoiceStruct))
+    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Call, LatentsStruct, ChoiceStruct))
     function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
     function.restype = ctypes.c_int
     return function

@@ -10,7 +10,7 @@ from kernels.multi_step import OPENED, MultiStep, Spent
 from kernels.unmasking import ONE_STEP
 from models.patching import PatchRule
 from models.vocabulary import MASK_ID
-from server.decoding.method import Plan, Unmask
+from server.decoding.method import Unmask
 from server.engine.choosing import Chooser, Result
 from server.engine.cost import DRAFT, STEP
 from server.engine.layout import read_by
@@ -98,109 +98,110 @@ class OneCall:
 
     def decode(self, sequences: list[Sequence]) -> list[Result]:
         """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
-        plans: list[Plan] = []
-        numbers: list[int] = []
+        rows: list[tuple[int, ...]] = []
         bounds: list[float] = []
         reads: list[tuple[int, int]] = []
         block_ids: list[int] = []
+        sizes: list[int] = []
+        total = 0
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
-            plans.append(plan)
             newest, own = read_by(sequence, plan)
             reads += own
             block_ids += plan.block_ids
-            step = plan.unmask or (_SINGLE_ROWS if plan.follow else _NO_STEP)
+            sizes.append(len(plan.block_ids))
+            total += plan.rows
+            follow, repeat = plan.follow, plan.repeat
+            step = plan.unmask or (_SINGLE_ROWS if follow else _NO_STEP)
             bounds.append(step.bound)
-            numbers += (
-                *(sequence.row, plan.start, plan.causal, plan.select, len(plan.block_ids), newest, len(own)),
-                *(step.rule, step.left or 0, plan.repeat - 1 if plan.follow else plan.repeat),
-                *(sequence.encoded, sequence.scanned, plan.scan_to if plan.scan_to > sequence.scanned else 0),
-                *(plan.follow, sequence.left if plan.follow else 0),
+            rows.append(
+                (
+                    *(sequence.row, plan.start, plan.causal, plan.select, sizes[-1], newest, len(own)),
+                    *(step.rule, step.left or 0, repeat - 1 if follow else repeat, sequence.encoded, sequence.scanned),
+                    *(plan.scan_to if plan.scan_to > sequence.scanned else 0, follow, sequence.left if follow else 0),
+                )
             )
             sequence.ledger.decoder += 1
         sampled, truncated, _ = self._chooser.needs(sequences)
-        asked = Plans(
-            _columns(numbers, len(plans)),
-            np.array(bounds, dtype=np.float32),
-            np.array(reads, dtype=np.int32),
-            np.array(block_ids, dtype=np.int32),
-        )
+        asked = Plans(rows, bounds, reads, block_ids)
         decoded = self._passes.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
         made, fed = decoded.made, self._fed
-        chosen, accepted, lines = decoded.chosen.tolist(), decoded.accepted.tolist(), decoded.lines.tolist()
-        blocks, every, entropies = made.ids.tolist(), made.steps.tolist(), made.entropies.tolist()
         results: list[Result] = []
-        for at, (sequence, plan, steps) in enumerate(zip(sequences, plans, every, strict=True)):
-            ledger = sequence.ledger
+        for sequence, size, chosen, accepted, steps, block, entropies in zip(
+            sequences, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
+        ):
+            plan, ledger = sequence.plan, sequence.ledger
+            assert plan is not None
             result = Result(steps=steps)
             if plan.select:
-                result.accepted = accepted[at]
-                result.ids = chosen[at][: result.accepted + 1]
-            if plan.block_ids:
-                block = result.block_ids = blocks[at][: len(plan.block_ids)]
+                result.accepted = accepted
+                result.ids = chosen[: accepted + 1]
+            if size:
+                result.block_ids = block = block[:size]
                 result.block_done = MASK_ID not in block
                 # Its first pass is counted above.
                 ledger.decoder += steps - 1
             if fed and sequence.encoded < plan.end:
                 ledger.encoder += 1
                 sequence.encoded = plan.end
-            if plan.scan_to > sequence.scanned and (result.block_done or not plan.block_ids):
+            if plan.scan_to > sequence.scanned and (result.block_done or not size):
                 ledger.patcher += 1
                 ledger.encoder += 1
                 sequence.encoded = plan.scan_to
-                result.entropies = entropies[at][: plan.scan_to - sequence.scanned]
+                result.entropies = entropies[: plan.scan_to - sequence.scanned]
             results.append(result)
-        if made.bad.any():
-            for result, bad in zip(results, made.bad.tolist(), strict=True):
-                result.bad = bad
-        rows, sizes = sum(plan.rows for plan in plans), asked["sizes"]
-        self._block_steps(rows, sizes, made.steps)
-        if len(decoded.drafts.steps):
-            self._drafts(sequences, results, lines, decoded.drafts)
+        if any(made.bad):
+            for result, bad in zip(results, made.bad, strict=True):
+                result.bad = bool(bad)
+        self._block_steps(total, sizes, made.steps)
+        if decoded.drafts.steps:
+            self._drafts(sequences, results, decoded.lines, decoded.drafts)
         self._beside(decoded.spent)
         return results
 
     def _drafts(self, sequences: list[Sequence], results: list[Result], lines: list[int], drafts: Made) -> None:
         """Behind the results of verifications those of the drafts with which the call went on."""
-        ids, every, entropies = drafts.ids.tolist(), drafts.steps.tolist(), drafts.entropies.tolist()
-        bad, sizes, singles = drafts.bad.tolist(), [0] * len(every), [0] * len(every)
+        sizes, singles = [0] * len(drafts.steps), [0] * len(drafts.steps)
         for sequence, result, line in zip(sequences, results, lines, strict=True):
             if line < 0:
                 continue
-            plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), every[line]
+            plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), drafts.steps[line]
             assert plan is not None
             size, start = min(plan.follow, sequence.left - taken - 1), plan.end - plan.select + taken
             ledger.decoder += steps
-            then = result.then = Draft(bad=bad[line], steps=steps)
+            ids = drafts.ids[line]
+            then = result.then = Draft(bad=bool(drafts.bad[line]), steps=steps)
             if plan.unmask is None:
-                singles[line], then.ids, whole = steps, ids[line][:steps], steps == size
+                singles[line], then.ids, whole = steps, ids[:steps], steps == size
                 encoded = steps + whole if self._fed else 0
                 ledger.encoder += encoded
             else:
-                sizes[line], then.block_ids = size, ids[line][:size]
+                sizes[line], then.block_ids = size, ids[:size]
                 whole = then.block_done = MASK_ID not in then.block_ids
                 encoded = size + 1 if whole else int(self._fed)
                 ledger.encoder += self._fed + whole
             then.encoded = start + encoded
             if whole:
                 ledger.patcher += 1
-                then.entropies = entropies[line][: size + 1]
+                then.entropies = drafts.entropies[line][: size + 1]
         if any(sizes):
-            blocks = np.array(sizes)
-            self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), blocks, np.where(blocks, drafts.steps, 0))
+            steps_of_blocks = [steps if size else 0 for steps, size in zip(drafts.steps, sizes, strict=True)]
+            self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), sizes, steps_of_blocks)
         if any(singles):
-            made = np.array(singles)
-            self._steps_taken(made, made, np.zeros(len(made), dtype=np.bool_))
+            taken_steps = np.array(singles)
+            self._steps_taken(taken_steps, taken_steps, np.zeros(len(singles), dtype=np.bool_))
 
-    def _block_steps(self, rows: int, sizes: np.ndarray, steps: np.ndarray) -> None:
+    def _block_steps(self, rows: int, sizes: list[int], steps: list[int]) -> None:
         """The decoder's passes into ledger and work: one of all rows, and for blocks, of such sizes, further ones."""
-        most = int(steps.max())
+        most = max(steps)
         if not most:
             return
         self._ledger.decoder += most
         self._work.append(("decoder", rows))
-        self._work += [("decoder", int(sizes[steps > step].sum())) for step in range(1, most)]
+        if most > 1:
+            own, taken = np.array(sizes), np.array(steps)
+            self._work += [("decoder", int(own[taken > step].sum())) for step in range(1, most)]
 
     def _steps_taken(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
         """The passes of single rows into ledger and work: of each step those who took part in it."""

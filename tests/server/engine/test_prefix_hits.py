@@ -162,7 +162,7 @@ def test_what_gave_nan_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def bad(*args: Any, **kwargs: Any) -> Decoded:
         decoded = in_one_call(*args, **kwargs)
-        decoded.made.bad[:] = True
+        decoded.made.bad = bytes([1] * len(decoded.made.bad))
         return decoded
 
     monkeypatch.setattr(passes, "decode_steps", bad)
