@@ -112,6 +112,8 @@ class Engine:
             dtype.itemsize,
             lambda: self._controller,
         )
+        # One for all steps: making it costs more than entering it.
+        self._inference = torch.inference_mode()
         self._aborted: list[str] = []
         #: Ids of the requests that the last step took from the queue for the first time.
         self.started: list[str] = []
@@ -193,14 +195,14 @@ class Engine:
         """One decoder pass, and the upstream pass before it if it is due; what came of it, request by request."""
         began = time.perf_counter()
         self._runner.work.clear()
-        deltas = self._step()
+        with self._inference:
+            deltas = self._step()
         if self._controller is not None and self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
             seconds = time.perf_counter() - began
             self._controller.passed(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
         return deltas
 
-    @torch.inference_mode()
     def _step(self) -> list[Delta]:
         deltas: list[Delta] = []
         for request_id in self._aborted:

@@ -121,7 +121,7 @@ class Runner:
 
     def upstream(self, sequences: list[Sequence]) -> None:
         """Pooling and global transformer over every pending patch; latents go to fresh slots of their store."""
-        numbers: list[tuple[int, int, int, int, int]] = []
+        numbers: list[tuple[int, ...]] = []
         longest = 0
         spans: list[tuple[int, int]] = []
         take = self._caches.latent_pool.take
@@ -131,13 +131,13 @@ class Runner:
             for patch in waiting:
                 patch.slot = take()
                 longest = max(longest, patch.end - patch.start + 1)
-                numbers.append((row, patch.index, patch.start, patch.end, patch.slot))
+                numbers.append((row, patch.index, patch.start, patch.end, patch.slot, patch.index + 1))
             sequence.ledger.global_ += 1
         total = len(numbers)
         columns = self._columns("upstream", 6, total)
-        columns[:5, :total] = np.array(numbers, dtype=np.int32).T
-        owners, index, starts, ends, latents, highs = columns
-        np.add(index, 1, out=highs)
+        columns[:, :total] = list(zip(*numbers, strict=True))
+        # Padding sees the null row's first position.
+        columns[5, total:] = 1
         if self._padded:
             longest = -(-longest // TILE) * TILE
         elif self._static:
@@ -158,13 +158,13 @@ class Runner:
 
         At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
         """
-        by_call: dict[Callable[[list[Sequence]], list[Result]], list[int]] = {}
-        for at, sequence in enumerate(sequences):
-            by_call.setdefault(self._call_for(sequence), []).append(at)
-        if len(by_call) == 1:
-            return next(iter(by_call))(sequences)
+        calls = [self._call_for(sequence) for sequence in sequences]
+        first = calls[0]
+        if all(call == first for call in calls):
+            return first(sequences)
         results: dict[int, Result] = {}
-        for call, own in by_call.items():
+        for call in dict.fromkeys(calls):
+            own = [at for at, other in enumerate(calls) if other == call]
             results |= zip(own, call([sequences[at] for at in own]), strict=True)
         return [results[at] for at in range(len(sequences))]
 
