@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,22 @@ class Pass:
 
 
 class Recorder:
-    """Times every pass of an engine on a CPU while it is on. `passes` is emptied by whoever starts a clock."""
+    """Times every pass of an engine on a CPU while it is on. Whoever starts a clock clears it; what calls stood for is
+    worked out when they are taken, for it would take the clock's time."""
 
     def __init__(self, engine: Engine) -> None:
-        self.passes: list[Pass] = []
+        self._calls: list[Callable[[], list[Pass]]] = []
         self._device = engine._runner._passes
+
+    def clear(self) -> None:
+        """Forget what was timed."""
+        self._calls.clear()
+
+    def take(self) -> list[Pass]:
+        """The passes since it was cleared."""
+        passes = [done for call in self._calls for done in call()]
+        self.clear()
+        return passes
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -71,13 +82,7 @@ class Recorder:
             clock = time.perf_counter()
             result = call(step, columns, *args, **kwargs)
             taken = time.perf_counter() - clock
-            stays = columns[OPENED] >= 0
-            encoded = result.made - 1 if step.fed else np.where(stays, result.made - 1, 0)
-            each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
-            steps = {
-                name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()
-            }
-            self._share(result.spent, taken, steps)
+            self._calls.append(lambda: _passes_of_steps(columns, result, taken, step.fed))
             return result
 
         return timed
@@ -89,50 +94,72 @@ class Recorder:
             clock = time.perf_counter()
             result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
-            asked = {name: np.array(plans.column(name)) for name in COLUMNS}
-            lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
-            behind, encoded = lines >= 0, list[int]()
-            steps_of = np.array(result.made.steps)
-            rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], result.made.fixed, steps_of)
-            if behind.any():
-                own, singles = np.zeros(len(drafted), dtype=np.int32), np.zeros(len(drafted), dtype=bool)
-                accepted = np.array(result.accepted)[behind]
-                own[lines[behind]] = np.minimum(asked["follows"][behind], asked["lefts"][behind] - accepted - 2)
-                singles[lines[behind]] = asked["rules"][behind] == SINGLE_ROWS
-                if own[~singles].any():
-                    ones, sizes = (~singles & (own > 0)).astype(np.int32), np.where(singles, 0, own)
-                    taking = np.where(singles, 0, drafted)
-                    further = _of_blocks(ones, ones, sizes, result.drafts.fixed, taking)
-                    rows, chosen = rows + further[0], chosen + further[1]
-                each = np.where(singles, drafted, 0)
-                steps = [int((each > at).sum()) for at in range(int(each.max()))]
-                rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
-            self._share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if step.fed else []})
+            # The next call takes these back.
+            fixed = result.made.fixed.copy(), result.drafts.fixed.copy()
+            self._calls.append(lambda: _passes_of_plans(plans, result, fixed, taken, step.fed))
             return result
 
         return timed
-
-    def _share(self, spent: Spent, taken: float, steps: dict[str, list[int]]) -> None:
-        """The seconds of a call among the passes that it stands for, by their rows: the `steps` of the modules, and
-        what went beside them."""
-        passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
-        for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
-            passes.setdefault(name, []).extend([rows] if rows else [])
-        patcher, encoder, decoder, altogether = spent.seconds
-        inside = {"entropies": patcher, "encode": encoder, "decode": decoder}
-        inside["logits"] = max(altogether - sum(inside.values()), 0.0)
-        for name, own in passes.items():
-            each = taken * inside[name] / altogether / max(sum(own), 1)
-            self.passes += [Pass(name, rows, each * rows) for rows in own]
 
     def _timed(self, module: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
             clock = time.perf_counter()
             result = call(*args)
-            self.passes.append(Pass(module, _rows_of(module, args), time.perf_counter() - clock))
+            taken = time.perf_counter() - clock
+            done = Pass(module, _rows_of(module, args), taken)
+            self._calls.append(lambda: [done])
             return result
 
         return timed
+
+
+def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool) -> list[Pass]:
+    """The passes that a call of steps stood for."""
+    stays = columns[OPENED] >= 0
+    encoded = result.made - 1 if fed else np.where(stays, result.made - 1, 0)
+    each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
+    steps = {name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()}
+    return _share(result.spent, taken, steps)
+
+
+def _passes_of_plans(
+    plans: Plans, result: Decoded, fixed: tuple[np.ndarray, np.ndarray], taken: float, fed: bool
+) -> list[Pass]:
+    """The passes that a call of plans stood for, where steps fixed those bytes of the blocks and of the drafts."""
+    asked = {name: np.array(plans.column(name)) for name in COLUMNS}
+    lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
+    behind, encoded = lines >= 0, list[int]()
+    steps_of = np.array(result.made.steps)
+    rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], fixed[0], steps_of)
+    if behind.any():
+        own, singles = np.zeros(len(drafted), dtype=np.int32), np.zeros(len(drafted), dtype=bool)
+        accepted = np.array(result.accepted)[behind]
+        own[lines[behind]] = np.minimum(asked["follows"][behind], asked["lefts"][behind] - accepted - 2)
+        singles[lines[behind]] = asked["rules"][behind] == SINGLE_ROWS
+        if own[~singles].any():
+            ones, sizes = (~singles & (own > 0)).astype(np.int32), np.where(singles, 0, own)
+            further = _of_blocks(ones, ones, sizes, fixed[1], np.where(singles, 0, drafted))
+            rows, chosen = rows + further[0], chosen + further[1]
+        each = np.where(singles, drafted, 0)
+        steps = [int((each > at).sum()) for at in range(int(each.max()))]
+        rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
+    return _share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if fed else []})
+
+
+def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass]:
+    """The seconds of a call among the passes that it stands for, by their rows: the `steps` of the modules, and what
+    went beside them."""
+    passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
+    for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
+        passes.setdefault(name, []).extend([rows] if rows else [])
+    patcher, encoder, decoder, altogether = spent.seconds
+    inside = {"entropies": patcher, "encode": encoder, "decode": decoder}
+    inside["logits"] = max(altogether - sum(inside.values()), 0.0)
+    shared: list[Pass] = []
+    for name, own in passes.items():
+        each = taken * inside[name] / altogether / max(sum(own), 1)
+        shared += [Pass(name, rows, each * rows) for rows in own]
+    return shared
 
 
 def _of_blocks(
@@ -152,11 +179,14 @@ def _of_blocks(
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of a pass by module, at the rows it was measured at, which stood at position `context`."""
+    """Seconds of a pass by module, at the rows it was measured at, which stood at position `context`, for a batch of so
+    many requests; and, by themselves, of a pass of as many rows as are `common`."""
 
     rows: tuple[int, ...]
     seconds: dict[str, tuple[float, ...]]
     context: int = 0
+    requests: int = 1
+    common: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     @torch.inference_mode()
@@ -173,9 +203,10 @@ class CostCurve:
         rows = [count for count in _GRID if count < most] + [most]
         ratios: dict[str, list[float]] = {module: [] for module in _MODULES}
         singles: dict[str, list[float]] = {module: [] for module in _MODULES}
+        common: dict[str, list[float]] = {module: [] for module in _MODULES}
         with _occupied(engine._caches, context, requests if context else 0) as owners:
             for count in rows:
-                own = [owners[at * len(owners) // count] for at in range(count)] if owners else []
+                own = _spread(owners, count)
                 single = _calls(passes, rows[0], context, own[:1])
                 both = {f"{module} alone": call for module, call in single.items()}
                 taken = _medians(
@@ -184,18 +215,21 @@ class CostCurve:
                 for module in _MODULES:
                     singles[module].append(taken[f"{module} alone"])
                     ratios[module].append(taken[module] / taken[f"{module} alone"])
+                for module, value in _common(passes, context, owners, requests).items():
+                    common[module].append(value)
         seconds = {
             module: tuple(statistics.median(singles[module]) * ratio for ratio in ratios[module]) for module in _MODULES
         }
-        return cls(tuple(rows), seconds, context)
+        medians = {module: statistics.median(values) for module, values in common.items()}
+        return cls(tuple(rows), seconds, context, requests, medians)
 
     @torch.inference_mode()
     def drift(self, engine: Engine) -> dict[str, float]:
-        """How many times as long as when the curve was measured a pass of one row takes now, by module. Nothing must
-        run in the engine."""
-        with _occupied(engine._caches, self.context, 1 if self.context else 0) as owners:
-            taken = _medians(_calls(engine._runner._passes, self.rows[0], self.context, owners), 0.1)
-        return {module: value / self.seconds[module][0] for module, value in taken.items()}
+        """How many times as long as when the curve was measured a pass of as many rows as are common takes now, by
+        module. Nothing must run in the engine."""
+        with _occupied(engine._caches, self.context, self.requests if self.context else 0) as owners:
+            taken = _common(engine._runner._passes, self.context, owners, self.requests)
+        return {module: value / self.common[module] for module, value in taken.items()}
 
     def predict(self, done: Pass) -> float:
         """Seconds that a pass of so many rows takes by the curve; beyond its end it goes on as a line."""
@@ -283,6 +317,11 @@ def _occupied(caches: Caches, context: int, requests: int) -> Iterator[list[int]
             group.table[1 : requests + 1] = 0
 
 
+def _spread(owners: Sequence[int], count: int) -> list[int]:
+    """Whose each of so many rows is; nobody's where there are no owners."""
+    return [owners[at * len(owners) // count] for at in range(count)] if owners else []
+
+
 def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """A pass of `count` rows of every module at position `context`, by the name of the function that runs it."""
     of_module = make_calls(passes, count, context, context // _PATCH, owners=owners)
@@ -290,6 +329,12 @@ def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> d
     states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
     calls = {function: of_module[module] for function, module in zip(_MODULES[:-1], MODULES, strict=True)}
     return calls | {"logits": lambda: passes.logits(states, None)}
+
+
+def _common(passes: Passes, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
+    """Seconds of a pass of four rows a request, by module."""
+    count = 4 * requests
+    return _medians(_calls(passes, count, context, _spread(owners, count)), 0.1)
 
 
 def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3) -> dict[str, float]:

@@ -156,11 +156,11 @@ def run(
             output.ledger = delta.ledger or output.ledger
         if not clock:
             if recorder is not None:
-                recorder.passes.clear()
+                recorder.clear()
             clock, before = time.perf_counter(), sum(len(output.ids) for output in outputs.values())
     seconds = time.perf_counter() - clock
     made = sum(len(output.ids) for output in outputs.values()) - before
-    return Batch(list(outputs.values()), seconds, made, list(recorder.passes) if recorder is not None else [])
+    return Batch(list(outputs.values()), seconds, made, recorder.take() if recorder is not None else [])
 
 
 def figures(batch: Batch, plain: Batch) -> dict[str, Any]:
@@ -197,9 +197,11 @@ class Cost:
     bytes_per_weight: int
 
     @classmethod
-    def of(cls, model: Blt, engine: Engine, most_rows: int) -> Cost:
-        head = model.lm_head.weight
-        return cls(CostCurve.measure(engine, most_rows), ModuleParameters.of(model), head.numel(), head.itemsize)
+    def of(cls, model: Blt, engine: Engine, batch: int) -> Cost:
+        head, most = model.lm_head.weight, min(512, 2 * batch * MAX_BLOCK_SIZE)
+        return cls(
+            CostCurve.measure(engine, most, requests=batch), ModuleParameters.of(model), head.numel(), head.itemsize
+        )
 
     def gigabytes(self, batch: Batch) -> float:
         return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
@@ -287,8 +289,8 @@ def measure(
     """Run every setting over the prompts, then print a row of a table for each.
 
     With `batch`, that many requests run at a time and there are figures of time. The machine's speed may drift, so the
-    settings take turns at every batch of prompts, and a pass of one row before and after each corrects what the cost
-    curve says for the speed of the moment. Where the prompts are one batch there should be several `rounds`, each with
+    settings take turns at every batch of prompts, and passes before and after each correct what the cost curve says
+    for the speed of the moment. Where the prompts are one batch there should be several `rounds`, each with
     a curve of its own; a row is of the round in which the setting's time, as a share of BLT's in that round, was the
     median.
     """
@@ -301,7 +303,7 @@ def measure(
     positions: dict[str, _Positions] = {name: _Positions() for name in settings}
     for _ in range(rounds):
         if batch is not None:
-            costs.append(Cost.of(model, engine, min(512, 2 * batch * MAX_BLOCK_SIZE)))
+            costs.append(Cost.of(model, engine, batch))
         done: dict[str, Batch] = {}
         early = costs[-1].curve.drift(engine) if costs else {}
         for first in range(0, len(prompts), size):

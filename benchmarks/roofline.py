@@ -10,9 +10,9 @@ than memory.
 
 Then, for every method: microseconds a byte measured, and predicted as the sum of the run's passes on the curve (design
 §6.6); and the parts of the former: each module's passes, what they took beyond the curve, and the engine, which is all
-else (selection, host, scheduling). The machine's speed may drift, so the methods take turns, and a pass of one row
-before and after each corrects what the curve says for the speed of the moment; a row is of the round in which predicted
-over measured time was the median.
+else (selection, host, scheduling). The machine's speed may drift, so the methods take turns, and passes before
+and after each correct what the curve says for the speed of the moment; a row is of the round in which predicted over
+measured time was the median.
 """
 
 from __future__ import annotations
