@@ -126,6 +126,11 @@ class Batch:
     def bytes_per_second(self) -> float:
         return self.bytes / self.seconds
 
+    def predict(self, curve: CostCurve, early: dict[str, float], late: dict[str, float]) -> None:
+        """Note what the passes take by the curve, at the speed that the machine had before and after them."""
+        self.drift = {module: (early[module] + late[module]) / 2 for module in early}
+        self.predicted = sum(curve.predict(done) * self.drift[done.module] for done in self.passes)
+
     def join(self, other: Batch) -> Batch:
         """Both, one after the other."""
         share = self.seconds / (self.seconds + other.seconds)
@@ -205,11 +210,6 @@ class Cost:
 
     def gigabytes(self, batch: Batch) -> float:
         return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
-
-    def predict(self, batch: Batch, drift: dict[str, float]) -> None:
-        """Note what the batch's passes take by the curve, at the speed that the machine had at the time."""
-        batch.drift = drift
-        batch.predicted = sum(self.curve.predict(done) * drift[done.module] for done in batch.passes)
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def measure(
                 positions[name].add(before, engine.stats())
                 if costs:
                     late = costs[-1].curve.drift(engine)
-                    costs[-1].predict(part, {module: (early[module] + late[module]) / 2 for module in early})
+                    part.predict(costs[-1].curve, early, late)
                     early = late
                 done[name] = done[name].join(part) if name in done else part
         for name, one in done.items():

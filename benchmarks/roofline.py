@@ -133,8 +133,7 @@ def in_turns(
             with recorder.on():
                 batch = run(engine, prompts, [one] * len(prompts), recorder)
             late = curve.drift(engine)
-            batch.drift = {module: (early[module] + late[module]) / 2 for module in early}
-            batch.predicted = sum(curve.predict(done) * batch.drift[done.module] for done in batch.passes)
+            batch.predict(curve, early, late)
             early = late
             runs[name].append(batch)
     return runs
