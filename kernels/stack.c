@@ -52,8 +52,10 @@ struct source {
     struct pages pages;
 };
 
-/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL. */
+/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL. Of
+ * rows that are not `read`, where that is given, nothing is wanted but the keys and values that later rows attend to. */
 struct sink {
+    const uint8_t *read;
     const float *gain, *head;
     float *entropies, *states;
     struct pages pages;
@@ -132,6 +134,15 @@ static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t pa
     return own > largest ? own : largest;
 }
 
+/* What a layer makes of rows [first, first + n) when all keys and values are written, in place. */
+static int finish(const struct module *m, const struct layer *w, const float *cache, const struct places *at,
+                  int64_t first, int64_t n, const float *q, float *attended, float *x) {
+    int failed = attend_rows(q, cache, at, layout_of(at, m->heads, m->kv_heads, m->dim), first, n, attended);
+    fastblt_project_add(attended, n, m->heads * m->dim, w->out, m->size, x, 1, x);
+    return failed |
+           fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
+}
+
 /* Rows [first, first + n) of x [.., size] through all layers, in place; `together`: beside other threads whose rows these
  * may read. `scratch` has room for queries, attended, keys and values of the rows. Returns 0, or 1 when memory ran out. */
 static int run(const struct module *m, float *const *caches, const struct places *at, const struct latents *latents,
@@ -140,6 +151,7 @@ static int run(const struct module *m, float *const *caches, const struct places
     int64_t wide = m->heads * m->dim, narrow = m->kv_heads * m->dim;
     float *q = scratch, *attended = q + n * wide, *k = attended + n * wide, *v = k + n * narrow;
     struct layout heads = layout_of(at, m->heads, m->kv_heads, m->dim);
+    const uint8_t *read = to && to->read ? to->read + first : NULL;
     int failed = 0;
     float *x = whole + first * m->size;
     if (from) begin(from, at, first, n, m->size, whole);
@@ -160,9 +172,16 @@ static int run(const struct module *m, float *const *caches, const struct places
         if (together) {
 #pragma omp barrier
         }
-        failed |= attend_rows(q, caches[i], at, heads, first, n, attended);
-        fastblt_project_add(attended, n, wide, w->out, m->size, x, 1, x);
-        failed |= fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
+        if (!read || i < m->count - 1) {
+            failed |= finish(m, w, caches[i], at, first, n, q, attended, x);
+            continue;
+        }
+        for (int64_t from = 0, stop; from < n; from = stop) {
+            for (stop = from + 1; stop < n && read[stop] == read[from];) stop++;
+            if (read[from])
+                failed |= finish(m, w, caches[i], at, first + from, stop - from, q + from * wide, attended,
+                                 x + from * m->size);
+        }
     }
     return to ? failed | end(to, at, first, n, m->size, whole) : failed;
 }

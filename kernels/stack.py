@@ -94,15 +94,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Sink:
-    """What becomes of rows: they are normed, and stored; of a head's logits of them there are entropies, in nats."""
+    """What becomes of rows: they are normed, and stored; of a head's logits of them there are entropies, in nats.
 
+    Where `read`, bool [N], is given, what comes of the other rows is undefined; their keys and values are not."""
+
+    read: Tensor | None = None
     norm: Norm | None = None
     states: PagedRows | None = None
     head: Packed | None = None
 
     def struct(self) -> SinkStruct:
         """For the C code; the tensors must outlive it, and where there is a head it wants a place for entropies."""
-        made = SinkStruct()
+        made = SinkStruct(read=_pointer(self.read))
         if self.norm is not None:
             made.gain, made.eps = self.norm.pointer, self.norm.eps
         if self.states is not None:
@@ -211,7 +214,7 @@ class SourceStruct(ctypes.Structure):
 
 class SinkStruct(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("gain", "head", "entropies", "states")),
+        *((name, ctypes.c_void_p) for name in ("read", "gain", "head", "entropies", "states")),
         ("pages", Pages),
         ("vocabulary", ctypes.c_int64),
         ("eps", ctypes.c_float),

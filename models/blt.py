@@ -160,9 +160,11 @@ class LocalDecoder(nn.Module):
         block: Tensor | None,
         attend: PagedAttention,
         latents: StoredLatents,
+        read: Tensor | None = None,
     ) -> Tensor:
         """`forward` [N, d] of the attention's rows, which begin as what is known of them: encoder states or ids; where
-        `block`, int32 [N], is not negative, as this id."""
+        `block`, int32 [N], is not negative, as this id. Where `read`, bool [N], is given, other rows need not be right,
+        though what they store is."""
         owners, positions = attend.at.rows, attend.at.positions
         if isinstance(known, PagedRows):
             x = known.read(owners, positions)

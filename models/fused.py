@@ -238,15 +238,19 @@ def _decode(decoder: LocalDecoder, whole: PackedStack, source: Source, sink: Sin
     plain, table = partial(LocalDecoder.stored_states, decoder), source.table
 
     def stored_states(
-        known: PagedRows | RequestIds, block: Tensor | None, attend: PagedAttention, latents: StoredLatents
+        known: PagedRows | RequestIds,
+        block: Tensor | None,
+        attend: PagedAttention,
+        latents: StoredLatents,
+        read: Tensor | None = None,
     ) -> Tensor:
         if not fits(attend, latents) or (isinstance(known, PagedRows) and not known.native):
-            return plain(known, block, attend, latents)
+            return plain(known, block, attend, latents, read)
         if isinstance(known, PagedRows):
             begin = Source(states=known, block=block, block_table=table)
         else:
             begin = Source(ids=known, table=table, block=block, block_table=table)
-        return run_stored(whole, begin, sink, attend, latents)
+        return run_stored(whole, begin, replace(sink, read=read), attend, latents)
 
     return stored_states
 

@@ -120,11 +120,12 @@ class Passes:
         latents = self._model.global_transformer(vectors, self._groups["global"].attend(rows))
         self._model.local_decoder.store_latents(latents, self._caches.latents, patches.latents)
 
-    def decode(self, rows: Rows, latents: Tensor, block: Tensor | None) -> Tensor:
-        """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1."""
-        read = StoredLatents(self._caches.latents, latents)
+    def decode(self, rows: Rows, latents: Tensor, block: Tensor | None, read: Tensor | None = None) -> Tensor:
+        """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1. Where
+        `read`, bool [N], is given, states of other rows are undefined."""
+        stored = StoredLatents(self._caches.latents, latents)
         known = self._states if self._from_encoder else self.ids
-        return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), read)
+        return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), stored, read)
 
     def multi_step(self, draws: Draws) -> MultiStep | None:
         """Several bytes of each request in one call, chosen by `draws`; None where only single passes can be had."""

@@ -42,6 +42,15 @@ class Batch:
     total: int
     padded: int
 
+    def read(self, scored: list[int]) -> np.ndarray | None:
+        """Which rows' states are read, bool [rows with padding]: those that give a byte, in blocks, or scored. None: as
+        good as all."""
+        read = np.zeros(self.padded, dtype=bool)
+        if self.in_block is not None:
+            read[: self.total] = self.in_block
+        read[self.picked] = read[scored] = True
+        return read if 2 * np.count_nonzero(read) < self.total else None
+
 
 @dataclass(slots=True)
 class Result(Outcome):

@@ -182,19 +182,22 @@ class Runner:
         """One decoder pass over the plans, each once."""
         batch = lay_out(sequences, self._columns)
         spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
+        plain = all(sequence.plain for sequence in sequences)
+        scored = None if plain else Scored.of(sequences, batch.spans)
+        # A captured graph computes all of its rows.
+        asked = None if self._static else batch.read(scored.rows if scored is not None else [])
+        read = None if asked is None else torch.from_numpy(asked)
 
         def run(columns: Columns) -> Tensor:
             owners, positions, firsts, highs, latents, block = columns
             rows = Rows(owners, positions, firsts, highs, spans)
-            return self._passes.decode(rows, latents, block if with_blocks else None)
+            return self._passes.decode(rows, latents, block if with_blocks else None, read)
 
         states = self._launch("decode", run, spans, with_blocks)
         self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
-        plain = all(sequence.plain for sequence in sequences)
         staged = self._chooser.stage(sequences, batch, plain)
         tensors = self._chooser.choose(states, staged)
-        scored = None if plain else Scored.of(sequences, batch.spans)
         scores = self._score(states, scored) if scored is not None else []
         ahead = [sequences[at] for at in batch.ahead]
         if not ahead:

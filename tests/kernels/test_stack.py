@@ -15,7 +15,8 @@ from kernels.dense import pack, pack_norm
 from kernels.latent_attention import StoredLatents
 from kernels.native import library, set_threads, threads
 from kernels.paged_attention import PagedAttention, RaggedRows, has_native
-from kernels.stack import CrossWeights, LayerWeights, PackedStack, fits, run
+from kernels.paged_rows import PagedRows
+from kernels.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
 from models.config import StackConfig
 from models.layers import CrossAttention, Layer, Rope, Stack
 
@@ -165,6 +166,31 @@ def test_against_the_layers(
     torch.testing.assert_close(result.double(), expected, atol=3e-4, rtol=3e-4)
     for one, other in zip(attend.stores, wide.stores, strict=True):
         torch.testing.assert_close(one.double(), other, atol=3e-4, rtol=3e-4)
+
+
+@torch.inference_mode()
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.sampled_from(SHAPES), passes(), st.integers(1, 5), st.floats(0, 1))
+def test_rows_that_nobody_reads(
+    seed: int, shape: tuple[int, int, int, int, int], spans: list[tuple[int, int, int]], count: int, share: float
+) -> None:
+    """They store what they store when they are read, and change nothing for the others."""
+    world = make(seed, shape, spans)
+    generator = torch.Generator().manual_seed(seed)
+    weights, at = packed(world), world.at
+    store = torch.randn((REQUESTS + 1) * -(-LENGTH // PAGE) * PAGE, weights.module.size, generator=generator)
+    source = Source(states=PagedRows(store, at.table, PAGE))
+    slots = torch.randint(0, 9, (len(at.rows),), generator=generator).int()
+    latents = StoredLatents(world.latents, slots) if world.crosses else None
+    read = torch.rand(len(at.rows), generator=generator) < share
+    norm = pack_norm(torch.rand(weights.module.size, generator=generator), 1e-5)
+    set_threads(count)
+    all_of_them, some = world.attend(), world.attend()
+    expected = run_stored(weights, source, Sink(norm=norm), all_of_them, latents)
+    result = run_stored(weights, source, Sink(read=read, norm=norm), some, latents)
+    assert torch.equal(result[read], expected[read])
+    for one, other in zip(some.stores, all_of_them.stores, strict=True):
+        assert torch.equal(one, other)
 
 
 @torch.inference_mode()
