@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +48,65 @@ _SPECIALS = ("<s>", "</s>")
 
 
 def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 512) -> dict[str, Any]:
-    """Bytes a second of `transformers` and of this engine on one checkpoint, greedy.
+    """Bytes a second of `transformers` and of this engine on one checkpoint, greedy, in turns: medians over prompts.
 
-    First one prompt at a time; `equal_bytes` counts the positions at which both wrote the same. Then `batches` of
-    theirs, by size, over a few bytes each, where their texts are shortest; and `ours_together`, 32 requests at once.
-    Seconds are whole requests'. `use_cache=False` is the only correct path of `transformers`: with its cache, patches
-    and hashes are made from the newest byte alone.
+    A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes each,
+    where their texts are shortest; then `ours_together`, 32 requests at once. Seconds are whole requests'.
+    `equal_bytes` counts the positions at which both wrote the same. `use_cache=False` is the only correct path of
+    `transformers`: with its cache, patches and hashes are made from the newest byte alone.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    asked = held_out_prompts(prompts, prompt_len)
+    asked, together = held_out_prompts(prompts, prompt_len), held_out_prompts(_TOGETHER, prompt_len)
     warm_up = held_out_prompts(1, 16, seed=9)
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
+    one, many = LLM(model, max_running=1, prefix_cache=False), LLM(model, max_running=_TOGETHER, prefix_cache=False)
 
-    def generate(ids: list[list[int]], length: int) -> list[list[int]]:
+    def theirs(ids: list[list[int]], length: int) -> list[list[int]]:
+        # An engine of a small model leaves torch one thread.
+        torch.set_num_threads(threads)
         with torch.inference_mode():
-            made = theirs.generate(
+            made = peer.generate(
                 torch.tensor(ids), use_cache=False, do_sample=False, min_new_tokens=length, max_new_tokens=length
             )
         return made[:, len(ids[0]) :].tolist()
 
-    generate(warm_up, 4)
-    threads = torch.get_num_threads()
-    clock = time.perf_counter()
-    written = [generate([ids], output_len)[0] for ids in asked]
-    seconds = time.perf_counter() - clock
-    batches: dict[int, float] = {}
-    few = max(2, output_len // 16)
-    for size in _BATCHES:
-        together = held_out_prompts(size, prompt_len)
+    def ours(llm: LLM, ids: list[list[int]], length: int, method: DecodingMethod) -> list[list[int]]:
+        torch.set_num_threads(1)
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method))
+        return [output.ids for output in llm.generate(ids, params)]
+
+    alone = (DecodingMethod.BLT, DecodingMethod.AUTO, DecodingMethod.BLT_S, DecodingMethod.BLT_DV)
+    all_at_once = (DecodingMethod.BLT, DecodingMethod.AUTO)
+    few, equal = max(2, output_len // 16), 0
+    theirs(warm_up, 4)
+    for method in alone:
+        ours(one, warm_up, output_len, method)
+        ours(many, together[:2], output_len, method)
+    rates: dict[tuple[str, Any], list[float]] = {}
+
+    def timed(kind: str, which: Any, count: int, run: Callable[[], list[list[int]]]) -> list[list[int]]:
         clock = time.perf_counter()
-        generate(together, few)
-        batches[size] = size * few / (time.perf_counter() - clock)
-    ours, texts = _ours(model, warm_up, asked, output_len)
+        made = run()
+        rates.setdefault((kind, which), []).append(count / (time.perf_counter() - clock))
+        return made
+
+    for ids in asked:
+        [written] = timed("theirs", None, output_len, partial(theirs, [ids], output_len))
+        for method in alone:
+            [text] = timed("ours", method.value, output_len, partial(ours, one, [ids], output_len, method))
+            equal += equal_positions(written, text) if method == DecodingMethod.BLT else 0
+        for size in _BATCHES:
+            timed("batches", size, size * few, partial(theirs, together[:size], few))
+        for method in all_at_once:
+            run = partial(ours, many, together, output_len, method)
+            timed("ours_together", method.value, _TOGETHER * output_len, run)
+
+    def medians(kind: str) -> dict[Any, float]:
+        return {which: statistics.median(own) for (of, which), own in rates.items() if of == kind}
+
     return {
         **measured_with(model),
         "peer": "transformers BltForCausalLM.generate(use_cache=False), the same weights",
@@ -87,43 +114,13 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
         "output_len": output_len,
         "num_prompts": prompts,
         "threads": threads,
-        "output_byte_throughput": prompts * output_len / seconds,
-        "batches": batches,
-        "ours": ours,
-        "ours_together": _ours_together(model, warm_up, held_out_prompts(_TOGETHER, prompt_len), output_len),
+        "output_byte_throughput": medians("theirs")[None],
+        "batches": medians("batches"),
+        "ours": medians("ours"),
+        "ours_together": medians("ours_together"),
         "together": _TOGETHER,
-        "equal_bytes": sum(equal_positions(one, other) for one, other in zip(written, texts, strict=True)),
+        "equal_bytes": equal,
     }
-
-
-def _ours(
-    model: str, warm_up: list[list[int]], prompts: list[list[int]], length: int
-) -> tuple[dict[str, float], list[list[int]]]:
-    """Bytes a second of this engine by method, and the bytes of BLT."""
-    llm = LLM(model, max_running=1, prefix_cache=False)
-    rates: dict[str, float] = {}
-    texts: list[list[int]] = []
-    for method in (DecodingMethod.BLT, DecodingMethod.AUTO, DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
-        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method))
-        llm.generate(warm_up, params)
-        clock = time.perf_counter()
-        made = [llm.generate([ids], params)[0].ids for ids in prompts]
-        rates[method.value] = len(prompts) * length / (time.perf_counter() - clock)
-        texts = texts or made
-    return rates, texts
-
-
-def _ours_together(model: str, warm_up: list[list[int]], prompts: list[list[int]], length: int) -> dict[str, float]:
-    """Bytes a second of this engine by method, all the prompts at once."""
-    llm = LLM(model, max_running=len(prompts), prefix_cache=False)
-    rates: dict[str, float] = {}
-    for method in (DecodingMethod.BLT, DecodingMethod.AUTO):
-        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, decoding=DecodingParams(method))
-        llm.generate(warm_up, params)
-        clock = time.perf_counter()
-        llm.generate(prompts, params)
-        rates[method.value] = len(prompts) * length / (time.perf_counter() - clock)
-    return rates
 
 
 def write_gguf(path: Path, weights: int) -> dict[str, float]:
