@@ -35,7 +35,7 @@ class EngineSettings:
     max_running: int = 64
     max_waiting: int = 1024
     max_model_len: int = 32768
-    max_pass_rows: int = 512
+    max_pass_rows: int = 2048
     max_passes_per_beat: int = 64
     max_hold_ms: float | None = None
     patching_threshold: float | None = None
