@@ -9,6 +9,9 @@
 #include "part.h"
 #include "single_rows.h"
 
+/* Requests that a thread takes through their passes together: few enough for nobody to wait long for another's. */
+#define GROUP 4
+
 /* As in unmasking.py. */
 enum { SINGLE_ROWS = -1, BY_CONFIDENCE, BY_ENTROPY, EXCLUSIVE_MAX, ONE_STEP };
 
@@ -299,8 +302,11 @@ static int draft_rows(const struct part *parts, const struct plans *of, const st
     struct requests requests = {
         these->owners, these->starts, these->latents, limits, scans, opened, fresh, to.steps + line, scanned,
         to.ids + line * to.width, to.entropies + line * to.width, to.bad + line, these->n, to.width};
-    return single_rows(parts, &requests, latents, by, &rule, 0, these->n, room->scratch, room->x,
-                       room->scratch + GROUP * room->each, threads, &beside, spent);
+    int failed = 0;
+    for (int64_t k = 0; k < these->n; k++)
+        failed |= single_rows(parts, &requests, latents, by, &rule, k, room->scratch, room->x, room->scratch + room->each,
+                              threads, &beside, spent);
+    return failed;
 }
 
 /* The drafts behind verifications of requests [first, first + n): over the byte behind what was accepted, on the latent

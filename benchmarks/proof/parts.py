@@ -105,7 +105,7 @@ class Plan:
         return parts
 
     def _peers(self) -> list[Part]:
-        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "2"]
+        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "5"]
         parts = [
             Part(
                 "peer-transformers",

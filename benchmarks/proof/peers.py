@@ -50,8 +50,9 @@ _SPECIALS = ("<s>", "</s>")
 def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 512) -> dict[str, Any]:
     """Bytes a second of `transformers` and of this engine on one checkpoint, greedy, in turns: medians over prompts.
 
-    A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes each,
-    where their texts are shortest; then `ours_together`, 32 requests at once. Seconds are whole requests'.
+    A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes in the
+    middle of the output, where a byte that reads all before it anew costs what it does in the mean; then
+    `ours_together`, 32 requests at once. Seconds are whole requests'.
     `equal_bytes` counts the positions at which both wrote the same. `use_cache=False` is the only correct path of
     `transformers`: with its cache, patches and hashes are made from the newest byte alone.
     """
@@ -81,6 +82,7 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
     alone = (DecodingMethod.BLT, DecodingMethod.AUTO, DecodingMethod.BLT_S, DecodingMethod.BLT_DV)
     all_at_once = (DecodingMethod.BLT, DecodingMethod.AUTO)
     few, equal = max(2, output_len // 16), 0
+    middle = held_out_prompts(max(_BATCHES), prompt_len + (output_len - few) // 2)
     theirs(warm_up, 4)
     for method in alone:
         ours(one, warm_up, output_len, method)
@@ -99,7 +101,7 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
             [text] = timed("ours", method.value, output_len, partial(ours, one, [ids], output_len, method))
             equal += equal_positions(written, text) if method == DecodingMethod.BLT else 0
         for size in _BATCHES:
-            timed("batches", size, size * few, partial(theirs, together[:size], few))
+            timed("batches", size, size * few, partial(theirs, middle[:size], few))
         for method in all_at_once:
             run = partial(ours, many, together, output_len, method)
             timed("ours_together", method.value, _TOGETHER * output_len, run)
