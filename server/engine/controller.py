@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 4, 8, 16)
 _PROBE = 32
 #: What another draft must promise more before it is taken.
 _CLEARLY = 1.05
-#: Passes after which the choice is looked at again.
+#: Steps of the engine after which the choice is looked at again.
 _REVIEW = 16
 #: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
@@ -88,7 +88,7 @@ class Controller:
             if lengths
         }
         self._load = Load(1.0, 0.25, 0.0)
-        self._passes = 0
+        self._steps = 0
         self._rounds = 0
         self._probes = self._probing()
         self.best = max(self.drafts, key=self.rate)
@@ -118,8 +118,8 @@ class Controller:
             load.patches_per_byte,
             load.overhead + newest * (max(overhead, 0.0) - load.overhead),
         )
-        before, self._passes = self._passes, self._passes + made
-        if before // _REVIEW < self._passes // _REVIEW:
+        self._steps += 1
+        if self._steps % _REVIEW == 0:
             self._load = replace(self._load, patches_per_byte=patches_per_byte())
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
@@ -160,18 +160,19 @@ class Controller:
         return count * made / (seconds + load.overhead)
 
     def _probing(self) -> Iterator[Draft]:
-        """The next longer draft of the best's kind, and, in turn, each kind's most promising draft."""
+        """The next longer draft of the best's kind, and, in turn, each kind's most promising draft: one time in four
+        where there is no longer one, for a round of another kind then gives a fraction of the best's bytes."""
         while True:
             same = [draft for draft in self.drafts if draft.method == self.best.method]
             longer = [draft for draft in same if draft.length > self.best.length]
             if longer:
                 yield longer[0]
+            for _ in range(0 if longer else 3):
+                yield self.best
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
                 others = [d for d in self.drafts if d.method == method and method != self.best.method]
                 if others:
                     yield max(others, key=self.rate)
-            if not longer and len(self.drafts) == len(same):
-                yield self.best
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:
