@@ -183,7 +183,7 @@ def auto(model: str, rounds: int) -> dict[str, Any]:
                         max_tokens=10_000, temperature=temperature, seed=3, ignore_eos=True, decoding=decoding
                     )
                     ids = start(engines[name], prompts, params)
-                    measured[name].append(bytes_per_second(engines[name], batch * (80 if batch > 1 else 400)))
+                    measured[name].append(bytes_per_second(engines[name], batch * {1: 400, 8: 200, 32: 80}[batch]))
                     for request_id in ids:
                         engines[name].abort(request_id)
                     drain(engines[name])
