@@ -166,7 +166,7 @@ def auto(model: str, rounds: int) -> dict[str, Any]:
     candidates = {
         "auto": DecodingParams(DecodingMethod.AUTO),
         "blt": BLT,
-        **{f"blt-s k{k}": speculation(k) for k in (4, 8, 16)},
+        **{f"blt-s k{k}": speculation(k) for k in (4, 8, 16, 32)},
         **{f"blt-dv-{b} 1step": diffusion(DecodingMethod.BLT_DV, b, "1step") for b in (4, 8)},
         "blt-d-8 a0.7": diffusion(DecodingMethod.BLT_D, 8, "a0.7"),
     }

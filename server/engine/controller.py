@@ -17,7 +17,7 @@ from server.engine.cost import DRAFT, STEP, Costs
 from server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
-LENGTHS = (1, 2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 8, 16, 32)
 
 #: One round in so many tries another draft than the best.
 _PROBE = 32
