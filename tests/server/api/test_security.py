@@ -95,10 +95,15 @@ def test_nothing_else_does(closed: RunningServer, value: str) -> None:
 
 
 def test_refusals_are_counted(closed: RunningServer) -> None:
+    def refused() -> None:
+        closed.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"authorization": "Bearer no"})
+
     closed.http.headers["authorization"] = "Bearer first-key"
     try:
+        # A cause is counted from its first time on.
+        refused()
         before = closed.metric('fastblt_requests_rejected_total{cause="invalid_api_key"}')
-        closed.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"authorization": "Bearer no"})
+        refused()
         assert closed.metric('fastblt_requests_rejected_total{cause="invalid_api_key"}') == before + 1
     finally:
         del closed.http.headers["authorization"]
