@@ -61,7 +61,7 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
 
     asked, together = held_out_prompts(prompts, prompt_len), held_out_prompts(_TOGETHER, prompt_len)
     warm_up = held_out_prompts(1, 16, seed=9)
-    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
     threads = torch.get_num_threads()
     one, many = LLM(model, max_running=1, prefix_cache=False), LLM(model, max_running=_TOGETHER, prefix_cache=False)
 
