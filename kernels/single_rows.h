@@ -32,7 +32,8 @@ static int one_pass(const struct part *parts, int module, const struct requests 
     at.rows = of->owners + r, at.positions = at.firsts = &position, at.highs = &high;
     struct sink to = *part->to;
     to.entropies = entropy;
-    int failed = run(part->module, part->caches, &at, latents, part->from, &to, 0, 1, 0, scratch, x);
+    struct pass p = {part->module, part->caches, &at, latents, part->from, &to, x, scratch};
+    int failed = go_through(&p, 0, 1, scratch + floats_of(p.module, 1, 0));
     spent->seconds[module] += now() - began;
     return failed;
 }
@@ -56,8 +57,7 @@ static int go_ahead(const struct part *parts, const struct requests *of, const s
 static int64_t step_floats(const struct part *parts, int64_t vocabulary, int64_t *each) {
     *each = 0;
     for (int64_t i = 0; i < MODULES; i++) {
-        const struct module *m = parts[i].module;
-        int64_t own = 2 * (m->heads + m->kv_heads) * m->dim;
+        int64_t own = floats_of(parts[i].module, 1, 1);
         *each = own > *each ? own : *each;
     }
     return *each + vocabulary + PANEL;

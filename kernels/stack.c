@@ -1,10 +1,10 @@
 /* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers, and what becomes of them.
  * What a layer computes stands in models/layers.py; its parts are the functions of the included files.
  *
- * Threads share the rows. Rows of different requests have nothing to do with each other, so where requests can be shared
- * out evenly each thread takes its own through all layers. Where one has most of the rows, a prompt, these are shared out
- * too, and in each layer the threads wait for each other's keys and values. Every row is computed as if it were alone, so
- * none of this changes a result.
+ * Threads share the rows. Rows of different requests have nothing to do with each other, so where a pass is small and
+ * requests can be shared out evenly each thread takes its own through all layers. Otherwise the threads wait for each other
+ * at every layer, so that all keys and values are there, and share out each layer's rows anew, as they come to be free.
+ * Every row is computed as if it were alone, so none of this changes a result.
  */
 #include <omp.h>
 
@@ -15,6 +15,10 @@
 #include "paged_rows.h"
 
 #define MOST_THREADS 64
+/* Work of a pass for which the threads wait at every layer, however even their shares are. */
+#define LARGE 60000
+/* Rows that go from one layer's keys and values to the next layer's together. */
+#define SPAN BLOCK
 /* What the dense part of a row costs, in keys that it could attend to in that time; and what a thread must have to do,
  * in the same unit, to be worth its waking. */
 #define ROW 160
@@ -117,13 +121,13 @@ static int end(const struct sink *to, const struct places *at, int64_t first, in
 
 static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - low_of(at, row); }
 
-/* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests unless `anywhere`; a row
- * of the null request belongs to nobody. Returns the work of the largest share. */
-static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t parts, int anywhere, int64_t *starts) {
+/* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests; a row of the null request
+ * belongs to nobody. Returns the work of the largest share. */
+static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t parts, int64_t *starts) {
     int64_t done = 0, own = 0, largest = 0, p = 1;
     starts[0] = 0;
     for (int64_t i = 0; i < n; i++) {
-        int between = anywhere || !i || at->rows[i] != at->rows[i - 1] || !at->rows[i];
+        int between = !i || at->rows[i] != at->rows[i - 1] || !at->rows[i];
         if (own && between && p < parts && done * parts >= total * p) {
             largest = own > largest ? own : largest;
             starts[p++] = i, own = 0;
@@ -132,6 +136,20 @@ static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t pa
     }
     while (p <= parts) starts[p++] = n;
     return own > largest ? own : largest;
+}
+
+/* Cuts the rows anywhere into shares that threads take as they come, each half of what is left for all of them, so that
+ * the last ones are small. Returns how many; `starts` has room for n + 1. */
+static int64_t cut_finer(const struct places *at, int64_t n, int64_t total, int64_t threads, int64_t *starts) {
+    int64_t left = total, own = 0, share = left / (2 * threads), p = 0;
+    starts[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        own += work_of(at, i);
+        if (own < share || own < LEAST) continue;
+        left -= own, own = 0, starts[++p] = i + 1, share = left / (2 * threads);
+    }
+    if (starts[p] < n) starts[++p] = n;
+    return p;
 }
 
 /* What a layer makes of rows [first, first + n) when all keys and values are written, in place. */
@@ -143,47 +161,70 @@ static int finish(const struct module *m, const struct layer *w, const float *ca
            fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
 }
 
-/* Rows [first, first + n) of x [.., size] through all layers, in place; `together`: beside other threads whose rows these
- * may read. `scratch` has room for queries, attended, keys and values of the rows. Returns 0, or 1 when memory ran out. */
-static int run(const struct module *m, float *const *caches, const struct places *at, const struct latents *latents,
-               const struct source *from, const struct sink *to, int64_t first, int64_t n, int together, float *scratch,
-               float *whole) {
+/* A pass: rows x [.., size] through the layers of a module, in place. */
+struct pass {
+    const struct module *module;
+    float *const *caches;
+    const struct places *at;
+    const struct latents *latents;
+    const struct source *from;
+    const struct sink *to;
+    float *x, *queries;
+};
+
+/* Step i of rows [first, first + n), at most SPAN: behind the keys and values of layer i - 1, up to those of layer i. What
+ * a row needs of others is done when all rows have made the step before. `scratch` has room for what is attended, keys and
+ * values of the rows. Returns 0, or 1 when memory ran out. */
+static int advance(const struct pass *p, int64_t i, int64_t first, int64_t n, float *scratch) {
+    const struct module *m = p->module;
+    const struct places *at = p->at;
     int64_t wide = m->heads * m->dim, narrow = m->kv_heads * m->dim;
-    float *q = scratch, *attended = q + n * wide, *k = attended + n * wide, *v = k + n * narrow;
-    struct layout heads = layout_of(at, m->heads, m->kv_heads, m->dim);
-    const uint8_t *read = to && to->read ? to->read + first : NULL;
+    float *q = p->queries + first * wide, *x = p->x + first * m->size;
+    float *attended = scratch, *k = attended + n * wide, *v = k + n * narrow;
+    const uint8_t *read = p->to && p->to->read && i == m->count ? p->to->read + first : NULL;
     int failed = 0;
-    float *x = whole + first * m->size;
-    if (from) begin(from, at, first, n, m->size, whole);
-    /* A thread that failed goes on, for the others wait for it. */
-    for (int64_t i = 0; i < m->count; i++) {
-        const struct layer *w = m->layers + i;
-        if (w->cross_queries) {
-            failed |= fastblt_project(x, n, m->size, w->cross_gain, w->cross_eps, w->cross_queries, wide, q, NULL, 0, NULL,
-                                      NULL, 0, NULL);
-            failed |= fastblt_latent_attention(q, latents->store + i * latents->layer_size, latents->slots + first,
-                                               latents->slot_size, n, m->heads, m->kv_heads, m->dim, latents->keys, 1,
-                                               attended);
-            fastblt_project_add(attended, n, wide, w->cross_out, m->size, x, 2, x);
-        }
-        failed |= fastblt_project(x, n, m->size, w->gain, w->eps, w->queries, wide, q, w->keys, narrow, k, w->values,
-                                  narrow, v);
-        write_rows(k, v, at, heads, first, n, caches[i]);
-        if (together) {
-#pragma omp barrier
-        }
-        if (!read || i < m->count - 1) {
-            failed |= finish(m, w, caches[i], at, first, n, q, attended, x);
-            continue;
-        }
-        for (int64_t from = 0, stop; from < n; from = stop) {
-            for (stop = from + 1; stop < n && read[stop] == read[from];) stop++;
-            if (read[from])
-                failed |= finish(m, w, caches[i], at, first + from, stop - from, q + from * wide, attended,
-                                 x + from * m->size);
-        }
+    if (!i && p->from) begin(p->from, at, first, n, m->size, p->x);
+    for (int64_t from = 0, stop; i && from < n; from = stop) {
+        for (stop = read ? from + 1 : n; stop < n && read[stop] == read[from];) stop++;
+        if (!read || read[from])
+            failed |= finish(m, m->layers + i - 1, p->caches[i - 1], at, first + from, stop - from, q + from * wide,
+                             attended, x + from * m->size);
     }
-    return to ? failed | end(to, at, first, n, m->size, whole) : failed;
+    if (i == m->count) return p->to ? failed | end(p->to, at, first, n, m->size, p->x) : failed;
+    const struct layer *w = m->layers + i;
+    const struct latents *latents = p->latents;
+    if (w->cross_queries) {
+        failed |= fastblt_project(x, n, m->size, w->cross_gain, w->cross_eps, w->cross_queries, wide, q, NULL, 0, NULL,
+                                  NULL, 0, NULL);
+        failed |= fastblt_latent_attention(q, latents->store + i * latents->layer_size, latents->slots + first,
+                                           latents->slot_size, n, m->heads, m->kv_heads, m->dim, latents->keys, 1,
+                                           attended);
+        fastblt_project_add(attended, n, wide, w->cross_out, m->size, x, 2, x);
+    }
+    failed |= fastblt_project(x, n, m->size, w->gain, w->eps, w->queries, wide, q, w->keys, narrow, k, w->values,
+                              narrow, v);
+    write_rows(k, v, at, layout_of(at, m->heads, m->kv_heads, m->dim), first, n, p->caches[i]);
+    return failed;
+}
+
+/* Step i of any number of rows. */
+static int advance_all(const struct pass *p, int64_t i, int64_t first, int64_t n, float *scratch) {
+    int failed = 0;
+    for (int64_t done = 0; done < n; done += SPAN)
+        failed |= advance(p, i, first + done, n - done < SPAN ? n - done : SPAN, scratch);
+    return failed;
+}
+
+/* Rows that need no others, to the end. */
+static int go_through(const struct pass *p, int64_t first, int64_t n, float *scratch) {
+    int failed = 0;
+    for (int64_t i = 0; i <= p->module->count; i++) failed |= advance_all(p, i, first, n, scratch);
+    return failed;
+}
+
+/* Floats that a pass of so many rows needs beside them: queries of all, and for each thread what `advance` needs. */
+static int64_t floats_of(const struct module *m, int64_t n, int64_t threads) {
+    return n * m->heads * m->dim + threads * (n < SPAN ? n : SPAN) * (m->heads + 2 * m->kv_heads) * m->dim;
 }
 
 /* Rows x [n, size] through the module, in place, with a cache for each layer. Where there is a source, what x holds before
@@ -191,25 +232,42 @@ static int run(const struct module *m, float *const *caches, const struct places
 int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
                   const struct latents *latents, const struct source *from, const struct sink *to, int64_t n,
                   int64_t threads, float *x) {
-    int64_t each = 2 * (module->heads + module->kv_heads) * module->dim, total = 0;
-    float *scratch = malloc(sizeof(float) * (n * each + 1));
-    if (!scratch) return 1;
+    int64_t total = 0;
     for (int64_t i = 0; i < n; i++) total += work_of(at, i);
     int64_t parts = total / LEAST < threads ? total / LEAST : threads;
     if (parts > MOST_THREADS) parts = MOST_THREADS;
+    if (parts < 1) parts = 1;
+    float *scratch = malloc(sizeof(float) * (floats_of(module, n, parts) + 1));
+    int64_t *starts = malloc(sizeof(int64_t) * (n + MOST_THREADS + 1));
+    if (!scratch || !starts) {
+        free(scratch), free(starts);
+        return 1;
+    }
+    struct pass p = {module, caches, at, latents, from, to, x, scratch};
     int failed = 0;
     if (parts < 2) {
-        failed = run(module, caches, at, latents, from, to, 0, n, 0, scratch, x);
+        failed = go_through(&p, 0, n, scratch + floats_of(module, n, 0));
     } else {
+        int64_t shares = 0, team = 1;
 #pragma omp parallel num_threads(parts) reduction(| : failed)
         {
-            int64_t starts[MOST_THREADS + 1], team = omp_get_num_threads(), me = omp_get_thread_num();
-            int together = cut(at, n, total, team, 0, starts) * team > total + total / 4;
-            if (together) cut(at, n, total, team, 1, starts);
-            int64_t first = starts[me], count = starts[me + 1] - first;
-            failed |= run(module, caches, at, latents, from, to, first, count, together, scratch + first * each, x);
+            int64_t me = omp_get_thread_num();
+#pragma omp single
+            {
+                team = omp_get_num_threads();
+                if (total > LARGE || cut(at, n, total, team, starts) * team > total + total / 4)
+                    shares = cut_finer(at, n, total, team, starts);
+            }
+            float *own = scratch + floats_of(module, n, me);
+            if (!shares) failed |= go_through(&p, starts[me], starts[me + 1] - starts[me], own);
+            /* A thread that failed goes on, for the others wait for it. */
+            for (int64_t i = 0; shares && i <= module->count; i++) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t s = 0; s < shares; s++)
+                    failed |= advance_all(&p, i, starts[s], starts[s + 1] - starts[s], own);
+            }
         }
     }
-    free(scratch);
+    free(scratch), free(starts);
     return failed;
 }

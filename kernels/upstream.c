@@ -6,7 +6,7 @@
 #include "dense.c"
 #include "paged_rows.h"
 
-/* Byte states that a thread must have to pool, to be worth its waking. */
+/* Byte states that a thread must have to pool, or latents to store, to be worth its waking. */
 #define LEAST 24
 
 struct pooling {
@@ -107,26 +107,50 @@ struct reader {
     float eps;
 };
 
-/* Keys and values of n latents [n, width], a slot of the store [slots, count, 2, k, narrow] each. `projection` makes k rows
- * of `size` numbers of a latent. Returns 0, or 1 when memory ran out. */
-int fastblt_store_latents(const float *latents, int64_t n, int64_t width, const float *projection, int64_t k,
-                          int64_t size, const struct reader *readers, int64_t count, int64_t narrow,
-                          const int32_t *slots, float *store) {
-    int64_t rows = n * k, one = k * narrow;
-    float *source = malloc(sizeof(float) * rows * (size + 2 * narrow));
+/* Where keys and values of latents go: slots of the store [slots, count, 2, k, narrow]. `projection` makes k rows of `size`
+ * numbers of a latent. */
+struct reading {
+    const float *projection;
+    const struct reader *readers;
+    int64_t k, size, count, narrow;
+    const int32_t *slots;
+    float *store;
+};
+
+/* Latents [first, first + n) of [.., width]. Returns 0, or 1 when memory ran out. */
+static int store_latents(const struct reading *to, const float *latents, int64_t width, int64_t first, int64_t n) {
+    int64_t rows = n * to->k, one = to->k * to->narrow, size = to->size;
+    float *source = malloc(sizeof(float) * rows * (size + 2 * to->narrow));
     if (!source) return 1;
-    float *keys = source + rows * size, *values = keys + rows * narrow;
-    int failed = fastblt_project(latents, n, width, NULL, 0, projection, k * size, source, NULL, 0, NULL, NULL, 0, NULL);
-    for (int64_t layer = 0; layer < count; layer++) {
-        const struct reader *r = readers + layer;
-        failed |= fastblt_project(source, rows, size, r->gain, r->eps, r->keys, narrow, keys, r->values, narrow, values,
-                                  NULL, 0, NULL);
+    float *keys = source + rows * size, *values = keys + rows * to->narrow;
+    int failed = fastblt_project(latents + first * width, n, width, NULL, 0, to->projection, to->k * size, source, NULL, 0,
+                                 NULL, NULL, 0, NULL);
+    for (int64_t layer = 0; layer < to->count; layer++) {
+        const struct reader *r = to->readers + layer;
+        failed |= fastblt_project(source, rows, size, r->gain, r->eps, r->keys, to->narrow, keys, r->values, to->narrow,
+                                  values, NULL, 0, NULL);
         for (int64_t i = 0; i < n; i++) {
-            float *slot = store + (slots[i] * count + layer) * 2 * one;
+            float *slot = to->store + (to->slots[first + i] * to->count + layer) * 2 * one;
             memcpy(slot, keys + i * one, sizeof(float) * one);
             memcpy(slot + one, values + i * one, sizeof(float) * one);
         }
     }
     free(source);
+    return failed;
+}
+
+/* Keys and values of n latents [n, width] to their slots. Returns 0, or 1 when memory ran out. */
+int fastblt_store_latents(const float *latents, int64_t n, int64_t width, const float *projection, int64_t k,
+                          int64_t size, const struct reader *readers, int64_t count, int64_t narrow,
+                          const int32_t *slots, int64_t threads, float *store) {
+    struct reading to = {projection, readers, k, size, count, narrow, slots, store};
+    int64_t parts = n / LEAST < threads ? n / LEAST : threads;
+    if (parts < 2) return store_latents(&to, latents, width, 0, n);
+    int failed = 0;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t first = n * part / parts;
+        failed |= store_latents(&to, latents, width, first, n * (part + 1) / parts - first);
+    }
     return failed;
 }

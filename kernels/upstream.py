@@ -95,7 +95,7 @@ def store_latents(weights: PackedReaders, latents: Tensor, store: Tensor, slots:
     latents, slots = latents.contiguous(), slots.contiguous()
     failed = _native()[1](
         latents.data_ptr(), *latents.shape, weights.projection.pointer, weights.k, weights.size, weights.readers,
-        len(weights.readers), weights.narrow, slots.data_ptr(), store.data_ptr(),
+        len(weights.readers), weights.narrow, slots.data_ptr(), threads(), store.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError("the latents' keys and values could not allocate their scratch space")
@@ -134,7 +134,7 @@ def _entries() -> tuple[Callable[..., int], Callable[..., int]] | None:
     structs = [ctypes.POINTER(kind) for kind in (_Pooling, _Patches, _Reader)]
     native.fastblt_pool.argtypes = [structs[0], structs[1], integer, integer, pointer]
     native.fastblt_store_latents.argtypes = [
-        pointer, integer, integer, pointer, integer, integer, structs[2], integer, integer, pointer, pointer
+        pointer, integer, integer, pointer, integer, integer, structs[2], integer, integer, pointer, integer, pointer
     ]  # fmt: skip
     native.fastblt_pool.restype = native.fastblt_store_latents.restype = ctypes.c_int
     return native.fastblt_pool, native.fastblt_store_latents

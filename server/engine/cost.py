@@ -28,6 +28,7 @@ DRAFT, STEP = "draft", "step"
 
 #: Bytes of the patches that a measured upstream pass pools.
 _PATCH = 5
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,19 @@ def measure(
 ) -> Costs:
     """The cost curve of every module at the row counts `counts` (ascending, each at least once).
 
-    The passes are those of `make_calls`. The fastest of `repeats` counts; modules take turns, as in a beat, so that
-    each finds in the processor's caches what the others left. A module is measured no further once a pass took `limit`
-    seconds.
+    The passes are those of `make_calls`. The fastest of `repeats` counts. Modules take turns, as in a beat, so that
+    each finds in the processor's caches what the others left; and so do row counts, so that no point of a curve is of
+    another moment than the rest. A module is measured no further once a pass took `limit` seconds.
     """
+    calls = [make_calls(passes, count, context, patches, announce) for count in counts]
     seconds: dict[str, list[float]] = {module: [] for module in MODULES}
-    for count in counts:
-        calls = make_calls(passes, count, context, patches, announce)
-        open_ = [module for module in MODULES if not seconds[module] or seconds[module][-1] <= limit]
-        rounds = [{module: _seconds(calls[module], passes.device) for module in open_} for _ in range(repeats)]
-        for module in open_:
-            seconds[module].append(min(one[module] for one in rounds))
+    for turn in range(repeats):
+        for at, own in enumerate(calls):
+            for module, known in seconds.items():
+                if at < len(known):
+                    known[at] = min(known[at], _seconds(own[module], passes.device))
+                elif not turn and (not known or known[-1] <= limit):
+                    known.append(_seconds(own[module], passes.device))
     return {module: _curve(counts, curve) for module, curve in seconds.items()}
 
 
@@ -92,19 +95,20 @@ def measure_steps(
 
     `run` takes the columns of `kernels.multi_step`. The requests are the null request, at position `context`.
     """
-    costs: Costs = {}
+    calls: dict[str, list[Callable[[], object]]] = {DRAFT: [], STEP: []}
     rule = PatchRule(math.inf)
     for name, opened in ((DRAFT, -1), (STEP, 0)):
-        seconds = []
         for count in counts:
             columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
             columns[STARTS], columns[OPENED], columns[LIMITS] = context, opened, length
             if name == STEP:
                 columns[SCANS] = length
-            call = partial(run, columns, rule)
-            seconds.append(min(_seconds(call, torch.device("cpu")) for _ in range(3)) / length)
-        costs[name] = _curve(counts, seconds)
-    return costs
+            calls[name].append(partial(run, columns, rule))
+    turns = [{name: [_seconds(call, _CPU) / length for call in own] for name, own in calls.items()} for _ in range(3)]
+    return {
+        name: _curve(counts, [min(point) for point in zip(*(turn[name] for turn in turns), strict=True)])
+        for name in calls
+    }
 
 
 @torch.inference_mode()

@@ -223,6 +223,23 @@ def test_a_prompt_is_shared_out_too(before: int) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("counts", [[100] * 6, [7, 110, 40, 110, 1, 90, 110]])
+def test_many_prompts_are_shared_out_layer_by_layer(counts: list[int]) -> None:
+    """Bit by bit, though a request's rows go to threads that differ from layer to layer; caches too."""
+    world = make(len(counts), (4, 2, 16, 3, 1), [(owner + 1, 4, count) for owner, count in enumerate(counts)])
+    weights, x, slots = packed(world), torch.randn(len(world.at.rows), 64), torch.arange(len(world.at.rows)) % 9
+    set_threads(1)
+    attend = world.attend()
+    alone = run(weights, x, attend, StoredLatents(world.latents, slots))
+    for count in (2, 3, 7) * 10:
+        set_threads(count)
+        together = world.attend()
+        assert torch.equal(run(weights, x, together, StoredLatents(world.latents, slots)), alone)
+        for one, other in zip(together.stores, attend.stores, strict=True):
+            assert torch.equal(one, other), "threads changed a cache"
+
+
+@torch.inference_mode()
 def test_poison_stays_in_its_request() -> None:
     world = make(2, (4, 4, 8, 2, 0), [(owner, 90, 2) for owner in range(1, REQUESTS + 1)])
     weights, x = packed(world), torch.randn(2 * REQUESTS, 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -155,3 +156,21 @@ def test_latents_are_stored_as_defined(k: int, kv_heads: int) -> None:
     alone = torch.full_like(store, float("nan"))
     store_latents(weights, latents[4:5], alone, slots[4:5])
     assert torch.equal(alone[slots[4].item()], store[slots[4].item()])
+
+
+@pytest.mark.parametrize("count", [1, 24, 49, 151])
+def test_latents_depend_on_no_threads(count: int) -> None:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(count))
+    layers = [(pack_norm(draw(SIZE), EPS), pack(draw(DIM, SIZE)), pack(draw(DIM, SIZE))) for _ in range(2)]
+    weights = PackedReaders(pack(draw(2 * SIZE, 40)), SIZE, layers)
+    latents, slots = draw(count, 40), torch.randperm(200)[:count].int()
+    stores = []
+    try:
+        for threads in (1, 2, 3, 5):
+            set_threads(threads)
+            stores.append(torch.zeros(200, 2, 2, 2, 1, DIM))
+            store_latents(weights, latents, stores[-1], slots)
+    finally:
+        set_threads(None)
+    assert all(torch.equal(store, stores[0]) for store in stores)
+    assert int((stores[0] != 0).any((1, 2, 3, 4, 5)).sum()) == count
