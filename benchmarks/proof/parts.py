@@ -31,7 +31,8 @@ Earlier = Mapping[str, dict[str, Any]]
 class Part:
     """`command` makes a part's arguments of `python -m`, given the results of earlier parts and, if the part is of a
     `server`, its address. `server` names a kind of server (`fastblt`, `llama.cpp`, `transformers`) and its options.
-    `needs` are packages, without which the part is left out.
+    `needs` are packages, without which the part is left out. Of a part of several `rounds` the result with the median
+    of output bytes a second is kept; parts that share a server take turns.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Part:
     server: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
     large: bool = False
+    rounds: int = 1
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Plan:
         return parts
 
     def _sweeps(self) -> list[Part]:
-        """Closed loops: throughput against latency."""
+        """Closed loops: throughput against latency. Nothing of a prompt is kept, for all levels ask the same ones."""
         parts = []
         methods = {
             "blt": "blt",
@@ -80,7 +82,8 @@ class Plan:
                 options += ["--decoding", decoding, "--output-len", "128"]
                 for level in LEVELS:
                     options += ["--goodput", level]
-                parts.append(_bench(f"sweep-{name}-c{together}", "serve", *options, server=("fastblt",)))
+                server, rounds = ("fastblt", "--no-prefix-cache"), 1 if self.quick else 3
+                parts.append(_bench(f"sweep-{name}-c{together}", "serve", *options, server=server, rounds=rounds))
         return parts
 
     def _replays(self) -> list[Part]:
@@ -145,12 +148,13 @@ def _bench(
     server: tuple[str, ...] | None = None,
     needs: tuple[str, ...] = (),
     large: bool = False,
+    rounds: int = 1,
 ) -> Part:
     def arguments(_earlier: Earlier, url: str) -> list[str]:
         where = ["--base-url", url, "--quiet"] if server else []
         return ["benchmarks.cli", "bench", command, *where, *options]
 
-    return Part(name, arguments, server, needs, large)
+    return Part(name, arguments, server, needs, large, rounds)
 
 
 def _replay(saturation: str, options: Sequence[str]) -> Callable[[Earlier, str], list[str]]:

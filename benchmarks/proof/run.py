@@ -37,9 +37,7 @@ def run_parts(plan: Plan, folder: Path, *, only: str = "", large: bool = True, s
         if due:
             try:
                 with _server(kind, plan.model) as (url, about):
-                    for part in due:
-                        if reason := _run(part, folder, digest, plan, url, about, say):
-                            left[part.name] = reason
+                    left |= _run(due, folder, digest, plan, url, about, say)
             except RuntimeError as error:
                 left |= {part.name: str(error) for part in due if part.name not in left}
     for name, reason in left.items():
@@ -66,7 +64,8 @@ def _key(part: Part, folder: Path, digest: str, plan: Plan) -> dict[str, Any]:
         # Where a file lies is of one machine.
         command = [argument.replace(str(plan.traces), "TRACES") for argument in command]
     command = ["MODEL" if argument == plan.model else argument for argument in command]
-    return {"command": command, "checkpoint": digest, "model": Path(plan.model).name}
+    key = {"command": command, "checkpoint": digest, "model": Path(plan.model).name}
+    return key | ({"rounds": part.rounds} if part.rounds > 1 else {})
 
 
 def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
@@ -78,27 +77,50 @@ def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
         return False
 
 
-def _run(part: Part, folder: Path, digest: str, plan: Plan, url: str, about: dict[str, Any], say: Say) -> str | None:
-    """Run one part; why it failed, if it did."""
-    try:
-        key = _key(part, folder, digest, plan)
-        arguments = part.command(load_results(folder), url)
-    except LookupError as error:
-        return str(error.args[0])
-    start = time.monotonic()
+def _run(
+    parts: list[Part], folder: Path, digest: str, plan: Plan, url: str, about: dict[str, Any], say: Say
+) -> dict[str, str]:
+    """Run parts of one server, round by round; why some failed, by part."""
+    failed: dict[str, str] = {}
+    results: dict[str, list[dict[str, Any]]] = {part.name: [] for part in parts}
+    for turn in range(max(part.rounds for part in parts)):
+        for part in parts:
+            if turn >= part.rounds or part.name in failed:
+                continue
+            start = time.monotonic()
+            try:
+                key = _key(part, folder, digest, plan)
+                results[part.name].append(_result(part.command(load_results(folder), url)))
+            except (LookupError, RuntimeError) as error:
+                failed[part.name] = str(error.args[0])
+                continue
+            say(f"{part.name}: {time.monotonic() - start:.0f} s")
+            if turn == part.rounds - 1:
+                # What is known of a server goes before what it calls itself.
+                result = {"part": key, **_without_lists(_median(results[part.name])), **about}
+                (folder / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return failed
+
+
+def _result(arguments: list[str]) -> dict[str, Any]:
+    """What a command leaves. Raises RuntimeError where it leaves nothing."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "result.json"
         done = subprocess.run(
             [sys.executable, "-m", *arguments, "--json", str(out)], capture_output=True, text=True, check=False
         )
         if done.returncode or not out.exists():
-            return done.stderr or f"status {done.returncode}"
-        result = json.loads(out.read_text(encoding="utf-8"))
-    # What is known of a server goes before what it calls itself.
-    result = {"part": key, **_without_lists(result), **about}
-    (folder / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(f"{part.name}: {time.monotonic() - start:.0f} s")
-    return None
+            raise RuntimeError(done.stderr or f"status {done.returncode}")
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round in the middle, by output bytes a second; and those of all rounds beside it, where there are several."""
+    if len(results) == 1:
+        return results[0]
+    rates = [result["output_byte_throughput"] for result in results]
+    middle = sorted(range(len(rates)), key=lambda turn: rates[turn])[len(rates) // 2]
+    return results[middle] | {"output_byte_throughputs": rates}
 
 
 #: Lists of single requests, which are long and which the report does not need.

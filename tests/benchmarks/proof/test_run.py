@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cost_curve import machine_limits
-from benchmarks.proof.parts import NEAR_SATURATION, Plan, load_results
+from benchmarks.proof.parts import NEAR_SATURATION, Part, Plan, load_results
 from benchmarks.proof.run import fresh, run_parts
 
 
@@ -50,6 +50,32 @@ def test_a_part_is_run_once_for_a_checkpoint(checkpoint: str, tmp_path: Path) ->
     assert not fresh(part, tmp_path, "another", plan)
     (tmp_path / f"{name}.json").write_text("{")
     assert not fresh(part, tmp_path, result["part"]["checkpoint"], plan)
+
+
+def test_rounds_are_made_in_turns_and_the_middle_one_is_kept(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([(1.0, 30.0), (2.0, 5.0), (3.0, 10.0), (4.0, 7.0), (5.0, 20.0), (6.0, 6.0)])
+    asked: list[str] = []
+
+    def result(arguments: list[str]) -> dict[str, float]:
+        asked.append(arguments[0])
+        turn, rate = next(rates)
+        return {"turn": turn, "output_byte_throughput": rate}
+
+    def part(name: str, rounds: int) -> Part:
+        return Part(name, lambda _earlier, _url: [name], rounds=rounds)
+
+    monkeypatch.setattr("benchmarks.proof.run._result", result)
+    plan = Plan(checkpoint, None)
+    plan.parts = [part("one", 3), part("two", 2), part("three", 1)]
+    assert run_parts(plan, tmp_path, say=lambda _text: None) == {}
+    assert asked == ["one", "two", "three", "one", "two", "one"]
+    found = load_results(tmp_path)
+    assert found["one"]["turn"] == 4.0 and found["one"]["output_byte_throughputs"] == [30.0, 7.0, 6.0]
+    assert found["two"]["output_byte_throughput"] == 20.0 and "output_byte_throughputs" not in found["three"]
+    # Fewer rounds than asked for are no result of this run.
+    assert not fresh(part("one", 5), tmp_path, found["one"]["part"]["checkpoint"], plan)
 
 
 def test_what_cannot_run_is_said(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
