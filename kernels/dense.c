@@ -24,17 +24,31 @@ struct target {
     int64_t size, times;
 };
 
-static inline void store(v8 low, v8 high, struct target to, int64_t row, int64_t column) {
-    int64_t count = to.size - column < PANEL ? to.size - column : PANEL;
-    float sums[PANEL], *out = to.out + row * to.size + column;
-    if (count == PANEL && !to.times) {
-        memcpy(out, &low, sizeof low), memcpy(out + 8, &high, sizeof high);
+/* The first `count` of a panel. */
+static __attribute__((noinline)) void store_part(const float *sums, struct target to, int64_t row, int64_t column,
+                                                 int64_t count) {
+    float *out = to.out + row * to.size + column;
+    const float *residual = to.residual + row * to.size + column;
+    for (int64_t i = 0; i < count; i++) {
+        float sum = sums[i];
+        for (int64_t t = 0; t < to.times; t++) sum += residual[i];
+        out[i] = sum;
+    }
+}
+
+/* In registers where all of a panel is wanted. */
+static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct target to, int64_t row, int64_t column) {
+    if (to.size - column < PANEL) {
+        float sums[PANEL];
+        memcpy(sums, &low, sizeof low), memcpy(sums + 8, &high, sizeof high);
+        store_part(sums, to, row, column, to.size - column);
         return;
     }
-    memcpy(sums, &low, sizeof low), memcpy(sums + 8, &high, sizeof high);
-    for (int64_t t = 0; t < to.times; t++)
-        for (int64_t i = 0; i < count; i++) sums[i] += to.residual[row * to.size + column + i];
-    memcpy(out, sums, sizeof(float) * count);
+    float *out = to.out + row * to.size + column;
+    const float *residual = to.residual + row * to.size + column;
+    if (to.times > 0) low += load(residual), high += load(residual + 8);
+    if (to.times > 1) low += load(residual), high += load(residual + 8);
+    memcpy(out, &low, sizeof low), memcpy(out + 8, &high, sizeof high);
 }
 
 /* ROWS rows from `row` on by PANELS panels from `panel` on; both are constants where this is inlined. */
@@ -44,6 +58,7 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
     v8 sums[12][2];
     const float *w = weights + panel * depth * PANEL;
     x += row * depth;
+#pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS * PANELS; i++) sums[i][0] = sums[i][1] = (v8){0};
     for (int64_t k = 0; k < depth; k++) {
         /* The next panel, which the processor foresees only when it is there. */
@@ -58,7 +73,9 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
             }
         }
     }
+#pragma GCC unroll 6
     for (int64_t r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
         for (int64_t p = 0; p < PANELS; p++)
             store(sums[r * PANELS + p][0], sums[r * PANELS + p][1], to, row + r, (panel + p) * PANEL);
 }
