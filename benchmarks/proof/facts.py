@@ -77,15 +77,14 @@ def headline(results: Results) -> list[tuple[str, str]]:
         facts.append(
             (
                 "Against `transformers` on the same weights, one request",
-                f"{peer['ours']['blt'] / peer['output_byte_throughput']:.0f} times the bytes a second with `blt`, "
-                f"{max(peer['ours'].values()) / peer['output_byte_throughput']:.0f} with the best lossless method",
+                f"{peer['over']['blt']:.0f} times the bytes a second with `blt`, "
+                f"{max(peer['over'].values()):.0f} with the best lossless method",
             )
         )
-        best = max(peer["output_byte_throughput"], *peer["batches"].values())
         facts.append(
             (
                 f"{peer['together']} requests at once, against its best batch",
-                f"{max(peer['ours_together'].values()) / best:.0f} times the bytes a second",
+                f"{max(peer['together_over'].values()):.0f} times the bytes a second",
             )
         )
     return facts

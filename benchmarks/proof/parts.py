@@ -108,7 +108,7 @@ class Plan:
         return parts
 
     def _peers(self) -> list[Part]:
-        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "5"]
+        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "7"]
         parts = [
             Part(
                 "peer-transformers",

@@ -52,7 +52,9 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
 
     A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes in the
     middle of the output, where a byte that reads all before it anew costs what it does in the mean; then
-    `ours_together`, 32 requests at once. Seconds are whole requests'.
+    `ours_together`, 32 requests at once. Seconds are whole requests'. `over` and `together_over` are medians of a
+    round's ratios, which a machine that changes speed between rounds leaves as they are: ours over theirs alone, and over
+    that of their batches which does best.
     `equal_bytes` counts the positions at which both wrote the same. `use_cache=False` is the only correct path of
     `transformers`: with its cache, patches and hashes are made from the newest byte alone.
     """
@@ -109,6 +111,12 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
     def medians(kind: str) -> dict[Any, float]:
         return {which: statistics.median(own) for (of, which), own in rates.items() if of == kind}
 
+    def over(kind: str, method: DecodingMethod, peer: tuple[str, Any]) -> float:
+        pairs = zip(rates[kind, method.value], rates[peer], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    batches = medians("batches")
+    best = max(batches, key=lambda size: batches[size])
     return {
         **measured_with(model),
         "peer": "transformers BltForCausalLM.generate(use_cache=False), the same weights",
@@ -117,9 +125,11 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
         "num_prompts": prompts,
         "threads": threads,
         "output_byte_throughput": medians("theirs")[None],
-        "batches": medians("batches"),
+        "batches": batches,
         "ours": medians("ours"),
+        "over": {method.value: over("ours", method, ("theirs", None)) for method in alone},
         "ours_together": medians("ours_together"),
+        "together_over": {method.value: over("ours_together", method, ("batches", best)) for method in all_at_once},
         "together": _TOGETHER,
         "equal_bytes": equal,
     }

@@ -47,6 +47,7 @@ def results(model: Blt, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
         "peer-transformers": part(
             "peer", peer="theirs", output_byte_throughput=2.0, ours={"blt": 80.0, "auto": 120.0}, num_prompts=3,
             batches={"2": 1.0, "8": 3.0}, ours_together={"blt": 900.0, "auto": 1200.0}, together=32,
+            over={"blt": 40.0, "auto": 60.0}, together_over={"blt": 300.0, "auto": 400.0},
             output_len=8, equal_bytes=24,
         ),
         "peer-llama-cpp-c1": load(2, weights=11e6, bytes_per_token=3.0, server="llama_cpp.server"),
