@@ -53,8 +53,8 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
     A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes in the
     middle of the output, where a byte that reads all before it anew costs what it does in the mean; then
     `ours_together`, 32 requests at once. Seconds are whole requests'. `over` and `together_over` are medians of a
-    round's ratios, which a machine that changes speed between rounds leaves as they are: ours over theirs alone, and over
-    that of their batches which does best.
+    round's ratios, for the machine changes its speed between rounds: ours over theirs alone, and over that of their
+    batches which does best.
     `equal_bytes` counts the positions at which both wrote the same. `use_cache=False` is the only correct path of
     `transformers`: with its cache, patches and hashes are made from the newest byte alone.
     """
