@@ -340,16 +340,20 @@ int fastblt_decoder_steps(const struct part *parts, const struct call *call, con
                           const struct choice *by, int64_t threads, struct spent *spent) {
     struct plans plans = laid_out(call);
     const struct plans *of = &plans;
-    int64_t most = 0, size = 0, groups = (of->count + GROUP - 1) / GROUP;
-    /* Each thread its share, as far as there are requests. */
+    int64_t most = 0, size = 0, groups = 0;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int64_t apart = threads < of->count ? threads : of->count;
-    groups = (groups + apart - 1) / apart * apart;
-    if (groups > of->count) groups = of->count;
+    int32_t *starts = malloc(sizeof(int32_t) * (of->count + 1));
+    if (!starts) return 1;
+    /* The last groups are small, so that no thread waits long for another's. */
+    for (int64_t at = 0, left; starts[groups] = (int32_t)at, left = of->count - at; groups++) {
+        int64_t each = (left + 2 * apart - 1) / (2 * apart);
+        at += each < GROUP ? each : GROUP;
+    }
     for (int64_t i = 0; i < MODULES; i++) size = parts[i].module->size > size ? parts[i].module->size : size;
     for (int64_t g = 0; g < groups; g++) {
         int64_t rows = 0, beside = 0, behind = 0;
-        for (int64_t r = of->count * g / groups; r < of->count * (g + 1) / groups; r++) {
+        for (int64_t r = starts[g]; r < starts[g + 1]; r++) {
             int32_t from = of->scanned[r] < of->encoded[r] ? of->scanned[r] : of->encoded[r];
             int32_t end = of->starts[r] + of->causals[r], until = of->untils[r] > end ? of->untils[r] : end;
             rows += of->causals[r] + of->sizes[r];
@@ -364,12 +368,15 @@ int fastblt_decoder_steps(const struct part *parts, const struct call *call, con
     int64_t each_step, stepping = step_floats(parts, by->vocabulary, &each_step);
     int64_t share = (most * each + stepping * sizeof(float) + 7) / 8 * 8;
     char *memory = malloc(apart * share);
-    if (!memory) return 1;
+    if (!memory) {
+        free(starts);
+        return 1;
+    }
     struct spent all = {0};
     int failed = 0;
 #pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) reduction(| : failed) reduction(add : all)
     for (int64_t g = 0; g < groups; g++) {
-        int64_t first = of->count * g / groups, n = of->count * (g + 1) / groups - first;
+        int64_t first = starts[g], n = starts[g + 1] - first;
         /* Widest first, so that all are aligned. */
         int64_t *longs = (int64_t *)(memory + omp_get_thread_num() * share);
         float *floats = (float *)(longs + 2 * most), *scratch = floats + most * (2 * size + by->vocabulary + 2);
@@ -385,6 +392,6 @@ int fastblt_decoder_steps(const struct part *parts, const struct call *call, con
     }
     for (int64_t i = 0; i <= MODULES; i++) all.seconds[i] /= groups > 1 ? apart : 1;
     *spent = all;
-    free(memory);
+    free(memory), free(starts);
     return failed;
 }
