@@ -17,7 +17,7 @@
 /* Rows whose inputs and intermediate results stay in the cache together. */
 #define BLOCK 48
 
-/* What becomes of a sum: it is stored, or a row of `residual` is added to it `times` times. */
+/* What becomes of a sum: it is stored, or a row of `residual` is added to it once or twice, as `times` says. */
 struct target {
     float *out;
     const float *residual;

@@ -2,7 +2,7 @@
 
     rms_norm      gain * (x / sqrt(mean(x^2) + eps))
     project       up to three linear maps of the same rows, normed before where a norm is given
-    project_add   x W^T + times * residual
+    project_add   x W^T + times * residual, for times of 0, 1 or 2
     feed_forward  x + down(silu(gate(norm(x))) * up(norm(x)))
 
 In torch these are some ten operations a layer, each of which costs a small model more in dispatch than in arithmetic.
@@ -91,6 +91,8 @@ def project(x: Tensor, norm: Norm | None, maps: tuple[Packed, ...]) -> list[Tens
 
 
 def project_add(x: Tensor, one: Packed, residual: Tensor, times: int = 1) -> Tensor:
+    if times not in (0, 1, 2):
+        raise ValueError(f"a residual is added up to twice, not {times} times")
     x, residual = x.contiguous(), residual.contiguous()
     out = torch.empty_like(residual)
     _native().project_add(

@@ -48,6 +48,12 @@ def test_project_add(rows: int, depth: int, outputs: int, times: int) -> None:
     np.testing.assert_allclose(wide(result), wide(x) @ wide(weight).T + times * wide(residual), rtol=1e-4, atol=1e-4)
 
 
+def test_a_residual_is_added_up_to_twice() -> None:
+    x, weight = draw(1, 2, 8), draw(2, 8, 8)
+    with pytest.raises(ValueError, match="not 3 times"):
+        project_add(x, pack(weight), x, 3)
+
+
 @settings(max_examples=25, deadline=None)
 @given(ROWS, SIZES, SIZES)
 def test_feed_forward(rows: int, depth: int, inner: int) -> None:
