@@ -25,10 +25,12 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 RUN python -c "import sys, torch; found = 'cuda' if torch.version.cuda else 'cpu'; found == sys.argv[1] or \
       sys.exit(f'the build of torch is for {found}, not {sys.argv[1]}: choose another index, or VARIANT={found}')" $VARIANT
 COPY LICENSE README.md ./
+COPY src src
 COPY kernels kernels
 COPY models models
 COPY server server
 COPY benchmarks benchmarks
+COPY deploy deploy
 RUN pip install --no-deps .
 
 FROM python:3.11-slim AS runtime

@@ -1,7 +1,7 @@
 """Bytes a second of two checkouts of this repository, in turns: what a change to the engine brought.
 
     git worktree add ../before COMMIT
-    python -m benchmarks.before_after ../before    BLT, BLT-S k = 8, BLT-DV-8 and BLT-D-8 at 1, 8 and 32 requests
+    python -m fastblt.benchmarks.before_after ../before   BLT, BLT-S k = 8, BLT-DV-8 and BLT-D-8 at 1, 8 and 32 requests
 
 A process per checkout and turn, for a machine's speed drifts; requests start one pass after another, and are measured
 while all of them run. The ratio is that of the medians.
@@ -23,13 +23,13 @@ HERE = Path(__file__).resolve().parents[1]
 
 def once(requests: int, seconds: float) -> dict[str, float]:
     """Bytes a second of every method, of the checkout that this process imports from."""
-    from benchmarks.held_out import held_out_prompts
-    from benchmarks.holding import METHODS, endless, start_apart
-    from benchmarks.methods import diffusion
-    from models.checkpoint import load_checkpoint
-    from server.engine.engine import Engine
-    from server.request import DecodingMethod
-    from server.settings import PRETRAINED, EngineSettings
+    from fastblt.benchmarks.engine.holding import METHODS, endless, start_apart
+    from fastblt.benchmarks.held_out import held_out_prompts
+    from fastblt.benchmarks.savings.methods import diffusion
+    from fastblt.models.checkpoint import load_checkpoint
+    from fastblt.server.engine.engine import Engine
+    from fastblt.server.request import DecodingMethod
+    from fastblt.server.settings import PRETRAINED, EngineSettings
 
     model = load_checkpoint(str(PRETRAINED))
     prompts = held_out_prompts(requests, 256)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.command import app as bench
-from benchmarks.evaluation.command import app as evaluation
-from server.cli import app
+from fastblt.benchmarks.bench import app as bench
+from fastblt.benchmarks.evaluation.command import app as evaluation
+from fastblt.server.cli import app
 
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
-from models.training.corpus import Source, collect, standard_library
-from models.vocabulary import encode, with_bos
+from fastblt.models.training.corpus import Source, collect, standard_library
+from fastblt.models.vocabulary import encode, with_bos
 
 #: Bytes that begin no statement on the left margin.
 _NO_STATEMENT = b" \t\n#)]}\"'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from models.vocabulary import encode, with_bos
+from fastblt.models.vocabulary import encode, with_bos
 
 
 def library_text() -> bytes:

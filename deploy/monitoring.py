@@ -1,7 +1,8 @@
 """Asks a real Prometheus every query of the dashboard, and puts the alert rules to it.
 
-`python -m deploy.monitoring` starts a server with the shipped checkpoint, loads it with all methods while Prometheus
-(Debian's package `prometheus`, which has `promtool` too) scrapes it, and prints what each panel's queries answer.
+`python -m fastblt.deploy.monitoring` starts a server with the shipped checkpoint, loads it with all methods while
+Prometheus (Debian's package `prometheus`, which has `promtool` too) scrapes it, and prints what each panel's queries
+answer.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def _shown(result: list[dict[str, Any]], query: Query) -> str:
 def _server() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--cache-size", "256MiB"]
+    command = [sys.executable, "-m", "fastblt.server.cli", "serve", "--port", str(port), "--cache-size", "256MiB"]
     process = subprocess.Popen(command, cwd=DEPLOY.parent)
     try:
         url = f"http://127.0.0.1:{port}"

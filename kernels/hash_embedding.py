@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from kernels.backend import use_triton
-from kernels.native import library
+from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu.native import library
 
 
 def hash_embedding_torch(
@@ -74,7 +74,7 @@ def hash_embedding(
     """The launcher: picks the implementation for the tensors' device. See `hash_embedding_torch`."""
     learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
     if use_triton(windows.device) and not learning and len(powers):
-        from kernels.hash_embedding_triton import hash_embedding_triton
+        from fastblt.kernels.gpu.hash_embedding import hash_embedding_triton
 
         return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
     plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32

@@ -21,9 +21,9 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from kernels.attention import TILE, masked_attention
-from kernels.backend import use_triton
-from kernels.native import library, threads
+from fastblt.kernels.attention import TILE, masked_attention
+from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu.native import library, threads
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def paged_attention(
 ) -> Tensor:
     """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
     if use_triton(q.device):
-        from kernels.paged_attention_triton import paged_attention_triton
+        from fastblt.kernels.gpu.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, k, v, turns, store, at, tiled=tiled)
     if q.dtype == torch.float32 and has_native(store):

@@ -34,9 +34,9 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from kernels.backend import use_triton
-from kernels.native import library
-from kernels.noise import VOCABULARY, gumbel
+from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.noise import VOCABULARY, gumbel
 
 EOS = 2
 #: BOE, BOS and BPE are never produced.
@@ -174,7 +174,7 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
     """The launcher: picks the implementation for the logits' device. See `select_torch`; any floating type will do."""
     if use_triton(logits.device):
-        from kernels.selection_triton import select_triton
+        from fastblt.kernels.gpu.selection import select_triton
 
         return select_triton(logits, params, need_statistics=need_statistics)
     logits = logits.float()

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import launcher
-from kernels.selection import SelectionParams, select
+from fastblt.kernels.backend import launcher
+from fastblt.kernels.selection import SelectionParams, select
 
 CONFIDENCE = 0
 ENTROPY = 1

@@ -18,8 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.backend import launcher
-from kernels.native import library
+from fastblt.kernels.backend import launcher
+from fastblt.kernels.cpu.native import library
 
 
 def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

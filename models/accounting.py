@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from models.blt import Blt
+from fastblt.models.blt import Blt
 
 #: The entropy model is float32 whatever the other modules are.
 _PATCHER_BYTES = 4

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import masked_attention
-from kernels.hash_embedding import Tables, hash_embedding
-from kernels.latent_attention import StoredLatents, latent_attention
-from kernels.paged_attention import PagedAttention
-from kernels.paged_rows import PagedRows
-from kernels.request_ids import RequestIds
-from kernels.upstream import StoredPatches
-from models.config import BltConfig, StackConfig
-from models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
-from models.patching import PatchRule, entropies
-from models.vocabulary import MASK_ID, VOCAB_SIZE
+from fastblt.kernels.attention import masked_attention
+from fastblt.kernels.cpu.latent_attention import StoredLatents, latent_attention
+from fastblt.kernels.cpu.paged_rows import PagedRows
+from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.cpu.upstream import StoredPatches
+from fastblt.kernels.hash_embedding import Tables, hash_embedding
+from fastblt.kernels.paged_attention import PagedAttention
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
+from fastblt.models.patching import PatchRule, entropies
+from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 
 #: One prime per hash function, cycled.
 HASH_PRIMES = (

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.blt import Blt, _hash_powers
-from models.config import BltConfig
+from fastblt.models.blt import Blt, _hash_powers
+from fastblt.models.config import BltConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -126,7 +126,7 @@ def read_config(folder: Path) -> BltConfig:
     if "args" in raw and "patcher_config" not in raw:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} is in the official repository's layout; turn the folder into this project's with"
-            " models.convert first"
+            " fastblt.models.convert first"
         )
     return BltConfig.from_dict(raw)
 

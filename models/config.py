@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from models.vocabulary import VOCAB_SIZE
+from fastblt.models.vocabulary import VOCAB_SIZE
 
 DECODER_INPUTS = ("encoder", "embedding")
 

@@ -1,4 +1,4 @@
-"""From the official BLT repositories' layout to the one `models.checkpoint` reads.
+"""From the official BLT repositories' layout to the one `fastblt.models.checkpoint` reads.
 
 An official folder (facebook/blt-1b, facebook/blt-entropy) holds `config.json` = {"args": {...}} and `model.safetensors`
 with names of its own; beside a model stands `train_args.json`, whose data.patcher_args are the patch rule. Older
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.blt import Blt
-from models.checkpoint import (
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
     WEIGHTS_FILE,
@@ -26,7 +26,7 @@ from models.checkpoint import (
     stored_name,
     write_checkpoint,
 )
-from models.config import BltConfig
+from fastblt.models.config import BltConfig
 
 #: Parts of names, official -> ours.
 RENAMES = {

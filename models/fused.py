@@ -1,5 +1,5 @@
-"""A model's fp32 modules on a CPU as C calls, for serving: whole modules of a small model (`kernels.stack`,
-`kernels.dense`), the linear maps of a large one (`kernels.linear`)."""
+"""A model's fp32 modules on a CPU as C calls, for serving: whole modules of a small model (`fastblt.kernels.cpu.stack`,
+`fastblt.kernels.cpu.dense`), the linear maps of a large one (`fastblt.kernels.cpu.linear`)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear
-from kernels.backend import use_triton
-from kernels.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
-from kernels.latent_attention import StoredLatents
-from kernels.paged_attention import PagedAttention
-from kernels.paged_rows import PagedRows
-from kernels.request_ids import RequestIds
-from kernels.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
-from kernels.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
-from models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
-from models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
+from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu import linear
+from fastblt.kernels.cpu.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
+from fastblt.kernels.cpu.latent_attention import StoredLatents
+from fastblt.kernels.cpu.paged_rows import PagedRows
+from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.cpu.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
+from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
+from fastblt.kernels.paged_attention import PagedAttention
+from fastblt.models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
+from fastblt.models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
 #: Where a model keeps which weights it was fused with, and its local modules.
 _FUSED, _LOCAL = "_fused_weights", "_fused_local"

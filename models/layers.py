@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import StackConfig
+from fastblt.models.config import StackConfig
 
 
 class SelfAttend(Protocol):

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.blt import Blt, BltOutput, CausalAttention, LatentRows
-from models.layers import Rope, rotate
-from models.reference_selection import Row, SamplingOptions, Selected, select
-from models.vocabulary import EOS_ID, MASK_ID, with_bos
+from fastblt.models.blt import Blt, BltOutput, CausalAttention, LatentRows
+from fastblt.models.layers import Rope, rotate
+from fastblt.models.reference_selection import Row, SamplingOptions, Selected, select
+from fastblt.models.vocabulary import EOS_ID, MASK_ID, with_bos
 
 METHODS = ("blt", "blt-d", "blt-s", "blt-dv")
 UNMASKINGS = ("confidence", "entropy", "one_step")

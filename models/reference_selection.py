@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from models.vocabulary import EOS_ID, NEVER_PRODUCED, VOCAB_SIZE
+from fastblt.models.vocabulary import EOS_ID, NEVER_PRODUCED, VOCAB_SIZE
 
 Row = npt.NDArray[np.float32]
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blt import GlobalTransformer
-from models.config import BltConfig, ConfigError
-from models.layers import Layer
+from fastblt.models.blt import GlobalTransformer
+from fastblt.models.config import BltConfig, ConfigError
+from fastblt.models.layers import Layer
 
 _BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _JOINED = ("o_proj", "down_proj")

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.blt import Blt, _hash_powers
-from models.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, stored_name, write_checkpoint
-from models.config import BltConfig, StackConfig
+from fastblt.models.blt import Blt, _hash_powers
+from fastblt.models.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, stored_name, write_checkpoint
+from fastblt.models.config import BltConfig, StackConfig
 
 
 @dataclass(frozen=True)

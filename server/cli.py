@@ -13,11 +13,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from server import logs
-from server.configuration import read_config, read_keys, show_config
-from server.logs import LogFormat, LogLevel, LogSettings
-from server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
-from server.settings import PRETRAINED, EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
+from fastblt.server import logs
+from fastblt.server.configuration import read_config, read_keys, show_config
+from fastblt.server.logs import LogFormat, LogLevel, LogSettings
+from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, SamplingParams, Unmasking
+from fastblt.server.settings import PRETRAINED, EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
 
 app = typer.Typer(
     name="fastblt",
@@ -241,10 +241,10 @@ def serve(
     """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
     import asyncio
 
-    from server.api.serve import listen
-    from server.api.serve import serve as run
-    from server.api.tracing import TracingUnavailableError
-    from server.engine.client import EngineClient, EngineUnavailableError
+    from fastblt.server.api.serve import listen
+    from fastblt.server.api.serve import serve as run
+    from fastblt.server.api.tracing import TracingUnavailableError
+    from fastblt.server.process.client import EngineClient, EngineUnavailableError
 
     log = LogSettings(log_level, log_format)
     logs.configure(log)
@@ -371,7 +371,7 @@ def generate(
                 max_steps=max_steps,
             ),
         )
-        from server.llm import LLM
+        from fastblt.server.llm import LLM
 
         llm = LLM(
             model,
@@ -399,7 +399,7 @@ def convert(
 ) -> None:
     """Turn the official repositories' checkpoints into one that can be served."""
     with _clean_errors():
-        from models.convert import convert as run
+        from fastblt.models.convert import convert as run
 
         run(source, entropy, output)
         typer.echo(f"wrote {output}")
@@ -417,7 +417,7 @@ def widen(
     """Widen a checkpoint to a large shape that computes the same: real acceptance at a large model's cost."""
     _quiet_openmp()
     with _clean_errors():
-        from models.widen import paper_shape, widen_checkpoint
+        from fastblt.models.widen import paper_shape, widen_checkpoint
 
         widen_checkpoint(source, output, paper_shape(shape, patcher=patcher))
         typer.echo(f"wrote {output}")
@@ -427,7 +427,7 @@ def widen(
 def train(context: typer.Context) -> None:
     """Train a model; `fastblt train --help` lists the options."""
     _quiet_openmp()
-    from models.training.train import main as run
+    from fastblt.models.training.train import main as run
 
     run(context.args)
 
@@ -444,8 +444,8 @@ def _quiet_openmp() -> None:
 def _print_stream(llm: Any, prompt: bytes, params: SamplingParams, stats: bool) -> None:
     import time
 
-    from models.vocabulary import decode
-    from server.request import FinishReason
+    from fastblt.models.vocabulary import decode
+    from fastblt.server.request import FinishReason
 
     start, count = time.perf_counter(), 0
     for delta in llm.stream(prompt, params):

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.vocabulary import decode
-from server.engine.engine import Engine
-from server.request import (
+from fastblt.models.vocabulary import decode
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import (
     ByteLogprobs,
     DecodingParams,
     Delta,
@@ -24,7 +24,7 @@ from server.request import (
     SamplingParams,
     read_prompt,
 )
-from server.settings import EngineSettings
+from fastblt.server.settings import EngineSettings
 
 Prompt = str | bytes | list[int]
 

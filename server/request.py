@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from models.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, encode, with_bos
+from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, encode, with_bos
 
 #: Bounds of what one request may ask for.
 MAX_LOGPROBS = 20

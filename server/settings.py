@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from server.request import DecodingParams
+from fastblt.server.request import DecodingParams
 
 #: The checkpoint that ships with the package.
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from models.blt import Blt, CausalAttention, init_weights
-from models.config import BltConfig, StackConfig
-from models.patching import entropies
+from fastblt.models.blt import Blt, CausalAttention, init_weights
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.patching import entropies
 
 HEAD_DIM = 16
 

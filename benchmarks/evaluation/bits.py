@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Endpoint, Target, together
-from benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.completions import bar
+from fastblt.benchmarks.evaluation.endpoint import Endpoint, Target, together
+from fastblt.benchmarks.evaluation.journal import Journal, Record
 
 _BOS, _BYTE = 1, 4
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.journal import Record
-from benchmarks.evaluation.settings import family
+from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.evaluation.settings import family
 
 _COLORS = {
     "blt": "black",

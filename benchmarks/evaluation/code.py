@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
-from benchmarks.evaluation.endpoint import Target
-from benchmarks.evaluation.journal import Journal, Record
-from benchmarks.evaluation.judging import judge, run_programs, score
-from benchmarks.evaluation.sandbox import Sandbox
-from benchmarks.evaluation.settings import every_method
+from fastblt.benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
+from fastblt.benchmarks.evaluation.endpoint import Target
+from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.judging import judge, run_programs, score
+from fastblt.benchmarks.evaluation.sandbox import Sandbox
+from fastblt.benchmarks.evaluation.settings import every_method
 
 
 class Solved(Protocol):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.evaluation.options import (
+from fastblt.benchmarks.evaluation.options import (
     DEFAULT_MODEL,
     DEFAULT_OUTPUT,
     AllowWeak,
@@ -48,10 +48,10 @@ def humaneval(
 ) -> None:
     """HumanEval, pass@1: programs run in the sandbox."""
     with clean_errors():
-        from benchmarks.evaluation import humaneval as task
-        from benchmarks.evaluation.code import evaluate
-        from benchmarks.evaluation.endpoint import Target
-        from benchmarks.evaluation.sandbox import Sandbox
+        from fastblt.benchmarks.evaluation import humaneval as task
+        from fastblt.benchmarks.evaluation.code import evaluate
+        from fastblt.benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation.sandbox import Sandbox
 
         target = Target(base_url, model, api_key, concurrency)
         with Sandbox(workers=workers, allow_weak=allow_weak_sandbox) as sandbox:
@@ -81,10 +81,10 @@ def mbpp(
 ) -> None:
     """MBPP, 3-shot, pass@1: programs run in the sandbox."""
     with clean_errors():
-        from benchmarks.evaluation import mbpp as task
-        from benchmarks.evaluation.code import evaluate, prove
-        from benchmarks.evaluation.endpoint import Target
-        from benchmarks.evaluation.sandbox import Sandbox
+        from fastblt.benchmarks.evaluation import mbpp as task
+        from fastblt.benchmarks.evaluation.code import evaluate, prove
+        from fastblt.benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation.sandbox import Sandbox
 
         examples, test = task.split(task.read(data), limit)
         target = Target(base_url, model, api_key, concurrency)
@@ -102,9 +102,9 @@ def mbpp(
 def check_sandbox(workers: Workers = 2) -> None:
     """Try what programs are kept from on this machine, and HumanEval's own solutions, right and broken."""
     with clean_errors():
-        from benchmarks.evaluation import humaneval as task
-        from benchmarks.evaluation.code import prove
-        from benchmarks.evaluation.sandbox import PROBES, Sandbox
+        from fastblt.benchmarks.evaluation import humaneval as task
+        from fastblt.benchmarks.evaluation.code import prove
+        from fastblt.benchmarks.evaluation.sandbox import PROBES, Sandbox
 
         with Sandbox(workers=workers, allow_weak=True) as sandbox:
             for name in PROBES:
@@ -133,8 +133,8 @@ def flores(
 ) -> None:
     """Translation, 4-shot, SentencePiece BLEU."""
     with clean_errors():
-        from benchmarks.evaluation import flores as task
-        from benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation import flores as task
+        from fastblt.benchmarks.evaluation.endpoint import Target
 
         pairs = task.read(*test)[:limit]
         jobs = task.jobs(task.read(*examples), pairs, languages, max_tokens)
@@ -156,8 +156,8 @@ def bits(
 ) -> None:
     """Bits per byte of files under the causal head."""
     with clean_errors():
-        from benchmarks.evaluation import bits as task
-        from benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation import bits as task
+        from fastblt.benchmarks.evaluation.endpoint import Target
 
         texts = {str(path): path.read_bytes() for path in files}
         target = Target(base_url, model, api_key, concurrency)
@@ -180,8 +180,8 @@ def likelihood(
 ) -> None:
     """Multiple choice by likelihood, through lm-evaluation-harness (the extra `harness`)."""
     with clean_errors():
-        from benchmarks.evaluation import likelihood as harness
-        from benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation import likelihood as harness
+        from fastblt.benchmarks.evaluation.endpoint import Target
 
         target = Target(base_url, model, api_key, concurrency)
         folder = output / "likelihood"
@@ -211,9 +211,9 @@ def quality(
 ) -> None:
     """Next lines of held-out code against bytes per second: a table and a chart."""
     with clean_errors():
-        from benchmarks.evaluation import charts
-        from benchmarks.evaluation import quality as task
-        from benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation import charts
+        from fastblt.benchmarks.evaluation import quality as task
+        from fastblt.benchmarks.evaluation.endpoint import Target
 
         target = Target(base_url, model, api_key, concurrency)
         result = asyncio.run(task.evaluate(target, setting, prompts, alone, length, output))
@@ -238,9 +238,9 @@ def diversity(
 ) -> None:
     """Type-token ratio of unconditional samples against decoder passes: a table and a chart."""
     with clean_errors():
-        from benchmarks.evaluation import charts
-        from benchmarks.evaluation import diversity as task
-        from benchmarks.evaluation.endpoint import Target
+        from fastblt.benchmarks.evaluation import charts
+        from fastblt.benchmarks.evaluation import diversity as task
+        from fastblt.benchmarks.evaluation.endpoint import Target
 
         target = Target(base_url, model, api_key, concurrency)
         result = asyncio.run(task.evaluate(target, block_size, bound or task.BOUNDS, samples, length, output))

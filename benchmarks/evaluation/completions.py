@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.evaluation.endpoint import Completion, Endpoint, together
-from benchmarks.evaluation.journal import Journal, Record, busy_seconds
-from benchmarks.evaluation.settings import decoding
+from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, together
+from fastblt.benchmarks.evaluation.journal import Journal, Record, busy_seconds
+from fastblt.benchmarks.evaluation.settings import decoding
 
 
 @dataclass(frozen=True)

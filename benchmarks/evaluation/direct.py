@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from models.blt import Blt
-from models.vocabulary import encode, with_bos
+from fastblt.models.blt import Blt
+from fastblt.models.vocabulary import encode, with_bos
 
 
 def loglikelihood(model: Blt, context: str, continuation: str) -> float:

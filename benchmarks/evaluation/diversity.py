@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Endpoint, Target, together
-from benchmarks.evaluation.journal import Journal, Record
-from benchmarks.evaluation.settings import decoding
-from benchmarks.text_statistics import distinct4, loops
+from fastblt.benchmarks.evaluation.completions import bar
+from fastblt.benchmarks.evaluation.endpoint import Endpoint, Target, together
+from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.settings import decoding
+from fastblt.benchmarks.text_statistics import distinct4, loops
 
 BOUNDS = (0.5, 0.8, 1.0, 1.2)
 TOP_P = (0.8, 0.9, 0.95, 1.0)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from benchmarks.soak import serving
+from fastblt.benchmarks.checks.soak import serving
 
 #: Seconds between tries at a server that is full or not ready, where it does not say when to come back.
 _PAUSE = 1.0

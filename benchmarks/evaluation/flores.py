@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
-from benchmarks.evaluation.endpoint import Target
-from benchmarks.evaluation.journal import Journal, Record
-from benchmarks.evaluation.settings import every_method
+from fastblt.benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
+from fastblt.benchmarks.evaluation.endpoint import Target
+from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.settings import every_method
 
 SHOTS = 4
 MAX_TOKENS = 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.evaluation.completions import Job
+from fastblt.benchmarks.evaluation.completions import Job
 
 #: A line on the left margin that cannot be the function's.
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]

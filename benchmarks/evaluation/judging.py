@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.journal import Journal, Record
-from benchmarks.evaluation.sandbox import Sandbox, Verdict
+from fastblt.benchmarks.evaluation.completions import bar
+from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.sandbox import Sandbox, Verdict
 
 
 def run_programs(

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.endpoint import Endpoint, Served, Target
-from benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.evaluation.endpoint import Endpoint, Served, Target
+from fastblt.benchmarks.evaluation.journal import Record
 
 #: The paper's five.
 TASKS = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "mmlu")

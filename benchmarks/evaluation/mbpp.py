@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.completions import Job
+from fastblt.benchmarks.evaluation.completions import Job
 
 EXAMPLES = (2, 3, 4)
 TEST = range(11, 511)

@@ -6,8 +6,8 @@ import ast
 import random
 from dataclasses import dataclass
 
-from benchmarks.held_out import held_out_sources
-from benchmarks.humaneval import parses
+from fastblt.benchmarks.evaluation.python_lines import parses
+from fastblt.benchmarks.held_out import held_out_sources
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.evaluation.journal import Record
-from server.settings import PRETRAINED
+from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.server.settings import PRETRAINED
 
 _SERVER = "Server"
 

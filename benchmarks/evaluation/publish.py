@@ -1,7 +1,7 @@
 """Everything of docs/evaluation/ anew, for the checkpoint that ships: about 25 minutes on two idle cores.
 
-    python -m benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
-    python -m benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
+    python -m fastblt.benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
+    python -m fastblt.benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
 
 One server is asked for it all: HumanEval of every method, the quality table, diversity, bits per byte of the held-out
 files, and a likelihood task in ARC's format (which of four lines of a file comes next) through lm-evaluation-harness,
@@ -18,19 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.evaluation import bits, charts, diversity, humaneval, likelihood, quality
-from benchmarks.evaluation.code import evaluate as evaluate_code
-from benchmarks.evaluation.code import prove
-from benchmarks.evaluation.direct import largest_difference
-from benchmarks.evaluation.endpoint import Target
-from benchmarks.evaluation.journal import Record
-from benchmarks.evaluation.next_lines import Cut, cuts
-from benchmarks.evaluation.options import write
-from benchmarks.evaluation.report import page
-from benchmarks.evaluation.sandbox import Sandbox
-from benchmarks.held_out import held_out_sources
-from models.checkpoint import load_checkpoint
-from server.settings import PRETRAINED
+from fastblt.benchmarks.evaluation import bits, charts, diversity, humaneval, likelihood, quality
+from fastblt.benchmarks.evaluation.code import evaluate as evaluate_code
+from fastblt.benchmarks.evaluation.code import prove
+from fastblt.benchmarks.evaluation.direct import largest_difference
+from fastblt.benchmarks.evaluation.endpoint import Target
+from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
+from fastblt.benchmarks.evaluation.options import write
+from fastblt.benchmarks.evaluation.report import page
+from fastblt.benchmarks.evaluation.sandbox import Sandbox
+from fastblt.benchmarks.held_out import held_out_sources
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.server.settings import PRETRAINED
 
 _FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evaluation"
 _LABELS = ("A", "B", "C", "D")

@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evaluation.completions import bar
-from benchmarks.evaluation.endpoint import Completion, Endpoint, Target, together
-from benchmarks.evaluation.journal import Journal, Record
-from benchmarks.evaluation.next_lines import Cut, cuts
-from benchmarks.evaluation.settings import decoding, trade
-from benchmarks.humaneval import first_line, parses, parses_strictly
-from benchmarks.text_statistics import leading_equal
+from fastblt.benchmarks.evaluation.completions import bar
+from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, Target, together
+from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
+from fastblt.benchmarks.evaluation.python_lines import first_line, parses, parses_strictly
+from fastblt.benchmarks.evaluation.settings import decoding, trade
+from fastblt.benchmarks.text_statistics import leading_equal
 
 #: Requests in a group that is completed one at a time.
 _ALONE = 8

@@ -6,24 +6,24 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evaluation import diversity, likelihood, quality
-from benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.evaluation import diversity, likelihood, quality
+from fastblt.benchmarks.evaluation.journal import Record
 
 
 def page(folder: Path) -> str:
     """In Markdown: a section for every part that the folder has. Raises ValueError where it has none."""
     found = {name: json.loads(path.read_text()) for name in _SECTIONS if (path := folder / f"{name}.json").is_file()}
     if not found:
-        raise ValueError(f"{folder} has no results; run python -m benchmarks.evaluation.publish")
+        raise ValueError(f"{folder} has no results; run python -m fastblt.benchmarks.evaluation.publish")
     sections = [f"## {_TITLES[name]}\n\n{_SECTIONS[name](result)}" for name, result in found.items()]
     return "\n\n".join((_HEAD, *sections)) + "\n"
 
 
 _HEAD = """# Evaluation of the shipped checkpoint
 
-Written by `python -m benchmarks.evaluation.publish`, beside the JSON of the same run. What each number means is in
-[evaluation.md](../evaluation.md). The figures are of the checkpoint that shipped when they were made; its fingerprint
-(the log-likelihood of a fixed text, in nats) stands with each part."""
+Written by `python -m fastblt.benchmarks.evaluation.publish`, beside the JSON of the same run. What each number means is
+in [evaluation.md](../evaluation.md). The figures are of the checkpoint that shipped when they were made; its
+fingerprint (the log-likelihood of a fixed text, in nats) stands with each part."""
 
 
 def _made(result: Record) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.evaluation.seccomp import SeccompUnavailableError, compile_filter
+from fastblt.benchmarks.evaluation.seccomp import SeccompUnavailableError, compile_filter
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 #: Users of programs that root starts: one for each that runs at a time, so that none can touch another.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load.names import Ramp
+from fastblt.benchmarks.load.names import Ramp
 
 
 def arrivals(

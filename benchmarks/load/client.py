@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.load.workload import Job
+from fastblt.benchmarks.load.workload import Job
 
 
 @dataclass

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from benchmarks.load.client import Endpoint, Record, first_model
-from benchmarks.load.workload import Job
+from fastblt.benchmarks.load.client import Endpoint, Record, first_model
+from fastblt.benchmarks.load.workload import Job
 
 
 @dataclass

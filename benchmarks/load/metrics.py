@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.load.client import Record
+from fastblt.benchmarks.load.client import Record
 
 #: What a service level can be set for, and how a request's value is found (seconds; None: it has none).
 LEVELS: dict[str, Callable[[Record, int, int], float | None]] = {

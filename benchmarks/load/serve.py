@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load.arrivals import arrivals
-from benchmarks.load.drive import Run, drive
-from benchmarks.load.metrics import by_label, parse_levels, summarize
-from benchmarks.load.names import Dataset, Ramp
-from benchmarks.load.trace import read_trace, scale_trace
-from benchmarks.load.workload import Job, jobs, parse_decoding, prompts, trace_jobs
-from benchmarks.machine import measured_with
+from fastblt.benchmarks.load.arrivals import arrivals
+from fastblt.benchmarks.load.drive import Run, drive
+from fastblt.benchmarks.load.metrics import by_label, parse_levels, summarize
+from fastblt.benchmarks.load.names import Dataset, Ramp
+from fastblt.benchmarks.load.trace import read_trace, scale_trace
+from fastblt.benchmarks.load.workload import Job, jobs, parse_decoding, prompts, trace_jobs
+from fastblt.benchmarks.machine import measured_with
 
 
 @dataclass(frozen=True)

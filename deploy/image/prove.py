@@ -1,7 +1,7 @@
 """Carries out the Dockerfile without a container engine, in a chroot, and tries the server that comes of it.
 
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm BASE
-    python -m deploy.image.prove BASE WORK [--build-arg NAME=VALUE] [--copy PATH]
+    python -m fastblt.deploy.image.prove BASE WORK [--build-arg NAME=VALUE] [--copy PATH]
 
 As root, on Linux. Every FROM of an image of Python is a copy of BASE, a bare Debian with its Python 3.11; every RUN is
 run by `/bin/sh -c` in a chroot of its stage, with the environment and the user that the Dockerfile says. Then the
@@ -23,7 +23,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.image.dockerfile import Instruction, expand, read
+from fastblt.deploy.image.dockerfile import Instruction, expand, read
 
 ROOT = Path(__file__).resolve().parents[2]
 

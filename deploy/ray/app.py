@@ -1,4 +1,4 @@
-"""FastBLT on Ray Serve: `serve run deploy.ray.app:build replicas=2`, or `serve deploy deploy/ray/serve.yaml`.
+"""FastBLT on Ray Serve: `serve run fastblt.deploy.ray.app:build replicas=2`, or `serve deploy deploy/ray/serve.yaml`.
 
 Two deployments: the replicas, each an engine with its API, and the front that every request comes in by. Replicas are
 scaled on the requests that they have and that wait for one.
@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from deploy.ray.front import Front
-from deploy.ray.replica import Replica
-from server.settings import EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
+from fastblt.deploy.ray.front import Front
+from fastblt.deploy.ray.replica import Replica
+from fastblt.server.settings import EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
 
 #: Ray's own: the requests of one session go to one replica, and to the next on the ring while that one is full.
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"

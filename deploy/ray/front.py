@@ -17,11 +17,11 @@ import ray.serve.exceptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import ClientDisconnect
 
-from deploy.ray.calls import Call, Head, affinity
-from deploy.ray.metrics import merge
-from server.api.body import MAX_BODY_BYTES
-from server.api.errors import RETRY_AFTER_SECONDS, error_object
-from server.api.streaming import DONE, until_disconnect
+from fastblt.deploy.ray.calls import Call, Head, affinity
+from fastblt.deploy.ray.metrics import merge
+from fastblt.server.api.body import MAX_BODY_BYTES
+from fastblt.server.api.errors import RETRY_AFTER_SECONDS, error_object
+from fastblt.server.api.streaming import DONE, until_disconnect
 
 logger = logging.getLogger("fastblt.front")
 

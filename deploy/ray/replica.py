@@ -10,11 +10,11 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from deploy.ray.calls import Call, Head
-from server.api.app import create_app
-from server.engine.client import EngineClient, EngineState
-from server.logs import LogSettings, configure
-from server.settings import EngineSettings, HttpSettings, ServiceSettings
+from fastblt.deploy.ray.calls import Call, Head
+from fastblt.server.api.app import create_app
+from fastblt.server.logs import LogSettings, configure
+from fastblt.server.process.client import EngineClient, EngineState
+from fastblt.server.settings import EngineSettings, HttpSettings, ServiceSettings
 
 logger = logging.getLogger("fastblt")
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import StackConfig
-from models.layers import Rope, rotate
+from fastblt.models.config import StackConfig
+from fastblt.models.layers import Rope, rotate
 
 #: Query rows to a tile. Each tile reads the keys of its own positions and of the window before.
 TILE = 128

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
+from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "encodings", "__pycache__", "pydoc_data", "data"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})

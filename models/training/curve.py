@@ -1,6 +1,6 @@
 """Whether a run's first steps are the published ones: the same text, and every point of the curve within 1 %.
 
-python -m models.training.curve runs/again
+python -m fastblt.models.training.curve runs/again
 
 docs/training.md has the command of the run.
 """

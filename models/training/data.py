@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.training.corpus import Corpus
-from models.training.loop import write_atomically
+from fastblt.models.training.corpus import Corpus
+from fastblt.models.training.loop import write_atomically
 
 
 def save_array(path: Path, array: NDArray) -> None:

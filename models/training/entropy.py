@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.blt import Patcher, init_weights
-from models.config import StackConfig
-from models.patching import PatchRule, entropies
-from models.training.attention import WindowAttention
-from models.training.data import load_array, rows
-from models.vocabulary import VOCAB_SIZE
+from fastblt.models.blt import Patcher, init_weights
+from fastblt.models.config import StackConfig
+from fastblt.models.patching import PatchRule, entropies
+from fastblt.models.training.attention import WindowAttention
+from fastblt.models.training.data import load_array, rows
+from fastblt.models.vocabulary import VOCAB_SIZE
 
 
 class EntropyTask:

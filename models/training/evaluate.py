@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention import masked_attention
-from models.blt import Blt, CausalAttention, LatentRows
-from models.layers import Rope, rotate
-from models.patching import PatchRule
-from models.training.entropy import measure, patch_starts
-from models.training.layout import LayoutConfig, Start, block_arrays, patch_arrays
-from models.training.objective import Objective
+from fastblt.kernels.attention import masked_attention
+from fastblt.models.blt import Blt, CausalAttention, LatentRows
+from fastblt.models.layers import Rope, rotate
+from fastblt.models.patching import PatchRule
+from fastblt.models.training.entropy import measure, patch_starts
+from fastblt.models.training.layout import LayoutConfig, Start, block_arrays, patch_arrays
+from fastblt.models.training.objective import Objective
 
 NOISE_LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0)
 

@@ -13,8 +13,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from models.training.attention import TILE
-from models.vocabulary import MASK_ID
+from fastblt.models.training.attention import TILE
+from fastblt.models.vocabulary import MASK_ID
 
 #: Block rows to a tile, a multiple of every block size.
 BLOCK_ROWS = 48

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.training.optimizer import Optimizer, OptimizerConfig
+from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
 
 #: A step that took longer was stopped from outside; the rest of its time is not counted as training.
 STALL_SECONDS = 10.0

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.latent_attention import latent_attention
-from models.blt import Blt
-from models.layers import CrossAttention, Rope, rotate
-from models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles
-from models.training.layout import LayoutConfig, block_arrays, patch_arrays
-from models.vocabulary import VOCAB_SIZE
+from fastblt.kernels.cpu.latent_attention import latent_attention
+from fastblt.models.blt import Blt
+from fastblt.models.layers import CrossAttention, Rope, rotate
+from fastblt.models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles
+from fastblt.models.training.layout import LayoutConfig, block_arrays, patch_arrays
+from fastblt.models.vocabulary import VOCAB_SIZE
 
 
 @torch.library.custom_op("fastblt_training::gather", mutates_args=())

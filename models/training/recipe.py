@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.blt import Blt, init_weights
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.config import BltConfig, StackConfig
-from models.patching import PatchRule, entropies
-from models.training.attention import WindowAttention
-from models.training.data import load_array, rows
-from models.training.entropy import patch_starts
-from models.training.layout import LayoutConfig, draw_noise
-from models.training.objective import Objective, make_batch
+from fastblt.models.blt import Blt, init_weights
+from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.patching import PatchRule, entropies
+from fastblt.models.training.attention import WindowAttention
+from fastblt.models.training.data import load_array, rows
+from fastblt.models.training.entropy import patch_starts
+from fastblt.models.training.layout import LayoutConfig, draw_noise
+from fastblt.models.training.objective import Objective, make_batch
 
 
 def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16)) -> BltConfig:

@@ -16,16 +16,16 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from models.blt import Blt, Patcher
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.config import BltConfig
-from models.training import corpus
-from models.training.data import load_array, save_corpus
-from models.training.entropy import EntropyTask, choose_threshold, measure
-from models.training.layout import LayoutConfig
-from models.training.loop import Length, LoopConfig, describe, fast_matmul, train, write_atomically
-from models.training.optimizer import OptimizerConfig
-from models.training.recipe import BltTask, shape
+from fastblt.models.blt import Blt, Patcher
+from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.config import BltConfig
+from fastblt.models.training import corpus
+from fastblt.models.training.data import load_array, save_corpus
+from fastblt.models.training.entropy import EntropyTask, choose_threshold, measure
+from fastblt.models.training.layout import LayoutConfig
+from fastblt.models.training.loop import Length, LoopConfig, describe, fast_matmul, train, write_atomically
+from fastblt.models.training.optimizer import OptimizerConfig
+from fastblt.models.training.recipe import BltTask, shape
 
 #: Beside exported weights: the corpus and the runs that made them.
 RUNS_FILE = "training.json"
@@ -120,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     run = describe_run(work / "blt" / "state.safetensors", entropy_state, args)
     corpus_record = json.loads((work / "data" / "corpus.json").read_text())
     _write_json(export / RUNS_FILE, {"corpus": corpus_record, "runs": [*earlier, run]})
-    console.print(f"exported to {export}; measure it with: python -m benchmarks.checkpoint {export} --write")
+    console.print(
+        f"exported to {export}; measure it with: python -m fastblt.benchmarks.checkpoint.tables {export} --write"
+    )
     return 0
 
 

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import completions, errors, operations, tokenization
-from server.api.metrics import Metrics
-from server.api.middleware import Requests
-from server.api.security import Gate
-from server.api.tracing import Tracer
-from server.engine.client import EngineClient
-from server.settings import HttpSettings
+from fastblt.server.api import completions, errors, operations, tokenization
+from fastblt.server.api.metrics import Metrics
+from fastblt.server.api.middleware import Requests
+from fastblt.server.api.security import Gate
+from fastblt.server.api.tracing import Tracer
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import HttpSettings
 
 
 def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAPI:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.errors import ApiError
+from fastblt.server.api.errors import ApiError
 
 MAX_BODY_BYTES = 8 * 2**20
 #: Seconds a client has to send its body.

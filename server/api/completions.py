@@ -12,16 +12,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.vocabulary import decode
-from server.api.body import parse_body, read_body
-from server.api.errors import ERROR_RESPONSES, check_model, failure
-from server.api.fields import request_body
-from server.api.names import NUMBER_NAMES, TOKEN_NAMES
-from server.api.schemas import CompletionRequest, Prompt
-from server.api.streaming import DONE, MIN_LOGPROB, ChoiceText, EventStream, event, to_json, until_disconnect
-from server.engine.client import EngineClient
-from server.engine.stream import DeltaStream
-from server.request import ByteLogprobs, DecodingParams, Delta, FinishReason, Ledger, PatchReport
+from fastblt.models.vocabulary import decode
+from fastblt.server.api.body import parse_body, read_body
+from fastblt.server.api.errors import ERROR_RESPONSES, check_model, failure
+from fastblt.server.api.fields import request_body
+from fastblt.server.api.names import NUMBER_NAMES, TOKEN_NAMES
+from fastblt.server.api.schemas import CompletionRequest, Prompt
+from fastblt.server.api.streaming import DONE, MIN_LOGPROB, ChoiceText, EventStream, event, to_json, until_disconnect
+from fastblt.server.process.client import EngineClient
+from fastblt.server.process.stream import DeltaStream
+from fastblt.server.request import ByteLogprobs, DecodingParams, Delta, FinishReason, Ledger, PatchReport
 
 #: Names the fields of a request that were ignored.
 IGNORED_HEADER = "x-ignored-fields"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.client import EngineClient, EngineState
-from server.engine.stats import EngineStats
+from fastblt.server.engine.stats import EngineStats
+from fastblt.server.process.client import EngineClient, EngineState
 
 
 class EngineCollector(Collector):

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.engine.client import EngineState, EngineUnavailableError
-from server.request import Delta, ErrorCode, InvalidRequestError, QueueFullError
+from fastblt.server.process.client import EngineState, EngineUnavailableError
+from fastblt.server.request import Delta, ErrorCode, InvalidRequestError, QueueFullError
 
 logger = logging.getLogger("fastblt.api")
 

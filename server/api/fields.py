@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from models.vocabulary import EOS_ID, VOCAB_SIZE
-from server.api.body import without_nulls
-from server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
+from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE
+from fastblt.server.api.body import without_nulls
+from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 
 #: More keys than any object that is a field has; a bound for the answer to a wrong one.
 MAX_KEYS = 32
@@ -67,7 +67,7 @@ def _biases(value: Any) -> Any:
 # Wide enough for every field, narrow enough for floating point.
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
-#: Read by `server.api.schemas.Prompts`.
+#: Read by `fastblt.server.api.schemas.Prompts`.
 PromptField = Annotated[
     Any,
     WithJsonSchema(

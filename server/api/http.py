@@ -12,8 +12,8 @@ import h11
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.api.errors import error_object
-from server.api.security import MAX_HEADER_BYTES
+from fastblt.server.api.errors import error_object
+from fastblt.server.api.security import MAX_HEADER_BYTES
 
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 
-from server.api.engine_metrics import EngineCollector
-from server.api.errors import ApiError
-from server.api.histogram import Histogram
-from server.engine.client import EngineClient, Life
-from server.request import DecodingMethod, Delta, ErrorCode, FinishReason
+from fastblt.server.api.engine_metrics import EngineCollector
+from fastblt.server.api.errors import ApiError
+from fastblt.server.api.histogram import Histogram
+from fastblt.server.process.client import EngineClient, Life
+from fastblt.server.request import DecodingMethod, Delta, ErrorCode, FinishReason
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)

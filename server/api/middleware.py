@@ -10,9 +10,9 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import logs
-from server.api import tracing
-from server.api.metrics import Metrics
+from fastblt.server import logs
+from fastblt.server.api import tracing
+from fastblt.server.api.metrics import Metrics
 
 logger = logging.getLogger("fastblt.access")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.vocabulary import BYTE_OFFSET, VOCAB_SIZE
+from fastblt.models.vocabulary import BYTE_OFFSET, VOCAB_SIZE
 
 #: By id.
 SPECIAL_NAMES = ("<boe>", "<bos>", "<eos>", "<bpe>")

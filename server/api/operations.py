@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.api.errors import ERROR_RESPONSES, check_model, error_object
-from server.engine.client import EngineClient, EngineState
+from fastblt.server.api.errors import ERROR_RESPONSES, check_model, error_object
+from fastblt.server.process.client import EngineClient, EngineState
 
 router = APIRouter(responses=ERROR_RESPONSES)
 

@@ -1,6 +1,6 @@
 """The body of POST /v1/completions: what may stand in it, checked and turned into requests for the engine.
 
-Types are checked here and ranges in `server.request`; the JSON schemas tell of both.
+Types are checked here and ranges in `fastblt.server.request`; the JSON schemas tell of both.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from models.vocabulary import BOS_ID
-from server.api.fields import MAX_CHOICES, Bias, Int64, PromptField, Stop, StopIds, bounded_object
-from server.api.structured import structured_output
-from server.request import (
+from fastblt.models.vocabulary import BOS_ID
+from fastblt.server.api.fields import MAX_CHOICES, Bias, Int64, PromptField, Stop, StopIds, bounded_object
+from fastblt.server.api.structured import structured_output
+from fastblt.server.request import (
     MAX_BLOCK_SIZE,
     MAX_DRAFT_LENGTH,
     MAX_LOGPROBS,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors import ApiError
+from fastblt.server.api.errors import ApiError
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 * 1024

@@ -12,11 +12,11 @@ from types import FrameType
 
 import uvicorn
 
-from server.api.app import create_app
-from server.api.http import HttpProtocol, raise_file_limit
-from server.api.security import MAX_HEADER_BYTES
-from server.engine.client import EngineClient, EngineState, EngineUnavailableError
-from server.settings import FailurePolicy, HttpSettings
+from fastblt.server.api.app import create_app
+from fastblt.server.api.http import HttpProtocol, raise_file_limit
+from fastblt.server.api.security import MAX_HEADER_BYTES
+from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
+from fastblt.server.settings import FailurePolicy, HttpSettings
 
 logger = logging.getLogger("fastblt")
 

@@ -12,11 +12,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from models.vocabulary import BYTE_OFFSET, VOCAB_SIZE, decode
-from server.api.http import CONNECTION, HttpProtocol
-from server.api.names import TOKEN_NAMES
-from server.engine.stream import DeltaStream
-from server.request import ByteLogprobs, Delta
+from fastblt.models.vocabulary import BYTE_OFFSET, VOCAB_SIZE, decode
+from fastblt.server.api.http import CONNECTION, HttpProtocol
+from fastblt.server.api.names import TOKEN_NAMES
+from fastblt.server.process.stream import DeltaStream
+from fastblt.server.request import ByteLogprobs, Delta
 
 #: What JSON cannot carry as -inf.
 MIN_LOGPROB = -9999.0

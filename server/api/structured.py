@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from server.request import GrammarKind, InvalidRequestError, StructuredOutput
+from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
 
 #: Keys of an object that can mean nothing here; a bound for the answer to a wrong one.
 _MAX_KEYS = 32

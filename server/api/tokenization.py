@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, decode, encode
-from server.api.body import parse_body, read_body
-from server.api.errors import ERROR_RESPONSES, check_model
-from server.api.fields import Ids, request_body
-from server.api.names import SPECIAL_NAMES, token_name
-from server.engine.client import EngineClient
+from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, decode, encode
+from fastblt.server.api.body import parse_body, read_body
+from fastblt.server.api.errors import ERROR_RESPONSES, check_model
+from fastblt.server.api.fields import Ids, request_body
+from fastblt.server.api.names import SPECIAL_NAMES, token_name
+from fastblt.server.process.client import EngineClient
 
 router = APIRouter(responses=ERROR_RESPONSES)
 

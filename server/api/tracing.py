@@ -7,9 +7,9 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from server import logs
-from server.engine.client import Life
-from server.request import Delta, FinishReason
+from fastblt.server import logs
+from fastblt.server.process.client import Life
+from fastblt.server.request import Delta, FinishReason
 
 if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue

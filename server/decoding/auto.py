@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.unmasking import ONE_STEP
-from server.decoding.blt import Blt
-from server.decoding.blt_dv import BltDV
-from server.decoding.blt_s import BltS
-from server.decoding.method import WENT_ON, Method, Outcome, Plan, Progress, Unmask
-from server.request import DecodingMethod
+from fastblt.kernels.unmasking import ONE_STEP
+from fastblt.server.decoding.blt import Blt
+from fastblt.server.decoding.blt_dv import BltDV
+from fastblt.server.decoding.blt_s import BltS
+from fastblt.server.decoding.method import WENT_ON, Method, Outcome, Plan, Progress, Unmask
+from fastblt.server.request import DecodingMethod
 
 #: How BLT-DV drafts here.
 _ONE_STEP = Unmask(ONE_STEP, 0.0)

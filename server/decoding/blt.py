@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.decoding.method import Outcome, Plan, Progress
+from fastblt.server.decoding.method import Outcome, Plan, Progress
 
 
 class Blt:

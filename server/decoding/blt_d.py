@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from models.vocabulary import MASK_ID
-from server.decoding.method import Outcome, Plan, Progress, Unmask
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
 class BltD:

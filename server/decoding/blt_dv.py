@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from models.vocabulary import MASK_ID
-from server.decoding.blt_s import settle, verify
-from server.decoding.method import Outcome, Plan, Progress, Unmask
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.decoding.blt_s import settle, verify
+from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
 class BltDV:

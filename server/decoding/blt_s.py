@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.decoding.method import Outcome, Plan, Progress
+from fastblt.server.decoding.method import Outcome, Plan, Progress
 
 
 def verify(draft: Sequence[int], known: int, computed: int, *, paper: bool = False) -> Plan:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP
-from models.config import BltConfig
-from server.decoding.auto import Auto, Draft
-from server.decoding.blt import Blt
-from server.decoding.blt_d import BltD
-from server.decoding.blt_dv import BltDV
-from server.decoding.blt_s import BltS
-from server.decoding.method import Method, Unmask
-from server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
+from fastblt.kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP
+from fastblt.models.config import BltConfig
+from fastblt.server.decoding.auto import Auto, Draft
+from fastblt.server.decoding.blt import Blt
+from fastblt.server.decoding.blt_d import BltD
+from fastblt.server.decoding.blt_dv import BltDV
+from fastblt.server.decoding.blt_s import BltS
+from fastblt.server.decoding.method import Method, Unmask
+from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
 
 DEFAULT_DRAFT_LENGTH = 8
 DEFAULT_BLOCK_SIZE = 8

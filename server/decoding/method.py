@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kernels.unmasking import ONE_STEP
+from fastblt.kernels.unmasking import ONE_STEP
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,27 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import cores, set_threads
-from models.accounting import ModuleParameters
-from models.blt import Blt
-from models.checkpoint import load_checkpoint
-from models.config import BltConfig
-from models.fused import fuse, stream
-from models.patching import PatchRule
-from server.decoding.choose import check_block_size, make_method, resolve
-from server.engine.caches import Caches
-from server.engine.constraints import Constraint
-from server.engine.controller import Controller
-from server.engine.grammar import Grammars
-from server.engine.planning import Planner
-from server.engine.prefix_cache import PrefixCache
-from server.engine.ranks import RankLostError, leader_of, spread
-from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.settling import DRAFTING, Settler
-from server.engine.stats import EngineStats
-from server.request import (
+from fastblt.kernels.cpu.native import cores, set_threads
+from fastblt.models.accounting import ModuleParameters
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.config import BltConfig
+from fastblt.models.fused import fuse, stream
+from fastblt.models.patching import PatchRule
+from fastblt.server.decoding.choose import check_block_size, make_method, resolve
+from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.prefix_cache import PrefixCache
+from fastblt.server.engine.constraints.constraint import Constraint
+from fastblt.server.engine.constraints.grammar import Grammars
+from fastblt.server.engine.device.ranks import RankLostError, leader_of, spread
+from fastblt.server.engine.draft_controller import Controller
+from fastblt.server.engine.planner import Planner
+from fastblt.server.engine.postprocess import DRAFTING, Settler
+from fastblt.server.engine.runner.model_runner import Runner
+from fastblt.server.engine.scheduler import Scheduler
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.stats import EngineStats
+from fastblt.server.request import (
     MAX_BLOCK_SIZE,
     DecodingMethod,
     DecodingParams,
@@ -45,7 +45,7 @@ from server.request import (
     InvalidRequestError,
     Request,
 )
-from server.settings import PRETRAINED, EngineSettings
+from fastblt.server.settings import PRETRAINED, EngineSettings
 
 logger = logging.getLogger(__name__)
 

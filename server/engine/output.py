@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.vocabulary import BYTE_OFFSET, EOS_ID
-from server.engine.constraints import Constraint
-from server.request import ByteLogprobs, FinishReason, SamplingParams
+from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID
+from fastblt.server.engine.constraints.constraint import Constraint
+from fastblt.server.request import ByteLogprobs, FinishReason, SamplingParams
 
 
 class Output:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 
-from server.decoding.method import Plan
-from server.engine.caches import Caches
-from server.engine.prefix_cache import PrefixCache
-from server.engine.sequence import Sequence
-from server.request import QueueFullError
-from server.settings import EngineSettings
+from fastblt.server.decoding.method import Plan
+from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.prefix_cache import PrefixCache
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import QueueFullError
+from fastblt.server.settings import EngineSettings
 
 #: Admission assumes this much more global cache than the running mean of patches per byte says.
 _MARGIN = 1.2

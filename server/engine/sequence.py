@@ -6,11 +6,11 @@ from bisect import bisect_left
 from collections import abc, deque
 from dataclasses import dataclass
 
-from models.patching import PatchRule
-from server.decoding.method import Method, Plan
-from server.engine.constraints import Constraint
-from server.engine.output import Output
-from server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Timings
+from fastblt.models.patching import PatchRule
+from fastblt.server.decoding.method import Method, Plan
+from fastblt.server.engine.constraints.constraint import Constraint
+from fastblt.server.engine.output import Output
+from fastblt.server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Timings
 
 
 @dataclass(slots=True)

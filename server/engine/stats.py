@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.request import Ledger
+from fastblt.server.request import Ledger
 
 
 @dataclass

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from models.blt import Blt
-from models.checkpoint import save_checkpoint
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import save_checkpoint
 from tests.tiny import random_ids, tiny_model
 
 

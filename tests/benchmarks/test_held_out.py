@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from benchmarks.held_out import held_out_prompts, held_out_sources
-from models.vocabulary import BOS_ID, decode
+from fastblt.benchmarks.held_out import held_out_prompts, held_out_sources
+from fastblt.models.vocabulary import BOS_ID, decode
 
 
 def test_prompts_are_the_same_every_time_and_others_under_another_seed() -> None:

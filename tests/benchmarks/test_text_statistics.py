@@ -1,4 +1,4 @@
-from benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
+from fastblt.benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
 
 
 def test_a_tail_with_a_short_period_is_a_loop() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import load_checkpoint
-from models.vocabulary import encode
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.vocabulary import encode
 from tests.compat.conftest import KEY, MODEL
 
 pytest.importorskip("lm_eval", reason="in the extra `compat`")

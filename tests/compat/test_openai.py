@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types import Completion
 
-from models.vocabulary import encode
+from fastblt.models.vocabulary import encode
 from tests.compat.conftest import KEY, MODEL
 
 BASE: dict[str, Any] = {"model": MODEL, "prompt": "Hello", "max_tokens": 12, "seed": 1}

@@ -1,4 +1,4 @@
-"""What the Dockerfile says; that its steps work is for `deploy.image.prove`, which needs root and minutes."""
+"""What the Dockerfile says; that its steps work is for `fastblt.deploy.image.prove`, which needs root and minutes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.image.dockerfile import Instruction, expand, read
-from deploy.image.prove import Builder
-from deploy.monitoring import DASHBOARD
+from fastblt.deploy.image.dockerfile import Instruction, expand, read
+from fastblt.deploy.image.prove import Builder
+from fastblt.deploy.monitoring import DASHBOARD
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.monitoring import ALERTS, load, prometheus, promtool, queries
-from server.engine.client import EngineClient
+from fastblt.deploy.monitoring import ALERTS, load, prometheus, promtool, queries
+from fastblt.server.process.client import EngineClient
 from tests.server.api.running import RunningServer, save_tiny, tiny_settings, until
 
 #: Queries of what a healthy server has nothing of.

@@ -13,9 +13,9 @@ pytest.importorskip("ray", reason="needs the extra `ray`")
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.replicas import Kill, Options, load, serving
-from server.llm import LLM
-from server.request import SamplingParams
+from fastblt.benchmarks.checks.replicas import Kill, Options, load, serving
+from fastblt.server.llm import LLM
+from fastblt.server.request import SamplingParams
 from tests.server.api.running import save_tiny, until
 
 ENGINE = {"cache_bytes": 2**25, "max_running": 8, "max_model_len": 2048, "threads": 1, "deterministic": True}

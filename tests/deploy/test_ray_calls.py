@@ -6,8 +6,8 @@ import json
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.ray.calls import AFFINITY_LENGTH, Call, affinity
-from deploy.ray.metrics import merge
+from fastblt.deploy.ray.calls import AFFINITY_LENGTH, Call, affinity
+from fastblt.deploy.ray.metrics import merge
 
 
 def word(method: str = "POST", **body: object) -> str:

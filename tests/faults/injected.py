@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server.engine import process
-from server.engine.client import EngineClient
-from server.settings import EngineSettings
+from fastblt.server.process import engine_main as process
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings
 
 VARIABLE = "FASTBLT_TEST_FAULTS"
 
@@ -27,7 +27,7 @@ POISON = "\x01"
 def load(settings: EngineSettings) -> Any:
     import torch
 
-    from server.engine import engine as module
+    from fastblt.server.engine import engine as module
 
     faults = _faults()
     load_checkpoint = module.load_checkpoint
@@ -64,8 +64,8 @@ def main() -> int:
     if sys.argv[1:] == ["engine"]:
         return process.main(load)
 
-    from server.api import serve
-    from server.cli import app
+    from fastblt.server.api import serve
+    from fastblt.server.cli import app
 
     serve.READER_SECONDS = faults.get("reader_seconds", serve.READER_SECONDS)
     defaults = EngineClient.__init__.__kwdefaults__

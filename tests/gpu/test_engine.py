@@ -10,10 +10,10 @@ from functools import cache
 import pytest
 import torch
 
-from kernels.noise import gumbel, mix_seed
-from models.blt import Blt
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Request, SamplingParams
+from fastblt.kernels.noise import gumbel, mix_seed
+from fastblt.models.blt import Blt
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, Request, SamplingParams
 from tests.server.harness import run, settings
 from tests.tiny import tiny_model
 

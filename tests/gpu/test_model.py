@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from models.blt import Blt
-from models.checkpoint import load_checkpoint
-from server.settings import PRETRAINED
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.server.settings import PRETRAINED
 from tests.tiny import tiny_model
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25}

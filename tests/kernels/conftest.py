@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import kernels.selection
+import fastblt.kernels.selection
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which CPU path `select` takes in the test."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels.selection, "entry", lambda: None)
-    elif kernels.selection.entry() is None:
+        monkeypatch.setattr(fastblt.kernels.selection, "entry", lambda: None)
+    elif fastblt.kernels.selection.entry() is None:
         pytest.skip("there is no C compiler here")
     return request.param

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.hash_embedding import hash_embedding, hash_embedding_torch
-from models.blt import HASH_PRIMES, _hash_powers
+from fastblt.kernels.hash_embedding import hash_embedding, hash_embedding_torch
+from fastblt.models.blt import HASH_PRIMES, _hash_powers
 from tests.kernels.rows import here
 from tests.oracles.hash_oracle import embed
 

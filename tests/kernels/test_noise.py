@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.noise import gumbel, mix_seed, philox4x32
+from fastblt.kernels.noise import gumbel, mix_seed, philox4x32
 from tests.oracles import selection_oracle as oracle
 
 # Random123's kat_vectors, philox 4x32, 10 rounds.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.native import library, set_threads
-from kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
-from models.layers import Rope
+from fastblt.kernels.cpu.native import library, set_threads
+from fastblt.kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
+from fastblt.models.layers import Rope
 from tests.kernels.rows import here
 from tests.oracles.attention_oracle import Memory
 

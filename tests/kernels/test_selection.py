@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels.selection
-from kernels.native import library
-from kernels.noise import gumbel, mix_seed
-from kernels.selection import Selection, SelectionParams, select, select_torch
+import fastblt.kernels.selection
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.noise import gumbel, mix_seed
+from fastblt.kernels.selection import Selection, SelectionParams, select, select_torch
 from tests.kernels.poison import poison, written
 from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle
@@ -249,7 +249,7 @@ def test_top_p_of_one_keeps_what_lies_beyond_a_rounded_sum(monkeypatch: pytest.M
     assert logits.softmax(-1).sum(dtype=torch.float64) > 1
     noise = torch.zeros(1, 260)
     noise[0, 40] = 50.0
-    monkeypatch.setattr(kernels.selection, "gumbel", lambda seeds, positions: noise)
+    monkeypatch.setattr(fastblt.kernels.selection, "gumbel", lambda seeds, positions: noise)
     params = pack([Row(temperature=1.0)], (True, True, False))
     assert select_torch(logits, params, need_statistics=False).ids.item() == 40
 
@@ -502,7 +502,7 @@ def shared_words(seeds: Tensor, positions: Tensor) -> Tensor:
 def test_wrong_noise_does_not_follow_it(
     wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.selection, "gumbel", wrong)
+    monkeypatch.setattr(fastblt.kernels.selection, "gumbel", wrong)
     logits, p = distribution()
     ids = sample(logits, torch.full((FEWER,), mix_seed(1, 0)), torch.arange(FEWER), select_torch)
     assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
@@ -528,5 +528,5 @@ def test_wrong_keys_and_counters_are_told_from_the_right_ones(
     rows = [Row(temperature=2.0, seed=mix_seed(9, i), position=i) for i in range(40)]
     expected = [oracle.select(row_logits.tolist(), row).id for row_logits, row in zip(logits, rows, strict=True)]
     assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() == expected
-    monkeypatch.setattr(kernels.selection, "gumbel", wrong)
+    monkeypatch.setattr(fastblt.kernels.selection, "gumbel", wrong)
     assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() != expected

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.verification import verify
+from fastblt.kernels.verification import verify
 from tests.oracles import selection_oracle as oracle
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.accounting import ModuleParameters, gb, gb_paper
-from models.blt import Blt
-from models.config import BltConfig, StackConfig
+from fastblt.models.accounting import ModuleParameters, gb, gb_paper
+from fastblt.models.blt import Blt
+from fastblt.models.config import BltConfig, StackConfig
 
 TABLES = Path(__file__).parents[2] / "benchmarks" / "data" / "paper_tables.csv"
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import checkpoint
-from models.blt import Blt
-from models.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointError, load_checkpoint, save_checkpoint
-from models.config import ConfigError
+from fastblt.models import checkpoint
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import INDEX_FILE, WEIGHTS_FILE, CheckpointError, load_checkpoint, save_checkpoint
+from fastblt.models.config import ConfigError
 from tests.tiny import random_ids, tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -206,7 +206,7 @@ def test_pickles_are_refused(folder: Path, name: str) -> None:
     [
         ("{", "config.json cannot be read as JSON"),
         ("[]", "config.json does not hold a JSON object"),
-        ('{"args": {}}', "official repository's layout; .* models.convert"),
+        ('{"args": {}}', "official repository's layout; .* fastblt.models.convert"),
     ],
 )
 def test_broken_config(folder: Path, text: str, message: str) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.blt import Blt
-from models.checkpoint import WEIGHTS_FILE, CheckpointError, load_checkpoint
-from models.config import BltConfig
-from models.convert import convert
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import WEIGHTS_FILE, CheckpointError, load_checkpoint
+from fastblt.models.config import BltConfig
+from fastblt.models.convert import convert
 from tests.tiny import random_ids, tiny_model
 
 # Ours -> official.

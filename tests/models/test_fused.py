@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.dense import available
-from kernels.latent_attention import StoredLatents
-from kernels.linear import linear
-from kernels.paged_attention import PagedAttention, RaggedRows, has_native
-from models.blt import Blt, CausalAttention, init_weights
-from models.config import StackConfig
-from models.fused import fuse, is_fused, stream
-from models.layers import Rope
+from fastblt.kernels.cpu.dense import available
+from fastblt.kernels.cpu.latent_attention import StoredLatents
+from fastblt.kernels.cpu.linear import linear
+from fastblt.kernels.paged_attention import PagedAttention, RaggedRows, has_native
+from fastblt.models.blt import Blt, CausalAttention, init_weights
+from fastblt.models.config import StackConfig
+from fastblt.models.fused import fuse, is_fused, stream
+from fastblt.models.layers import Rope
 from tests.models.training.toys import toy_config
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")

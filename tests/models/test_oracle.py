@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.blt import Blt
-from models.checkpoint import stored_name
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import stored_name
 from tests.oracles import blt_oracle
 from tests.tiny import random_ids, tiny_model
 

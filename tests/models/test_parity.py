@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.blt import Blt
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.reference import generate, patch_margins
-from models.reference_selection import SamplingOptions
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.reference import generate, patch_margins
+from fastblt.models.reference_selection import SamplingOptions
 from tests.tiny import random_ids, tiny_model
 
 transformers = pytest.importorskip("transformers")

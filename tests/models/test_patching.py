@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.patching import PatchRule, entropies
+from fastblt.models.patching import PatchRule, entropies
 from tests.oracles.blt_oracle import patch_lengths
 
 VALUES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0]), min_size=1, max_size=40)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.blt import Blt
-from models.reference import DecodingOptions, Nfe, _block_attention, _Decoder, generate, patch_margins
-from models.reference_selection import SamplingOptions, select
-from models.vocabulary import EOS_ID, MASK_ID
+from fastblt.models.blt import Blt
+from fastblt.models.reference import DecodingOptions, Nfe, _block_attention, _Decoder, generate, patch_margins
+from fastblt.models.reference_selection import SamplingOptions, select
+from fastblt.models.vocabulary import EOS_ID, MASK_ID
 from tests.tiny import random_ids, tiny_config, tiny_model
 
 GREEDY = SamplingOptions(max_tokens=24, ignore_eos=True)

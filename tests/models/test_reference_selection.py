@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.reference import DecodingOptions, unmask
-from models.reference_selection import (
+from fastblt.models.reference import DecodingOptions, unmask
+from fastblt.models.reference_selection import (
     SamplingOptions,
     Selected,
     forbidden,

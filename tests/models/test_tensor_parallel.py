@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.blt import GlobalTransformer
-from models.config import ConfigError, StackConfig
-from models.tensor_parallel import check_split, split_transformer, split_weights
+from fastblt.models.blt import GlobalTransformer
+from fastblt.models.config import ConfigError, StackConfig
+from fastblt.models.tensor_parallel import check_split, split_transformer, split_weights
 from tests.tiny import tiny_config
 
 STACK = StackConfig(96, 2, 6, 2, 160, 500000.0)

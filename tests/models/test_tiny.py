@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.config import BltConfig
-from models.reference import generate
-from models.reference_selection import SamplingOptions
+from fastblt.models.config import BltConfig
+from fastblt.models.reference import generate
+from fastblt.models.reference_selection import SamplingOptions
 from tests.tiny import random_ids, tiny_config, tiny_model
 
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from models.accounting import ModuleParameters
-from models.blt import Blt
-from models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from models.config import StackConfig
-from models.reference import generate
-from models.reference_selection import SamplingOptions
-from models.widen import PAPER_PATCHER, SHAPES, Shape, StackShape, paper_shape, widen, widen_checkpoint
-from server.cli import app
-from server.settings import PRETRAINED
+from fastblt.models.accounting import ModuleParameters
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastblt.models.config import StackConfig
+from fastblt.models.reference import generate
+from fastblt.models.reference_selection import SamplingOptions
+from fastblt.models.widen import PAPER_PATCHER, SHAPES, Shape, StackShape, paper_shape, widen, widen_checkpoint
+from fastblt.server.cli import app
+from fastblt.server.settings import PRETRAINED
 from tests.tiny import random_ids, tiny_model
 
 TOLERANCE = 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from functools import cache
 
-from models.vocabulary import BYTE_OFFSET, EOS_ID, MASK_ID
+from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID, MASK_ID
 
 #: A byte of each kind that any UTF-8 rule tells apart.
 KINDS = bytes((0x41, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC2, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xFF))

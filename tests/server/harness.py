@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from models.blt import Blt
-from server.engine.engine import Engine
-from server.request import (
+from fastblt.models.blt import Blt
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import (
     DecodingMethod,
     DecodingParams,
     Delta,
@@ -21,7 +21,7 @@ from server.request import (
     SamplingParams,
     Unmasking,
 )
-from server.settings import EngineSettings
+from fastblt.server.settings import EngineSettings
 from tests.tiny import tiny_model
 
 #: A few shapes with a diffusion head, both decoder inputs, with and without windows.

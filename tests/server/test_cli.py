@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from server.cli import app, parse_size
+from fastblt.server.cli import app, parse_size
 from tests.server.api.running import save_tiny, until
 
 SMALL = ["--cache-size", "64MiB", "--max-model-len", "4096", "--threads", "1"]
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "server.cli", *args]
+    return [sys.executable, "-m", "fastblt.server.cli", *args]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -220,9 +220,9 @@ def test_wrong_usage(args: list[str]) -> None:
 
 def test_train_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    module = ModuleType("models.training.train")
+    module = ModuleType("fastblt.models.training.train")
     module.main = lambda argv: seen.append(list(argv))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "models.training.train", module)
+    monkeypatch.setitem(sys.modules, "fastblt.models.training.train", module)
     assert CliRunner().invoke(app, ["train", "--help", "-x", "1", "name"]).exit_code == 0
     assert seen == [["--help", "-x", "1", "name"]]
 
@@ -241,7 +241,10 @@ def test_no_sizes(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize("module", ["server", "server.request", "server.settings", "server.cli", "server.api.app"])
+@pytest.mark.parametrize(
+    "module",
+    ["server", "fastblt.server.request", "fastblt.server.settings", "fastblt.server.cli", "fastblt.server.api.app"],
+)
 def test_what_answers_at_once_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import server
-from models.vocabulary import decode, encode
-from server import LLM, DecodingParams, SamplingParams
-from server.llm import Prompt
-from server.request import DecodingMethod, FinishReason, InvalidRequestError
+import fastblt
+from fastblt import LLM, DecodingParams, SamplingParams
+from fastblt.models.vocabulary import decode, encode
+from fastblt.server.llm import Prompt
+from fastblt.server.request import DecodingMethod, FinishReason, InvalidRequestError
 from tests.server.api.running import save_tiny
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -96,6 +96,6 @@ def test_a_stream_given_up_frees_everything(llm: LLM) -> None:
 
 def test_lazy_names() -> None:
     names = {"LLM", "Completion", "DecodingParams", "SamplingParams", "StructuredOutput", "Utf8"}
-    assert set(server.__all__) == names and all(getattr(server, name) for name in names)
+    assert set(fastblt.__all__) == names | {"__version__"} and all(getattr(fastblt, name) for name in names)
     with pytest.raises(AttributeError):
-        _ = server.nothing
+        _ = fastblt.nothing

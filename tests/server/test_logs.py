@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import logging, sys
-from server import logs
+from fastblt.server import logs
 logs.configure(logs.LogSettings(format=logs.LogFormat(sys.argv[1])))
 log = logging.getLogger("fastblt.test")
 log.info("plain %d", 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.request import DecodingMethod, DecodingParams, InvalidRequestError, SamplingParams, Unmasking
+from fastblt.server.request import DecodingMethod, DecodingParams, InvalidRequestError, SamplingParams, Unmasking
 
 
 def test_names_become_members() -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from server.engine.client import EngineClient
-from server.settings import EngineSettings, HttpSettings
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.server.api.running import MODEL, RunningServer, tiny_settings, until
 
 

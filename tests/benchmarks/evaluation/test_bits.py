@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.bits import windows
-from models.blt import Blt
-from models.vocabulary import encode, with_bos
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.bits import windows
+from fastblt.models.blt import Blt
+from fastblt.models.vocabulary import encode, with_bos
 
 
 @pytest.mark.parametrize(("length", "stride"), [(4, 4), (4, 1), (4, 3), (100, 100), (1, 1)])

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.diversity import TOP_P, distinct
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.diversity import TOP_P, distinct
 
 
 def test_distinct() -> None:

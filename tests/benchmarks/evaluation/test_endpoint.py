@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evaluation.endpoint import Endpoint, EndpointError, Target, together
-from models.checkpoint import save_checkpoint
-from server.settings import HttpSettings
+from fastblt.benchmarks.evaluation.endpoint import Endpoint, EndpointError, Target, together
+from fastblt.models.checkpoint import save_checkpoint
+from fastblt.server.settings import HttpSettings
 from tests.benchmarks.evaluation.conftest import ready
 from tests.server.api.running import MODEL, tiny_settings
 from tests.tiny import tiny_model

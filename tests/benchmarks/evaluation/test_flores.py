@@ -9,8 +9,8 @@ import pytest
 import sacrebleu.tokenizers.tokenizer_spm as spm
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.flores import PIECES, Pair, bleu, jobs, read
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.flores import PIECES, Pair, bleu, jobs, read
 
 FRENCH = ["Le chat dort.", "Il pleut beaucoup aujourd'hui.", "Où est la gare ?", "Merci !", "Je lis un livre.", "Oui."]
 ENGLISH = ["The cat sleeps.", "It rains a lot today.", "Where is the station?", "Thank you!", "I read a book.", "Yes."]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.humaneval import problems
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.humaneval import problems
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evaluation.journal import Journal, JournalError, busy_seconds
+from fastblt.benchmarks.evaluation.journal import Journal, JournalError, busy_seconds
 
 
 def test_it_goes_on_after_a_crash(tmp_path: Path) -> None:

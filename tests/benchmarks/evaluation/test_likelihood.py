@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.direct import loglikelihood
-from benchmarks.evaluation.endpoint import Target
-from models.blt import Blt
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.direct import loglikelihood
+from fastblt.benchmarks.evaluation.endpoint import Target
+from fastblt.models.blt import Blt
 
 pytest.importorskip("lm_eval", reason="in the extra `harness`")
 
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_harness_s_likelihoods_are_the_model_s(url: str, model: Blt, data: Path, tmp_path: Path) -> None:
-    from benchmarks.evaluation.likelihood import local_task, run
+    from fastblt.benchmarks.evaluation.likelihood import local_task, run
 
     folder = tmp_path / "tasks"
     folder.mkdir()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.mbpp import jobs, read, split
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.mbpp import jobs, read, split
 
 ROWS = [
     {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evaluation.publish import Publisher
-from benchmarks.evaluation.report import page
+from fastblt.benchmarks.evaluation.publish import Publisher
+from fastblt.benchmarks.evaluation.report import page
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "docs" / "evaluation"
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.evaluation.journal import Record
-from benchmarks.evaluation.next_lines import Cut, cuts
-from benchmarks.evaluation.publish import questions
-from benchmarks.evaluation.quality import judge, speed
-from benchmarks.held_out import held_out_sources
-from benchmarks.humaneval import parses
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
+from fastblt.benchmarks.evaluation.publish import questions
+from fastblt.benchmarks.evaluation.python_lines import parses
+from fastblt.benchmarks.evaluation.quality import judge, speed
+from fastblt.benchmarks.held_out import held_out_sources
 
 
 def answer(text: str) -> Record:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.evaluation import sandbox as module
-from benchmarks.evaluation.humaneval import problems
-from benchmarks.evaluation.sandbox import PROBES, Limits, Sandbox, SandboxError
-from benchmarks.evaluation.seccomp import SeccompUnavailableError
+from fastblt.benchmarks.evaluation import sandbox as module
+from fastblt.benchmarks.evaluation.humaneval import problems
+from fastblt.benchmarks.evaluation.sandbox import PROBES, Limits, Sandbox, SandboxError
+from fastblt.benchmarks.evaluation.seccomp import SeccompUnavailableError
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=10.0)
 

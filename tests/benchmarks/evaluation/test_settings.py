@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.evaluation.settings import decoding, every_method, family, trade
-from server.request import DecodingParams
+from fastblt.benchmarks.evaluation.settings import decoding, every_method, family, trade
+from fastblt.server.request import DecodingParams
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.load.arrivals import arrivals
-from benchmarks.load.names import Ramp
+from fastblt.benchmarks.load.arrivals import arrivals
+from fastblt.benchmarks.load.names import Ramp
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0, np.inf])

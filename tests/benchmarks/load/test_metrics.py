@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.load.client import Record
-from benchmarks.load.metrics import by_label, parse_levels, summarize
+from fastblt.benchmarks.load.client import Record
+from fastblt.benchmarks.load.metrics import by_label, parse_levels, summarize
 
 
 def record(start: float, times: list[float], size: int = 2, **more: object) -> Record:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
-from benchmarks.load.client import Record
-from benchmarks.load.drive import drive
-from benchmarks.load.names import Dataset, Ramp
-from benchmarks.load.serve import Load, run, table
-from benchmarks.load.workload import Job
-from benchmarks.soak import Server, serving
+from fastblt.benchmarks.checks.soak import Server, serving
+from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.load.client import Record
+from fastblt.benchmarks.load.drive import drive
+from fastblt.benchmarks.load.names import Dataset, Ramp
+from fastblt.benchmarks.load.serve import Load, run, table
+from fastblt.benchmarks.load.workload import Job
 from tests.benchmarks.load.test_trace import TRACE
 
 

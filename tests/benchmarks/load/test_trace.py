@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.load.trace import read_trace, scale_trace
+from fastblt.benchmarks.load.trace import read_trace, scale_trace
 
 # Four requests in 3.6 seconds, in the format of the published files.
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens

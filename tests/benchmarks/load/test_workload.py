@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.load.names import Dataset
-from benchmarks.load.trace import Trace
-from benchmarks.load.workload import jobs, label_of, parse_decoding, prompts, trace_jobs
+from fastblt.benchmarks.load.names import Dataset
+from fastblt.benchmarks.load.trace import Trace
+from fastblt.benchmarks.load.workload import jobs, label_of, parse_decoding, prompts, trace_jobs
 
 
 @pytest.mark.parametrize("dataset", [Dataset.HELD_OUT, Dataset.SYNTHETIC])

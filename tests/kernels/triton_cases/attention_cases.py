@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import kernels.paged_attention_triton
-from kernels.paged_attention import paged_attention, paged_attention_torch
+import fastblt.kernels.gpu.paged_attention
+from fastblt.kernels.paged_attention import paged_attention, paged_attention_torch
 from tests.kernels.test_paged_attention import World, test_nan_stays_in_its_row  # noqa: F401
 
 SHAPES = [(4, 4, 16, 16), (4, 2, 32, 64), (6, 2, 64, 64), (2, 1, 128, 32), (3, 3, 24, 48), (20, 1, 16, 16)]
@@ -19,7 +19,7 @@ def test_chunks_blocks_windows_and_rewrites(
     shape: tuple[int, int, int, int], least_part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Causal, windowed, tentative and block rows in one launch, in one part, in parts of two tiles, and of one."""
-    monkeypatch.setattr(kernels.paged_attention_triton, "LEAST_PART", least_part)
+    monkeypatch.setattr(fastblt.kernels.gpu.paged_attention, "LEAST_PART", least_part)
     world = World(sum(shape), shape)
     world.check(paged_attention_torch, world.rows([(0, 0, 150), (1, 0, 90), (2, 0, 5)]), 2e-5)
     # A chunk, a first row, a block that sees past itself, a windowed row, and a row with its block.
@@ -60,7 +60,7 @@ def test_only_the_rows_own_slots_are_written() -> None:
 @pytest.mark.parametrize("least_part", [512, 64])
 def test_a_row_does_not_depend_on_its_batch(least_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests in one chunk, in odd chunks, and row by row near the end, at two page sizes: equal bits."""
-    monkeypatch.setattr(kernels.paged_attention_triton, "LEAST_PART", least_part)
+    monkeypatch.setattr(fastblt.kernels.gpu.paged_attention, "LEAST_PART", least_part)
     # The interpreter multiplies with BLAS, which may round a row by its place in the tile; matrix instructions do not.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
     outs = []

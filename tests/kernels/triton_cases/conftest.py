@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.backend import interpreted, use_triton
+from fastblt.kernels.backend import interpreted, use_triton
 from tests.kernels.poison import poison
 
 DEVICE = torch.device(os.environ.get("FASTBLT_TEST_DEVICE", "cpu"))

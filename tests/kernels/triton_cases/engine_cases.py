@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from triton.runtime.interpreter import GridExecutor
 
-import kernels.backend
-from models.blt import Blt
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Request, SamplingParams, Unmasking
+import fastblt.kernels.backend
+from fastblt.models.blt import Blt
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, Request, SamplingParams, Unmasking
 from tests.server.harness import run, settings
 from tests.tiny import tiny_config, tiny_model
 
@@ -53,10 +53,10 @@ def outputs(model: Blt) -> dict[str, list[int]]:
 
 def test_every_method_gives_the_torch_path_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shallow_model(3)
-    monkeypatch.setattr(kernels.backend, "_FORCED", "torch")
+    monkeypatch.setattr(fastblt.kernels.backend, "_FORCED", "torch")
     expected = outputs(model)
     assert all(len(ids) == BYTES for ids in expected.values())
-    monkeypatch.setattr(kernels.backend, "_FORCED", "triton")
+    monkeypatch.setattr(fastblt.kernels.backend, "_FORCED", "triton")
     launched = set()
     launch = GridExecutor.__call__
 

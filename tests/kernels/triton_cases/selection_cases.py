@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.noise import gumbel
-from kernels.selection import _truncated, select, select_torch
-from kernels.selection_triton import _keys, _truncate, gumbel_row
+from fastblt.kernels.gpu.selection import _keys, _truncate, gumbel_row
+from fastblt.kernels.noise import gumbel
+from fastblt.kernels.selection import _truncated, select, select_torch
 from tests.kernels.poison import written
 from tests.kernels.rows import LOGITS, bits, pack, random_logits, random_row
 from tests.kernels.test_selection import (  # noqa: F401

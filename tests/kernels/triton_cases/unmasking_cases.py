@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.unmasking import ONE_STEP, unmask, unmask_torch
+from fastblt.kernels.unmasking import ONE_STEP, unmask, unmask_torch
 from tests.kernels.poison import written
 from tests.kernels.rows import pack, random_logits
 from tests.kernels.test_unmasking import (  # noqa: F401

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.verification import verify, verify_torch
+from fastblt.kernels.verification import verify, verify_torch
 from tests.kernels.test_verification import test_written_out  # noqa: F401
 from tests.oracles import selection_oracle as oracle
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.checkpoint import drafters, held_out_chunks
-from benchmarks.held_out import held_out_prompts
-from benchmarks.methods import batch_settings, run
-from models.blt import Blt
-from models.checkpoint import load_checkpoint
-from models.patching import PatchRule
-from models.training.entropy import measure, patch_starts
-from models.training.evaluate import leak_check
-from models.training.layout import Start
-from models.vocabulary import EOS_ID, NEVER_PRODUCED
-from server.engine.engine import Engine
-from server.request import SamplingParams
-from server.settings import PRETRAINED
+from fastblt.benchmarks.checkpoint.tables import drafters, held_out_chunks
+from fastblt.benchmarks.held_out import held_out_prompts
+from fastblt.benchmarks.savings.methods import batch_settings, run
+from fastblt.models.blt import Blt
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.patching import PatchRule
+from fastblt.models.training.entropy import measure, patch_starts
+from fastblt.models.training.evaluate import leak_check
+from fastblt.models.training.layout import Start
+from fastblt.models.vocabulary import EOS_ID, NEVER_PRODUCED
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import SamplingParams
+from fastblt.server.settings import PRETRAINED
 
 PROMPTS, BYTES = 20, 64
 #: Rows in which the two best bytes are nearer than this may fall either way on another machine.

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.training import corpus
-from models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
+from fastblt.models.training import corpus
+from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 
 CODE = """def name{n}(value):
     '''Return the value {n}.'''

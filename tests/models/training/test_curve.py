@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.training import curve
+from fastblt.models.training import curve
 
 
 def write_run(work: Path, points: list[dict[str, float]], sha256: str = "a") -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.training.evaluate import evaluate
+from fastblt.models.training.evaluate import evaluate
 from tests.models.training.toys import toy_model, toy_sequences
 
 

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.patching import PatchRule
-from models.training.attention import TILE
-from models.training.entropy import choose_threshold, patch_starts
-from models.training.layout import BLOCK_ROWS, LayoutConfig, block_arrays, draw_noise, patch_arrays
-from models.vocabulary import MASK_ID
+from fastblt.models.patching import PatchRule
+from fastblt.models.training.attention import TILE
+from fastblt.models.training.entropy import choose_threshold, patch_starts
+from fastblt.models.training.layout import BLOCK_ROWS, LayoutConfig, block_arrays, draw_noise, patch_arrays
+from fastblt.models.vocabulary import MASK_ID
 from tests.models.training.toys import LAYOUT, LENGTH, toy_sequences
 
 

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models.training.data import rows, save_array
-from models.training.loop import Length, LoopConfig, train
-from models.training.optimizer import Optimizer, OptimizerConfig, orthogonalize
-from models.training.recipe import BltTask
+from fastblt.models.training.data import rows, save_array
+from fastblt.models.training.loop import Length, LoopConfig, train
+from fastblt.models.training.optimizer import Optimizer, OptimizerConfig, orthogonalize
+from fastblt.models.training.recipe import BltTask
 from tests.models.training.toys import LAYOUT, LENGTH, toy_config, toy_model
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +53,7 @@ def in_a_process(folder: Path, processes: int, **environment: str) -> subprocess
     )
     script = folder / "script.py"
     script.write_text("\n".join(lines) + "\n")
-    path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", **environment}
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive", **environment}
     return subprocess.Popen([sys.executable, str(script)], env=path, cwd=ROOT)
 
 

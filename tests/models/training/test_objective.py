@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.training.attention import TILE
-from models.training.evaluate import leak_check
-from models.training.layout import BLOCK_ROWS, Start
-from models.training.objective import Objective
+from fastblt.models.training.attention import TILE
+from fastblt.models.training.evaluate import leak_check
+from fastblt.models.training.layout import BLOCK_ROWS, Start
+from fastblt.models.training.objective import Objective
 from tests.models.training.toys import LENGTH, WINDOW, toy_batch, toy_model, toy_sequences, with_ids
 
 

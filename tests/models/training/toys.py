@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.blt import Blt, init_weights
-from models.config import BltConfig, StackConfig
-from models.training.layout import LayoutConfig
-from models.training.objective import make_batch
+from fastblt.models.blt import Blt, init_weights
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.training.layout import LayoutConfig
+from fastblt.models.training.objective import make_batch
 
 LENGTH = 256
 WINDOW = 48

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.client import EngineClient
-from server.settings import ServiceSettings
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import ServiceSettings
 from tests.server.api.running import MODEL, RunningServer, save_tiny, tiny_settings
 
 

@@ -9,10 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.config import BltConfig, StackConfig
-from server.engine import process
-from server.engine.stats import EngineStats
-from server.request import ByteLogprobs, Delta, FinishReason, InvalidRequestError, Ledger, QueueFullError, Request
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.server.engine.stats import EngineStats
+from fastblt.server.process import engine_main as process
+from fastblt.server.request import (
+    ByteLogprobs,
+    Delta,
+    FinishReason,
+    InvalidRequestError,
+    Ledger,
+    QueueFullError,
+    Request,
+)
 
 REPEATED = 97 + 4  # "a"
 

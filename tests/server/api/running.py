@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import uvicorn
 
-from models.checkpoint import save_checkpoint
-from server.api.serve import configure, listen
-from server.engine.client import EngineClient
-from server.settings import EngineSettings, HttpSettings
+from fastblt.models.checkpoint import save_checkpoint
+from fastblt.server.api.serve import configure, listen
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.tiny import tiny_model
 
 MODEL = "tiny"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from server.api.body import MAX_BODY_BYTES
-from server.api.errors import MAX_MESSAGE
-from server.api.fields import MAX_CHOICES
-from server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
+from fastblt.server.api.body import MAX_BODY_BYTES
+from fastblt.server.api.errors import MAX_MESSAGE
+from fastblt.server.api.fields import MAX_CHOICES
+from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 from tests.server.api.running import MAX_MODEL_LEN, RunningServer
 
 # (name, body fields beside a good prompt, field that the error must name)

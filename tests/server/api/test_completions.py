@@ -10,10 +10,10 @@ from typing import Any
 import openai
 import pytest
 
-from models.vocabulary import decode, encode
-from server.engine.client import EngineClient
-from server.llm import LLM
-from server.request import DecodingMethod, DecodingParams, SamplingParams
+from fastblt.models.vocabulary import decode, encode
+from fastblt.server.llm import LLM
+from fastblt.server.process.client import EngineClient
+from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
 from tests.server.api import fake_engine
 from tests.server.api.running import MAX_MODEL_LEN, MODEL, RunningServer, parse_events, tiny_settings
 from tests.server.api.test_bad_requests import assert_error

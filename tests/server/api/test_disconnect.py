@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from server.engine.client import EngineClient
+from fastblt.server.process.client import EngineClient
 from tests.server.api.running import MAX_MODEL_LEN, RunningServer, tiny_settings, until
 
 LONG = {"prompt": ["Hello", "Bye"], "n": 2, "max_tokens": MAX_MODEL_LEN - 100, "ignore_eos": True}

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from server.api.http import CONNECTION
-from server.api.streaming import EventStream
-from server.engine.client import EngineClient
-from server.engine.stream import DeltaStream
-from server.request import Delta, FinishReason, Request, SamplingParams
-from server.settings import EngineSettings
+from fastblt.server.api.http import CONNECTION
+from fastblt.server.api.streaming import EventStream
+from fastblt.server.process.client import EngineClient
+from fastblt.server.process.stream import DeltaStream
+from fastblt.server.request import Delta, FinishReason, Request, SamplingParams
+from fastblt.server.settings import EngineSettings
 from tests.server.api import fake_engine
 from tests.server.api.running import RunningServer, parse_events, until
 
@@ -157,8 +157,8 @@ def test_http_1_0_gets_the_bare_events() -> None:
 
 
 def test_a_reader_that_pauses_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.http._WAITING_BYTES", 256)
-    monkeypatch.setattr("server.engine.stream.ITEM_SECONDS", 0.0)
+    monkeypatch.setattr("fastblt.server.api.http._WAITING_BYTES", 256)
+    monkeypatch.setattr("fastblt.server.process.stream.ITEM_SECONDS", 0.0)
     client = EngineClient(EngineSettings(), command=fake_engine.command(pause=0.0005))
     with RunningServer(client) as server:
         # What the system itself keeps for a reader is far more than these streams are long.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.api.histogram import Histogram
-from server.api.serve import listen
-from server.engine.client import EngineClient
-from server.settings import EngineSettings, HttpSettings
+from fastblt.server.api.histogram import Histogram
+from fastblt.server.api.serve import listen
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
 from tests.server.api.running import MODEL, RunningServer, until
 from tests.server.api.test_bad_requests import assert_error

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import load_checkpoint
-from models.vocabulary import EOS_ID, encode
-from server.api.names import TOKEN_NAMES
-from server.api.schemas import MAX_PROMPT_LOGPROBS
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.vocabulary import EOS_ID, encode
+from fastblt.server.api.names import TOKEN_NAMES
+from fastblt.server.api.schemas import MAX_PROMPT_LOGPROBS
 from tests.server.api.running import RunningServer
 from tests.server.api.test_bad_requests import assert_error
 

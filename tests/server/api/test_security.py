@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.api import http as http_module
-from server.engine.client import EngineClient
-from server.settings import EngineSettings, HttpSettings
+from fastblt.server.api import http as http_module
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
 from tests.server.api.running import RunningServer, until
 from tests.server.api.test_bad_requests import assert_error

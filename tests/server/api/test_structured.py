@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 
-from models.vocabulary import BYTE_OFFSET
+from fastblt.models.vocabulary import BYTE_OFFSET
 from tests.server.api.running import MODEL, RunningServer
 from tests.server.api.test_bad_requests import assert_error
 

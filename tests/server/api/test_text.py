@@ -9,10 +9,10 @@ from itertools import pairwise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.vocabulary import EOS_ID, decode, encode
-from server.api.names import token_name
-from server.api.streaming import MIN_LOGPROB, ChoiceText, TextDecoder, event
-from server.request import ByteLogprobs
+from fastblt.models.vocabulary import EOS_ID, decode, encode
+from fastblt.server.api.names import token_name
+from fastblt.server.api.streaming import MIN_LOGPROB, ChoiceText, TextDecoder, event
+from fastblt.server.request import ByteLogprobs
 
 # Random bytes seldom come near a character of four bytes, whole or broken.
 surrogates = st.characters(categories=["Cs"])

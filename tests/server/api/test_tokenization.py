@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from models.vocabulary import encode
+from fastblt.models.vocabulary import encode
 from tests.server.api.running import MAX_MODEL_LEN, MODEL, RunningServer
 from tests.server.api.test_bad_requests import assert_error
 

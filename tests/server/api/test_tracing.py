@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from server.engine.client import EngineClient
-from server.settings import EngineSettings, HttpSettings
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
 from tests.server.api.running import RunningServer
 
@@ -83,7 +83,7 @@ def test_without_a_collector_nothing_is_amiss() -> None:
 
 def test_without_the_extra_the_command_says_so() -> None:
     code = (
-        "import sys; sys.modules['opentelemetry.exporter'] = None; from server.cli import main;"
+        "import sys; sys.modules['opentelemetry.exporter'] = None; from fastblt.server.cli import main;"
         "sys.argv[1:] = ['serve', '--port', '0', '--otlp-endpoint', 'http://127.0.0.1:9']; main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

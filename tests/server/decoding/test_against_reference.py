@@ -10,10 +10,10 @@ import random
 
 import pytest
 
-from models.reference import DecodingOptions, ReferenceOutput, generate, patch_margins
-from models.reference_selection import SamplingOptions
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, EntropyRule, Request, Unmasking
+from fastblt.models.reference import DecodingOptions, ReferenceOutput, generate, patch_margins
+from fastblt.models.reference_selection import SamplingOptions
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, Request, Unmasking
 from tests.server.harness import MODELS, Finished, model, random_params, random_request, run, settings
 
 NEAR = 1e-4

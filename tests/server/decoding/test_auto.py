@@ -8,11 +8,11 @@ from dataclasses import replace
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 
-from server.decoding.auto import Auto, Draft
-from server.decoding.method import Outcome
-from server.engine.controller import Controller
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams
+from fastblt.server.decoding.auto import Auto, Draft
+from fastblt.server.decoding.method import Outcome
+from fastblt.server.engine.draft_controller import Controller
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams
 from tests.server.harness import MODELS, model, random_params, random_request, run, settings, with_method
 
 AUTO = DecodingParams(DecodingMethod.AUTO)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from server.decoding.blt import Blt
-from server.decoding.blt_d import BltD
-from server.decoding.blt_dv import BltDV
-from server.decoding.blt_s import BltS
-from server.decoding.choose import make_method, resolve
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, InvalidRequestError
+from fastblt.server.decoding.blt import Blt
+from fastblt.server.decoding.blt_d import BltD
+from fastblt.server.decoding.blt_dv import BltDV
+from fastblt.server.decoding.blt_s import BltS
+from fastblt.server.decoding.choose import make_method, resolve
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, InvalidRequestError
 from tests.server.harness import model, settings
 from tests.tiny import tiny_config, tiny_model
 

@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from models.checkpoint import save_checkpoint
-from server.engine.client import EngineClient, Life
-from server.engine.engine import Engine
-from server.request import DecodingMethod, Delta, FinishReason, Request
+from fastblt.models.checkpoint import save_checkpoint
+from fastblt.server.engine.engine import Engine
+from fastblt.server.process.client import EngineClient, Life
+from fastblt.server.request import DecodingMethod, Delta, FinishReason, Request
 from tests.server.harness import least_memory, model, random_params, random_request, run, settings
 from tests.server.harness import random_decoding as draw
 

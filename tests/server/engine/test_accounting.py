@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 
-from models.accounting import ModuleParameters, gb, gb_paper
-from models.vocabulary import encode
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams, Unmasking
+from fastblt.models.accounting import ModuleParameters, gb, gb_paper
+from fastblt.models.vocabulary import encode
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams, Unmasking
 from tests.server.harness import (
     MODELS,
     Finished,

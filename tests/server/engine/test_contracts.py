@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams
 from tests.server.harness import (
     MODELS,
     least_memory,

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from kernels.dense import available
-from kernels.native import set_threads
-from models.checkpoint import load_checkpoint
-from models.vocabulary import BYTE_OFFSET
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, EntropyRule, Request, SamplingParams, Unmasking
-from server.settings import PRETRAINED
+from fastblt.kernels.cpu.dense import available
+from fastblt.kernels.cpu.native import set_threads
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.vocabulary import BYTE_OFFSET
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, Request, SamplingParams, Unmasking
+from fastblt.server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
 
 # Asked of another file: code that a compiler refuses must fail here, not skip.

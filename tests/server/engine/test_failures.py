@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, ErrorCode, Request
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, ErrorCode, Request
 from tests.server.harness import Finished, model, random_params, random_request, run, settings
 
 METHODS = [DecodingMethod.BLT, DecodingMethod.BLT_S, DecodingMethod.BLT_D, DecodingMethod.BLT_DV]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.engine import Engine
-from server.settings import PRETRAINED
+from fastblt.server.engine.engine import Engine
+from fastblt.server.settings import PRETRAINED
 from tests.server.api.running import save_tiny
 from tests.server.harness import settings
 

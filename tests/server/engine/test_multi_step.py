@@ -13,14 +13,14 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.dense import available
-from kernels.native import set_threads
-from models.checkpoint import load_checkpoint
-from models.vocabulary import BYTE_OFFSET
-from server.decoding.method import Plan
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams
-from server.settings import PRETRAINED
+from fastblt.kernels.cpu.dense import available
+from fastblt.kernels.cpu.native import set_threads
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.vocabulary import BYTE_OFFSET
+from fastblt.server.decoding.method import Plan
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams
+from fastblt.server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
 
 # Asked of another file: code that a compiler refuses must fail here, not skip.

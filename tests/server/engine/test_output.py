@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.vocabulary import EOS_ID, decode, encode
-from server.engine.output import Output
-from server.request import FinishReason, SamplingParams
+from fastblt.models.vocabulary import EOS_ID, decode, encode
+from fastblt.server.engine.output import Output
+from fastblt.server.request import FinishReason, SamplingParams
 
 letters = st.sampled_from([b"a", b"b", b"c"])
 texts = st.lists(letters, max_size=30).map(b"".join)

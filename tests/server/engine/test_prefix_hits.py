@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 
-from kernels.decoder_steps import Decoded
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, ErrorCode, Request, SamplingParams
+from fastblt.kernels.cpu.decoder_steps import Decoded
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, ErrorCode, Request, SamplingParams
 from tests.server.harness import (
     MODELS,
     Finished,

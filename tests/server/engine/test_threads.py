@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.held_out import held_out_prompts
-from benchmarks.methods import batch_settings, diffusion, run, speculation
-from kernels.dense import available
-from kernels.native import cores, set_threads, threads
-from models.checkpoint import load_checkpoint
-from server.engine.engine import Engine
-from server.request import DecodingMethod, DecodingParams, SamplingParams
-from server.settings import PRETRAINED
+from fastblt.benchmarks.held_out import held_out_prompts
+from fastblt.benchmarks.savings.methods import batch_settings, diffusion, run, speculation
+from fastblt.kernels.cpu.dense import available
+from fastblt.kernels.cpu.native import cores, set_threads, threads
+from fastblt.models.checkpoint import load_checkpoint
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
+from fastblt.server.settings import PRETRAINED
 
 METHODS = [
     DecodingParams(DecodingMethod.BLT),

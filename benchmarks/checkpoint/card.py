@@ -1,0 +1,98 @@
+"""The README.md that lies beside exported weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastblt.models.blt import Blt
+from fastblt.models.training.train import RUNS_FILE
+
+_TEXT = """---
+license: apache-2.0
+language: [code]
+library_name: fastblt
+tags: [byte-latent-transformer, diffusion, python]
+---
+# FastBLT: a small BLT-D for Python
+
+A Byte Latent Transformer with a diffusion head, {millions:.1f} million parameters ({tables:.1f} million of them hash
+tables), for trying out and testing FastBLT on any machine. It runs as `blt`, `blt-s`, `blt-d` and `blt-dv`
+(blocks of {blocks}). It completes Python in the manner of the standard library and repeats itself soon: an instrument,
+not an assistant.
+
+* **Made by** `fastblt train` (`docs/training.md`) on two CPU cores, in {runs}; {total}.
+* **Trained on** the source of CPython 3.11's standard library and its tests, as installed with the interpreter
+  (copyright Python Software Foundation, PSF License Version 2), and on nothing else. Digest of the prepared text:
+  `{sha256}`.
+* **Weights**: bf16, the entropy model fp32. Patches: entropy above {threshold} nats, at most {longest} bytes.
+
+All that follows comes from `python -m fastblt.benchmarks.checkpoint.tables`, which says what is what.
+
+{prediction}
+
+Drafts along held-out text, greedy (BLT-DV in one step, its first byte from the pending byte's own row; "paper": drafts
+on the open patch closed by force, two upstream passes a round):
+
+{along_greedy}
+
+The same, sampled at temperature 0.8:
+
+{along_sampled}
+
+Decoding, greedy, from held-out prompts, on the model's own text:
+
+{decoding_greedy}
+
+The same, sampled at temperature 0.8:
+
+{decoding_sampled}
+
+Of the first lines it writes after the {prompts} HumanEval prompts, {parsed} are Python there and {doctest} begin a
+doctest.
+
+## Samples
+
+Greedy, after the bar.
+
+{samples}
+"""
+
+
+def card(
+    folder: Path,
+    model: Blt,
+    tables: Mapping[str, str],
+    lines: Mapping[str, int],
+    samples: Sequence[Mapping[str, Any]],
+) -> str:
+    """The card's text, of the tables by name, the counts of first lines, and samples with `prompt` and `text`."""
+    record = json.loads((folder / RUNS_FILE).read_text())
+    runs = record["runs"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _TEXT.format(
+        millions=parameters / 1e6,
+        tables=model.encoder_hash_tok_embedding.weight.numel() / 1e6,
+        blocks=", ".join(map(str, model.config.block_sizes)),
+        runs="one run" if len(runs) == 1 else f"{len(runs)} runs",
+        total=_total(runs),
+        sha256=record["corpus"]["sha256"],
+        threshold=model.config.patching_threshold,
+        longest=model.config.max_patch_length,
+        samples="\n\n".join(f"```python\n{sample['prompt']}|{sample['text']}\n```" for sample in samples),
+        **tables,
+        **lines,
+    )
+
+
+def _total(runs: Sequence[Mapping[str, Any]]) -> str:
+    minutes, entropy = sum(run["minutes"] for run in runs), sum(run["entropy_minutes"] for run in runs)
+    steps, megabytes = sum(run["steps"] for run in runs), sum(run["megabytes"] for run in runs)
+    processor = [run["processor_minutes"] for run in runs if run["processor_minutes"] is not None]
+    spent = f" ({sum(processor):.0f} processor minutes in the last {len(processor)})" if processor else ""
+    return (
+        f"{minutes:.0f} minutes{spent} after {entropy:.0f} for its entropy model: {megabytes:.1f} MB of text in "
+        f"{steps} steps"
+    )

@@ -1,0 +1,406 @@
+"""A server under more load than it can carry, for a while: does anything slow down, leak, hang or get lost?
+
+    python -m fastblt.benchmarks.checks.soak  ten minutes; the report is JSON, the status 0 if every criterion holds
+    python -m fastblt.benchmarks.checks.soak --seconds 60  a shorter one
+
+More clients than the server has places ask at once: every method, greedy and sampled, streamed and whole, with
+logprobs, several choices, stop strings; a share of them leaves midway, another sends what can never be served, and
+whoever gets 429 tries again after a pause. Clients read to the letter: one terminal event each, then nothing. Server,
+engine and clients share this machine, and only its loopback interface is used.
+
+Criteria: the bytes per second of the last fifth are within 10 % of those of the first fifth after the warm-up; the
+private memory of neither process grows by more than 5 % and 16 MiB after half of the time; when the clients are gone
+nothing is running or waiting, and every page is free or cached; the 429s that clients got are those that the metric
+counted; no answer was a 5xx; no client was told of its end other than once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastblt.benchmarks.prompts import library_text
+from fastblt.server.settings import PRETRAINED
+
+METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
+
+#: What can never be served, with the status it gets.
+BAD: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b"{", 400),
+    (b"[" * 20_000, 400),
+    (b'{"max_tokens": 5}', 400),
+    (b'{"prompt": "a", "max_tokens": -1}', 400),
+    (b'{"prompt": "a", "temperature": 1e400}', 400),
+    (b'{"prompt": "a", "decoding": {"method": "magic"}}', 400),
+    (b'{"prompt": "a", "n": 100000}', 400),
+    (b'{"prompt": [2], "max_tokens": 5}', 400),
+    (b'{"prompt": "a", "model": "another"}', 404),
+    (b'{"prompt": "' + b"x" * 100_000 + b'"}', 400),
+]
+
+SAMPLE_SECONDS = 2.0
+WARM_UP = 0.1
+MEMORY_SHARE, MEMORY_BYTES = 0.05, 16 * 2**20
+THROUGHPUT_SHARE = 0.10
+
+
+@dataclass
+class Tally:
+    """What the clients saw. `ends` has one entry for everyone who stayed."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+    left: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sample:
+    """`bytes` generated, private memory (bytes), requests running and waiting, the engine's processor time (s),
+    `seconds` after the start.
+    """
+
+    seconds: float
+    bytes: float
+    server_memory: int
+    engine_memory: int
+    running: float
+    waiting: float
+    engine_cpu: float
+
+
+class Server:
+    """`fastblt serve` in a process, on a free port."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.log = log
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+            return answer.read()
+
+    def metrics(self) -> dict[str, float]:
+        lines = self.get("/metrics").decode().splitlines()
+        return {name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))}
+
+    def sample(self, seconds: float) -> Sample:
+        values = self.metrics()
+        pid = self.process.pid
+        [engine] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return Sample(
+            seconds,
+            values["fastblt_generation_tokens_total"],
+            private_memory(pid),
+            private_memory(int(engine)),
+            values["fastblt_num_requests_running"],
+            values["fastblt_num_requests_waiting"],
+            values["fastblt_engine_process_cpu_seconds_total"],
+        )
+
+
+@contextmanager
+def serving(model: str, options: list[str]) -> Iterator[Server]:
+    """A server that is ready. Its log goes to a file, which stays if the server fails."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "fastblt.server.cli", "serve", model, "--port", str(port), *options]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        server = Server(process, port, log)
+        try:
+            deadline = time.monotonic() + 120
+            while not _ready(server):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.1)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class Client:
+    """Asks again and again until `until`; draws what it asks from its own seed."""
+
+    def __init__(self, port: int, seed: int, text: str, tally: Tally, until: float) -> None:
+        self._port = port
+        self._rng = random.Random(seed)
+        self._text = text
+        self._tally = tally
+        self._until = until
+
+    async def run(self) -> None:
+        while time.monotonic() < self._until:
+            kind = self._rng.random()
+            if kind < 0.1:
+                body, expected = self._rng.choice(BAD)
+                status, _, _ = await self._ask(body)
+                self._tally.statuses[status] += 1
+                if status not in (expected, 429):
+                    self._tally.wrong.append(f"{status} for {body[:60]!r}")
+            elif kind < 0.25:
+                await self._leave(self._body())
+            else:
+                await self._stay(self._body())
+
+    def _body(self) -> dict[str, Any]:
+        rng = self._rng
+        start = rng.randrange(len(self._text) - 4000)
+        body: dict[str, Any] = {
+            "prompt": self._text[start : start + rng.choice((20, 100, 300, 1500))],
+            "max_tokens": rng.choice((1, 16, 64, 200)),
+            "temperature": rng.choice((0.0, 0.7, 1.0)),
+            "stream": rng.random() < 0.6,
+            "decoding": {"method": rng.choice(METHODS)},
+        }
+        if rng.random() < 0.2:
+            body["logprobs"] = rng.choice((0, 5))
+        if rng.random() < 0.2:
+            body["n"] = 2
+        if rng.random() < 0.2:
+            body["stop"] = ["\n\n", "return"]
+        if rng.random() < 0.2:
+            body["seed"] = rng.randrange(2**31)
+        return body
+
+    async def _stay(self, body: dict[str, Any]) -> None:
+        status, kind, content = await self._ask(json.dumps(body).encode())
+        self._tally.statuses[status] += 1
+        if status == 429:
+            # What Retry-After says is a second.
+            await asyncio.sleep(self._rng.uniform(0.5, 1.0))
+        elif status == 200:
+            reasons = _reasons(kind, content)
+            if len(reasons) == body.get("n", 1):
+                self._tally.ends.update(reasons)
+            else:
+                self._tally.wrong.append(f"{len(reasons)} ends for {body.get('n', 1)} choices: {content[-200:]!r}")
+        else:
+            self._tally.wrong.append(f"{status}: {content[:200]!r}")
+
+    async def _leave(self, body: dict[str, Any]) -> None:
+        """Ask, and close the connection after a moment, whatever has come by then."""
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+            writer.write(_request(json.dumps(body).encode()))
+            head = b""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._rng.uniform(0.2, 1.5)):
+                    head = await reader.read(32)
+                    await reader.read()
+            if head:
+                self._tally.statuses[int(head.split(b" ")[1])] += 1
+            else:
+                # It may have been refused just then; nobody read it.
+                self._tally.left += 1
+            writer.transport.abort()
+
+    async def _ask(self, body: bytes) -> tuple[int, bytes, bytes]:
+        """Status, content type and content of the answer to one request."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            writer.write(_request(body))
+            answer = await reader.read()
+        finally:
+            writer.transport.abort()
+        head, _, content = answer.partition(b"\r\n\r\n")
+        head = head.lower()
+        kind = re.search(rb"content-type: ([^\r;]+)", head)
+        if b"transfer-encoding: chunked" in head:
+            content = _joined(content)
+        return int(head.split(b" ")[1]), kind[1] if kind else b"", content
+
+
+async def load(server: Server, seconds: float, clients: int) -> tuple[Tally, list[Sample]]:
+    """Run all clients for `seconds`, sampling the server meanwhile."""
+    start = time.monotonic()
+    tally, samples = Tally(), []
+    text = library_text().decode("utf-8", "replace")
+    work = asyncio.gather(*(Client(server.port, seed, text, tally, start + seconds).run() for seed in range(clients)))
+    while not work.done():
+        samples.append(await asyncio.to_thread(server.sample, time.monotonic() - start))
+        await asyncio.sleep(SAMPLE_SECONDS)
+    await work
+    return tally, [sample for sample in samples if sample.seconds <= seconds]
+
+
+def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[str, Any]:
+    """The report: figures, and whether each criterion holds."""
+    seconds = samples[-1].seconds
+    warm = [sample for sample in samples if sample.seconds >= WARM_UP * seconds]
+    fifth = max(len(warm) // 5, 2)
+    first, last = warm[:fifth], warm[-fifth:]
+    # Caches take their memory as they are first used, the prefix cache to its last page.
+    middle = warm[2 * fifth : 3 * fifth] or first
+    before, after = _rate(first), _rate(last)
+    memory = {}
+    for process in ("server_memory", "engine_memory"):
+        early, half, late = (
+            statistics.median(getattr(sample, process) for sample in part) for part in (first, middle, last)
+        )
+        memory[process] = {"first_mib": early / 2**20, "middle_mib": half / 2**20, "last_mib": late / 2**20}
+        memory[process]["flat"] = late - half <= max(MEMORY_SHARE * half, MEMORY_BYTES)
+    counted = final.get('fastblt_requests_rejected_total{cause="queue_full"}', 0.0)
+    refused = sum(
+        count
+        for name, count in final.items()
+        if name.startswith("fastblt_http_requests_total{") and 'status="429"' in name
+    )
+    criteria = {
+        "throughput": abs(after / before - 1.0) <= THROUGHPUT_SHARE,
+        "memory": all(process["flat"] for process in memory.values()),
+        "nothing stuck": final["fastblt_num_requests_running"] == final["fastblt_num_requests_waiting"] == 0,
+        "pages balance": _balanced(final),
+        # Some who left had been refused, and did not wait to read it.
+        "429s counted": counted == refused and 0 <= counted - tally.statuses[429] <= tally.left,
+        "overload": tally.statuses[429] > 0,
+        "no 5xx": not any(status >= 500 for status in tally.statuses),
+        "one end each": not tally.wrong,
+    }
+    return {
+        "seconds": seconds,
+        "bytes_per_second": {"first_fifth": before, "last_fifth": after, "ratio": after / before},
+        # Does not depend on what else the machine does.
+        "bytes_per_engine_cpu_second": {
+            "first_fifth": before / _busy(first),
+            "last_fifth": after / _busy(last),
+            "ratio": after / before * _busy(first) / _busy(last),
+        },
+        "memory": memory,
+        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
+        "left_unread": tally.left,
+        "429s": {"seen_by_clients": tally.statuses[429], "metric": counted},
+        "ends": dict(tally.ends),
+        "ended": {name: count for name, count in final.items() if name.startswith("fastblt_request_success_total")},
+        "preemptions": final["fastblt_num_preemptions_total"],
+        "memory_mib": [
+            [round(s.seconds), s.server_memory >> 20, s.engine_memory >> 20]
+            for s in samples[:: max(len(samples) // 20, 1)]
+        ],
+        "mean_running": statistics.mean(sample.running for sample in warm),
+        "mean_waiting": statistics.mean(sample.waiting for sample in warm),
+        "wrong": tally.wrong[:20],
+        "criteria": criteria,
+        "passed": all(criteria.values()),
+    }
+
+
+def settle(server: Server) -> dict[str, float]:
+    """The metrics once nothing runs any more, or after half a minute."""
+    deadline = time.monotonic() + 30
+    while json.loads(server.get("/load"))["server_load"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # The engine tells its counters once a second when it is idle.
+    time.sleep(2)
+    return server.metrics()
+
+
+def private_memory(pid: int) -> int:
+    """Bytes that a process has for itself."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text)) * 1024
+
+
+def _rate(samples: list[Sample]) -> float:
+    return (samples[-1].bytes - samples[0].bytes) / (samples[-1].seconds - samples[0].seconds)
+
+
+def _busy(samples: list[Sample]) -> float:
+    """Processors that the engine had, on average."""
+    return (samples[-1].engine_cpu - samples[0].engine_cpu) / (samples[-1].seconds - samples[0].seconds)
+
+
+def _balanced(final: dict[str, float]) -> bool:
+    groups = [name for name in final if name.startswith("fastblt_cache_pages{")]
+    free = {name: final[name.replace("pages{", "pages_free{")] for name in groups}
+    cached = {name: final.get(name.replace("pages{", "pages_cached{"), 0.0) for name in groups}
+    return bool(groups) and all(free[name] + cached[name] == final[name] for name in groups)
+
+
+def _ready(server: Server) -> bool:
+    try:
+        server.get("/ready")
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return True
+
+
+def _request(body: bytes) -> bytes:
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def _joined(content: bytes) -> bytes:
+    """The content of a chunked body."""
+    parts = []
+    while content:
+        size, _, rest = content.partition(b"\r\n")
+        length = int(size, 16)
+        parts.append(rest[:length])
+        content = rest[length + 2 :]
+    return b"".join(parts)
+
+
+def _reasons(kind: bytes, content: bytes) -> list[str]:
+    """How the choices of an answer ended; nothing at all if the answer is not whole."""
+    if kind == b"application/json":
+        return [choice["finish_reason"] for choice in json.loads(content)["choices"]]
+    if not content.endswith(b"\n\ndata: [DONE]\n\n"):
+        return []
+    events = [json.loads(line[6:]) for line in content.split(b"\n\n") if line and line != b"data: [DONE]"]
+    choices = [choice for event in events for choice in event.get("choices", ())]
+    return [choice["finish_reason"] for choice in choices if choice["finish_reason"]] + ["error"] * sum(
+        "error" in event for event in events
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(PRETRAINED))
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--max-running", type=int, default=16)
+    parser.add_argument("--max-waiting", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="file for the report, too")
+    args = parser.parse_args()
+    options = ["--max-running", str(args.max_running), "--max-waiting", str(args.max_waiting), "--cache-size", "48MiB"]
+    with serving(args.model, [*options, "--max-model-len", "4096", "--log-level", "warning"]) as server:
+        tally, samples = asyncio.run(load(server, args.seconds, args.clients))
+        report = judge(tally, samples, settle(server))
+        report["log"] = server.log.read_text()[-2000:]
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

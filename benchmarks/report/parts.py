@@ -1,0 +1,185 @@
+"""The parts of the full run: commands, each with the JSON file that it leaves.
+
+A part is done when its file is there, made by the same command on the same checkpoint; so a run that was cut off goes
+on where it stopped, and a new checkpoint makes everything anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+#: Share of what the server can take, at which traces are replayed.
+NEAR_SATURATION = 0.9
+#: Levels that count as good, in milliseconds.
+LEVELS = ("ttft:1000", "tpob:50")
+_TRACES = {
+    # Sizes of a service for models a hundred times as large, made smaller: its prompts would not fit a pass here.
+    "code": ("AzureLLMInferenceTrace_code.csv", "0.05", "1"),
+    "conv": ("AzureLLMInferenceTrace_conv.csv", "0.1", "0.25"),
+}
+
+Earlier = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`command` makes a part's arguments of `python -m`, given the results of earlier parts and, if the part is of a
+    `server`, its address. `server` names a kind of server (`fastblt`, `llama.cpp`, `transformers`) and its options.
+    `needs` are packages, without which the part is left out. Of a part of several `rounds` the result with the median
+    of output bytes a second is kept; parts that share a server take turns.
+    """
+
+    name: str
+    command: Callable[[Earlier, str], list[str]]
+    server: tuple[str, ...] | None = None
+    needs: tuple[str, ...] = ()
+    large: bool = False
+    rounds: int = 1
+
+
+@dataclass
+class Plan:
+    """What is to be run: the checkpoint, the traces' folder (None: no replay), and sizes."""
+
+    model: str
+    traces: Path | None
+    quick: bool = False
+    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parts = [*self._methods(), *self._sweeps(), *self._replays(), *self._peers(), *self._large()]
+
+    def _methods(self) -> list[Part]:
+        parts = []
+        for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
+            for batch in (1, 8, 32):
+                count, length = (max(2, batch), 32) if self.quick else (max(8, batch), 128)
+                options = ["--batch", str(batch), "--num-prompts", str(count), "--output-len", str(length)]
+                # The fastest of the three takes turns often enough to see the machine drift.
+                options += ["--rounds", "3" if batch == 8 and not self.quick else "1"]
+                options += ["--temperature", str(temperature)]
+                options += ["--settings", "headline" if self.quick else "all"]
+                parts.append(_bench(f"methods-{name}-b{batch}", "methods", "--model", self.model, *options))
+        return parts
+
+    def _sweeps(self) -> list[Part]:
+        """Closed loops: throughput against latency. Nothing of a prompt is kept, for all levels ask the same ones."""
+        parts = []
+        methods = {
+            "blt": "blt",
+            "auto": "auto",
+            "blt-dv": '{"method": "blt-dv", "block_size": 8, "unmasking": "one_step"}',
+        }
+        for name, decoding in methods.items():
+            for together in (1, 4) if self.quick else (1, 2, 4, 8, 16, 32, 64, 128):
+                options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
+                options += ["--decoding", decoding, "--output-len", "128"]
+                for level in LEVELS:
+                    options += ["--goodput", level]
+                server, rounds = ("fastblt", "--no-prefix-cache"), 1 if self.quick else 3
+                parts.append(_bench(f"sweep-{name}-c{together}", "serve", *options, server=server, rounds=rounds))
+        return parts
+
+    def _replays(self) -> list[Part]:
+        if self.traces is None:
+            return []
+        parts = []
+        for name, (file, prompt, output) in _TRACES.items():
+            sizes = ["--trace", str(self.traces / file), "--prompt-factor", prompt, "--output-factor", output]
+            sizes += ["--max-prompt-bytes", "4000", "--max-output-bytes", "1000"]
+            for level in LEVELS:
+                sizes += ["--goodput", level]
+            first = f"saturation-{name}"
+            rushed = ["--trace-rate", "1000", "--num-prompts", "20" if self.quick else "100", "--trace-first", "1000"]
+            parts.append(_bench(first, "serve", *sizes, *rushed, server=("fastblt",)))
+            parts.append(
+                Part(
+                    f"trace-{name}",
+                    _replay(first, [*sizes, "--num-prompts", "30" if self.quick else "300"]),
+                    ("fastblt",),
+                )
+            )
+        return parts
+
+    def _peers(self) -> list[Part]:
+        size = ["--output-len", "16" if self.quick else "128", "--num-prompts", "1" if self.quick else "7"]
+        parts = [
+            Part(
+                "peer-transformers",
+                lambda _earlier, _url: [
+                    "fastblt.benchmarks.report.peers",
+                    "transformers",
+                    "--model",
+                    self.model,
+                    *size,
+                ],
+                needs=("transformers",),
+            )
+        ]
+        peers = {
+            "llama-cpp": ("llama.cpp", ("llama_cpp", "gguf", "tokenizers")),
+            "transformers-serve": ("transformers", ("transformers", "accelerate", "tokenizers")),
+        }
+        for name, (server, packages) in peers.items():
+            for together in (1, 8):
+                # Its own tokens: about as many bytes as our 128. Strict servers refuse fields that they do not know.
+                options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
+                options += ["--output-len", "48", "--no-ignore-eos"]
+                parts.append(_bench(f"peer-{name}-c{together}", "serve", *options, server=(server,), needs=packages))
+        return parts
+
+    def _large(self) -> list[Part]:
+        """The shapes of the paper, widened in memory: 6 and 12 GB."""
+        sizes = [("1b", 1, 8, 64), ("1b", 8, 8, 64), ("3b", 1, 2, 48)]
+        parts = []
+        for shape, batch, count, length in sizes:
+            if self.quick:
+                count, length = batch, 16
+            options = ["--shape", shape, "--batch", str(batch), "--num-prompts", str(count), "--settings", "headline"]
+            options += ["--output-len", str(length)]
+            parts.append(_bench(f"methods-{shape}-b{batch}", "methods", "--model", self.model, *options, large=True))
+        return parts
+
+
+def _bench(
+    name: str,
+    command: str,
+    *options: str,
+    server: tuple[str, ...] | None = None,
+    needs: tuple[str, ...] = (),
+    large: bool = False,
+    rounds: int = 1,
+) -> Part:
+    def arguments(_earlier: Earlier, url: str) -> list[str]:
+        where = ["--base-url", url, "--quiet"] if server else []
+        return ["fastblt.benchmarks.cli", "bench", command, *where, *options]
+
+    return Part(name, arguments, server, needs, large, rounds)
+
+
+def _replay(saturation: str, options: Sequence[str]) -> Callable[[Earlier, str], list[str]]:
+    def arguments(earlier: Earlier, url: str) -> list[str]:
+        if saturation not in earlier:
+            raise LookupError(f"needs {saturation}, which is not there")
+        rate = NEAR_SATURATION * float(earlier[saturation]["request_throughput"])
+        where = ["--base-url", url, "--quiet"]
+        return ["fastblt.benchmarks.cli", "bench", "serve", *where, *options, "--trace-rate", f"{rate:.3f}"]
+
+    return arguments
+
+
+def missing(part: Part) -> list[str]:
+    """Packages that a part needs and that are not installed."""
+    return [name for name in part.needs if find_spec(name) is None]
+
+
+def load_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder by their parts' names, in the order of names, b8 before b32."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: [part.zfill(3) for part in re.split(r"(\d+)", path.stem)])
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}

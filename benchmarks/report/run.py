@@ -1,0 +1,151 @@
+"""Runs the parts that are missing or out of date, one process each, and keeps the command with every result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastblt.benchmarks.checks.soak import serving
+from fastblt.benchmarks.machine import checkpoint_digest
+from fastblt.benchmarks.report.parts import Part, Plan, load_results, missing
+
+Say = Callable[[str], None]
+
+
+def run_parts(plan: Plan, folder: Path, *, only: str = "", large: bool = True, say: Say = print) -> dict[str, str]:
+    """Run what is to be run into `folder`; what was not, by part, with the reason."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = checkpoint_digest(Path(plan.model))
+    left: dict[str, str] = {}
+    wanted = [part for part in plan.parts if only in part.name and (large or not part.large)]
+    for kind, group in _grouped(wanted):
+        due = []
+        for part in group:
+            if packages := missing(part):
+                left[part.name] = f"needs {', '.join(packages)}: install fastblt[peers]"
+            elif fresh(part, folder, digest, plan):
+                say(f"{part.name}: done before")
+            else:
+                due.append(part)
+        if due:
+            try:
+                with _server(kind, plan.model) as (url, about):
+                    left |= _run(due, folder, digest, plan, url, about, say)
+            except RuntimeError as error:
+                left |= {part.name: str(error) for part in due if part.name not in left}
+    for name, reason in left.items():
+        say(f"{name}: not run ({reason.strip().splitlines()[-1]})")
+    return left
+
+
+def _grouped(parts: list[Part]) -> Iterator[tuple[tuple[str, ...] | None, list[Part]]]:
+    """Neighbors of the same server together."""
+    group: list[Part] = []
+    for part in parts:
+        if group and group[0].server != part.server:
+            yield group[0].server, group
+            group = []
+        group.append(part)
+    if group:
+        yield group[0].server, group
+
+
+def _key(part: Part, folder: Path, digest: str, plan: Plan) -> dict[str, Any]:
+    """What makes a part's result this run's: a command without this run's port, and the checkpoint."""
+    command = part.command(load_results(folder), "URL")
+    if plan.traces is not None:
+        # Where a file lies is of one machine.
+        command = [argument.replace(str(plan.traces), "TRACES") for argument in command]
+    command = ["MODEL" if argument == plan.model else argument for argument in command]
+    key = {"command": command, "checkpoint": digest, "model": Path(plan.model).name}
+    return key | ({"rounds": part.rounds} if part.rounds > 1 else {})
+
+
+def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
+    """Whether a part's result is there and is of this command and of the checkpoint with this digest."""
+    path = folder / f"{part.name}.json"
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["part"] == _key(part, folder, digest, plan))
+    except (OSError, ValueError, KeyError, LookupError):
+        return False
+
+
+def _run(
+    parts: list[Part], folder: Path, digest: str, plan: Plan, url: str, about: dict[str, Any], say: Say
+) -> dict[str, str]:
+    """Run parts of one server, round by round; why some failed, by part."""
+    failed: dict[str, str] = {}
+    results: dict[str, list[dict[str, Any]]] = {part.name: [] for part in parts}
+    for turn in range(max(part.rounds for part in parts)):
+        for part in parts:
+            if turn >= part.rounds or part.name in failed:
+                continue
+            start = time.monotonic()
+            try:
+                key = _key(part, folder, digest, plan)
+                results[part.name].append(_result(part.command(load_results(folder), url)))
+            except (LookupError, RuntimeError) as error:
+                failed[part.name] = str(error.args[0])
+                continue
+            say(f"{part.name}: {time.monotonic() - start:.0f} s")
+            if turn == part.rounds - 1:
+                # What is known of a server goes before what it calls itself.
+                result = {"part": key, **_without_lists(_median(results[part.name])), **about}
+                (folder / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return failed
+
+
+def _result(arguments: list[str]) -> dict[str, Any]:
+    """What a command leaves. Raises RuntimeError where it leaves nothing."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "result.json"
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments, "--json", str(out)], capture_output=True, text=True, check=False
+        )
+        if done.returncode or not out.exists():
+            raise RuntimeError(done.stderr or f"status {done.returncode}")
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round in the middle, by output bytes a second; and those of all rounds beside it, where there are several."""
+    if len(results) == 1:
+        return results[0]
+    rates = [result["output_byte_throughput"] for result in results]
+    middle = sorted(range(len(rates)), key=lambda turn: rates[turn])[len(rates) // 2]
+    return results[middle] | {"output_byte_throughputs": rates}
+
+
+#: Lists of single requests, which are long and which the report does not need.
+_LISTS = (
+    *("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "errors"),
+    "generated_texts",
+)
+
+
+def _without_lists(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name not in _LISTS}
+
+
+@contextmanager
+def _server(kind: tuple[str, ...] | None, model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The address of a running server of a kind, and what is to be known of it; of none, where none is asked for."""
+    if kind is None:
+        yield "", {}
+    elif kind[0] == "fastblt":
+        options = [*kind[1:], "--max-waiting", "4096"]
+        with serving(model, options) as server:
+            command = f"fastblt serve {' '.join(options)}"
+            yield f"http://127.0.0.1:{server.port}", {"server": "fastblt", "server_command": command}
+    else:
+        from fastblt.benchmarks.report.peers import llama_server, transformers_server
+
+        with (llama_server if kind[0] == "llama.cpp" else transformers_server)(model) as (url, about):
+            yield url, about

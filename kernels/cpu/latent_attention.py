@@ -1,0 +1,85 @@
+"""The decoder's cross-attention: every row over the few keys of the one latent it reads, without positions.
+
+out = softmax(q k^T / sqrt(D)) v, per head. `latent_attention` takes keys and values row by row: q [..., H, D], k and v
+[..., K, Hkv, D] with H a multiple of Hkv, K the latents per patch (1 to 4). `stored_latent_attention` reads them where
+they are kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int32 or
+int64 [N].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastblt.kernels.cpu.native import library, threads
+
+#: Latents a patch that the C code has room for; as in latent_attention.c.
+MOST_KEYS = 64
+
+
+def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[..., H, D]; plain products, since K is too small for any fused kernel to gain on them."""
+    heads, dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
+    if heads != kv_heads:
+        k = k.repeat_interleave(heads // kv_heads, dim=-2)
+        v = v.repeat_interleave(heads // kv_heads, dim=-2)
+    weights = torch.softmax((q.unsqueeze(-3) * k).sum(-1).float() * dim**-0.5, dim=-2).to(q.dtype)
+    return (weights.unsqueeze(-1) * v).sum(-3)
+
+
+def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
+    """[N, H, D] from cross-attention layer `layer` of the stored latents at `slots`."""
+    if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
+        function = _entry()
+        if function is not None:
+            return _native(function, q.contiguous(), store, layer, slots.int())
+    return stored_latent_attention_torch(q, store, layer, slots)
+
+
+def stored_latent_attention_torch(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
+    """The same in torch: a copy of every row's latent first."""
+    k, v = store[:, layer].index_select(0, slots).unbind(1)
+    return latent_attention(q, k, v)
+
+
+class StoredLatents:
+    """The decoder's cross-attention for one pass: every row over the latent at its slot, int32 or int64 [N]."""
+
+    def __init__(self, store: Tensor, slots: Tensor) -> None:
+        self.store, self.slots = store, slots.int()
+
+    @property
+    def native(self) -> bool:
+        """Whether the C code serves it."""
+        fits = self.store.device.type == "cpu" and self.store.dtype == torch.float32
+        return fits and self.store.shape[3] <= MOST_KEYS and _entry() is not None
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        return stored_latent_attention(q, self.store, layer, self.slots)
+
+
+@cache
+def _entry() -> Callable[..., int] | None:
+    native = library("latent_attention")
+    if native is None:
+        return None
+    function = native.fastblt_latent_attention
+    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 7, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _native(function: Callable[..., int], q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
+    out = torch.empty_like(q)
+    _, layers, _, keys, kv_heads, dim = store.shape
+    one = 2 * keys * kv_heads * dim
+    start = store.data_ptr() + layer * one * store.element_size()
+    sizes = (layers * one, q.shape[0], q.shape[1], kv_heads, dim, keys, threads())
+    if function(q.data_ptr(), start, slots.data_ptr(), *sizes, out.data_ptr()):
+        return stored_latent_attention_torch(q, store, layer, slots)
+    return out

@@ -1,0 +1,181 @@
+"""Several bytes of each of N requests in one call, on a CPU, in fp32: a small model's drafts, and its patches.
+
+A step of a request is a decoder row at its position p, and the choice of the byte at p + 1 from that row's state, as in
+`kernels.selection` without penalties. Where p + 1 is not the last, the new byte then goes through the encoder, and its
+decoder row is the next step. All rows of a request read the same latent. A request whose bytes stay (its open patch
+began at `opened`, not -1) has them scanned by the entropy model too, and ends with a byte that closes the patch, or
+with EOS. A draft may have the last of its rows scanned when it is whole; its last byte is then encoded too, so that
+nothing keeps it from verification.
+
+One call for each step of each module would cost a small model more than the steps' arithmetic, and would read the keys
+and values in a request's window from memory for every byte.
+
+Shapes: owners (state rows), starts (position of the first decoder row), latents (slots), limits (most bytes), scans
+(of bytes that stay how many may be scanned, of drafts how many rows are), opened, fresh (1 where the first row is still
+to be encoded): int32 [N], the rows of one array.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from fastblt.kernels.cpu import choice
+from fastblt.kernels.cpu.choice import Choices, ChoiceStruct, Draws
+from fastblt.kernels.cpu.dense import Packed
+from fastblt.kernels.cpu.native import library, threads
+from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.cpu.stack import LatentsStruct, ModuleStruct, PackedStack, Sink, SinkStruct, Source, SourceStruct
+from fastblt.kernels.paged_attention import Places
+
+#: The columns of a call's array.
+COLUMNS = ("owners", "starts", "latents", "limits", "scans", "opened", "fresh")
+OWNERS, STARTS, LATENTS, LIMITS, SCANS, OPENED, FRESH = range(len(COLUMNS))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module over the paged caches of running requests: entropy model, encoder or decoder."""
+
+    stack: PackedStack
+    source: Source
+    sink: Sink
+    caches: ctypes.Array[ctypes.c_void_p]
+    places: Places
+
+
+#: Entropy model, encoder and decoder.
+Parts = tuple[Part, Part, Part]
+
+
+class Spent(ctypes.Structure):
+    """Seconds as one thread's, in entropy model, encoder and decoder, and altogether. Rows of the passes beside the
+    steps: first ones encoded, new ones scanned, and these encoded."""
+
+    _fields_ = [("seconds", ctypes.c_double * 4), ("rows", ctypes.c_int64 * 3)]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What became of the requests: int32 [N] how many bytes each was given and how many rows were scanned; ids int64
+    and entropies (nats) fp32 [N, most or more]; whether a row had no finite choice; what the call spent."""
+
+    made: np.ndarray
+    scanned: np.ndarray
+    ids: np.ndarray
+    entropies: np.ndarray
+    bad: np.ndarray
+    spent: Spent
+
+
+class MultiStep:
+    """The call for a model and its caches, all of which must outlive it. Without `fed` drafted rows begin as ids, and
+    are not encoded."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        head: Packed,
+        ids: RequestIds,
+        latents: Tensor,
+        draws: Draws,
+        *,
+        fed: bool,
+    ) -> None:
+        # What pointers point to must live.
+        self._own = (parts, latents)
+        self._parts = PartStruct.all_of(parts)
+        self._latents = LatentsStruct.of(latents)
+        self._call = _entry()
+        self._choices = Choices(draws, head, ids)
+        #: Whether drafted rows begin as encoder states.
+        self.fed = fed
+
+    def __call__(
+        self, columns: np.ndarray, threshold: float, longest: int | None, *, sampled: bool, truncated: bool
+    ) -> Steps:
+        """Steps of the requests in int32 columns [7, N]; a patch closes behind an entropy above the threshold (nats),
+        or at its longest. Raises MemoryError."""
+        count = columns.shape[1]
+        most = int(np.where(columns[OPENED] < 0, columns[[LIMITS, SCANS]], columns[LIMITS]).max())
+        made, scanned = np.zeros((2, count), dtype=np.int32)
+        bad = np.zeros(count, dtype=np.uint8)
+        ids = np.empty((count, most), dtype=np.int64)
+        entropies = np.empty((count, most), dtype=np.float32)
+        spent = Spent()
+        given = [columns[at].ctypes.data for at in range(len(COLUMNS))]
+        results = [one.ctypes.data for one in (made, scanned, ids, entropies, bad)]
+        assert self._call is not None
+        if self._call(
+            self._parts,
+            _Requests(*given, *results, count, most),
+            self._latents,
+            self._choices.of(sampled=sampled, truncated=truncated),
+            _Rule(threshold, longest or 0, self.fed),
+            threads(),
+            spent,
+        ):
+            raise MemoryError("a module could not allocate its scratch space")
+        return Steps(made, scanned, ids, entropies, bad.view(bool), spent)
+
+
+def available() -> bool:
+    """Whether the C code is there."""
+    return choice.available() and _entry() is not None
+
+
+class PartStruct(ctypes.Structure):
+    """A module, as the C code takes it."""
+
+    _fields_ = [
+        ("module", ctypes.POINTER(ModuleStruct)),
+        ("caches", ctypes.c_void_p),
+        ("at", ctypes.POINTER(Places)),
+        ("source", ctypes.POINTER(SourceStruct)),
+        ("sink", ctypes.POINTER(SinkStruct)),
+    ]
+
+    @classmethod
+    def all_of(cls, parts: Parts) -> ctypes.Array[PartStruct]:
+        """The parts must outlive them."""
+        return (cls * len(parts))(
+            *(
+                cls(
+                    ctypes.pointer(part.stack.module),
+                    ctypes.cast(part.caches, ctypes.c_void_p),
+                    ctypes.pointer(part.places),
+                    ctypes.pointer(part.source.struct()),
+                    ctypes.pointer(part.sink.struct()),
+                )
+                for part in parts
+            )
+        )
+
+
+class _Requests(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*COLUMNS, "made", "scanned", "ids", "entropies", "bad")),
+        *((name, ctypes.c_int64) for name in ("count", "most")),
+    ]
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = [("threshold", ctypes.c_double), ("longest", ctypes.c_int64), ("fed", ctypes.c_int64)]
+
+
+@cache
+def _entry() -> Callable[..., int] | None:
+    """The C function, with its argument types said once."""
+    native = library("multi_step")
+    if native is None:
+        return None
+    function = native.fastblt_multi_step
+    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Requests, LatentsStruct, ChoiceStruct, _Rule))
+    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
+    function.restype = ctypes.c_int
+    return function

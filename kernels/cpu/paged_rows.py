@@ -1,0 +1,53 @@
+"""Rows of numbers that are kept in pages, one for every position of a request.
+
+Shapes: store [slots, d]; table int32 [requests, pages], entry p // page_size is the page of position p; owners (rows of
+the table) and positions int32 [N]; rows [N, d].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastblt.kernels.backend import use_triton
+
+
+class Pages(ctypes.Structure):
+    """A page table as the C code takes it; the tensor must outlive it."""
+
+    _fields_ = [("table", ctypes.c_void_p), ("stride", ctypes.c_int64), ("page", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, table: Tensor, page_size: int) -> Pages:
+        return cls(table.data_ptr(), table.stride(0), page_size)
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """A store and its page table."""
+
+    store: Tensor
+    table: Tensor
+    page_size: int
+
+    @property
+    def native(self) -> bool:
+        """Whether C code may take the store as it lies."""
+        plain = self.store.device.type == "cpu" and self.store.dtype == torch.float32
+        return plain and not use_triton(self.store.device)
+
+    def slots(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """int64: the rows' places in the store; `owners` broadcasts against `positions`."""
+        page = self.page_size
+        return self.table[owners, positions // page].long() * page + positions % page
+
+    def read(self, owners: Tensor, positions: Tensor) -> Tensor:
+        """A copy of the rows [N, d]."""
+        return self.store[self.slots(owners, positions)]
+
+    def write(self, owners: Tensor, positions: Tensor, rows: Tensor) -> None:
+        """Store the rows [N, d]. Where two have one place, either may stay."""
+        self.store.index_copy_(0, self.slots(owners, positions), rows)

@@ -1,0 +1,287 @@
+"""The paged caches of an engine: four groups of keys and values, and two small stores (design §4).
+
+Every running request owns one *state row*: a row of each page table. State row 0 is the null row; its table points to
+the null page of every group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fastblt.models.blt import Blt
+from fastblt.models.config import BltConfig, StackConfig
+from fastblt.server.engine.cache.page_pool import PagePool
+from fastblt.server.request import MAX_DRAFT_LENGTH
+from fastblt.server.settings import EngineSettings
+
+
+class CacheGroup:
+    """Pages of one module over positions (bytes, or patches for the global transformer).
+
+    `layers` holds one tensor [slots, ...] a layer, slot = page * page_size + position % page_size. A request's pages
+    cover [first page, last page) of its positions; those that a window has left behind are given back. Pages may be
+    shared with other requests as long as nobody writes to them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pages: int,
+        page_size: int,
+        rows: int,
+        max_length: int,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None,
+    ) -> None:
+        self.name = name
+        self.window = window
+        self.page_size = page_size
+        self.pool = PagePool(pages)
+        self.layers = [torch.empty((pages + 1) * page_size, *shape, dtype=dtype, device=device) for shape in shapes]
+        for layer in self.layers:
+            layer[:page_size].zero_()
+        shape = (rows, -(-max_length // page_size))
+        self.host_table = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.table: np.ndarray = self.host_table.numpy()
+        #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
+        self.device_table = (
+            self.host_table if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
+        )
+        #: Told of every copy of a page: source, target, and how many positions.
+        self.on_copy: Callable[[int, int, int], None] | None = None
+        self._first = [0] * rows
+        #: Of every state row, the page behind its last one.
+        self.last = [0] * rows
+
+    def send_table(self) -> None:
+        """Bring the device's table up to date: before a pass, never within one, which may be a captured graph."""
+        self.device_table.copy_(self.host_table, non_blocking=True)
+
+    def first_page(self, position: int) -> int:
+        """Of the pages that a row at `position` reads."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
+
+    def missing(self, row: int, length: int) -> int:
+        """Pages that covering positions below `length` would still take."""
+        return max(0, -(-length // self.page_size) - self.last[row])
+
+    def extend(self, row: int, length: int) -> None:
+        """Cover positions below `length`; `missing` pages must be available."""
+        for index in range(self.last[row], -(-length // self.page_size)):
+            self.table[row, index] = self.pool.take()
+            self.last[row] = index + 1
+
+    def cut(self, row: int, length: int) -> None:
+        """Give back the pages at and after `length`."""
+        keep = max(-(-length // self.page_size), self._first[row])
+        if keep >= self.last[row]:
+            return
+        for index in range(keep, self.last[row]):
+            self._drop(row, index)
+        self.last[row] = keep
+
+    def leave(self, row: int, position: int) -> None:
+        """Give back the pages that lie wholly before `position`."""
+        until = min(position // self.page_size, self.last[row])
+        for index in range(self._first[row], until):
+            self._drop(row, index)
+        self._first[row] = max(self._first[row], until)
+
+    def clear(self, row: int) -> None:
+        """Give back every page of a state row."""
+        # The last first: of kept pages, those that others build on go longest unevicted.
+        for index in reversed(range(self._first[row], self.last[row])):
+            self._drop(row, index)
+        self._first[row] = self.last[row] = 0
+
+    def attach(self, row: int, first: int, pages: list[int]) -> None:
+        """Let a state row that has no pages begin with these, shared, at page `first` of its positions."""
+        for page in pages:
+            self.pool.share(page)
+        self._first[row], self.last[row] = first, first + len(pages)
+        self.table[row, first : first + len(pages)] = pages
+
+    def copy_last(self, row: int, count: int) -> None:
+        """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
+        index = self.last[row] - 1
+        shared, own = int(self.table[row, index]), self.pool.take()
+        self.copy(shared, own, count)
+        self.table[row, index] = own
+        self.pool.give_back(shared)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a page to another, in every layer."""
+        for layer in self.layers:
+            pages = layer.view(-1, self.page_size, *layer.shape[1:])
+            pages[target, :count] = pages[source, :count]
+        if self.on_copy is not None:
+            self.on_copy(source, target, count)
+
+    def swap(self, row: int, index: int, page: int) -> None:
+        """Put a page of the same content in place of a row's own."""
+        own = int(self.table[row, index])
+        if own != page:
+            self.pool.share(page)
+            self.table[row, index] = page
+            self.pool.give_back(own)
+
+    def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64 slots of positions; `rows` broadcasts against them."""
+        return self.table[rows, positions // self.page_size].astype(np.int64) * self.page_size + (
+            positions % self.page_size
+        )
+
+    def _drop(self, row: int, index: int) -> None:
+        self.pool.give_back(int(self.table[row, index]))
+        self.table[row, index] = 0
+
+
+class Caches:
+    """All groups and stores of one engine.
+
+    Groups `patcher`, `encoder`, `decoder` count bytes, `global` counts patches; `states` keeps encoder states from the
+    open patch on. `latents` [slots, C, 2, k, Hkv, D] holds the decoder's keys and values of closed patches that a row
+    may still read; slot 0 is null.
+    """
+
+    def __init__(
+        self, model: Blt, config: BltConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        page = settings.page_size
+        rows = settings.max_running + 1
+        wide = torch.finfo(dtype).bits // 8
+        stacks = {
+            "patcher": (config.patcher, torch.float32),
+            "encoder": (config.encoder, dtype),
+            "decoder": (config.decoder, dtype),
+            "global": (config.global_, dtype),
+        }
+        per_slot = {name: _slot_bytes(stack, torch.finfo(kind).bits // 8) for name, (stack, kind) in stacks.items()}
+        per_slot["states"] = config.encoder.hidden_size * wide
+        windows: dict[str, int | None] = {name: stack.window for name, (stack, _) in stacks.items()}
+        # Encoder states are read until their patch closes: a bounded stretch only where patches are bounded.
+        windows["states"] = config.max_patch_length
+        self.max_length, pages = _sizes(settings, windows, per_slot)
+        self.groups: dict[str, CacheGroup] = {}
+        for name, count in pages.items():
+            shapes: list[tuple[int, ...]] = [(config.encoder.hidden_size,)]
+            kind = dtype
+            if name != "states":
+                stack, kind = stacks[name]
+                shapes = [(2, stack.num_kv_heads, stack.head_dim)] * stack.num_layers
+            self.groups[name] = CacheGroup(
+                name, count, page, rows, self.max_length, shapes, kind, device, windows[name]
+            )
+        self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
+        self._global = self.groups["global"]
+        self._remote = [group for group in self.groups.values() if group.device_table is not group.host_table]
+        decoder = config.decoder
+        # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
+        self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
+        self.latents = torch.zeros(
+            self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
+            decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
+        )  # fmt: skip
+        self._rows = list(range(rows - 1, 0, -1))
+        self.page_size = page
+        self._reached = [(0, 0)] * rows
+        self._total_rows = rows - 1
+
+    def take_row(self) -> int | None:
+        """A free state row, or None."""
+        return self._rows.pop() if self._rows else None
+
+    def reserve(self, row: int, length: int, patches: int) -> bool:
+        """Cover `length` bytes in every byte group and `patches` patches: all of it, or nothing and False."""
+        # Mostly the pages are there already. Byte groups grow together, so one answers for all.
+        page = self.page_size
+        if length <= self.bytes_groups[0].last[row] * page and patches <= self._global.last[row] * page:
+            return True
+        wanted = [(group, length) for group in self.bytes_groups] + [(self._global, patches)]
+        if any(group.missing(row, upto) > group.pool.available for group, upto in wanted):
+            return False
+        for group, upto in wanted:
+            group.extend(row, upto)
+        return True
+
+    def settle(self, row: int, computed: int, patches: int, unpooled: int) -> None:
+        """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
+        page = self.page_size
+        if patches <= (self._global.last[row] - 1) * page:
+            self._global.cut(row, patches)
+        # Nothing can be left behind before `computed` or the first unpooled state enters another page.
+        reached = (computed // page, unpooled // page)
+        if self._reached[row] == reached:
+            return
+        self._reached[row] = reached
+        for group in self.bytes_groups:
+            if group.name == "states":
+                group.leave(row, min(unpooled, computed))
+            elif group.window is not None:
+                group.leave(row, computed - group.window + 1)
+
+    def release(self, row: int) -> None:
+        """Give back a state row with every page it owns."""
+        for group in self.groups.values():
+            group.clear(row)
+        self._reached[row] = (0, 0)
+        self._rows.append(row)
+
+    def send_tables(self) -> None:
+        """Bring the device's page tables up to date."""
+        for group in self._remote:
+            group.send_table()
+
+    def balanced(self) -> bool:
+        """Whether everything is free or cached: true whenever no request is running."""
+        pools = [*(group.pool for group in self.groups.values()), self.latent_pool]
+        return all(pool.available == pool.size for pool in pools) and len(self._rows) == self._total_rows
+
+
+def _slot_bytes(stack: StackConfig, wide: int) -> int:
+    return 2 * stack.num_kv_heads * stack.head_dim * stack.num_layers * wide
+
+
+def _sizes(
+    settings: EngineSettings, windows: dict[str, int | None], per_slot: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """The longest request that can always be served, and pages by group, for the settings' memory.
+
+    Windowed groups get what `max_running` requests can hold at most, within half of the memory; the others share the
+    rest in equal numbers of positions, since a patch may be a single byte.
+    """
+    page = settings.page_size
+    budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes()
+    longest = -(-settings.max_model_len // page)
+    chunk = -(-settings.max_pass_rows // page) + 2
+    pages: dict[str, int] = {}
+    windowed = {name: min(-(-w // page) + 2, longest) for name, w in windows.items() if w is not None}
+    for name, each in windowed.items():
+        pages[name] = settings.max_running * each + chunk
+    cost = sum(pages[name] * page * per_slot[name] for name in windowed)
+    if cost > budget // 2:
+        for name, each in windowed.items():
+            pages[name] = max(each + chunk, pages[name] * (budget // 2) // cost)
+        cost = sum(pages[name] * page * per_slot[name] for name in windowed)
+    unbounded = [name for name in windows if name not in windowed]
+    each_page = page * sum(per_slot[name] for name in unbounded)
+    count = min(max(budget - cost, 0) // each_page, settings.max_running * longest)
+    least = min(chunk, longest)
+    if count < least:
+        raise ValueError(
+            f"cache_bytes = {budget} holds less than one request: give at least {cost + least * each_page}"
+        )
+    for name in unbounded:
+        pages[name] = count
+    # Whatever its patches, one request alone must fit: it can then always be finished.
+    return min(settings.max_model_len, count * page), pages
+
+
+def _default_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8

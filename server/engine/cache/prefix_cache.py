@@ -1,0 +1,451 @@
+"""What requests have computed, kept for those that begin with the same bytes (design §4).
+
+Nodes form a tree: a node is one byte page of some request's ids, reached by those ids and its parent. The dictionaries'
+keys are (parent, the page's ids as bytes), so that a path from the root is a chain of hashes that were checked against
+the ids themselves. Checkpoint, threshold, maximum patch length and dtype are those of the engine that owns the cache;
+what else parts requests, their salt, stands at the root.
+
+A node holds its page in the groups that count bytes, the global page that its patches filled up, and at most one resume
+point: the last position in it where a patch begins. To go on there a request needs the byte pages under the windows
+that end there, all global pages before it, and the newest latent; no state of an open patch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.sequence import Patch, Sequence
+
+#: More rows than any request has.
+_NEVER = 2**62
+
+T = TypeVar("T")
+Key = tuple["Node | str | None", bytes]
+
+
+@dataclass(slots=True, eq=False)
+class ResumePoint:
+    """Position `at`, where a patch begins. `patch` is the closed one before it, its slot the latent's.
+
+    `tail` is the global page that the closed patches fill in part; 0 where they end with a page.
+    """
+
+    key: Key
+    at: int
+    patch: Patch
+    tail: int
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One byte page. `pages` are those of the byte groups, 0 where evicted; `whole` is the global page, or 0, that the
+    patches ending here fill up. Up to its last byte `closed` patches ended, the newest before position `boundary`.
+
+    `key` is None for a page that its request never filled: it is there for its resume point only. `pins` counts the
+    running requests that stand in it; once it is `gone` they enter nothing more.
+    """
+
+    parent: Node | None
+    key: Key | None
+    pages: list[int]
+    closed: int
+    boundary: int
+    whole: int = 0
+    resume: ResumePoint | None = None
+    pins: int = 0
+    gone: bool = False
+
+
+class PrefixCache:
+    """The tree over an engine's caches. State rows that run have their place in it.
+
+    Work is done when a request is admitted, when its rows fill a page, and when it goes.
+    """
+
+    def __init__(self, caches: Caches, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._page = caches.page_size
+        self._groups = [caches.groups[name] for name in ("patcher", "encoder", "decoder")]
+        self._states = caches.groups["states"]
+        self._global = caches.groups["global"]
+        self._latents = caches.latent_pool
+        self._nodes: dict[Key, Node] = {}
+        self._points: dict[Key, list[Node]] = {}
+        self._children: dict[Node, set[Node]] = {}
+        # Who holds a page: one node in a byte group; several may share a global page or a latent.
+        self._owners: list[dict[int, Node]] = [{} for _ in self._groups]
+        self._global_holders: dict[int, list[Node]] = {}
+        self._latent_holders: dict[int, list[Node]] = {}
+        for group, owners in zip(self._groups, self._owners, strict=True):
+            group.pool.evict = partial(self._evict_bytes, owners)
+        self._global.pool.evict = self._evict_global
+        self._latents.evict = self._evict_latent
+        # By state row: the node of the newest page that it entered, how many these are, and the row count that fills
+        # the next; and the node whose resume point it went on from.
+        rows = len(self._global.table)
+        self._stands: list[Node | None] = [None] * rows
+        self._entered = [0] * rows
+        self._due = [_NEVER] * rows
+        self._origin: list[Node | None] = [None] * rows
+        #: Bytes of prompts that were looked up, and how many of them need not be computed; BOS is not counted.
+        self.queries = self.hits = 0
+
+    def begin(self, sequence: Sequence) -> None:
+        """Place a sequence that was given a state row: at the deepest resume point there is for it, or at the start."""
+        row = sequence.row
+        self._entered[row] = 0
+        if not self._enabled:
+            sequence.resume(0, None)
+            return
+        # Whoever wants logprobs of the prompt needs every row of it.
+        asks = sequence.params.prompt_logprobs is None
+        path = self._find(sequence) if asks else []
+        resume = path[-1].resume if path else None
+        if resume is not None and self._take(row, path, resume):
+            sequence.resume(resume.at, resume.patch)
+            self._origin[row] = path[-1]
+            self._entered[row] = resume.at // self._page
+        else:
+            sequence.resume(0, None)
+        self._due[row] = (self._entered[row] + 1) * self._page
+        if sequence.cached is None:
+            sequence.cached = max(sequence.decoded - 1, 0)
+            self.queries += sequence.prompt_length - 1 if asks else 0
+            self.hits += sequence.cached
+
+    def extend(self, sequence: Sequence) -> None:
+        """Enter the pages that a sequence's rows have filled; before it leaves pages or forgets patches."""
+        if sequence.decoded >= self._due[sequence.row]:
+            self._enter(sequence, min(sequence.decoded, sequence.known))
+
+    def end(self, sequence: Sequence) -> None:
+        """Enter what is left of a sequence whose state row is about to be released."""
+        row = sequence.row
+        if self._due[row] != _NEVER:
+            # Rows past the known ids stand on drafts whose bytes nobody keeps.
+            until = min(sequence.decoded, sequence.known)
+            self._enter(sequence, until)
+            if self._due[row] != _NEVER:
+                self._enter_rest(sequence, until)
+        self._stand(row, None)
+        self._due[row] = _NEVER
+        self._origin[row] = None
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop everything that a running sequence had a part in: it gave numbers that are none."""
+        row = sequence.row
+        for node in (self._stands[row], self._origin[row]):
+            if node is not None:
+                while node.parent is not None:
+                    node = node.parent
+                self._remove_tree(node)
+        self._stand(row, None)
+        self._due[row] = _NEVER
+
+    def shared(self, sequence: Sequence) -> int:
+        """Global pages in use that a waiting sequence would share if it were admitted now."""
+        path = self._find(sequence) if self._enabled and sequence.params.prompt_logprobs is None else []
+        return sum(self._global.pool.in_use(node.whole) for node in path if node.whole)
+
+    # Looking up
+
+    def _find(self, sequence: Sequence) -> list[Node]:
+        """The nodes up to the deepest resume point from which a sequence can go on; empty where there is none."""
+        # One row at least is computed. What follows the prompt is taken only as far as its patches are known.
+        limit = min(sequence.known - 1, max(sequence.prompt_length - 1, sequence.reached))
+        size = 2 * self._page
+        ids = _as_bytes(sequence.ids[:limit])
+        parent: Node | str | None = sequence.request.cache_salt
+        path: list[Node] = []
+        deepest: tuple[int, Node | None] = (0, None)
+        # For every group, how many pages without a gap lead up to here; and the global pages filled so far.
+        runs = [0] * len(self._groups)
+        wholes = 0
+        for index in range(limit // self._page + 1):
+            part = ids[index * size : (index + 1) * size]
+            node = self._nodes.get((parent, part)) if len(part) == size else None
+            if node is not None and self._usable(node, index, runs, wholes):
+                deepest = (index, node)
+            else:
+                rest = self._find_rest(parent, part, index, runs, wholes)
+                deepest = deepest if rest is None else (index, rest)
+            if node is None:
+                break
+            path.append(node)
+            runs = [run + 1 if page else 0 for run, page in zip(runs, node.pages, strict=True)]
+            wholes += node.whole > 0
+            parent = node
+        index, last = deepest
+        return [] if last is None else [*path[:index], last]
+
+    def _find_rest(
+        self, parent: Node | str | None, part: bytes, index: int, runs: list[int], wholes: int
+    ) -> Node | None:
+        """The node with the deepest usable resume point in page `index`, of whose ids the request has these."""
+        longest = min(len(part), 2 * self._page - 2)
+        # Where even the last position lacks pages before this one, none is of use.
+        last = index * self._page + longest // 2
+        if any(run < index - group.first_page(last) for run, group in zip(runs, self._groups, strict=True)):
+            return None
+        for length in range(longest, 0, -2):
+            for node in reversed(self._points.get((parent, part[:length]), ())):
+                if self._usable(node, index, runs, wholes):
+                    return node
+        return None
+
+    def _usable(self, node: Node, index: int, runs: list[int], wholes: int) -> bool:
+        """Whether a request can go on from a node for page `index`; `runs` and `wholes` are of the pages before it."""
+        resume = node.resume
+        if resume is None or wholes + (node.whole > 0) != node.closed // self._page:
+            return False
+        return all(run >= index - group.first_page(resume.at) for run, group in zip(runs, self._groups, strict=True))
+
+    def _take(self, row: int, path: list[Node], resume: ResumePoint) -> bool:
+        """Give a state row the pages before the last node's resume point: whole ones shared, partial ones copied.
+
+        False where no page is left for the copies.
+        """
+        filled = [node.whole for node in path if node.whole]
+        self._global.attach(row, 0, [*filled, resume.tail] if resume.tail else filled)
+        entered, inside = divmod(resume.at, self._page)
+        for number, group in enumerate(self._groups):
+            first = group.first_page(resume.at)
+            pages = [node.pages[number] for node in path[first:]]
+            group.attach(row, first, pages)
+        self._states.attach(row, entered, [])
+        # Only now can nobody evict what is to be copied.
+        copying = [*self._groups] if inside else []
+        wanted = [*copying, self._states] if inside else []
+        if resume.tail:
+            wanted.append(self._global)
+        if not all(group.pool.available for group in wanted):
+            for group in (*self._groups, self._states, self._global):
+                group.clear(row)
+            return False
+        self._latents.share(resume.patch.slot)
+        self._stand(row, path[entered - 1] if entered else None)
+        for group in copying:
+            group.copy_last(row, inside)
+        if resume.tail:
+            self._global.copy_last(row, (resume.patch.index + 1) % self._page)
+        self._states.extend(row, resume.at)
+        return True
+
+    # Entering
+
+    def _enter(self, sequence: Sequence, until: int) -> None:
+        """Enter the pages that rows below `until` fill."""
+        row = sequence.row
+        node = self._stands[row]
+        if node is not None and node.gone:
+            self._due[row] = _NEVER
+            return
+        for index in range(self._entered[row], until // self._page):
+            node = self._enter_page(sequence, index, node)
+            if node is None:
+                self._due[row] = _NEVER
+                return
+            self._stand(row, node)
+            self._entered[row] = index + 1
+        self._due[row] = (self._entered[row] + 1) * self._page
+
+    def _enter_page(self, sequence: Sequence, index: int, parent: Node | None) -> Node | None:
+        """The node of a sequence's page, with whatever it lacked; None if the node there has other patches.
+
+        That can be where arithmetic depends on batching and an entropy is next to the threshold. What was computed
+        twice is kept once: the sequence goes on with the pages of the node.
+        """
+        row, start, end = sequence.row, index * self._page, (index + 1) * self._page
+        ids = _as_bytes(sequence.ids[start:end])
+        patch = _newest(sequence, end)
+        key = (_above(parent, sequence), ids)
+        node = self._nodes.get(key)
+        if node is None:
+            node = Node(parent, key, [0] * len(self._groups), patch.index + 1, patch.end + 1)
+            self._nodes[key] = node
+            self._adopt(node)
+        elif (node.closed, node.boundary) != (patch.index + 1, patch.end + 1):
+            return None
+        for number, group in enumerate(self._groups):
+            if node.pages[number]:
+                group.swap(row, index, node.pages[number])
+            else:
+                self._hold_bytes(node, number, int(group.table[row, index]))
+        self._fill_in(sequence, node, start, ids)
+        return node
+
+    def _enter_rest(self, sequence: Sequence, until: int) -> None:
+        """Keep a page that rows below `until` fill in part, for its resume point."""
+        row = sequence.row
+        index = self._entered[row]
+        start = index * self._page
+        # The newest patch may end with the next row, and those before it be forgotten.
+        if until == start or sequence.patches[0].end >= until:
+            return
+        patch = _newest(sequence, until)
+        parent = self._stands[row]
+        ids = _as_bytes(sequence.ids[start : patch.end + 1])
+        if patch.end < start or (_above(parent, sequence), ids) in self._points:
+            return
+        node = Node(parent, None, [0] * len(self._groups), patch.index + 1, patch.end + 1)
+        self._adopt(node)
+        for number, group in enumerate(self._groups):
+            self._hold_bytes(node, number, int(group.table[row, index]))
+        self._fill_in(sequence, node, start, ids)
+
+    def _fill_in(self, sequence: Sequence, node: Node, start: int, ids: bytes) -> None:
+        """Give a node, whose page begins at `start` with these ids, the global page and resume point that it lacks."""
+        row = sequence.row
+        before = node.parent.closed if node.parent is not None else 0
+        if node.closed // self._page > before // self._page:
+            at = node.closed // self._page - 1
+            if node.whole:
+                self._global.swap(row, at, node.whole)
+            else:
+                node.whole = int(self._global.table[row, at])
+                self._hold_global(node, node.whole)
+        if node.resume is not None or node.boundary <= start:
+            return
+        patch = _newest(sequence, node.boundary)
+        key = (_above(node.parent, sequence), ids[: 2 * (node.boundary - start)])
+        tail = int(self._global.table[row, node.closed // self._page]) if node.closed % self._page else 0
+        node.resume = ResumePoint(key, node.boundary, patch, tail)
+        for other in list(self._points.get(key, ())):
+            # A page that was never filled is of no use beside one that was.
+            if other.key is None:
+                self._drop_resume(other)
+        self._points.setdefault(key, []).append(node)
+        self._latents.keep(patch.slot)
+        self._latent_holders.setdefault(patch.slot, []).append(node)
+        if tail:
+            self._hold_global(node, tail)
+
+    def _stand(self, row: int, node: Node | None) -> None:
+        before = self._stands[row]
+        if before is node:
+            return
+        if node is not None:
+            node.pins += 1
+        self._stands[row] = node
+        if before is not None:
+            before.pins -= 1
+            self._prune(before)
+
+    def _adopt(self, node: Node) -> None:
+        if node.parent is not None:
+            self._children.setdefault(node.parent, set()).add(node)
+
+    def _hold_bytes(self, node: Node, number: int, page: int) -> None:
+        node.pages[number] = page
+        self._owners[number][page] = node
+        self._groups[number].pool.keep(page)
+
+    def _hold_global(self, node: Node, page: int) -> None:
+        self._global.pool.keep(page)
+        self._global_holders.setdefault(page, []).append(node)
+
+    # Letting go
+
+    def _evict_bytes(self, owners: dict[int, Node], page: int) -> None:
+        node = owners[page]
+        # Nobody can go on in a page that is not all there.
+        self._drop_resume(node)
+        for number, mine in enumerate(self._owners):
+            if mine is owners:
+                self._drop_bytes(node, number)
+        self._prune(node)
+
+    def _evict_global(self, page: int) -> None:
+        for node in list(self._global_holders[page]):
+            if node.whole == page:
+                self._remove_tree(node)
+            else:
+                self._drop_resume(node)
+
+    def _evict_latent(self, slot: int) -> None:
+        for node in list(self._latent_holders[slot]):
+            self._drop_resume(node)
+
+    def _drop_resume(self, node: Node) -> None:
+        resume, node.resume = node.resume, None
+        if resume is None:
+            return
+        _let_go(self._points, resume.key, node)
+        if _let_go(self._latent_holders, resume.patch.slot, node):
+            self._latents.drop(resume.patch.slot)
+        if resume.tail:
+            self._drop_global(node, resume.tail)
+        if node.key is None:
+            self._remove(node)
+            self._prune(node.parent)
+
+    def _drop_bytes(self, node: Node, number: int) -> None:
+        page, node.pages[number] = node.pages[number], 0
+        if page:
+            del self._owners[number][page]
+            self._groups[number].pool.drop(page)
+
+    def _drop_global(self, node: Node, page: int) -> None:
+        if _let_go(self._global_holders, page, node):
+            self._global.pool.drop(page)
+
+    def _remove(self, node: Node) -> None:
+        """Take a node out, with all that it holds but its children."""
+        node.gone = True
+        if node.key is not None and self._nodes.get(node.key) is node:
+            del self._nodes[node.key]
+        if node.parent is not None and (siblings := self._children.get(node.parent)) is not None:
+            siblings.discard(node)
+            if not siblings:
+                del self._children[node.parent]
+        for number in range(len(self._groups)):
+            self._drop_bytes(node, number)
+        whole, node.whole = node.whole, 0
+        if whole:
+            self._drop_global(node, whole)
+        self._drop_resume(node)
+
+    def _remove_tree(self, node: Node) -> None:
+        """Take a node out with everything that builds on it."""
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            stack += self._children.get(one, ())
+            self._remove(one)
+        if node.parent is not None:
+            self._prune(node.parent)
+
+    def _prune(self, node: Node | None) -> None:
+        """Take out nodes that hold nothing and lead nowhere, from the leaf up."""
+        while node is not None and not (any(node.pages) or node.whole or node.pins or node in self._children):
+            self._remove(node)
+            node = node.parent
+
+
+def _as_bytes(ids: Ids[int]) -> bytes:
+    """Two bytes an id: there are more than 256."""
+    return array("H", ids).tobytes()
+
+
+def _above(parent: Node | None, sequence: Sequence) -> Node | str | None:
+    return parent if parent is not None else sequence.request.cache_salt
+
+
+def _newest(sequence: Sequence, until: int) -> Patch:
+    """The newest patch of a sequence that ends before position `until`."""
+    return next(patch for patch in reversed(sequence.patches) if patch.end < until)
+
+
+def _let_go(holders: dict[T, list[Node]], held: T, node: Node) -> bool:
+    """Take a node from the holders of something; whether it was the last of them."""
+    left = holders[held]
+    left.remove(node)
+    if left:
+        return False
+    del holders[held]
+    return True

@@ -1,0 +1,212 @@
+"""Structured output: grammars over ids, compiled by llguidance, and where a completion stands in one.
+
+The library takes our vocabulary as it is: the tokens are the 256 bytes and EOS. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+
+from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, NEVER_PRODUCED, encode
+from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
+
+#: Compiled grammars that are kept.
+CACHED_GRAMMARS = 64
+
+#: Letters of the library's reasons that a client gets.
+_REASON = 500
+
+#: Whitespace between two JSON tokens, at most: a model in doubt would go on with it to the end of its bytes.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+
+#: The library's words for what one step may cost; its defaults, or a quarter of them where these take milliseconds.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class GrammarError(RuntimeError):
+    """A grammar turned out too complex in the middle of a completion; the message is the library's."""
+
+
+class _Bytes:
+    """Our vocabulary in the library's words."""
+
+    bos_token_id = BOS_ID
+    eos_token_id = EOS_ID
+    special_token_ids = (*NEVER_PRODUCED, EOS_ID)
+    tokens = tuple([b"<boe>", b"<bos>", b"<eos>", b"<bpe>"] + [bytes((byte,)) for byte in range(256)])
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return encode(text.encode() if isinstance(text, str) else text)
+
+
+@cache
+def _vocabulary() -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
+
+
+def compile_grammar(structured: StructuredOutput) -> LLMatcher:
+    """A matcher at the grammar's start. Raises InvalidRequestError with the library's reason.
+
+    A few bytes of grammar can ask for hours and for all memory; only what `GrammarProbe` has let pass is to be
+    compiled where others would suffer.
+    """
+    try:
+        match structured.kind:
+            case GrammarKind.JSON_SCHEMA:
+                grammar = LLMatcher.grammar_from_json_schema(
+                    structured.text, defaults={"whitespace_pattern": _WHITESPACE}
+                )
+            case GrammarKind.REGEX:
+                grammar = LLMatcher.grammar_from_regex(structured.text)
+            case GrammarKind.CHOICE:
+                grammar = grammar_from("choice", structured.text)
+            case GrammarKind.GRAMMAR:
+                grammar = grammar_from("grammar", structured.text)
+    except (ValueError, RecursionError) as error:
+        raise refusal(structured, str(error)) from None
+    matcher = LLMatcher(_vocabulary(), grammar, limits=_LIMITS, log_level=0)
+    # Some grammars only fail at the first byte, those that nothing satisfies among them.
+    allowed = b"" if matcher.is_error() else matcher.compute_logit_bias()
+    if matcher.is_error():
+        raise refusal(structured, _reason(matcher))
+    if not any(allowed[BYTE_OFFSET:]):
+        raise refusal(structured, "no byte can begin a text that satisfies it")
+    return matcher
+
+
+def refusal(structured: StructuredOutput, reason: str) -> InvalidRequestError:
+    """What a client is told of a grammar that cannot be used."""
+    return InvalidRequestError(f"the {structured.kind} cannot be used: {reason[:_REASON]}", "structured_outputs")
+
+
+class Grammars:
+    """Compiled grammars; the most recently used are kept. Confined to one thread."""
+
+    def __init__(self, bound: int = CACHED_GRAMMARS) -> None:
+        self._bound = bound
+        self._compiled: OrderedDict[StructuredOutput, LLMatcher] = OrderedDict()
+
+    def start(self, structured: StructuredOutput) -> GrammarState:
+        """A state at the start of the grammar. Raises InvalidRequestError."""
+        return GrammarState(partial(self._matcher, structured))
+
+    def _matcher(self, structured: StructuredOutput, worn: LLMatcher | None) -> LLMatcher:
+        """A matcher at the grammar's start, which is not to be moved; another one than `worn`."""
+        matcher = self._compiled.get(structured)
+        if matcher is None or matcher is worn:
+            matcher = compile_grammar(structured)
+        self._compiled[structured] = matcher
+        self._compiled.move_to_end(structured)
+        if len(self._compiled) > self._bound:
+            self._compiled.popitem(last=False)
+        return matcher
+
+
+class GrammarState:
+    """Where one completion stands in its grammar, and where its draft does.
+
+    The matcher may stand behind the fixed ids, on drafted ones: those it has taken are the tape, and are rolled back
+    when others turn out to stand there. So a draft's masks are computed once, though it is drafted byte by byte and
+    then verified. EOS is never given to the matcher.
+
+    Copies of a matcher share an automaton that grows with all that they see, up to the library's limits; then all of
+    them fail for good. So who fails starts again on a new one (`supply` gives another than the one it is told), and
+    has really failed only if that fails too: on its own ids, whatever others did.
+    """
+
+    def __init__(self, supply: Callable[[LLMatcher | None], LLMatcher]) -> None:
+        self._supply = supply
+        self._fixed: list[int] = []
+        self._tape: list[int] = []
+        self._origin = supply(None)
+        self._matcher = self._origin.deep_copy()
+        #: Behind each prefix of the tape: bool [260], what may follow.
+        self._masks = [self._next_mask()]
+
+    @property
+    def allowed(self) -> np.ndarray:
+        """bool [260]: what may follow the fixed ids."""
+        return self._masks[0]
+
+    def commit(self, token: int) -> None:
+        """One more id is fixed; it must be allowed, and not EOS. Raises GrammarError, and is useless after that."""
+        if not self._tape or self._tape[0] != token:
+            self._roll_back(0)
+            self._take(token)
+        self._fixed.append(token)
+        del self._tape[0], self._masks[0]
+
+    def along(self, draft: Sequence[int]) -> list[np.ndarray]:
+        """bool [260] each: what may follow the fixed ids, and those with the first, second, ... of the draft.
+
+        The list ends behind the last drafted id that is allowed, before EOS, or where the grammar gets too complex.
+        """
+        same = 0
+        for ours, theirs in zip(self._tape, draft, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        if same == len(draft):
+            return self._masks[: same + 1]
+        self._roll_back(same)
+        for token in draft[same:]:
+            if token == EOS_ID or not self._masks[-1][token]:
+                break
+            try:
+                self._take(token)
+            except GrammarError:
+                # The draft may be refused before it gets there.
+                masks, self._masks, self._tape = self._masks, self._masks[:1], []
+                self._start_again()
+                return masks
+        return self._masks.copy()
+
+    def _roll_back(self, keep: int) -> None:
+        """Leave `keep` drafted ids on the tape."""
+        back = len(self._tape) - keep
+        if back:
+            self._matcher.rollback(back)
+            del self._tape[keep:], self._masks[keep + 1 :]
+
+    def _take(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._tape.append(token)
+        self._masks.append(self._next_mask())
+
+    def _next_mask(self) -> np.ndarray:
+        """What may follow the tape."""
+        mask = self._mask()
+        if mask is None:
+            self._start_again()
+            mask = self._mask()
+        if mask is None:
+            raise GrammarError(_reason(self._matcher))
+        return mask
+
+    def _start_again(self) -> None:
+        self._origin = self._supply(self._origin)
+        self._matcher = self._origin.deep_copy()
+        self._matcher.consume_tokens(self._fixed + self._tape)
+
+    def _mask(self) -> np.ndarray | None:
+        """None: the matcher has failed."""
+        allowed = None if self._matcher.is_error() else self._matcher.compute_logit_bias()
+        if allowed is None or self._matcher.is_error():
+            return None
+        return np.frombuffer(allowed, dtype=np.uint8) != 0
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().replace("\n<non-verbose/>", "").strip()[:_REASON]

@@ -1,0 +1,166 @@
+"""What a pass of each module costs on this machine, by its rows: measured, not modeled."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.kernels.attention import TILE
+from fastblt.kernels.cpu.multi_step import COLUMNS, LIMITS, OPENED, SCANS, STARTS
+from fastblt.models.patching import PatchRule
+from fastblt.server.engine.device.forward import Passes, Patches, Rows
+
+#: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
+Announce = Callable[[np.ndarray, list[tuple[int, int]]], None]
+
+#: Modules, as the runner names their passes.
+MODULES = ("patcher", "encoder", "global", "decoder")
+#: What steps in one call are made of, where there is such a call: the rows of drafts, and of bytes that stay.
+DRAFT, STEP = "draft", "step"
+
+#: Bytes of the patches that a measured upstream pass pools.
+_PATCH = 5
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a pass by its rows: straight lines between the measured points, and on beyond the last."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, rows: float) -> float:
+        if rows <= 0:
+            return 0.0
+        if rows <= self.rows[0] or len(self.rows) == 1:
+            return self.seconds[0] * max(1.0, rows / self.rows[0])
+        at = min(bisect_right(self.rows, rows), len(self.rows) - 1)
+        low, high = self.rows[at - 1], self.rows[at]
+        share = (rows - low) / (high - low)
+        return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
+
+
+Costs = dict[str, CostCurve]
+
+
+def measure(
+    passes: Passes,
+    context: int,
+    patches: int,
+    counts: Sequence[int],
+    *,
+    announce: Announce | None = None,
+    repeats: int = 3,
+    limit: float = 0.1,
+) -> Costs:
+    """The cost curve of every module at the row counts `counts` (ascending, each at least once).
+
+    The passes are those of `make_calls`. The fastest of `repeats` counts. Modules take turns, as in a beat, so that
+    each finds in the processor's caches what the others left; and so do row counts, so that no point of a curve is of
+    another moment than the rest. A module is measured no further once a pass took `limit` seconds.
+    """
+    calls = [make_calls(passes, count, context, patches, announce) for count in counts]
+    seconds: dict[str, list[float]] = {module: [] for module in MODULES}
+    for turn in range(repeats):
+        for at, own in enumerate(calls):
+            for module, known in seconds.items():
+                if at < len(known):
+                    known[at] = min(known[at], _seconds(own[module], passes.device))
+                elif not turn and (not known or known[-1] <= limit):
+                    known.append(_seconds(own[module], passes.device))
+    return {module: _curve(counts, curve) for module, curve in seconds.items()}
+
+
+def _curve(counts: Sequence[int], seconds: list[float]) -> CostCurve:
+    """The curve of what the first of these row counts took."""
+    # A pass of more rows that came out faster was noise in the smaller one.
+    for at in range(len(seconds) - 2, -1, -1):
+        seconds[at] = min(seconds[at], seconds[at + 1])
+    return CostCurve(tuple(counts[: len(seconds)]), tuple(seconds))
+
+
+def measure_steps(
+    run: Callable[[np.ndarray, PatchRule], object], context: int, counts: Sequence[int], length: int = 8
+) -> Costs:
+    """Seconds of a step of so many requests in one call of `length` steps, for drafts and for bytes that stay.
+
+    `run` takes the columns of `kernels.cpu.multi_step`. The requests are the null request, at position `context`.
+    """
+    calls: dict[str, list[Callable[[], object]]] = {DRAFT: [], STEP: []}
+    rule = PatchRule(math.inf)
+    for name, opened in ((DRAFT, -1), (STEP, 0)):
+        for count in counts:
+            columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
+            columns[STARTS], columns[OPENED], columns[LIMITS] = context, opened, length
+            if name == STEP:
+                columns[SCANS] = length
+            calls[name].append(partial(run, columns, rule))
+    turns = [{name: [_seconds(call, _CPU) / length for call in own] for name, own in calls.items()} for _ in range(3)]
+    return {
+        name: _curve(counts, [min(point) for point in zip(*(turn[name] for turn in turns), strict=True)])
+        for name in calls
+    }
+
+
+@torch.inference_mode()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    began = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_calls(
+    passes: Passes,
+    count: int,
+    context: int,
+    patches: int,
+    announce: Announce | None = None,
+    owners: Sequence[int] = (),
+) -> dict[str, Callable[[], object]]:
+    """A pass of every module over `count` single rows, at position `context` and patch `patches`.
+
+    They are rows of the null request, and what they write goes to null pages, which nothing reads; or of the requests
+    in the state rows `owners`, one for each row. `announce` is told of upstream passes.
+    """
+
+    def column(value: int) -> Tensor:
+        return torch.full((count,), value, dtype=torch.int32, device=passes.device)
+
+    def single(position: int) -> Rows:
+        positions = column(position)
+        return Rows(own, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
+
+    null = column(0)
+    own = torch.tensor(owners, dtype=torch.int32, device=passes.device) if owners else null
+    rows = single(context)
+    closed = Patches(single(patches), null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
+
+    def upstream() -> None:
+        if announce is not None:
+            where = np.zeros((3, count), np.int32)
+            where[1], where[2] = patches, patches + 1
+            announce(where, rows.spans)
+        passes.upstream(closed)
+
+    return {
+        "patcher": lambda: passes.entropies(rows),
+        "encoder": lambda: passes.encode(rows),
+        "global": upstream,
+        "decoder": lambda: passes.decode(rows, null, None),
+    }

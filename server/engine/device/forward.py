@@ -1,0 +1,211 @@
+"""The device's side of a pass: what the modules compute from staged integers, with caches, ids and latents in place.
+
+Nothing here reads a result on the host or loops over requests, and the shapes depend on the number of (padded) rows
+alone: this is the part that a GPU replays from a captured graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.kernels.cpu import decoder_steps, multi_step
+from fastblt.kernels.cpu.choice import Draws
+from fastblt.kernels.cpu.decoder_steps import Decoded, DecoderSteps, Plans
+from fastblt.kernels.cpu.latent_attention import StoredLatents
+from fastblt.kernels.cpu.multi_step import MultiStep, Part, Parts, Steps
+from fastblt.kernels.cpu.paged_rows import PagedRows
+from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.cpu.stack import PackedStack, Sink, Source
+from fastblt.kernels.cpu.upstream import StoredPatches
+from fastblt.kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
+from fastblt.models.blt import Blt
+from fastblt.models.config import StackConfig
+from fastblt.models.fused import LocalModules, is_fused, local_modules
+from fastblt.models.layers import Rope
+from fastblt.models.patching import PatchRule
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.engine.cache.kv_caches import CacheGroup, Caches
+
+
+@dataclass
+class Rows:
+    """Rows of a pass, padding last, int32 [N] on the device.
+
+    `owners` are state rows, `positions` where the rows stand. A row sees [max(0, first - window + 1), high): for a
+    causal row `first` is its own position, for a block row its block's start. `spans` are the (first row, count) of the
+    requests, padding one by one.
+    """
+
+    owners: Tensor
+    positions: Tensor
+    firsts: Tensor
+    highs: Tensor
+    spans: list[tuple[int, int]]
+
+
+@dataclass
+class Patches:
+    """Patches of an upstream pass, padding last: int32 [P]. `rows` are their rows of the global transformer."""
+
+    rows: Rows
+    starts: Tensor
+    ends: Tensor
+    latents: Tensor
+    longest: int
+
+
+class Passes:
+    """The modules over paged caches. `tokens` [state rows, ids] holds every running request's ids, drafted ones too."""
+
+    def __init__(self, model: Blt, caches: Caches, state_rows: int, device: torch.device, tiled: bool) -> None:
+        self._model = model
+        self._caches = caches
+        states = caches.groups["states"]
+        self._states = PagedRows(states.layers[0], states.device_table, states.page_size)
+        self.tiled = tiled
+        config = model.config
+        self._from_encoder = config.decoder_input == "encoder"
+        stacks = {
+            "patcher": config.patcher,
+            "encoder": config.encoder,
+            "decoder": config.decoder,
+            "global": config.global_,
+        }
+        self._groups = {
+            name: AttendedGroup(caches.groups[name], stack, caches.max_length, device, tiled)
+            for name, stack in stacks.items()
+        }
+        # The first hash windows read zeros before the ids.
+        self._pad = model.hash_window - 1
+        self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
+        #: The same, as kernels take them.
+        self.ids = RequestIds(self.tokens, self._pad)
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether no row's result depends on how many others its pass has: then nothing need be padded for that."""
+        return self._native and is_fused(self._model)
+
+    @property
+    def _native(self) -> bool:
+        """Whether C code may take all that is stored as it lies."""
+        latents = StoredLatents(self._caches.latents, self._caches.latents.new_empty(0, dtype=torch.int32))
+        return all(group.native for group in self._groups.values()) and self._states.native and latents.native
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def write_prompt(self, row: int, ids: list[int]) -> None:
+        """Known ids of a newly admitted request."""
+        self.tokens[row, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
+
+    def entropies(self, rows: Rows) -> Tensor:
+        """Entropy model over rows: fp32 [N], nats."""
+        return self._model.patcher.stored_entropies(self.ids, self._groups["patcher"].attend(rows))
+
+    def encode(self, rows: Rows) -> Tensor:
+        """Encoder over rows: the states [N, d], which also go to their store."""
+        return self._model.encode_stored(self.ids, self._states, self._groups["encoder"].attend(rows))
+
+    def upstream(self, patches: Patches) -> None:
+        """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
+        rows = patches.rows
+        stored = StoredPatches(self._states, rows.owners, patches.starts, patches.ends, patches.longest)
+        vectors = self._model.local_encoder.pool_stored(stored, tiled=self.tiled)
+        latents = self._model.global_transformer(vectors, self._groups["global"].attend(rows))
+        self._model.local_decoder.store_latents(latents, self._caches.latents, patches.latents)
+
+    def decode(self, rows: Rows, latents: Tensor, block: Tensor | None, read: Tensor | None = None) -> Tensor:
+        """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1. Where
+        `read`, bool [N], is given, states of other rows are undefined."""
+        stored = StoredLatents(self._caches.latents, latents)
+        known = self._states if self._from_encoder else self.ids
+        return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), stored, read)
+
+    def multi_step(self, draws: Draws) -> MultiStep | None:
+        """Several bytes of each request in one call, chosen by `draws`; None where only single passes can be had."""
+        local = local_modules(self._model)
+        if local is None or not self._native or not multi_step.available():
+            return None
+        return MultiStep(self._parts(local), local.head, self.ids, self._caches.latents, draws, fed=self._from_encoder)
+
+    def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
+        """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
+        local = local_modules(self._model)
+        if local is None or not self._native or not decoder_steps.available():
+            return None
+        latents, fed = self._caches.latents, self._from_encoder
+        return DecoderSteps(self._parts(local), local.head, self.ids, latents, draws, mask=MASK_ID, fed=fed)
+
+    def _parts(self, local: LocalModules) -> Parts:
+        hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
+        stack, source, sink = local.decoder
+        begin = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
+        return (
+            self._part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
+            self._part("encoder", local.encoder[0], hashed, states),
+            self._part("decoder", stack, replace(begin, block_table=source.table), sink),
+        )
+
+    def _part(self, name: str, stack: PackedStack, source: Source, sink: Sink) -> Part:
+        group = self._groups[name]
+        return Part(stack, source, sink, group.pointers, group.places)
+
+    def steps(self, call: MultiStep, columns: np.ndarray, rule: PatchRule, *, sampled: bool, truncated: bool) -> Steps:
+        """Several bytes of each request, as `fastblt.kernels.cpu.multi_step` says."""
+        return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
+
+    def decode_steps(self, call: DecoderSteps, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
+        """A pass of the decoder with the choice of bytes, and all steps of blocks: see `kernels.cpu.decoder_steps`."""
+        return call(plans, sampled=sampled, truncated=truncated)
+
+    def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
+        """fp32 [n, 260] of the states at int32 `index`, or of all."""
+        return self._model.lm_head(states if index is None else states[index]).float()
+
+
+class AttendedGroup:
+    """A cache group seen by the layers of its module."""
+
+    def __init__(
+        self, cache: CacheGroup, stack: StackConfig, max_length: int, device: torch.device, tiled: bool
+    ) -> None:
+        self._cache = cache
+        self._tiled = tiled
+        self.native = has_native(cache.layers[0])
+        self.pointers = pointers_of(cache.layers)
+        self._length = max_length
+        self._turns = Rope(stack.head_dim, stack.rope_theta, device).table(max_length)
+
+    @property
+    def places(self) -> Places:
+        """Where rows may stand, for C code that says itself where they do."""
+        table, cache = self._cache.device_table, self._cache
+        return Places(
+            turns=self._turns.data_ptr(),
+            table=table.data_ptr(),
+            window=cache.window or 0,
+            table_stride=table.stride(0),
+            page=cache.page_size,
+        )
+
+    def attend(self, rows: Rows) -> PagedAttention:
+        at = RaggedRows(
+            table=self._cache.device_table,
+            rows=rows.owners,
+            positions=rows.positions,
+            firsts=rows.firsts,
+            highs=rows.highs,
+            spans=rows.spans,
+            length=self._length,
+            page_size=self._cache.page_size,
+            window=self._cache.window,
+        )
+        return PagedAttention(
+            self._cache.layers, self._turns, at, tiled=self._tiled, native=self.native, pointers=self.pointers
+        )

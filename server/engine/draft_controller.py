@@ -1,0 +1,196 @@
+"""What `auto` drafts: the draft that promises the most bytes a second for this machine, checkpoint and load.
+
+A round of a draft costs its passes, on the cost curves measured at the start, and the engine's own time for each; it
+gives the bytes that drafts like it have been giving. Both are known to some accuracy only, so another draft is taken
+only where it promises clearly more, and one round in `_PROBE` tries a neighbor, so that its acceptance is known too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from fastblt.models.config import BltConfig
+from fastblt.server.decoding.auto import Draft
+from fastblt.server.engine.device.cost import DRAFT, STEP, Costs
+from fastblt.server.request import DecodingMethod
+
+#: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
+LENGTHS = (1, 2, 4, 8, 16, 32)
+
+#: One round in so many tries another draft than the best.
+_PROBE = 32
+#: What another draft must promise more before it is taken.
+_CLEARLY = 1.05
+#: Steps of the engine after which the choice is looked at again.
+_REVIEW = 16
+#: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
+_PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
+#: Passes of the decoder, by what they are called in `work`.
+_DECODING = ("decoder", DRAFT, STEP)
+#: Share of a pass in running means.
+_NEWEST = 0.05
+#: Acceptance assumed where a checkpoint says nothing.
+_UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
+
+
+class Acceptance:
+    """How often a draft's bytes are right, by position, given that all before them were; `prior` to begin with.
+
+    What is known of a position is, for want of more, taken to hold of the next one.
+    """
+
+    def __init__(self, length: int, prior: float) -> None:
+        self._prior = prior
+        self._tried = [0.0] * length
+        self._right = [0.0] * length
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Count a round; older rounds fade."""
+        for at in range(min(accepted + 1, drafted)):
+            fade = 1 - 1 / _MEMORY
+            self._tried[at] = fade * self._tried[at] + 1
+            self._right[at] = fade * self._right[at] + (at < accepted)
+
+    def bytes(self, length: int) -> float:
+        """Bytes of a draft of `length` that will be right, on average."""
+        expected, all_right, chance = 0.0, 1.0, self._prior
+        for at in range(length):
+            chance = (self._right[at] + _PRIOR_ROUNDS * chance) / (self._tried[at] + _PRIOR_ROUNDS)
+            all_right *= chance
+            expected += all_right
+        return expected
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs now: decoding requests, patches a byte of their text, and the engine's seconds for a pass beside it."""
+
+    requests: float
+    patches_per_byte: float
+    overhead: float
+
+
+class Controller:
+    """The drafts of all requests that run `auto`. `costs` are the modules' curves (seconds by rows)."""
+
+    def __init__(self, config: BltConfig, costs: Costs) -> None:
+        self._costs = costs
+        self._longest = config.max_patch_length
+        self._fed = config.decoder_input == "encoder"
+        self.drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in LENGTHS)]
+        self.drafts += [Draft(DecodingMethod.BLT_DV, size) for size in config.block_sizes]
+        # Drafts of a kind are much alike in their first bytes, whatever their length.
+        self._acceptance = {
+            method: Acceptance(max(lengths), _prior(config.acceptance, method, lengths))
+            for method, lengths in ((DecodingMethod.BLT_S, LENGTHS), (DecodingMethod.BLT_DV, config.block_sizes))
+            if lengths
+        }
+        self._load = Load(1.0, 0.25, 0.0)
+        self._steps = 0
+        self._rounds = 0
+        self._probes = self._probing()
+        self.best = max(self.drafts, key=self.rate)
+
+    def next(self) -> Draft:
+        """What a round that begins now drafts."""
+        self._rounds += 1
+        return next(self._probes) if self._rounds % _PROBE == 0 else self.best
+
+    def settled(self, draft: Draft, drafted: int, accepted: int) -> None:
+        """A round ended. One that was cut short by its request's end says nothing."""
+        if drafted == draft.length:
+            self._acceptance[draft.method].count(drafted, accepted)
+
+    def passed(
+        self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
+    ) -> None:
+        """A step of the engine ended: `seconds` for the `work`, passes by module and rows, of which `requests` could
+        have been part. `patches_per_byte` is asked now and then."""
+        load = self._load
+        overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
+        # A step may make many passes of the decoder.
+        made = max(sum(module in _DECODING for module, _ in work), 1)
+        newest = 1 - (1 - _NEWEST) ** made
+        self._load = Load(
+            load.requests + newest * (requests - load.requests),
+            load.patches_per_byte,
+            load.overhead + newest * (max(overhead, 0.0) - load.overhead),
+        )
+        self._steps += 1
+        if self._steps % _REVIEW == 0:
+            self._load = replace(self._load, patches_per_byte=patches_per_byte())
+            rival = max(self.drafts, key=self.rate)
+            if self.rate(rival) > _CLEARLY * self.rate(self.best):
+                self.best = rival
+
+    def rate(self, draft: Draft) -> float:
+        """Bytes a second that all requests together would get if they all drafted so."""
+        load, costs = self._load, self._costs
+        count, patches = load.requests, load.patches_per_byte
+        rows = count * (draft.length + 1)
+        # A round's bytes and the passes it takes: verification, or BLT's one byte.
+        if draft.length:
+            made = 1 + self._acceptance[draft.method].bytes(draft.length)
+            closing = 1 - (1 - patches) ** (draft.length + 1)
+            upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
+            seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)
+            if draft.method == DecodingMethod.BLT_S and DRAFT in costs:
+                seconds += draft.length * costs[DRAFT](count)
+            elif draft.method == DecodingMethod.BLT_S:
+                drafting = costs["decoder"](count) + (costs["encoder"](count) if self._fed else 0.0)
+                seconds += draft.length * (drafting + load.overhead)
+            else:
+                # Where drafts are calls that make several passes, a verification's makes the next one.
+                seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else load.overhead)
+        else:
+            # Who closes a patch early waits for the others before all go upstream together.
+            mean = 1 / max(patches, 1e-3)
+            longest = max(mean, self._longest or 2 * mean)
+            steps = mean + (longest - mean) * (1 - 1 / max(count, 1.0))
+            made = mean
+            each = count * mean / steps
+            if STEP in costs:
+                seconds = steps * costs[STEP](each)
+            else:
+                step = costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each)
+                seconds = steps * (step + load.overhead) - load.overhead
+            seconds += costs["global"](count)
+        return count * made / (seconds + load.overhead)
+
+    def _probing(self) -> Iterator[Draft]:
+        """The next longer draft of the best's kind, and, in turn, each kind's most promising draft: one time in four
+        where there is no longer one, for a round of another kind then gives a fraction of the best's bytes."""
+        while True:
+            same = [draft for draft in self.drafts if draft.method == self.best.method]
+            longer = [draft for draft in same if draft.length > self.best.length]
+            if longer:
+                yield longer[0]
+            for _ in range(0 if longer else 3):
+                yield self.best
+            for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
+                others = [d for d in self.drafts if d.method == method and method != self.best.method]
+                if others:
+                    yield max(others, key=self.rate)
+
+
+def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:
+    """The chance that a drafted byte is right, given those before it, from the checkpoint's table of acceptances.
+
+    The table has shares of drafted bytes: the mean over a draft of chance^1, chance^2, ...
+    """
+    for length in sorted(lengths, reverse=True):
+        name = f"blt-s k{length}" if method == DecodingMethod.BLT_S else f"{method}-{length} 1step"
+        if (share := table.get(name)) is not None:
+            return _chance(share, length)
+    return _UNKNOWN[method]
+
+
+def _chance(share: float, length: int) -> float:
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        mean = math.fsum(middle**at for at in range(1, length + 1)) / length
+        low, high = (middle, high) if mean < share else (low, middle)
+    return (low + high) / 2

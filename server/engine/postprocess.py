@@ -1,0 +1,226 @@
+"""After a pass: what it gave a request, what is news of it, and how a request ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import abc
+from collections.abc import Callable
+
+from fastblt.models.accounting import ModuleParameters, gb, gb_paper
+from fastblt.models.patching import PatchRule
+from fastblt.server.decoding.auto import Auto
+from fastblt.server.decoding.method import WENT_ON, Plan, Progress
+from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.prefix_cache import PrefixCache
+from fastblt.server.engine.draft_controller import Controller
+from fastblt.server.engine.runner.model_runner import Runner
+from fastblt.server.engine.runner.sampled import Draft, Result
+from fastblt.server.engine.scheduler import Scheduler
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
+
+#: What drafts add to the ledgers; the engine's own has those of ended requests, until it is asked.
+DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
+
+
+class Settler:
+    """Settles passes for the engine, whose parts and running `sequences`, by request id, it is given. Weights of these
+    `parameters` have so many bytes each; `controller` is asked for that of `auto`, which may come later."""
+
+    def __init__(
+        self,
+        caches: Caches,
+        scheduler: Scheduler,
+        prefix: PrefixCache,
+        runner: Runner,
+        sequences: dict[str, Sequence],
+        rule: PatchRule,
+        parameters: ModuleParameters,
+        bytes_per_weight: int,
+        controller: Callable[[], Controller | None],
+    ) -> None:
+        self._caches = caches
+        self._scheduler = scheduler
+        self._prefix = prefix
+        self._runner = runner
+        self._sequences = sequences
+        self._rule = rule
+        self._parameters = parameters
+        self._bytes_per_weight = bytes_per_weight
+        self._controller = controller
+        self.bytes_generated = 0
+        #: Verified drafts by their length, and by how much of it was accepted.
+        self.drafts = [0] * (MAX_DRAFT_LENGTH + 1)
+        self.accepted = [0] * (MAX_DRAFT_LENGTH + 1)
+
+    def add_traffic(self, ledger: Ledger) -> None:
+        """Gigabytes that its passes read, by the paper's accounting and by ours."""
+        ledger.gb_paper = gb_paper(self._parameters, ledger.decoder, ledger.global_)
+        ledger.gb = gb(self._parameters, ledger, self._bytes_per_weight)
+
+    def settle(self, sequence: Sequence, result: Result) -> Delta | None:
+        """Apply what a pass gave one sequence; the news of it, if any."""
+        plan = sequence.plan
+        assert plan is not None
+        sequence.plan, sequence.ready = None, False
+        if result.scores is not None:
+            sequence.score(result.scores)
+            result.bad |= any(math.isnan(score.logprob) for score in result.scores)
+        if result.bad:
+            return self._not_finite(sequence)
+        if plan.draft and sequence.plain and not plan.upstream:
+            # Nothing stays computed, no page is done with, and nobody has news.
+            progress = sequence.method.advance(plan, result)
+            sequence.ledger.steps += progress.steps
+            sequence.draft = progress.draft
+            if result.entropies is not None:
+                sequence.scan(result.entropies, self._rule)
+            return None
+        if plan.upstream and not plan.draft:
+            sequence.decoded = plan.end + result.more
+        # A chunk of the prompt gives nothing that the method would know of.
+        progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
+        if progress.keep is not None and (freed := sequence.cut(progress.keep)):
+            self._scheduler.free_latents(freed)
+        if progress.steps or progress.rounds:
+            self._count(sequence, progress)
+        logprobs = None
+        if not sequence.plain:
+            if sequence.params.return_patches:
+                sequence.steps += progress.commit_steps or [1] * len(progress.commit)
+            if sequence.params.logprobs is not None:
+                logprobs = self._logprobs(sequence, plan, progress, result)
+        if result.entropies is not None:
+            sequence.scan(result.entropies, self._rule)
+        delta = None
+        if progress.commit:
+            delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
+            if delta is not None and delta.finish_reason is not None:
+                return delta
+        sequence.draft = progress.draft
+        if progress.commit:
+            if sequence.provisional is not None:
+                self._scheduler.drop_provisional(sequence)
+        elif not plan.upstream:
+            # A draft's step: nothing stays computed, and no page is done with.
+            return None
+        self._prefix.extend(sequence)
+        if len(sequence.patches) > 1:
+            self._scheduler.free_latents(sequence.forget_patches())
+        patches = sequence.closed + (sequence.provisional is not None)
+        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
+        return delta
+
+    def follow(self, sequence: Sequence, draft: Draft) -> Delta | None:
+        """Apply what the draft behind a verification gave, once that has been settled; the news of it, if any."""
+        if draft.bad:
+            return self._not_finite(sequence)
+        progress = sequence.method.advance(WENT_ON, draft)
+        sequence.ledger.steps += progress.steps
+        sequence.draft = progress.draft
+        sequence.encoded = draft.encoded
+        if draft.entropies:
+            sequence.scan(draft.entropies, self._rule)
+        return None
+
+    def _not_finite(self, sequence: Sequence) -> Delta:
+        self._prefix.forget(sequence)
+        text = "the model produced NaN or infinity for this request"
+        return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
+
+    def _count(self, sequence: Sequence, progress: Progress) -> None:
+        """What drafting did, into the ledgers, and to the controller of `auto`."""
+        ledger = sequence.ledger
+        ledger.steps += progress.steps
+        ledger.rounds += progress.rounds
+        if progress.drafted:
+            ledger.drafted += progress.drafted
+            ledger.accepted += progress.accepted
+            self.drafts[progress.drafted] += 1
+            self.accepted[progress.accepted] += 1
+            if (controller := self._controller()) is not None and isinstance(sequence.method, Auto):
+                controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
+
+    def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
+        """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
+        if result.block_logprobs is not None and not plan.draft:
+            for at, value in enumerate(result.block_logprobs):
+                if value is not None:
+                    sequence.block_logprobs[at] = value
+            if not progress.commit:
+                return []
+            values = [sequence.block_logprobs[at] for at in range(len(progress.commit))]
+            sequence.block_logprobs.clear()
+            return values
+        return (result.logprobs or [])[: len(progress.commit)]
+
+    def _commit(
+        self, sequence: Sequence, ids: abc.Sequence[int], accepted: int, logprobs: list[ByteLogprobs] | None
+    ) -> Delta | None:
+        """Append fixed bytes, of which the first `accepted` were drafted; cut at the first end among them."""
+        if sequence.timings.first_byte is None:
+            sequence.timings.first_byte = time.monotonic()
+        output, ledger = sequence.output, sequence.ledger
+        if sequence.plain and output.pass_on(ids):
+            self.bytes_generated += len(ids)
+            ledger.kept += accepted
+            sequence.ids += ids
+            if sequence.penalizes:
+                self._runner.commit(sequence, ids)
+            return Delta(sequence.request.request_id, list(ids))
+        before = len(output.ids)
+        taken = output.extend(ids, logprobs)
+        new = len(output.ids) - before
+        # A stop string can take back more than this pass gave.
+        self.bytes_generated += max(new, 0)
+        ledger.kept += max(min(accepted, new), -ledger.kept)
+        if output.finish_reason is not None:
+            ledger.wasted += len(ids) - taken
+            if output.finish_reason is FinishReason.ERROR and sequence.constraint is not None:
+                problem, code = sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX
+                return self.finish(sequence, FinishReason.ERROR, problem, code)
+            return self.finish(sequence, output.finish_reason)
+        sequence.ids += ids
+        if sequence.penalizes:
+            self._runner.commit(sequence, ids)
+        released, values = output.release()
+        if not released:
+            return None
+        wanted = values if logprobs is not None else None
+        return Delta(sequence.request.request_id, released, wanted, prompt_logprobs=sequence.take_scores())
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
+    ) -> Delta:
+        """End a sequence, wherever it is, and free all it holds."""
+        if sequence.row:
+            self._scheduler.remove(sequence)
+        else:
+            self._scheduler.waiting.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        sequence.timings.finished = time.monotonic()
+        ledger, total = sequence.ledger, self._runner.ledger
+        sequence.count_patches()
+        for name in (*DRAFTING, "bytes", "patched_bytes", "patches"):
+            setattr(total, name, getattr(total, name) + getattr(ledger, name))
+        self.add_traffic(ledger)
+        output = sequence.output
+        output.finish_reason = reason
+        released, values = output.release()
+        return Delta(
+            sequence.request.request_id,
+            released,
+            values if sequence.params.logprobs is not None else None,
+            finish_reason=reason,
+            stop_reason=output.stop_reason,
+            error=error,
+            error_code=code,
+            ledger=ledger,
+            timings=sequence.timings,
+            decoding=sequence.decoding,
+            patches=sequence.report(),
+            cached=sequence.cached or 0,
+            prompt_logprobs=sequence.take_scores(),
+            ending=output.ending,
+        )

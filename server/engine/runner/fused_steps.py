@@ -1,0 +1,221 @@
+"""Plans of which nothing is wanted but ids, in one call each for all requests: drafts and patches row after row, blocks
+step after step, verifications with the choice of their bytes. On a CPU, for models whose local modules are C."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastblt.kernels.cpu.decoder_steps import SINGLE_ROWS, DecoderSteps, Made, Plans
+from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Spent
+from fastblt.kernels.unmasking import ONE_STEP
+from fastblt.models.patching import PatchRule
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.decoding.method import Unmask
+from fastblt.server.engine.device.cost import DRAFT, STEP
+from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.runner.batch import read_by
+from fastblt.server.engine.runner.sampled import Draft
+from fastblt.server.engine.runner.sampler import Chooser, Result
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import Ledger
+
+#: Of a plan without a block, and of one behind which single rows are drafted.
+_NO_STEP, _SINGLE_ROWS = Unmask(ONE_STEP, 0.0), Unmask(SINGLE_ROWS, 0.0)
+
+
+def _columns(numbers: list[int], count: int) -> np.ndarray:
+    """The numbers of requests, one behind another, as columns int32 [.., requests]."""
+    return np.ascontiguousarray(np.array(numbers, dtype=np.int32).reshape(count, -1).T)
+
+
+class OneCall:
+    """Passes are counted in `ledger` and `work`, which are the runner's."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        steps: MultiStep,
+        decoder_steps: DecoderSteps,
+        chooser: Chooser,
+        rule: PatchRule,
+        ledger: Ledger,
+        work: list[tuple[str, int]],
+    ) -> None:
+        self._passes = passes
+        self._steps = steps
+        self._decoder_steps = decoder_steps
+        self._chooser = chooser
+        self._rule = rule
+        self._ledger = ledger
+        self._work = work
+        #: Whether drafted rows begin as encoder states.
+        self._fed = steps.fed
+
+    def time(self, columns: np.ndarray, rule: PatchRule) -> None:
+        """Steps of single rows, columns as in `fastblt.kernels.cpu.multi_step`, whose results nobody wants."""
+        self._passes.steps(self._steps, columns, rule, sampled=False, truncated=False)
+
+    def go_on(self, sequences: list[Sequence]) -> list[Result]:
+        """The passes of single rows, one after another, over the bytes that they give."""
+        numbers: list[int] = []
+        fed = self._fed
+        for sequence in sequences:
+            plan = sequence.plan
+            assert plan is not None
+            latent, _ = read_by(sequence, plan)
+            if plan.draft:
+                scans = max(plan.scan_to - sequence.scanned, 0)
+                fresh = fed and sequence.encoded < plan.end
+                numbers += (sequence.row, plan.start, latent, plan.repeat, scans, -1, fresh)
+            else:
+                numbers += (sequence.row, plan.start, latent, plan.repeat, sequence.left - 1, sequence.open_start, 0)
+        sampled, truncated, _ = self._chooser.needs(sequences)
+        columns = _columns(numbers, len(sequences))
+        steps = self._passes.steps(self._steps, columns, self._rule, sampled=sampled, truncated=truncated)
+        ids, entropies = steps.ids.tolist(), steps.entropies.tolist()
+        results: list[Result] = []
+        for at, (sequence, made, scanned) in enumerate(
+            zip(sequences, steps.made.tolist(), steps.scanned.tolist(), strict=True)
+        ):
+            plan, ledger = sequence.plan, sequence.ledger
+            assert plan is not None
+            ledger.decoder += made
+            if plan.draft:
+                ledger.patcher += scanned > 0
+            else:
+                ledger.patcher += scanned
+            if fed or not plan.draft:
+                encoded = plan.start + made + (plan.draft and scanned > 0)
+                ledger.encoder += encoded - max(sequence.encoded, plan.start)
+                sequence.encoded = encoded
+            result = Result(ids[at][:made], more=made - 1, bad=bool(steps.bad[at]))
+            if scanned:
+                result.entropies = entropies[at][:scanned]
+            results.append(result)
+        self._steps_taken(steps.made, steps.scanned, columns[OPENED] >= 0)
+        self._beside(steps.spent)
+        return results
+
+    def decode(self, sequences: list[Sequence]) -> list[Result]:
+        """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
+        rows: list[tuple[int, ...]] = []
+        bounds: list[float] = []
+        reads: list[tuple[int, int]] = []
+        block_ids: list[int] = []
+        sizes: list[int] = []
+        total = 0
+        for sequence in sequences:
+            plan = sequence.plan
+            assert plan is not None
+            newest, own = read_by(sequence, plan)
+            reads += own
+            block_ids += plan.block_ids
+            sizes.append(len(plan.block_ids))
+            total += plan.rows
+            follow, repeat = plan.follow, plan.repeat
+            step = plan.unmask or (_SINGLE_ROWS if follow else _NO_STEP)
+            bounds.append(step.bound)
+            rows.append(
+                (
+                    *(sequence.row, plan.start, plan.causal, plan.select, sizes[-1], newest, len(own)),
+                    *(step.rule, step.left or 0, repeat - 1 if follow else repeat, sequence.encoded, sequence.scanned),
+                    *(plan.scan_to if plan.scan_to > sequence.scanned else 0, follow, sequence.left if follow else 0),
+                )
+            )
+            sequence.ledger.decoder += 1
+        sampled, truncated, _ = self._chooser.needs(sequences)
+        asked = Plans(rows, bounds, reads, block_ids)
+        decoded = self._passes.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
+        made, fed = decoded.made, self._fed
+        results: list[Result] = []
+        for sequence, size, chosen, accepted, steps, block, entropies in zip(
+            sequences, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
+        ):
+            plan, ledger = sequence.plan, sequence.ledger
+            assert plan is not None
+            result = Result(steps=steps)
+            if plan.select:
+                result.accepted = accepted
+                result.ids = chosen[: accepted + 1]
+            if size:
+                result.block_ids = block = block[:size]
+                result.block_done = MASK_ID not in block
+                # Its first pass is counted above.
+                ledger.decoder += steps - 1
+            if fed and sequence.encoded < plan.end:
+                ledger.encoder += 1
+                sequence.encoded = plan.end
+            if plan.scan_to > sequence.scanned and (result.block_done or not size):
+                ledger.patcher += 1
+                ledger.encoder += 1
+                sequence.encoded = plan.scan_to
+                result.entropies = entropies[: plan.scan_to - sequence.scanned]
+            results.append(result)
+        if any(made.bad):
+            for result, bad in zip(results, made.bad, strict=True):
+                result.bad = bool(bad)
+        self._block_steps(total, sizes, made.steps)
+        if decoded.drafts.steps:
+            self._drafts(sequences, results, decoded.lines, decoded.drafts)
+        self._beside(decoded.spent)
+        return results
+
+    def _drafts(self, sequences: list[Sequence], results: list[Result], lines: list[int], drafts: Made) -> None:
+        """Behind the results of verifications those of the drafts with which the call went on."""
+        sizes, singles = [0] * len(drafts.steps), [0] * len(drafts.steps)
+        for sequence, result, line in zip(sequences, results, lines, strict=True):
+            if line < 0:
+                continue
+            plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), drafts.steps[line]
+            assert plan is not None
+            size, start = min(plan.follow, sequence.left - taken - 1), plan.end - plan.select + taken
+            ledger.decoder += steps
+            ids = drafts.ids[line]
+            then = result.then = Draft(bad=bool(drafts.bad[line]), steps=steps)
+            if plan.unmask is None:
+                singles[line], then.ids, whole = steps, ids[:steps], steps == size
+                encoded = steps + whole if self._fed else 0
+                ledger.encoder += encoded
+            else:
+                sizes[line], then.block_ids = size, ids[:size]
+                whole = then.block_done = MASK_ID not in then.block_ids
+                encoded = size + 1 if whole else int(self._fed)
+                ledger.encoder += self._fed + whole
+            then.encoded = start + encoded
+            if whole:
+                ledger.patcher += 1
+                then.entropies = drafts.entropies[line][: size + 1]
+        if any(sizes):
+            steps_of_blocks = [steps if size else 0 for steps, size in zip(drafts.steps, sizes, strict=True)]
+            self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), sizes, steps_of_blocks)
+        if any(singles):
+            taken_steps = np.array(singles)
+            self._steps_taken(taken_steps, taken_steps, np.zeros(len(singles), dtype=np.bool_))
+
+    def _block_steps(self, rows: int, sizes: list[int], steps: list[int]) -> None:
+        """The decoder's passes into ledger and work: one of all rows, and for blocks, of such sizes, further ones."""
+        most = max(steps)
+        if not most:
+            return
+        self._ledger.decoder += most
+        self._work.append(("decoder", rows))
+        if most > 1:
+            own, taken = np.array(sizes), np.array(steps)
+            self._work += [("decoder", int(own[taken > step].sum())) for step in range(1, most)]
+
+    def _steps_taken(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
+        """The passes of single rows into ledger and work: of each step those who took part in it."""
+        encoded = made - 1 if self._fed else np.where(stays, made - 1, 0)
+        for module, each in (("decoder", made), ("patcher", scanned[stays]), ("encoder", encoded)):
+            setattr(self._ledger, module, getattr(self._ledger, module) + int(each.max(initial=0)))
+        for kind, each in ((STEP, made[stays]), (DRAFT, made[~stays])):
+            self._work += [
+                (kind, rows) for rows in (each > np.arange(int(each.max(initial=0)))[:, None]).sum(1).tolist()
+            ]
+
+    def _beside(self, spent: Spent) -> None:
+        """The passes beside the steps."""
+        for module, rows in zip(("encoder", "patcher", "encoder"), spent.rows, strict=True):
+            if rows:
+                setattr(self._ledger, module, getattr(self._ledger, module) + 1)
+                self._work.append((module, rows))

@@ -1,0 +1,291 @@
+"""From plans to staged integers, and from fetched results to outcomes (design §3).
+
+The runner knows rows, patches and latents of sequences; it knows no methods, no HTTP and no scheduling, and leaves
+tensors to `passes`. Every public call takes sequences in batch order, under `torch.inference_mode`. Rows are laid out
+with array operations over the whole batch; what loops over requests takes a few integers from each.
+
+Rows are padded where shapes must be few (`bucket`) and, in deterministic mode, to whole groups of 8: with at least 8
+rows a linear map of torch's gives a row a result that does not depend on the others. Our own maps always do.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.kernels.attention import TILE
+from fastblt.kernels.backend import use_triton
+from fastblt.models.blt import Blt
+from fastblt.models.patching import PatchRule
+from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
+from fastblt.server.engine.device.cuda_graphs import Graphs
+from fastblt.server.engine.device.forward import Passes, Patches, Rows
+from fastblt.server.engine.device.ranks import leader_of
+from fastblt.server.engine.device.staging import Columns, Fetch, Staging
+from fastblt.server.engine.runner.batch import bucket, lay_out, split, with_padding
+from fastblt.server.engine.runner.fused_steps import OneCall
+from fastblt.server.engine.runner.prompt_logprobs import Scored
+from fastblt.server.engine.runner.sampler import Chooser, Result
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
+from fastblt.server.settings import EngineSettings
+
+#: Causal rows up to which a block's steps are one call: a prompt's are better shared out among the threads.
+_FEW = 40
+
+#: Requests up to which it is measured what steps of theirs cost; beyond, that goes on as a line.
+MOST_STEPPING = 64
+
+#: Passes of more rows are long enough to hide their launches.
+MOST_CAPTURED = 256
+
+
+class Runner:
+    def __init__(self, model: Blt, caches: Caches, settings: EngineSettings) -> None:
+        self._caches = caches
+        self._leader = leader_of(model)
+        if self._leader is not None:
+            self._leader.prepare(caches.groups["global"], caches.max_length, settings.deterministic)
+        device = next(model.parameters()).device
+        self._static = use_triton(device)
+        state_rows = settings.max_running + 1
+        self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
+        self._padded = settings.deterministic and not self._passes.row_invariant
+        kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail", "score")
+        self._staging = {kind: Staging(device) for kind in kinds}
+        self._graphs = Graphs(device) if self._static else None
+        self._fetch = Fetch()
+        self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
+        self.ledger = Ledger()
+        #: Passes since they were last taken away: module and rows, padding included. Steps in one call count as such.
+        self.work: list[tuple[str, int]] = []
+        #: Calls that do without torch and make several passes, where they can be had.
+        self.one_call: OneCall | None = None
+        draws = self._chooser.draws
+        steps, decoder_steps = self._passes.multi_step(draws), self._passes.decoder_steps(draws)
+        if steps is not None and decoder_steps is not None:
+            patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
+            rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
+            self.one_call = OneCall(self._passes, steps, decoder_steps, self._chooser, rule, self.ledger, self.work)
+
+    def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
+        """Cost curves of the modules, at position `context` and patch `patches`, at ascending row counts."""
+        announce: Announce | None = None
+        if self._leader is not None:
+            announce = partial(self._leader.announce, group=self._caches.groups["global"])
+        costs = measure(self._passes, context, patches, counts, announce=announce)
+        if self.one_call is not None:
+            # What they write lies within the longest request.
+            context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
+            costs |= measure_steps(self.one_call.time, context, [count for count in counts if count <= MOST_STEPPING])
+        return costs
+
+    @property
+    def copies(self) -> int:
+        """Copies from the device to the host so far."""
+        return self._fetch.copies
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take a sequence that was given a state row."""
+        self._passes.write_prompt(sequence.row, sequence.ids)
+        self._chooser.admit(sequence)
+
+    def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
+        """Count fixed ids for penalties."""
+        self._chooser.commit(sequence, ids)
+
+    def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
+        """Entropy model over rows [scanned, until): the entropies in nats, a list a sequence."""
+        spans, entropies = self._causal(
+            "scan", self._passes.entropies, sequences, [s.scanned for s in sequences], until
+        )
+        (flat,) = self._fetch(entropies)
+        self.ledger.patcher += 1
+        for sequence in sequences:
+            sequence.ledger.patcher += 1
+        return split(flat, spans)
+
+    def encode(self, sequences: list[Sequence], until: list[int]) -> None:
+        """Encoder over rows [encoded, until); the states go to their store."""
+        self._causal("encode", self._passes.encode, sequences, [s.encoded for s in sequences], until)
+        self.ledger.encoder += 1
+        for sequence, end in zip(sequences, until, strict=True):
+            sequence.ledger.encoder += 1
+            sequence.encoded = end
+
+    def upstream(self, sequences: list[Sequence]) -> None:
+        """Pooling and global transformer over every pending patch; latents go to fresh slots of their store."""
+        numbers: list[tuple[int, ...]] = []
+        longest = 0
+        spans: list[tuple[int, int]] = []
+        take = self._caches.latent_pool.take
+        for sequence in sequences:
+            row, waiting = sequence.row, sequence.pending_patches()
+            spans.append((len(numbers), len(waiting)))
+            for patch in waiting:
+                patch.slot = take()
+                longest = max(longest, patch.end - patch.start + 1)
+                numbers.append((row, patch.index, patch.start, patch.end, patch.slot, patch.index + 1))
+            sequence.ledger.global_ += 1
+        total = len(numbers)
+        columns = self._columns("upstream", 6, total)
+        columns[:, :total] = list(zip(*numbers, strict=True))
+        # Padding sees the null row's first position.
+        columns[5, total:] = 1
+        if self._padded:
+            longest = -(-longest // TILE) * TILE
+        elif self._static:
+            longest = bucket(longest)
+        self._caches.send_tables()
+        every = with_padding(spans, total, columns.shape[1])
+        if self._leader is not None:
+            self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
+        owners, index, starts, ends, latents, highs = self._staging["upstream"].send_each()
+        rows = Rows(owners, index, index, highs, every)
+        self._passes.upstream(Patches(rows, starts, ends, latents, longest))
+        self.work.append(("global", columns.shape[1]))
+        self.ledger.global_ += 1
+
+    def decode(self, sequences: list[Sequence]) -> list[Result]:
+        """One decoder pass over the plans of ready sequences, and the choice of their bytes; of those that go on by
+        themselves, all passes.
+
+        At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
+        """
+        calls = [self._call_for(sequence) for sequence in sequences]
+        first = calls[0]
+        if all(call == first for call in calls):
+            return first(sequences)
+        results: dict[int, Result] = {}
+        for call in dict.fromkeys(calls):
+            own = [at for at, other in enumerate(calls) if other == call]
+            results |= zip(own, call([sequences[at] for at in own]), strict=True)
+        return [results[at] for at in range(len(sequences))]
+
+    def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
+        plan = sequence.plan
+        assert plan is not None
+        if self.one_call is not None:
+            if plan.repeat > 1 and not plan.block_ids and not plan.follow:
+                return self.one_call.go_on
+            if sequence.unwatched and plan.causal <= _FEW:
+                return self.one_call.decode
+        return self._decode
+
+    def _decode(self, sequences: list[Sequence]) -> list[Result]:
+        """One decoder pass over the plans, each once."""
+        batch = lay_out(sequences, self._columns)
+        spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
+        plain = all(sequence.plain for sequence in sequences)
+        scored = None if plain else Scored.of(sequences, batch.spans)
+        # A captured graph computes all of its rows.
+        asked = None if self._static else batch.read(scored.rows if scored is not None else [])
+        read = None if asked is None else torch.from_numpy(asked)
+
+        def run(columns: Columns) -> Tensor:
+            owners, positions, firsts, highs, latents, block = columns
+            rows = Rows(owners, positions, firsts, highs, spans)
+            return self._passes.decode(rows, latents, block if with_blocks else None, read)
+
+        states = self._launch("decode", run, spans, with_blocks)
+        self.work.append(("decoder", batch.padded))
+        self.ledger.decoder += 1
+        staged = self._chooser.stage(sequences, batch, plain)
+        tensors = self._chooser.choose(states, staged)
+        scores = self._score(states, scored) if scored is not None else []
+        ahead = [sequences[at] for at in batch.ahead]
+        if not ahead:
+            fetched = self._fetch(*scores, *tensors) if scores or staged.total else []
+            results = staged.results(fetched[len(scores) :])
+        else:
+            begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
+            tail, entropies = self._causal("tail", self._passes.entropies, ahead, begins, ends)
+            *fetched, flat = self._fetch(*scores, *tensors, entropies)
+            self.ledger.patcher += 1
+            results = staged.results(fetched[len(scores) :])
+            for at, values in zip(batch.ahead, split(flat, tail), strict=True):
+                results[at].entropies = values
+                sequences[at].ledger.patcher += 1
+        if scored is not None:
+            for at, own in scored.take(fetched[: len(scores)], sequences).items():
+                results[at].scores = own
+        return results
+
+    def _score(self, states: torch.Tensor, scored: Scored) -> list[torch.Tensor]:
+        """What is to be fetched for the scores of a prompt's rows in a pass."""
+        count = len(scored.rows)
+        columns = self._columns("score", 2, count)
+        columns[0, :count], columns[1, :count] = scored.rows, scored.targets
+        rows, targets = self._staging["score"].send_each()
+        return scored.tensors(self._passes.logits(states, rows)[:count], targets[:count].long())
+
+    # Rows
+
+    def _causal(
+        self,
+        kind: str,
+        function: Callable[[Rows], Tensor],
+        sequences: list[Sequence],
+        begins: list[int],
+        ends: list[int],
+    ) -> tuple[list[tuple[int, int]], Tensor]:
+        """A pass over causal rows [begin, end) of every sequence: their spans in it, and its result."""
+        rows: list[int] = []
+        positions: list[int] = []
+        spans: list[tuple[int, int]] = []
+        total = 0
+        for sequence, begin, end in zip(sequences, begins, ends, strict=True):
+            count = end - begin
+            if count == 1:
+                rows.append(sequence.row)
+                positions.append(begin)
+            else:
+                rows += [sequence.row] * count
+                positions += range(begin, end)
+            spans.append((total, count))
+            total += count
+        columns = self._columns(kind, 3, total)
+        columns[:2, :total] = rows, positions
+        np.add(columns[1], 1, out=columns[2])
+        every = with_padding(spans, total, columns.shape[1])
+        self.work.append(("encoder" if kind == "encode" else "patcher", columns.shape[1]))
+
+        def run(columns: Columns) -> Tensor:
+            owners, positions, highs = columns
+            return function(Rows(owners, positions, positions, highs, every))
+
+        return spans, self._launch(kind, run, every)
+
+    def _launch(
+        self, kind: str, run: Callable[[Columns], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
+    ) -> Tensor:
+        """Run a function of the staged columns, replaying its graph where shapes are few and launches many."""
+        self._caches.send_tables()
+        staging = self._staging[kind]
+        if self._graphs is None:
+            return run(staging.send_each())
+        columns = staging.send()
+        size = columns.shape[1]
+        if size > MOST_CAPTURED:
+            return run(columns.unbind())
+        # Attention's tiles follow from the longest span.
+        key = (kind, size, with_blocks, bucket(max(n for _, n in spans)))
+        return self._graphs.run(key, columns, lambda sent: run(sent.unbind()))
+
+    def _columns(self, kind: str, count: int, size: int) -> np.ndarray:
+        """Staged int32 columns [count, size and padding]; what pads them names the null row, page and latent."""
+        padded = size
+        if self._static:
+            padded = bucket(size)
+        elif self._padded:
+            padded = max(8, -(-size // 8) * 8)
+        columns = self._staging[kind].columns(count, padded)
+        if padded > size:
+            columns[:, size:] = 0
+        return columns

@@ -1,0 +1,72 @@
+"""Log-probabilities of prompts: what the rows of a prompt say of the bytes behind them.
+
+A prompt is scored as its rows come through the decoder, chunk by chunk, so a pass holds the logits of no more than its
+own rows. The last row of a prompt gives the first byte of the completion and is no part of this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import ByteLogprobs
+
+
+@dataclass
+class Scored:
+    """Rows of a decoder pass that are scored: `rows` are their places in it, `targets` the ids behind them.
+
+    `parts` are (place of the sequence in the batch, how many of the rows are its own), in order; `top` is the largest
+    number of alternatives that any of them asks for.
+    """
+
+    rows: list[int]
+    targets: list[int]
+    parts: list[tuple[int, int]]
+    top: int
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], spans: list[tuple[int, int]]) -> Scored | None:
+        """None where no row is to be scored. `spans` are the (first row, count) of the sequences."""
+        scored = cls([], [], [], 0)
+        for at, sequence in enumerate(sequences):
+            top, plan = sequence.params.prompt_logprobs, sequence.plan
+            if top is None or plan is None:
+                continue
+            # Rows that are computed again after a preemption have been scored.
+            begin, end = max(plan.start, sequence.scored), min(plan.end, sequence.prompt_length - 1)
+            if begin >= end:
+                continue
+            first = spans[at][0] - plan.start
+            scored.rows += range(first + begin, first + end)
+            scored.targets += sequence.ids[begin + 1 : end + 1]
+            scored.parts.append((at, end - begin))
+            scored.top = max(scored.top, top)
+        return scored if scored.rows else None
+
+    def tensors(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
+        """What is to be fetched, from fp32 logits [n, 260] and the ids int64 [n]: values and ranks of the ids, and the
+        best alternatives with theirs."""
+        logprobs = torch.log_softmax(logits, -1)
+        own = logprobs.gather(1, targets[:, None])
+        ranks = (logprobs > own).sum(-1) + 1
+        best = torch.topk(logprobs, self.top, -1)
+        return [own.view(-1), ranks, best.indices, best.values]
+
+    def take(self, arrays: list[np.ndarray], sequences: list[Sequence]) -> dict[int, list[ByteLogprobs]]:
+        """What was fetched, by the sequences' places in the batch."""
+        own, ranks, ids, values = (array.tolist() for array in arrays)
+        result: dict[int, list[ByteLogprobs]] = {}
+        row = 0
+        for at, count in self.parts:
+            top = sequences[at].params.prompt_logprobs
+            result[at] = [
+                ByteLogprobs(own[i], list(zip(ids[i][:top], values[i][:top], strict=True)), ranks[i])
+                for i in range(row, row + count)
+            ]
+            row += count
+        return result

@@ -1,0 +1,228 @@
+"""What a decoder pass picks bytes from, and how results fetched from the device go back to its requests.
+
+Picks are first those of all causal rows, then those of all blocks, each padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.kernels.selection import Selection
+from fastblt.kernels.unmasking import ONE_STEP, Unmasked
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.decoding.method import Outcome
+from fastblt.server.engine.sequence import Sequence
+from fastblt.server.request import ByteLogprobs
+
+
+@dataclass
+class Batch:
+    """Rows of a decoder pass as the host laid them out: all columns, and without padding, [N], what is read of them.
+
+    `picked` are the causal rows that give a byte; `firsts` and `selects` say for every request where among them its own
+    begin, and how many these are. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block`
+    marks block rows (None: there are none), whose ids are in `block`.
+    """
+
+    columns: np.ndarray
+    owners: np.ndarray
+    positions: np.ndarray
+    block: np.ndarray
+    picked: np.ndarray
+    firsts: list[int]
+    selects: list[int]
+    ahead: list[int]
+    in_block: np.ndarray | None
+    spans: list[tuple[int, int]]
+    total: int
+    padded: int
+
+    def read(self, scored: list[int]) -> np.ndarray | None:
+        """Which rows' states are read, bool [rows with padding]: those that give a byte, in blocks, or scored. None: as
+        good as all."""
+        read = np.zeros(self.padded, dtype=bool)
+        if self.in_block is not None:
+            read[: self.total] = self.in_block
+        read[self.picked] = read[scored] = True
+        return read if 2 * np.count_nonzero(read) < self.total else None
+
+
+@dataclass(slots=True)
+class Result(Outcome):
+    """The outcome of one sequence's plan, log-probabilities where asked for, and whether it failed.
+
+    `logprobs` go with `ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats) are
+    those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it. `more` rows than the plan
+    had were computed. `then` is the draft with which the call went on behind a verification.
+    """
+
+    logprobs: list[ByteLogprobs] | None = None
+    block_logprobs: list[ByteLogprobs | None] | None = None
+    bad: bool = False
+    entropies: list[float] | None = None
+    scores: list[ByteLogprobs] | None = None
+    more: int = 0
+    then: Draft | None = None
+
+
+@dataclass(slots=True)
+class Draft(Outcome):
+    """The outcome of a draft with which a call went on, as a Result has it. What was scanned ahead has `entropies`; the
+    encoder has had the rows before position `encoded`."""
+
+    bad: bool = False
+    entropies: list[float] = field(default_factory=list)
+    encoded: int = 0
+
+
+class CausalPicks:
+    """Picks of causal rows, which begin at `firsts` for every sequence.
+
+    `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length. `plain`:
+    nobody asks for log-probabilities.
+    """
+
+    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
+        self._sequences = sequences
+        self._plain = plain
+        self.firsts = batch.firsts
+        self.drafts: tuple[np.ndarray, np.ndarray] | None = None
+        self._selects = selects = batch.selects
+        self._verifying: list[int] = []
+        if max(selects) > 1:
+            self._verifying = [at for at, select in enumerate(selects) if select > 1]
+            firsts = np.array([self.firsts[at] for at in self._verifying])
+            lengths = np.array([selects[at] - 1 for at in self._verifying])
+            self.drafts = (firsts[:, None] + np.minimum(np.arange(max(selects)), lengths[:, None]), lengths)
+        self._values = _Values([] if plain else sequences)
+
+    def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
+        """What is to be fetched."""
+        tensors = [chosen.ids, chosen.bad, *self._values.tensors(chosen.logprobs, logits)]
+        return tensors if accepted is None else [*tensors, accepted]
+
+    def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
+        """Give every result what its rows chose: of a verification what was accepted, and the byte after it."""
+        ids, bad = next(arrays).tolist(), next(arrays)
+        values = self._values.take(arrays)
+        if self._verifying:
+            for at, accepted in zip(self._verifying, next(arrays).tolist(), strict=True):
+                results[at].accepted = accepted
+        broken = bool(bad.any())
+        for select, first, result in zip(self._selects, self.firsts, results, strict=True):
+            if not select:
+                continue
+            chosen = result.ids = ids[first : first + result.accepted + 1]
+            if broken and bad[first : first + select].any():
+                result.bad = True
+            if result.block_ids:
+                result.block_ids = [chosen[-1], *result.block_ids[1:]]
+        if not self._plain:
+            for sequence, first, result in zip(self._sequences, self.firsts, results, strict=True):
+                if (top := sequence.params.logprobs) is not None and result.ids:
+                    result.logprobs = [values.at(first + i, top) for i in range(len(result.ids))]
+
+
+class BlockPicks:
+    """Picks of block rows: `rows` int [blocks, longest], the row in the pass for every position of every block.
+
+    `inside` bool says which are not there to fill up a shorter block.
+    """
+
+    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
+        self.count = 0
+        self.rows = np.empty((0, 0), dtype=np.int64)
+        if batch.in_block is None:
+            return
+        self._offset = len(batch.picked)
+        self._owners = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.block_ids]
+        self._sequences = [sequences[owner] for owner in self._owners]
+        self._plans = [sequence.plan for sequence in self._sequences if sequence.plan is not None]
+        self._sizes = [len(plan.block_ids) for plan in self._plans]
+        self.count = len(self._sizes)
+        rows, width = np.flatnonzero(batch.in_block), max(self._sizes)
+        #: Whether all blocks have the same size.
+        self.even = len(rows) == self.count * width
+        if self.even:
+            self.rows = rows.reshape(self.count, width)
+            self.inside = np.ones(self.rows.shape, dtype=bool)
+        else:
+            sizes, offsets = np.array(self._sizes)[:, None], np.arange(width)
+            self.inside = offsets < sizes
+            self.rows = rows[(sizes.cumsum() - sizes[:, 0])[:, None] + np.minimum(offsets, sizes - 1)]
+        #: Of every block.
+        self.steps = steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
+        self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
+        self._values = _Values([] if plain else self._sequences)
+
+    def first(self, sequence: int) -> int:
+        """The first pick of the sequence at this place in the batch."""
+        return self._offset + self._owners.index(sequence) * self.rows.shape[1]
+
+    def masked(self, ids: np.ndarray) -> np.ndarray:
+        """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
+        self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
+        behind = [plan.select > 0 for plan in self._plans]
+        if any(behind):
+            self._masked[behind, 0] = False
+        return self._masked.reshape(-1)
+
+    def results_of(self, step: Unmasked, logits: Tensor) -> list[Tensor]:
+        """What is to be fetched."""
+        return [step.ids, step.done, step.bad, *self._values.tensors(step.logprobs.view(-1), logits)]
+
+    def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
+        """Give every result its block after the step. What is still masked has kept its id, [MASK]."""
+        filled, done, bad = next(arrays), next(arrays).tolist(), next(arrays).tolist()
+        values = self._values.take(arrays)
+        width = self.rows.shape[1]
+        ids, fixed = filled.tolist(), (self._masked & (filled != MASK_ID)).astype(int).tolist()
+        for at, (owner, size, sequence) in enumerate(zip(self._owners, self._sizes, self._sequences, strict=True)):
+            result = results[owner]
+            result.block_ids = ids[at][:size]
+            result.block_steps = fixed[at][:size]
+            result.block_done = bool(done[at])
+            result.bad = bool(bad[at])
+            if sequence.params.logprobs is not None:
+                top = sequence.params.logprobs
+                result.block_logprobs = [
+                    values.at(at * width + i, top) if now else None for i, now in enumerate(result.block_steps)
+                ]
+
+
+class _Values:
+    """Log-probabilities of picks, where any of the sequences asks for them."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        asked = [s.params.logprobs for s in sequences if s.params.logprobs is not None]
+        self._asked = bool(asked)
+        self._most = max(asked, default=0)
+        self._own: list[float] = []
+        self._ids: list[list[int]] = []
+        self._best: list[list[float]] = []
+
+    def tensors(self, own: Tensor, logits: Tensor) -> list[Tensor]:
+        """To be fetched: the chosen ids' values fp32 [picks], and the best ids of all and theirs."""
+        if not self._asked:
+            return []
+        if not self._most:
+            return [own]
+        best = torch.topk(torch.log_softmax(logits, -1), self._most, -1)
+        return [own, best.indices, best.values]
+
+    def take(self, arrays: Iterator[np.ndarray]) -> _Values:
+        if self._asked:
+            self._own = next(arrays).tolist()
+        if self._most:
+            self._ids, self._best = next(arrays).tolist(), next(arrays).tolist()
+        return self
+
+    def at(self, pick: int, top: int) -> ByteLogprobs:
+        """The value of one pick, with its `top` best alternatives."""
+        pairs = list(zip(self._ids[pick][:top], self._best[pick][:top], strict=True)) if top else []
+        return ByteLogprobs(self._own[pick], pairs)

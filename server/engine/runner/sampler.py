@@ -1,0 +1,286 @@
+"""From decoder states to bytes: each request's parameters for the selection kernels, and what they chose."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastblt.kernels.cpu.choice import Draws
+from fastblt.kernels.noise import mix_seed
+from fastblt.kernels.selection import SelectionParams, select
+from fastblt.kernels.unmasking import Unmasked, unmask
+from fastblt.kernels.verification import verify
+from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
+from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.staging import Staging
+from fastblt.server.engine.runner.masks import Masks, part
+from fastblt.server.engine.runner.sampled import Batch, BlockPicks, CausalPicks, Result
+from fastblt.server.engine.sequence import Sequence
+
+#: A position that no request reaches.
+_NEVER = 2**62
+
+
+class Chooser:
+    """Selection parameters of every state row, on the device, and the passes' choices."""
+
+    def __init__(
+        self,
+        rows: int,
+        passes: Passes,
+        allocate: Callable[[str, int, int], np.ndarray],
+        staging: dict[str, Staging],
+        device: torch.device,
+    ) -> None:
+        self._passes = passes
+        self._allocate = allocate
+        self._staging = staging
+        self._device = device
+        # Temperature, top-p, min-p, repetition, presence, frequency; top-k and seed.
+        self._values = torch.zeros(6, rows, device=device)
+        self._values[[1, 3]] = 1.0
+        self._integers = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._null: dict[int, tuple[Tensor, ...]] = {}
+        self._bias = torch.zeros(rows, VOCAB_SIZE, device=device)
+        self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32, device=device)
+        self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool, device=device)
+        # What a pass must know of its rows without asking every request: which of them need which work (drawing,
+        # truncation, penalties), and from which position on EOS may stand.
+        self._needs: tuple[set[int], set[int], set[int]] = (set(), set(), set())
+        self._eos_from = np.zeros(rows, dtype=np.int64)
+        # The null request, whose steps are measured, never ends.
+        self._eos_from[0] = _NEVER
+
+    def admit(self, sequence: Sequence) -> None:
+        """Note the parameters of a sequence, and the bytes it has already produced."""
+        row, params = sequence.row, sequence.params
+        for rows, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
+            (rows.add if needed else rows.discard)(row)
+        self._eos_from[row] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
+        self._values[:, row] = torch.tensor(
+            [
+                params.temperature,
+                params.top_p,
+                params.min_p,
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+            ],
+            device=self._device,
+        )
+        seed = mix_seed(sequence.seed, sequence.request.choice)
+        self._integers[:, row] = torch.tensor([params.top_k, seed], device=self._device)
+        # Also for a sequence without penalties: another row of its pass may have some, and the row's last owner had.
+        self._bias[row] = 0.0
+        self._counts[row] = 0
+        self._prompt_seen[row] = False
+        if params.penalizes:
+            for token, value in params.logit_bias.items():
+                self._bias[row, token] = value
+            prompt = torch.tensor(sequence.ids[: sequence.prompt_length], device=self._device)
+            self._prompt_seen[row, prompt] = True
+            self.commit(sequence, sequence.ids[sequence.prompt_length :])
+
+    def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
+        """Count produced ids."""
+        if sequence.params.penalizes and ids:
+            counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
+            self._counts[sequence.row] += torch.from_numpy(counts).to(self._device)
+
+    @property
+    def draws(self) -> Draws:
+        """How bytes without penalties are chosen, by state row."""
+        return Draws(self._values, self._integers, torch.from_numpy(self._eos_from))
+
+    def needs(self, sequences: list[Sequence]) -> tuple[bool, ...]:
+        """Whether one of them draws, whether one truncates, and whether one has penalties."""
+        rows = [sequence.row for sequence in sequences]
+        return tuple(bool(needing) and not needing.isdisjoint(rows) for needing in self._needs)
+
+    def stage(self, sequences: list[Sequence], batch: Batch, plain: bool) -> Staged:
+        """Lay out what the sequences pick from; `plain` where all of them are."""
+        causal, blocks = CausalPicks(sequences, batch, plain), BlockPicks(sequences, batch, plain)
+        index = np.concatenate((batch.picked, blocks.rows.reshape(-1))) if blocks.count else batch.picked
+        count, total = len(batch.picked), len(index)
+        columns = self._allocate("picks", 6, total)
+        at, owners, positions, forbid_eos, masked, ids = columns[:, :total]
+        at[:], owners[:], positions[:] = index, batch.owners[index], batch.positions[index]
+        # A causal row's byte stands behind it, a block row's on it.
+        positions[:count] += 1
+        np.less(positions, self._eos_from[owners], out=forbid_eos, casting="unsafe")
+        if blocks.count:
+            ids[count:] = batch.block[index[count:]]
+            masked[count:] = blocks.masked(ids[count:])
+            # What fills up shorter blocks belongs to nobody.
+            if not blocks.even:
+                columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
+            rules = self._allocate("blocks", 3, blocks.count)[:, : blocks.count]
+            steps = [(step.rule, step.bound, step.last_step) for step in blocks.steps]
+            numbers, bounds, last = zip(*steps, strict=True)
+            rules[0], rules[2], rules[1].view(np.float32)[:] = numbers, last, bounds
+        if causal.drafts is not None:
+            picks, lengths = causal.drafts
+            drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
+            drafts[0], drafts[1:] = lengths, picks.T
+        samples, truncates, penalizes = self.needs(sequences)
+        return Staged(
+            causal,
+            blocks,
+            count,
+            total,
+            whole=total == batch.padded and (not blocks.count or bool((at == np.arange(total)).all())),
+            sampled=samples,
+            truncated=truncates,
+            penalized=penalizes,
+            extra=self._drafted(sequences, causal, blocks) if penalizes else [],
+            masks=Masks(sequences, causal, blocks, total)
+            if not plain and any(s.constraint for s in sequences)
+            else None,
+        )
+
+    def choose(self, states: Tensor, staged: Staged) -> list[Tensor]:
+        """Choose a byte for every picked row of decoder states [rows, d], fill the blocks, and store the ids. What is
+        to be fetched of it."""
+        causal, blocks, count, total = staged.causal, staged.blocks, staged.count, staged.total
+        if not total:
+            return []
+        tensors: list[Tensor] = []
+        sent = self._staging["picks"].send()
+        logits = self._passes.logits(states, None if staged.whole else sent[0])[:total]
+        sent = sent[:, :total]
+        params = self._params(staged, sent)
+        if staged.masks is not None:
+            params.allowed = staged.masks.allowed(self._device)
+        owners, positions = sent[1], sent[2]
+        known, chosen = self._passes.ids, None
+        if count:
+            some = params if count == total else part(params, slice(count))
+            chosen = select(logits[:count], some, need_statistics=False)
+        if blocks.count:
+            step = self._fill(blocks, logits[count:], sent[4:, count:], part(params, slice(count, total)))
+            if staged.masks is not None:
+                staged.masks.mend(step, None if chosen is None else chosen.ids, logits, params)
+            known.write(owners[count:], positions[count:], step.ids.view(-1))
+            tensors += blocks.results_of(step, logits[count:])
+        if chosen is not None:
+            accepted = self._verify(causal, chosen.ids, owners, positions)
+            # After a block's own ids: where a causal row goes before it, that row gives its first byte.
+            known.write(owners[:count], positions[:count], chosen.ids)
+            tensors += causal.results_of(chosen, accepted, logits[:count])
+        return tensors
+
+    def _fill(self, blocks: BlockPicks, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
+        """One unmasking step of every block; `sent` are the columns of what is masked and of the ids."""
+        shape = blocks.rows.shape
+        rules, bounds, last = self._staging["blocks"].send()[:, : blocks.count].unbind()
+        rules, bounds, last = rules.long(), bounds.view(torch.float32), last.bool()
+        masked, ids = sent[0].view(shape).bool(), sent[1].view(shape).long()
+        return unmask(logits.view(*shape, -1), masked, ids, params, rules, bounds, last, everything=blocks.everything)
+
+    def _verify(self, causal: CausalPicks, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
+        """How many drafted bytes agree with their targets, int64 [drafts]; None where nothing is verified."""
+        if causal.drafts is None:
+            return None
+        sent = self._staging["drafts"].send()[:, : len(causal.drafts[1])]
+        rows, lengths = sent[1:].T, sent[0].long()
+        # What still stands where the targets will go is the draft.
+        drafted = rows[:, :-1]
+        return verify(targets[rows], self._passes.ids.read(owners[drafted], positions[drafted]), lengths)[0]
+
+    def _drafted(
+        self, sequences: list[Sequence], causal: CausalPicks, blocks: BlockPicks
+    ) -> list[tuple[int, abc.Sequence[int]]]:
+        """(pick, ids) where penalties count more than the committed ids: the drafted and filled bytes before it."""
+        extra: list[tuple[int, abc.Sequence[int]]] = []
+        for at, sequence in enumerate(sequences):
+            plan = sequence.plan
+            assert plan is not None
+            if not sequence.params.penalizes:
+                continue
+            if plan.select and sequence.draft:
+                # Row i of a verification counts the drafted bytes before its own.
+                first = causal.firsts[at]
+                extra += [(first + i, sequence.draft[:i]) for i in range(1, plan.select)]
+                if plan.draft:
+                    extra.append((first, sequence.draft))
+            if filled := [i for i in plan.block_ids if i != MASK_ID]:
+                extra += [(blocks.first(at) + i, filled) for i in range(len(plan.block_ids))]
+        return extra
+
+    def _unread(self, count: int) -> tuple[Tensor, ...]:
+        """Parameters of a greedy pass, which reads none: the null row's stand for all."""
+        columns = self._null.get(count)
+        if columns is None:
+            tables = (table[:, :1].expand(-1, count) for table in (self._values, self._integers))
+            columns = self._null[count] = tuple(column for table in tables for column in table.unbind())
+        return columns
+
+    def _params(self, staged: Staged, sent: Tensor) -> SelectionParams:
+        rows = sent[1]
+        if staged.sampled or staged.penalized:
+            columns = (*self._values[:, rows].unbind(), *self._integers[:, rows].unbind())
+        else:
+            columns = self._unread(len(rows))
+        temperature, top_p, min_p, repetition, presence, frequency, top_k, seeds = columns
+        counts = prompt_seen = bias = None
+        penalized = staged.penalized
+        if penalized:
+            counts, prompt_seen, bias = self._counts[rows], self._prompt_seen[rows], self._bias[rows]
+            if staged.extra:
+                pairs = [(pick, token) for pick, tokens in staged.extra for token in tokens]
+                at = torch.tensor(pairs, device=self._device).view(-1, 2)
+                ones = torch.ones(len(pairs), dtype=torch.int32, device=self._device)
+                counts.index_put_((at[:, 0], at[:, 1]), ones, accumulate=True)
+        return SelectionParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=sent[2].long(),
+            forbid_eos=sent[3].bool(),
+            repetition=repetition if penalized else None,
+            presence=presence if penalized else None,
+            frequency=frequency if penalized else None,
+            counts=counts,
+            prompt_seen=prompt_seen,
+            bias=bias,
+            sampled=staged.sampled,
+            truncated=staged.truncated,
+            penalized=penalized,
+        )
+
+
+@dataclass
+class Staged:
+    """A pass's picks, first those of all causal rows, `count`, then those of all blocks, `total` together.
+
+    `whole`: they are all of the pass's rows, in order. `extra` has (pick, ids) where penalties count more than the
+    committed ids.
+    """
+
+    causal: CausalPicks
+    blocks: BlockPicks
+    count: int
+    total: int
+    whole: bool
+    sampled: bool
+    truncated: bool
+    penalized: bool
+    extra: list[tuple[int, abc.Sequence[int]]]
+    masks: Masks | None
+
+    def results(self, fetched: list[np.ndarray]) -> list[Result]:
+        """The results of all sequences from what was fetched."""
+        results = [Result() for _ in self.causal.firsts]
+        arrays = iter(fetched)
+        if self.blocks.count:
+            self.blocks.take(arrays, results)
+        if self.count:
+            self.causal.take(arrays, results)
+        return results

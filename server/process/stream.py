@@ -1,0 +1,124 @@
+"""The news of requests on its way to whoever asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+
+from fastblt.server.request import Delta, FinishReason, Request
+
+#: Seconds between two items of a stream. Each costs its reader a write, whatever is in it, and bytes come much faster
+#: than anybody reads them.
+ITEM_SECONDS = 0.02
+
+#: What streams hold back is let go at multiples of so many seconds, for many of them at once: a process that wakes for
+#: each costs the engine more than what it then does.
+_TICK_SECONDS = 0.005
+
+
+class DeltaStream:
+    """Asynchronous iterator over the news of requests that were submitted together; one reader, which may also `listen`
+    and take the items as they come.
+
+    Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
+    holds no more than the requests' outputs. The first item and the last come at once, the others no closer together
+    than ITEM_SECONDS. With `whole`, news is held back until every request has ended, or one has failed. Whoever
+    stops before the end must `close()`: it aborts what is unfinished.
+    """
+
+    def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:
+        self._abort = abort
+        self._open = {request.request_id for request in requests}
+        self._news: dict[str, Delta] = {}
+        self._event = asyncio.Event()
+        self._wake: Callable[[], None] = self._event.set
+        self._whole = whole
+        self._loop = asyncio.get_running_loop()
+        self._next = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._failed = False
+
+    def __aiter__(self) -> DeltaStream:
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        while not (news := self.take()):
+            if self.ended:
+                raise StopAsyncIteration
+            self._event.clear()
+            await self._event.wait()
+        return news
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have `on_news` called, instead of the iterator woken, whenever there may be something to take or the end has
+        come. It must not raise.
+        """
+        self._wake = on_news
+
+    def take(self) -> list[Delta]:
+        """The next item, if it may leave already; else nothing."""
+        if not self._news or self._held:
+            return []
+        news, self._news = self._news, {}
+        self._next = math.ceil((self._loop.time() + ITEM_SECONDS) / _TICK_SECONDS) * _TICK_SECONDS
+        return list(news.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to take, and nothing will be."""
+        return self._closed or not (self._open or self._news)
+
+    @property
+    def _held(self) -> bool:
+        return bool(self._open) and not self._failed and (self._whole or self._loop.time() < self._next)
+
+    def push(self, delta: Delta) -> None:
+        """Take over a delta. After `close` it is dropped."""
+        if delta.finish_reason is not None:
+            self._open.discard(delta.request_id)
+            self._failed |= delta.finish_reason is FinishReason.ERROR
+        if self._closed:
+            return
+        earlier = self._news.get(delta.request_id)
+        self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
+        if not self._held:
+            self._wake()
+        elif not self._whole and self._timer is None:
+            self._timer = self._loop.call_at(self._next, self._release)
+
+    def _release(self) -> None:
+        self._timer = None
+        self._next = 0.0
+        self._wake()
+
+    def close(self) -> None:
+        """End the iteration and abort the requests that have not finished. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._news.clear()
+        for request_id in self._open:
+            self._abort(request_id, "sibling_failed" if self._failed else "client_left")
+        self._wake()
+
+
+def _merge(earlier: Delta, later: Delta) -> Delta:
+    """`later` put behind `earlier`, whose lists are reused: joining copies would cost the square of the output."""
+    earlier.ids.extend(later.ids)
+    if earlier.logprobs is None:
+        earlier.logprobs = later.logprobs
+    else:
+        earlier.logprobs.extend(later.logprobs or ())
+    earlier.ending = later.ending
+    earlier.finish_reason = later.finish_reason
+    earlier.stop_reason = later.stop_reason
+    earlier.error = later.error
+    earlier.error_code = later.error_code
+    earlier.ledger = later.ledger
+    earlier.timings = later.timings
+    earlier.decoding = later.decoding
+    earlier.patches = later.patches
+    earlier.cached = later.cached
+    return earlier

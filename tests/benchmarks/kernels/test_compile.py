@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles for real GPUs without one, and moves hardly more bytes than it must."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastblt.benchmarks.kernels.run import TARGETS, compile_all, faults, report_gpu
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
+
+
+def test_kernels_compile_for_every_target() -> None:
+    """No spills, and matrix instructions and asynchronous copies where they should be."""
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    results = compile_all(list(TARGETS))
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Two processes at a time: 50 seconds on an idle machine of two cores.
+    assert spent.ru_utime + spent.ru_stime - begun.ru_utime - begun.ru_stime < 100
+    assert {result["target"] for result in results} == set(TARGETS) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert not [(result["kernel"], result["target"], faults(result)) for result in results if faults(result)]
+    names = {result["kernel"].split()[0] for result in results}
+    assert names == {"select", "unmask", "verify", "attend", "write", "merge", "hash"}
+
+
+def test_kernels_read_their_arguments_about_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastblt.benchmarks.kernels.run", "--traffic"],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 9
+
+
+def test_speed_is_reported_for_every_case() -> None:
+    """The report of `--gpu`, under the interpreter: one call each."""
+    code = "from fastblt.benchmarks.kernels.run import report_speed; report_speed(rounds=1, wait=lambda: None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_gpu_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_gpu() == 1
+    assert "no GPU" in capsys.readouterr().err

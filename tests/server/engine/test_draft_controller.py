@@ -1,0 +1,165 @@
+"""The controller of `auto`, against acceptances that are replayed to it and costs that are made up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from fastblt.models.config import BltConfig
+from fastblt.server.decoding.auto import Draft
+from fastblt.server.engine.device.cost import MODULES, CostCurve, Costs
+from fastblt.server.engine.draft_controller import Acceptance, Controller, _chance
+from fastblt.server.request import DecodingMethod
+from tests.server.harness import model
+
+BLT = Draft()
+
+
+def curves(fixed: float, row: float) -> Costs:
+    """A pass costs `fixed` seconds and `row` for every row; the global transformer three times as much."""
+    rows = (1, 1024)
+    return {
+        name: CostCurve(rows, tuple((3 if name == "global" else 1) * (fixed + row * n) for n in rows))
+        for name in MODULES
+    }
+
+
+def config(**changes: object) -> BltConfig:
+    base = model(1).config
+    assert base.block_sizes
+    return base if not changes else base.__class__(**{**vars(base), **changes})
+
+
+def replay(controller: Controller, right: Callable[[Draft, int], float], requests: int, rounds: int = 3000) -> Draft:
+    """Rounds whose bytes are right with the probability right(draft, position); what is drafted at the end."""
+    rng = random.Random(0)
+    for _ in range(rounds):
+        draft = controller.next()
+        accepted = 0
+        while accepted < draft.length and rng.random() < right(draft, accepted):
+            accepted += 1
+        if draft.length:
+            controller.settled(draft, draft.length, accepted)
+        controller.passed(requests, lambda: 0.25, 0.0, [])
+    return controller.best
+
+
+def test_weights_dominate_and_drafts_are_right() -> None:
+    """One pass costs the same whatever it carries: long blocks of which all is right beat everything."""
+    controller = Controller(config(), curves(1e-3, 1e-9))
+    best = replay(controller, lambda draft, at: 0.99, 1)
+    assert best == Draft(DecodingMethod.BLT_DV, max(config().block_sizes))
+
+
+def test_nothing_drafted_is_right() -> None:
+    controller = Controller(config(), curves(1e-3, 1e-4))
+    assert replay(controller, lambda draft, at: 0.02, 1) == BLT
+
+
+def test_only_blt_s_is_right() -> None:
+    """Where upstream is what costs, it drafts; its length is that where another byte costs more than it brings."""
+    costs = curves(1e-4, 1e-6) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
+    best = replay(
+        Controller(config(), costs), lambda draft, at: 0.95 if draft.method == DecodingMethod.BLT_S else 0.05, 1
+    )
+    assert best.method == DecodingMethod.BLT_S and best.length >= 4
+    short = replay(
+        Controller(config(), costs),
+        lambda draft, at: (0.95 if at < 2 else 0.1) if draft.method == DecodingMethod.BLT_S else 0.05,
+        1,
+    )
+    assert short == Draft(DecodingMethod.BLT_S, 2)
+
+
+def test_rows_become_dear_under_load() -> None:
+    """Some of a draft is wasted: worth it while passes cost the same, not when every row does."""
+
+    def right(draft: Draft, at: int) -> float:
+        return 0.8 if draft.method == DecodingMethod.BLT_DV else 0.1
+
+    costs = curves(1e-3, 1e-4)
+    alone = replay(Controller(config(), costs), right, 1)
+    loaded = replay(Controller(config(), costs), right, 64)
+    assert alone.method == DecodingMethod.BLT_DV
+    assert loaded.length < alone.length
+
+
+def test_it_learns_that_the_checkpoint_was_wrong_and_back() -> None:
+    told = config(acceptance={f"blt-dv-{size} 1step": 0.95 for size in config().block_sizes})
+    controller = Controller(told, curves(1e-3, 1e-6))
+    assert controller.best.method == DecodingMethod.BLT_DV
+    assert replay(controller, lambda draft, at: 0.05 if draft.method == DecodingMethod.BLT_DV else 0.4, 1) != (
+        Draft(DecodingMethod.BLT_DV, max(told.block_sizes))
+    )
+    assert replay(controller, lambda draft, at: 0.99, 1, 6000).method == DecodingMethod.BLT_DV
+
+
+def test_a_cold_start_follows_the_checkpoint() -> None:
+    costs = curves(1e-3, 1e-6)
+    sizes = config().block_sizes
+    good = Controller(config(acceptance={f"blt-dv-{size} 1step": 0.9 for size in sizes}), costs)
+    bad = Controller(config(acceptance={f"blt-dv-{size} 1step": 0.01 for size in sizes} | {"blt-s k8": 0.01}), costs)
+    assert good.best.method == DecodingMethod.BLT_DV
+    assert bad.best == BLT
+
+
+def test_one_round_in_32_is_a_probe() -> None:
+    controller = Controller(config(), curves(1e-3, 1e-4))
+    drafts = [controller.next() for _ in range(32 * 40)]
+    others = sum(draft != controller.best for draft in drafts)
+    assert 30 <= others <= 40
+
+
+def test_small_gains_do_not_switch() -> None:
+    """Two drafts that give the same but for noise: it settles on one."""
+    controller = Controller(config(), curves(1e-3, 1e-5))
+    replay(controller, lambda draft, at: 0.5, 4)
+    switches, before = 0, controller.best
+    rng = random.Random(1)
+    for _ in range(3000):
+        draft = controller.next()
+        accepted = 0
+        while accepted < draft.length and rng.random() < 0.5:
+            accepted += 1
+        if draft.length:
+            controller.settled(draft, draft.length, accepted)
+        controller.passed(4, lambda: 0.25, rng.uniform(0, 2e-4), [])
+        switches += controller.best != before
+        before = controller.best
+    assert switches <= 3
+
+
+def test_without_a_diffusion_head() -> None:
+    controller = Controller(config(block_sizes=()), curves(1e-3, 1e-6))
+    assert {draft.method for draft in controller.drafts} == {DecodingMethod.BLT, DecodingMethod.BLT_S}
+    for _ in range(200):
+        assert controller.next().method != DecodingMethod.BLT_DV
+
+
+def test_the_engines_own_time_favors_few_passes() -> None:
+    costs = curves(1e-4, 1e-6)
+    costs = costs | {"global": CostCurve((1, 64), (2e-2, 2e-2))}
+    quick, slow = Controller(config(), costs), Controller(config(), costs)
+    for _ in range(500):
+        slow.passed(1, lambda: 0.25, 1e-2, [("decoder", 1)])
+        quick.passed(1, lambda: 0.25, 1e-4, [("decoder", 1)])
+    many, few = Draft(DecodingMethod.BLT_S, 8), Draft(DecodingMethod.BLT_DV, 8)
+    assert quick.rate(many) > quick.rate(few)
+    assert slow.rate(many) < slow.rate(few)
+
+
+def test_acceptance_is_the_mean_of_what_was_counted() -> None:
+    acceptance = Acceptance(4, 0.5)
+    for _ in range(5000):
+        acceptance.count(4, 2)
+    assert acceptance.bytes(4) == pytest.approx(2.0, abs=0.1)
+    assert acceptance.bytes(1) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("length", [1, 4, 16])
+def test_chance_of_a_byte_from_a_share_of_bytes(chance: float, length: int) -> None:
+    share = sum(chance**at for at in range(1, length + 1)) / length
+    assert _chance(share, length) == pytest.approx(chance, abs=1e-3)
