@@ -35,7 +35,7 @@ def use_triton(device: torch.device) -> bool:
 
 
 def launcher(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`<op>_torch` of kernels/<file>.py, or `<op>_triton` of kernels/<file>_triton.py if the first tensor goes there.
+    """`<op>_torch` of kernels/<file>.py, or `<op>_triton` of kernels/gpu/<file>.py if the first tensor goes there.
 
     Triton is imported by the first such call, never before.
     """
@@ -45,7 +45,8 @@ def launcher(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         first = arguments[0]
         if isinstance(first, torch.Tensor) and use_triton(first.device):
             name = plain.__name__.removesuffix("torch") + "triton"
-            return getattr(importlib.import_module(f"{plain.__module__}_triton"), name)(*arguments, **options)
+            package, _, file = plain.__module__.rpartition(".")
+            return getattr(importlib.import_module(f"{package}.gpu.{file}"), name)(*arguments, **options)
         return plain(*arguments, **options)
 
     return launch

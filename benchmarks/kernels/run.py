@@ -100,10 +100,10 @@ def variants(target: str) -> list[Variant]:
     amd = target.startswith("gfx")
     for name, flags in (("greedy", (0, 0, 0)), ("everything", (1, 1, 1))):
         booleans = dict(zip(("SAMPLED", "TRUNCATED", "PENALIZED"), map(bool, flags), strict=True)) | {"TILE": LOGITS}
-        found.append(Variant(f"select {name}", "selection_triton.select_kernel", _SELECT, booleans, exact))
+        found.append(Variant(f"select {name}", "selection.select_kernel", _SELECT, booleans, exact))
         blocks = booleans | {"BLOCK": 32}
-        found.append(Variant(f"unmask {name}", "unmasking_triton.unmask_kernel", _UNMASK, blocks, exact))
-    found.append(Variant("verify", "verification_triton.verify_kernel", _VERIFY, {"TILE": 64}, {"num_warps": 1}))
+        found.append(Variant(f"unmask {name}", "unmasking.unmask_kernel", _UNMASK, blocks, exact))
+    found.append(Variant("verify", "verification.verify_kernel", _VERIFY, {"TILE": 64}, {"num_warps": 1}))
     for dtype, short in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         types = _ROWS | dict.fromkeys(("q", "k", "v", "store", "out"), f"*{short}")
         for heads, kv_heads, dim, longest in SHAPES[short]:
@@ -114,16 +114,16 @@ def variants(target: str) -> list[Variant]:
             label = f"{short} D={dim} M={shape['BLOCK']}"
             constants = {"PAGE": 64, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "KEYS": TILE} | shape
             constants |= {"PARTS": 1 if dim == 32 else MOST_PARTS, "DOT": getattr(tl, str(dtype)[6:])}
-            attend = "paged_attention_triton.attend_kernel"
+            attend = "paged_attention.attend_kernel"
             found.append(Variant(f"attend {label}", attend, types, constants, options, short != "fp32"))
     # `types` are those of bf16 now: the other types differ in their conversions only.
     constants = {"PAGE": 64, "WIDTH": 16 * 64, "DIM": 64, "PAIRS": 8 * 64}
-    found.append(Variant("write bf16", "paged_attention_triton.write_kernel", types, constants))
+    found.append(Variant("write bf16", "paged_attention.write_kernel", types, constants))
     constants = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "BLOCK": 16, "PARTS": MOST_PARTS}
-    found.append(Variant("merge bf16", "paged_attention_triton.merge_kernel", types, constants))
+    found.append(Variant("merge bf16", "paged_attention.merge_kernel", types, constants))
     types = _HASH | dict.fromkeys(("byte_table", "hash_table", "out"), "*bf16")
     constants = {"WINDOW": 8, "TABLES": 6, "WINDOW_TILE": 8, "TABLE_TILE": 8, "BLOCK": 256}
-    found.append(Variant("hash bf16", "hash_embedding_triton.hash_kernel", types, constants, {"num_warps": 2}))
+    found.append(Variant("hash bf16", "hash_embedding.hash_kernel", types, constants, {"num_warps": 2}))
     return found
 
 
@@ -136,7 +136,7 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     module, name = variant.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
+    kernel = getattr(importlib.import_module(f"fastblt.kernels.gpu.{module}"), name)
     signature = {arg: "constexpr" if arg in variant.constants else variant.types[arg] for arg in kernel.arg_names}
     # Without these the compiler must assume unaligned rows, and neither vectors nor asynchronous copies appear.
     places = [

@@ -243,7 +243,14 @@ def test_no_sizes(text: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["server", "fastblt.server.request", "fastblt.server.settings", "fastblt.server.cli", "fastblt.server.api.app"],
+    [
+        "fastblt",
+        "fastblt.server",
+        "fastblt.server.request",
+        "fastblt.server.settings",
+        "fastblt.server.cli",
+        "fastblt.server.api.app",
+    ],
 )
 def test_what_answers_at_once_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
