@@ -1,22 +1,16 @@
-"""Which implementation of a kernel serves: Triton on GPUs, torch (and C, see `native`) elsewhere.
+"""Which implementation of an operation serves: Triton on a GPU, C or torch elsewhere (`kernels/cpu/native.py`).
 
-`FASTBLT_KERNELS=triton` or `=torch` forces one for the whole process. Without a GPU a forced Triton runs under its
-interpreter, which must be chosen before triton is first imported: so this module is imported by every launcher.
+`FASTBLT_KERNELS=triton` or `=torch` forces one for the whole process (`torch` leaves the CPU its C code). Without a GPU
+a forced Triton runs under its interpreter, which must be chosen before triton is first imported: so every file that
+may import a Triton kernel imports this one.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
 import torch
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 _FORCED = os.environ.get("FASTBLT_KERNELS", "")
 if _FORCED not in ("", "triton", "torch"):
@@ -32,24 +26,6 @@ def use_triton(device: torch.device) -> bool:
     if _FORCED:
         return _FORCED == "triton"
     return device.type == "cuda" and _INSTALLED
-
-
-def launcher(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`<op>_torch` of kernels/<file>.py, or `<op>_triton` of kernels/gpu/<file>.py if the first tensor goes there.
-
-    Triton is imported by the first such call, never before.
-    """
-
-    @wraps(plain)
-    def launch(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        first = arguments[0]
-        if isinstance(first, torch.Tensor) and use_triton(first.device):
-            name = plain.__name__.removesuffix("torch") + "triton"
-            package, _, file = plain.__module__.rpartition(".")
-            return getattr(importlib.import_module(f"{package}.gpu.{file}"), name)(*arguments, **options)
-        return plain(*arguments, **options)
-
-    return launch
 
 
 def interpreted() -> bool:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,33 +23,7 @@ from torch import Tensor
 from fastblt.kernels.attention import TILE, masked_attention
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library, threads
-
-
-@dataclass(frozen=True)
-class RaggedRows:
-    """Where the rows of a pass stand in one cache group; see the module for shapes. Rows of a request are adjacent.
-
-    `spans` lists (first row, row count) of each request in the pass, for the torch path; the Triton path asks it for
-    the longest. Every position is below
-    `length`.
-    """
-
-    table: Tensor
-    rows: Tensor
-    positions: Tensor
-    firsts: Tensor
-    highs: Tensor
-    spans: list[tuple[int, int]]
-    length: int
-    page_size: int
-    window: int | None = None
-
-    @cached_property
-    def lows(self) -> Tensor:
-        """Where the rows' ranges begin, int32 [N]."""
-        if self.window is None:
-            return torch.zeros_like(self.firsts)
-        return (self.firsts + (1 - self.window)).clamp_min_(0)
+from fastblt.kernels.types import RaggedRows
 
 
 def paged_attention(

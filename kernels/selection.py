@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
@@ -37,6 +36,7 @@ from torch import Tensor
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.noise import VOCABULARY, gumbel
+from fastblt.kernels.types import Selection, SelectionParams
 
 EOS = 2
 #: BOE, BOS and BPE are never produced.
@@ -44,45 +44,6 @@ NEVER = (0, 1, 3)
 
 _INF = float("inf")
 _MOST = torch.finfo(torch.float32).max
-
-
-@dataclass
-class SelectionParams:
-    """Parameters of N rows, tensors on the logits' device.
-
-    The booleans speak for the batch: some row samples, truncates, or has penalties or a bias. Work that no row needs is
-    skipped; a row that does not need it gets the same result either way. Without `penalized` the six fields from
-    `repetition` to `bias` are not read; with it each may still be None.
-    """
-
-    temperature: Tensor  # fp32 [N], 0 is greedy
-    top_k: Tensor  # int64 [N], 0 is off
-    top_p: Tensor  # fp32 [N], 1 is off
-    min_p: Tensor  # fp32 [N], 0 is off
-    seeds: Tensor  # int64 [N], from `mix_seed`
-    positions: Tensor  # int64 [N], absolute position of the produced byte
-    forbid_eos: Tensor  # bool [N]
-    sampled: bool
-    truncated: bool
-    penalized: bool
-    repetition: Tensor | None = None  # fp32 [N], 1 is off
-    presence: Tensor | None = None  # fp32 [N]
-    frequency: Tensor | None = None  # fp32 [N]
-    counts: Tensor | None = None  # int32 [N, 260], how often each id was produced
-    prompt_seen: Tensor | None = None  # bool [N, 260]
-    bias: Tensor | None = None  # fp32 [N, 260], finite or -inf
-    allowed: Tensor | None = None  # bool [N, 260], what a grammar or UTF-8 leaves; None allows every id
-
-
-@dataclass
-class Selection:
-    """What was chosen in each row."""
-
-    ids: Tensor  # int64 [N]
-    logprobs: Tensor  # fp32 [N], without meaning in a bad row
-    confidence: Tensor | None  # fp32 [N], None unless asked for; NaN in a bad row
-    entropy: Tensor | None  # fp32 [N], likewise
-    bad: Tensor  # bool [N]
 
 
 @lru_cache(maxsize=16)

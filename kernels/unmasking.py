@@ -16,13 +16,12 @@ is the sum of the prefix one shorter, and its first position always passes (for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fastblt.kernels.backend import launcher
-from fastblt.kernels.selection import SelectionParams, select
+from fastblt.kernels.backend import use_triton
+from fastblt.kernels.selection import select
+from fastblt.kernels.types import SelectionParams, Unmasked
 
 CONFIDENCE = 0
 ENTROPY = 1
@@ -31,18 +30,6 @@ ONE_STEP = 3
 
 _INF = float("inf")
 _MOST = torch.finfo(torch.float32).max
-
-
-@dataclass
-class Unmasked:
-    """The blocks after the step. Only positions that were masked have changed."""
-
-    ids: Tensor  # int64 [R, B]
-    masked: Tensor  # bool [R, B], what is still masked
-    count: Tensor  # int64 [R], how many were fixed
-    done: Tensor  # bool [R], none is masked any more
-    logprobs: Tensor  # fp32 [R, B] of the positions fixed in this step, NaN elsewhere
-    bad: Tensor  # bool [R], a masked row could not be selected from
 
 
 def pick_torch(
@@ -104,5 +91,20 @@ def unmask_torch(
     )
 
 
-#: Picks the implementation for the logits' device.
-unmask = launcher(unmask_torch)
+def unmask(
+    logits: Tensor,
+    masked: Tensor,
+    ids: Tensor,
+    params: SelectionParams,
+    rule: Tensor,
+    bound: Tensor,
+    last_step: Tensor,
+    *,
+    everything: bool = False,
+) -> Unmasked:
+    """`unmask_torch` by the implementation for the logits' device."""
+    if use_triton(logits.device):
+        from fastblt.kernels.gpu.unmasking import unmask_triton
+
+        return unmask_triton(logits, masked, ids, params, rule, bound, last_step, everything=everything)
+    return unmask_torch(logits, masked, ids, params, rule, bound, last_step, everything=everything)

@@ -18,14 +18,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastblt.kernels.backend import launcher
+from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library
 
 
 def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(accepted, next_id), int64 [R], of targets int64 [R, K + 1], drafts int64 [R, K] and lengths int64 [R]."""
-    if targets.device.type == "cpu" and (function := _entry()) is not None:
-        return _native(function, targets.contiguous(), drafts.contiguous(), lengths.contiguous())
     drafted = torch.arange(drafts.shape[1], device=drafts.device) < lengths.unsqueeze(-1)
     agree = (drafts == targets[:, :-1]).logical_and_(drafted)
     accepted = agree.cumprod(-1, dtype=torch.int64).sum(-1)
@@ -50,5 +48,12 @@ def _native(function: Callable[..., None], targets: Tensor, drafts: Tensor, leng
     return accepted, next_id
 
 
-#: Picks the implementation for the targets' device.
-verify = launcher(verify_torch)
+def verify(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify_torch` by the implementation for the targets' device."""
+    if use_triton(targets.device):
+        from fastblt.kernels.gpu.verification import verify_triton
+
+        return verify_triton(targets, drafts, lengths)
+    if targets.device.type == "cpu" and (function := _entry()) is not None:
+        return _native(function, targets.contiguous(), drafts.contiguous(), lengths.contiguous())
+    return verify_torch(targets, drafts, lengths)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblt.kernels.attention import masked_attention
-from fastblt.kernels.cpu.latent_attention import StoredLatents, latent_attention
-from fastblt.kernels.cpu.paged_rows import PagedRows
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.cpu.upstream import StoredPatches
 from fastblt.kernels.hash_embedding import Tables, hash_embedding
+from fastblt.kernels.latent_attention import StoredLatents, latent_attention
 from fastblt.kernels.paged_attention import PagedAttention
+from fastblt.kernels.paged_rows import PagedRows
+from fastblt.kernels.request_ids import RequestIds
 from fastblt.models.config import BltConfig, StackConfig
 from fastblt.models.layers import CrossAttend, CrossAttention, RMSNorm, Rope, SelfAttend, Stack, rotate
 from fastblt.models.patching import PatchRule, entropies

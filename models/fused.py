@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu import linear
 from fastblt.kernels.cpu.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
-from fastblt.kernels.cpu.latent_attention import StoredLatents
-from fastblt.kernels.cpu.paged_rows import PagedRows
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.cpu.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
 from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
+from fastblt.kernels.latent_attention import StoredLatents
 from fastblt.kernels.paged_attention import PagedAttention
+from fastblt.kernels.paged_rows import PagedRows
+from fastblt.kernels.request_ids import RequestIds
 from fastblt.models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
 from fastblt.models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 

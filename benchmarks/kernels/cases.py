@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastblt.kernels.attention import TILE
 from fastblt.kernels.hash_embedding import hash_embedding_torch
-from fastblt.kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
-from fastblt.kernels.selection import SelectionParams, select, select_torch
+from fastblt.kernels.paged_attention import paged_attention, paged_attention_torch
+from fastblt.kernels.selection import select, select_torch
+from fastblt.kernels.types import RaggedRows, SelectionParams
 from fastblt.kernels.unmasking import ENTROPY, pick_torch, unmask_torch
 from fastblt.kernels.verification import verify_torch
 from fastblt.models.blt import LatentRows

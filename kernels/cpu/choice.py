@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastblt.kernels import selection
 from fastblt.kernels.cpu.dense import Packed
-from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.request_ids import RequestIds
 
 
 @dataclass(frozen=True)

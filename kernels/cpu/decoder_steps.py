@@ -43,8 +43,8 @@ from fastblt.kernels.cpu.choice import Choices, ChoiceStruct, Draws
 from fastblt.kernels.cpu.dense import Packed
 from fastblt.kernels.cpu.multi_step import Parts, PartStruct, Spent
 from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.cpu.stack import LatentsStruct
+from fastblt.kernels.request_ids import RequestIds
 
 #: The columns of a call's array.
 COLUMNS = (

@@ -29,9 +29,9 @@ from fastblt.kernels.cpu import choice
 from fastblt.kernels.cpu.choice import Choices, ChoiceStruct, Draws
 from fastblt.kernels.cpu.dense import Packed
 from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.cpu.stack import LatentsStruct, ModuleStruct, PackedStack, Sink, SinkStruct, Source, SourceStruct
 from fastblt.kernels.paged_attention import Places
+from fastblt.kernels.request_ids import RequestIds
 
 #: The columns of a call's array.
 COLUMNS = ("owners", "starts", "latents", "limits", "scans", "opened", "fresh")

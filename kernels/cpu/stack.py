@@ -5,7 +5,7 @@ In torch, or with a call for each part of a layer, a small model's layers cost m
 `threads()` of them share the rows of the pass; every row is computed as if it were alone.
 
 Shapes: x [N, d] fp32; the rows and their caches as in `fastblt.kernels.paged_attention`, the latents as in
-`fastblt.kernels.cpu.latent_attention`, ids and states as in `fastblt.kernels.cpu.paged_rows`. Results are new tensors.
+`fastblt.kernels.latent_attention`, ids and states as in `fastblt.kernels.paged_rows`. Results are new tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from fastblt.kernels.cpu.dense import Norm, Packed
-from fastblt.kernels.cpu.latent_attention import StoredLatents
 from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.paged_rows import PagedRows, Pages
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.hash_embedding import Tables
+from fastblt.kernels.latent_attention import StoredLatents
 from fastblt.kernels.paged_attention import PagedAttention, Places
+from fastblt.kernels.paged_rows import PagedRows, Pages
+from fastblt.kernels.request_ids import RequestIds
 
 
 @dataclass(frozen=True)

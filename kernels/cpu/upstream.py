@@ -4,7 +4,7 @@
 In torch, a single patch costs more in calls than in arithmetic. Every patch is computed as if it were alone.
 
 Shapes: patches int32 [P] owners, starts and ends (their last bytes), states in a `PagedRows`; vectors [P, k d]; latents
-[P, dg]; their store [slots, C, 2, k, Hkv, D] as in `fastblt.kernels.cpu.latent_attention`, slots int32 [P].
+[P, dg]; their store [slots, C, 2, k, Hkv, D] as in `fastblt.kernels.latent_attention`, slots int32 [P].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastblt.kernels.cpu.dense import Norm, Packed
 from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.paged_rows import PagedRows, Pages
+from fastblt.kernels.paged_rows import PagedRows, Pages
 
 
 @dataclass(frozen=True)

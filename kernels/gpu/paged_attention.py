@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastblt.kernels.attention import TILE
 from fastblt.kernels.backend import interpreted
-from fastblt.kernels.paged_attention import RaggedRows
+from fastblt.kernels.types import RaggedRows
 
 #: Contexts are cut into at most this many parts, none shorter than LEAST_PART positions.
 MOST_PARTS = 8

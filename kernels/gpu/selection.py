@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastblt.kernels.noise import VOCABULARY
-from fastblt.kernels.selection import Selection, SelectionParams
+from fastblt.kernels.types import Selection, SelectionParams
 
 TILE = 512
 WARPS = 4

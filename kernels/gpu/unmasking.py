@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastblt.kernels.gpu.selection import TILE, WARPS, columns_of, select_row
-from fastblt.kernels.selection import SelectionParams
-from fastblt.kernels.unmasking import Unmasked
+from fastblt.kernels.types import SelectionParams, Unmasked
 
 _MOST = tl.constexpr(torch.finfo(torch.float32).max)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastblt.kernels.cpu.latent_attention import latent_attention
+from fastblt.kernels.latent_attention import latent_attention
 from fastblt.models.blt import Blt
 from fastblt.models.layers import CrossAttention, Rope, rotate
 from fastblt.models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles

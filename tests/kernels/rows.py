@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastblt.kernels.selection import Selection, SelectionParams
+from fastblt.kernels.types import Selection, SelectionParams
 from tests.oracles.selection_oracle import Row
 
 LOGITS = ("normal", "ties", "constant", "peaked", "extreme", "sparse", "alone", "nan", "infinite", "nothing")

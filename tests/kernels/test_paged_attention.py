@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastblt.kernels.cpu.native import library, set_threads
-from fastblt.kernels.paged_attention import RaggedRows, paged_attention, paged_attention_torch
+from fastblt.kernels.paged_attention import paged_attention, paged_attention_torch
+from fastblt.kernels.types import RaggedRows
 from fastblt.models.layers import Rope
 from tests.kernels.rows import here
 from tests.oracles.attention_oracle import Memory

@@ -16,7 +16,8 @@ from torch import Tensor
 import fastblt.kernels.selection
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.noise import gumbel, mix_seed
-from fastblt.kernels.selection import Selection, SelectionParams, select, select_torch
+from fastblt.kernels.selection import select, select_torch
+from fastblt.kernels.types import Selection, SelectionParams
 from tests.kernels.poison import poison, written
 from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastblt.kernels.selection import select
-from fastblt.kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP, Unmasked, pick_torch, unmask
+from fastblt.kernels.types import Unmasked
+from fastblt.kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP, pick_torch, unmask
 from tests.kernels.rows import LOGITS, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle
 from tests.oracles.selection_oracle import Row

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastblt.kernels.cpu.dense import available
-from fastblt.kernels.cpu.latent_attention import StoredLatents
 from fastblt.kernels.cpu.linear import linear
-from fastblt.kernels.paged_attention import PagedAttention, RaggedRows, has_native
+from fastblt.kernels.latent_attention import StoredLatents
+from fastblt.kernels.paged_attention import PagedAttention, has_native
+from fastblt.kernels.types import RaggedRows
 from fastblt.models.blt import Blt, CausalAttention, init_weights
 from fastblt.models.config import StackConfig
 from fastblt.models.fused import fuse, is_fused, stream

@@ -15,13 +15,14 @@ from torch import Tensor
 from fastblt.kernels.cpu import decoder_steps, multi_step
 from fastblt.kernels.cpu.choice import Draws
 from fastblt.kernels.cpu.decoder_steps import Decoded, DecoderSteps, Plans
-from fastblt.kernels.cpu.latent_attention import StoredLatents
 from fastblt.kernels.cpu.multi_step import MultiStep, Part, Parts, Steps
-from fastblt.kernels.cpu.paged_rows import PagedRows
-from fastblt.kernels.cpu.request_ids import RequestIds
 from fastblt.kernels.cpu.stack import PackedStack, Sink, Source
 from fastblt.kernels.cpu.upstream import StoredPatches
-from fastblt.kernels.paged_attention import PagedAttention, Places, RaggedRows, has_native, pointers_of
+from fastblt.kernels.latent_attention import StoredLatents
+from fastblt.kernels.paged_attention import PagedAttention, Places, has_native, pointers_of
+from fastblt.kernels.paged_rows import PagedRows
+from fastblt.kernels.request_ids import RequestIds
+from fastblt.kernels.types import RaggedRows
 from fastblt.models.blt import Blt
 from fastblt.models.config import StackConfig
 from fastblt.models.fused import LocalModules, is_fused, local_modules

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastblt.kernels.selection import SelectionParams, select
-from fastblt.kernels.unmasking import Unmasked
+from fastblt.kernels.selection import select
+from fastblt.kernels.types import SelectionParams, Unmasked
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.engine.constraints.constraint import Constraint, Mask
 from fastblt.server.engine.runner.sampled import BlockPicks, CausalPicks

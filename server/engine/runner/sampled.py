@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastblt.kernels.selection import Selection
-from fastblt.kernels.unmasking import ONE_STEP, Unmasked
+from fastblt.kernels.types import Selection, Unmasked
+from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.method import Outcome
 from fastblt.server.engine.sequence import Sequence

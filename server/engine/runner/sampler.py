@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastblt.kernels.cpu.choice import Draws
 from fastblt.kernels.noise import mix_seed
-from fastblt.kernels.selection import SelectionParams, select
-from fastblt.kernels.unmasking import Unmasked, unmask
+from fastblt.kernels.selection import select
+from fastblt.kernels.types import SelectionParams, Unmasked
+from fastblt.kernels.unmasking import unmask
 from fastblt.kernels.verification import verify
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.engine.device.forward import Passes

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastblt.kernels.cpu.dense import pack, pack_norm
-from fastblt.kernels.cpu.latent_attention import StoredLatents
 from fastblt.kernels.cpu.native import library, set_threads, threads
-from fastblt.kernels.cpu.paged_rows import PagedRows
 from fastblt.kernels.cpu.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
-from fastblt.kernels.paged_attention import PagedAttention, RaggedRows, has_native
+from fastblt.kernels.latent_attention import StoredLatents
+from fastblt.kernels.paged_attention import PagedAttention, has_native
+from fastblt.kernels.paged_rows import PagedRows
+from fastblt.kernels.types import RaggedRows
 from fastblt.models.config import StackConfig
 from fastblt.models.layers import CrossAttention, Layer, Rope, Stack
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastblt.kernels.cpu import upstream
 from fastblt.kernels.cpu.dense import pack, pack_norm
 from fastblt.kernels.cpu.native import set_threads
-from fastblt.kernels.cpu.paged_rows import PagedRows
 from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, store_latents
+from fastblt.kernels.paged_rows import PagedRows
 
 pytestmark = pytest.mark.skipif(not upstream.available(), reason="no C compiler")
 

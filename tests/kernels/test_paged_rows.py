@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastblt.kernels.cpu.paged_rows import PagedRows
+from fastblt.kernels.paged_rows import PagedRows
 
 PAGE, PAGES, REQUESTS = 4, 5, 3
 

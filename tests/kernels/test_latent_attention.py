@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastblt.kernels.cpu.latent_attention import stored_latent_attention, stored_latent_attention_torch
 from fastblt.kernels.cpu.native import library
+from fastblt.kernels.latent_attention import stored_latent_attention, stored_latent_attention_torch
 
 
 def test_the_native_path_is_there() -> None:

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from fastblt.kernels.cpu import request_ids
+from fastblt.kernels import request_ids
 from fastblt.kernels.cpu.native import library
-from fastblt.kernels.cpu.request_ids import RequestIds
+from fastblt.kernels.request_ids import RequestIds
 
 
 @pytest.fixture(params=["native", "torch"])
