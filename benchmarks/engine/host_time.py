@@ -4,9 +4,9 @@
 
 The device's side of a step are the calls that only give it work, from integers that the host has staged, and never wait
 for it or loop over requests: the modules' passes (`server/engine/device/forward.py`), the choice of bytes
-(`Chooser.choose`), the packing of results. All else, planning, laying out rows and picks, fetching and settling, is the
+(`Sampler.choose`), the packing of results. All else (planning, laying out rows, fetching, postprocessing) is the
 host's, and would leave an accelerator idle. It is measured twice, in microseconds of this thread's processor time per
-decoder pass; a call that makes several (`Passes.steps`, `Passes.decode_steps`) asks the host once for all of them:
+decoder pass; a call that makes several (`ModuleForward.steps`, `decode_steps`) asks the host once for all of them:
 
   beside   with timers around the device's calls, which run on the same processor. Every pass then reads all weights
            through its caches, and the host's code and data come from memory again.
@@ -35,10 +35,10 @@ from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.savings.methods import diffusion
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
-from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.device.staging import Fetch
 from fastblt.server.engine.engine import Engine
-from fastblt.server.engine.runner.sampler import Chooser
+from fastblt.server.engine.runner.sampler import Sampler
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED, EngineSettings
 
@@ -48,13 +48,13 @@ TARGET = (200, 20)
 
 #: The device's side, and what brings its results to the host.
 _DEVICE: list[tuple[Any, str]] = [
-    (Passes, "entropies"),
-    (Passes, "encode"),
-    (Passes, "upstream"),
-    (Passes, "decode"),
-    (Passes, "steps"),
-    (Passes, "decode_steps"),
-    (Chooser, "choose"),
+    (ModuleForward, "entropies"),
+    (ModuleForward, "encode"),
+    (ModuleForward, "upstream"),
+    (ModuleForward, "decode"),
+    (ModuleForward, "steps"),
+    (ModuleForward, "decode_steps"),
+    (Sampler, "choose"),
     (Fetch, "pack"),
 ]
 
@@ -82,7 +82,7 @@ class Timer:
 
 
 #: What has results for the host.
-_RESULTS: list[tuple[Any, str]] = [(Fetch, "__call__"), (Passes, "steps"), (Passes, "decode_steps")]
+_RESULTS: list[tuple[Any, str]] = [(Fetch, "__call__"), (ModuleForward, "steps"), (ModuleForward, "decode_steps")]
 
 
 @contextmanager

@@ -32,10 +32,10 @@ from fastblt.benchmarks.savings.methods import diffusion
 from fastblt.kernels.backend import interpreted
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
-from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.device.staging import Fetch, Staging
 from fastblt.server.engine.engine import Engine
-from fastblt.server.engine.runner.sampler import Chooser
+from fastblt.server.engine.runner.sampler import Sampler
 from fastblt.server.request import DecodingMethod, DecodingParams, Request
 from fastblt.server.settings import PRETRAINED, EngineSettings
 
@@ -44,11 +44,11 @@ _NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::de
 _READS = ("aten::_local_scalar_dense", "aten::nonzero")
 
 PARTS: list[tuple[Any, str]] = [
-    (Passes, "entropies"),
-    (Passes, "encode"),
-    (Passes, "upstream"),
-    (Passes, "decode"),
-    (Chooser, "choose"),
+    (ModuleForward, "entropies"),
+    (ModuleForward, "encode"),
+    (ModuleForward, "upstream"),
+    (ModuleForward, "decode"),
+    (Sampler, "choose"),
     (Fetch, "pack"),
 ]
 

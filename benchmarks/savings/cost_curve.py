@@ -22,9 +22,9 @@ import torch
 from fastblt.kernels.cpu.decoder_steps import COLUMNS, SINGLE_ROWS, Decoded, DecoderSteps, Plans
 from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Spent, Steps
 from fastblt.models.accounting import ModuleParameters
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import MODULES, make_calls
-from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.engine import Engine
 
 #: Rows the curve is measured at, those of a verified draft among them; between them it is a line.
@@ -50,7 +50,7 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self._calls: list[Callable[[], list[Pass]]] = []
-        self._device = engine._runner._passes
+        self._device = engine._runner._forward
 
     def clear(self) -> None:
         """Forget what was timed."""
@@ -199,7 +199,7 @@ class CostCurve:
         Rows stand at position `context`, and attend to what their windows hold of the keys up to there, each to those
         of one of `requests` requests. Nothing must run in the engine, nor be kept by its prefix cache.
         """
-        passes = engine._runner._passes
+        passes = engine._runner._forward
         rows = [count for count in _GRID if count < most] + [most]
         ratios: dict[str, list[float]] = {module: [] for module in _MODULES}
         singles: dict[str, list[float]] = {module: [] for module in _MODULES}
@@ -228,7 +228,7 @@ class CostCurve:
         """How many times as long as when the curve was measured a pass of as many rows as are common takes now, by
         module. Nothing must run in the engine."""
         with _occupied(engine._caches, self.context, self.requests if self.context else 0) as owners:
-            taken = _common(engine._runner._passes, self.context, owners, self.requests)
+            taken = _common(engine._runner._forward, self.context, owners, self.requests)
         return {module: value / self.common[module] for module, value in taken.items()}
 
     def predict(self, done: Pass) -> float:
@@ -285,7 +285,7 @@ def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
     }
 
 
-#: Functions of `Passes`: those of `fastblt.server.engine.device.cost.MODULES` in their order, and the head.
+#: Functions of `ModuleForward`: those of `fastblt.server.engine.device.cost.MODULES` in their order, and the head.
 _MODULES = ("entropies", "encode", "upstream", "decode", "logits")
 
 
@@ -299,7 +299,7 @@ def _rows_of(module: str, args: tuple[Any, ...]) -> int:
 
 
 @contextmanager
-def _occupied(caches: Caches, context: int, requests: int) -> Iterator[list[int]]:
+def _occupied(caches: KvCaches, context: int, requests: int) -> Iterator[list[int]]:
     """State rows whose page tables name pages, of their own as far as there are enough, up to position `context`."""
     owners = list(range(1, requests + 1))
     for name, group in caches.groups.items():
@@ -322,7 +322,7 @@ def _spread(owners: Sequence[int], count: int) -> list[int]:
     return [owners[at * len(owners) // count] for at in range(count)] if owners else []
 
 
-def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
+def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """A pass of `count` rows of every module at position `context`, by the name of the function that runs it."""
     of_module = make_calls(passes, count, context, context // _PATCH, owners=owners)
     head = passes._model.lm_head.weight
@@ -331,7 +331,7 @@ def _calls(passes: Passes, count: int, context: int, owners: Sequence[int]) -> d
     return calls | {"logits": lambda: passes.logits(states, None)}
 
 
-def _common(passes: Passes, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
+def _common(passes: ModuleForward, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
     """Seconds of a pass of four rows a request, by module."""
     count = 4 * requests
     return _medians(_calls(passes, count, context, _spread(owners, count)), 0.1)

@@ -105,18 +105,18 @@ class _Completion:
     async def answer(self, stream: DeltaStream) -> dict[str, Any]:
         """The whole response. Raises ApiError when a choice failed."""
         texts: dict[str, list[str]] = {request_id: [] for request_id in self._choices}
-        async for news in stream:
-            for delta in news:
+        async for deltas in stream:
+            for delta in deltas:
                 if delta.finish_reason is FinishReason.ERROR:
                     raise failure(delta)
                 texts[delta.request_id].append(self._feed(self._choices[delta.request_id], delta))
         choices = [self._rendered(self._choices[request_id], "".join(text)) for request_id, text in texts.items()]
         return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
 
-    def render(self, news: list[Delta]) -> bytes:
+    def render(self, deltas: list[Delta]) -> bytes:
         """The server-sent events that one step made; the stream's last where a choice failed."""
         chunks = []
-        for delta in news:
+        for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
                 self.failed = True
                 chunks += [event(failure(delta).body), DONE]

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector, gene
 from fastblt.server.api.engine_metrics import EngineCollector
 from fastblt.server.api.errors import ApiError
 from fastblt.server.api.histogram import Histogram
-from fastblt.server.process.client import EngineClient, Life
+from fastblt.server.process.client import EngineClient, LiveRequest
 from fastblt.server.request import DecodingMethod, Delta, ErrorCode, FinishReason
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -61,16 +61,16 @@ class Metrics:
         ProcessCollector(namespace="fastblt", registry=self._registry)
         ProcessCollector(namespace="fastblt_engine", pid=lambda: client.pid or "none", registry=self._registry)
 
-    def observe(self, life: Life, delta: Delta, now: float) -> None:
+    def observe(self, live: LiveRequest, delta: Delta, now: float) -> None:
         """Record a delta as it reaches the front."""
         if delta.ids:
-            since = now - life.latest
-            if life.first is None:
+            since = now - live.latest
+            if live.first is None:
                 self._first.observe(since)
             else:
                 self._between.observe(since / len(delta.ids), len(delta.ids))
         if delta.finish_reason is not None:
-            self._finish(life, delta, now)
+            self._finish(live, delta, now)
 
     def count_rejected(self, problem: ApiError, method: str) -> None:
         """Record an answer other than 200 to a request that was meant for the engine."""
@@ -87,29 +87,29 @@ class Metrics:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _finish(self, life: Life, delta: Delta, now: float) -> None:
-        request, arrival = life.request, life.request.arrival
+    def _finish(self, live: LiveRequest, delta: Delta, now: float) -> None:
+        request, arrival = live.request, live.request.arrival
         self._finished.labels(finished_reason=delta.finish_reason).inc()
         if delta.finish_reason is FinishReason.ERROR:
             self._failed.labels(cause=delta.error_code or ErrorCode.PASS_FAILED).inc()
             if delta.error_code is ErrorCode.NOT_FINITE:
                 self._corrupted.inc()
         if delta.finish_reason is FinishReason.ABORT:
-            self._aborted.labels(cause=life.abort_cause or "shutdown").inc()
-        count = life.bytes + len(delta.ids)
+            self._aborted.labels(cause=live.abort_cause or "shutdown").inc()
+        count = live.bytes + len(delta.ids)
         self._whole.observe(now - arrival)
         self._prompt.observe(len(request.prompt_ids) - 1)
         self._output.observe(count)
         self._asked.observe(request.params.max_tokens)
-        if life.started is None:
+        if live.started is None:
             self._in_vain.observe(now - arrival)
         else:
-            self._queue.observe(life.started - arrival)
-            self._inference.observe(now - life.started)
-        first = life.first or (now if delta.ids else None)
+            self._queue.observe(live.started - arrival)
+            self._inference.observe(now - live.started)
+        first = live.first or (now if delta.ids else None)
         if first is not None:
-            if life.started is not None:
-                self._prefill.observe(first - life.started)
+            if live.started is not None:
+                self._prefill.observe(first - live.started)
             self._decode.observe(now - first)
             if count > 1:
                 self._per_byte.observe((now - first) / (count - 1))

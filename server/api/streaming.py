@@ -155,7 +155,7 @@ class Events(Protocol):
 
     failed: bool
 
-    def render(self, news: list[Delta]) -> bytes:
+    def render(self, deltas: list[Delta]) -> bytes:
         """The events that one item of the stream makes."""
         ...
 
@@ -190,8 +190,8 @@ class EventStream(Response):
         if connection is not None:
             await self._write(connection)
         else:
-            async for news in self._stream:
-                await send({"type": "http.response.body", "body": self._events.render(news), "more_body": True})
+            async for deltas in self._stream:
+                await send({"type": "http.response.body", "body": self._events.render(deltas), "more_body": True})
                 if self._events.failed:
                     break
         await send({"type": "http.response.body", "body": self._events.last(), "more_body": False})
@@ -204,8 +204,8 @@ class EventStream(Response):
             if over.done():
                 return
             try:
-                if connection.writable and (news := self._stream.take()):
-                    connection.write_body(self._events.render(news))
+                if connection.writable and (deltas := self._stream.take()):
+                    connection.write_body(self._events.render(deltas))
                 if self._stream.ended or self._events.failed:
                     over.set_result(None)
             except Exception as error:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from fastblt.server import logs
-from fastblt.server.process.client import Life
+from fastblt.server.process.client import LiveRequest
 from fastblt.server.request import Delta, FinishReason
 
 if TYPE_CHECKING:
@@ -48,20 +48,20 @@ class Tracer:
         self._tracer = self._provider.get_tracer("fastblt")
         self._propagator = TraceContextTextMapPropagator()
 
-    def observe(self, life: Life, delta: Delta, now: float) -> None:
+    def observe(self, live: LiveRequest, delta: Delta, now: float) -> None:
         """Make the span of a request that ends."""
         if delta.finish_reason is None:
             return
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        header = life.context.get(parent)
+        header = live.context.get(parent)
         context = self._propagator.extract({"traceparent": header}) if header else None
         # Monotonic times hold within the process; spans want the wall clock's.
         offset = time.time() - now
-        start = int((life.request.arrival + offset) * _NANO)
-        attributes = _attributes(life, delta, now)
+        start = int((live.request.arrival + offset) * _NANO)
+        attributes = _attributes(live, delta, now)
         span = self._tracer.start_span("llm_request", context, SpanKind.SERVER, attributes, start_time=start)
-        for name, moment in (("scheduled", life.started), ("first byte", life.first)):
+        for name, moment in (("scheduled", live.started), ("first byte", live.first)):
             if moment is not None:
                 span.add_event(name, timestamp=int((moment + offset) * _NANO))
         if delta.finish_reason is FinishReason.ERROR:
@@ -73,24 +73,24 @@ class Tracer:
         await asyncio.to_thread(self._provider.shutdown)
 
 
-def _attributes(life: Life, delta: Delta, now: float) -> dict[str, AttributeValue]:
+def _attributes(live: LiveRequest, delta: Delta, now: float) -> dict[str, AttributeValue]:
     """OpenTelemetry's names where it has some, vLLM's for latencies."""
-    request, arrival = life.request, life.request.arrival
+    request, arrival = live.request, live.request.arrival
     attributes: dict[str, AttributeValue] = {
         "gen_ai.request.id": request.request_id,
         "gen_ai.request.max_tokens": request.params.max_tokens,
         "gen_ai.request.temperature": request.params.temperature,
         "gen_ai.usage.prompt_tokens": len(request.prompt_ids) - 1,
-        "gen_ai.usage.completion_tokens": life.bytes + len(delta.ids),
+        "gen_ai.usage.completion_tokens": live.bytes + len(delta.ids),
         "gen_ai.response.finish_reasons": [str(delta.finish_reason)],
         "gen_ai.latency.e2e": now - arrival,
     }
-    if life.started is not None:
-        attributes["gen_ai.latency.time_in_queue"] = life.started - arrival
-    first = life.first or (now if delta.ids else None)
+    if live.started is not None:
+        attributes["gen_ai.latency.time_in_queue"] = live.started - arrival
+    first = live.first or (now if delta.ids else None)
     if first is not None:
         attributes["gen_ai.latency.time_to_first_token"] = first - arrival
-    if (http_request := life.context.get(logs.request_id)) is not None:
+    if (http_request := live.context.get(logs.request_id)) is not None:
         attributes["http.request.header.x-request-id"] = http_request
     if delta.decoding is not None and delta.decoding.method is not None:
         attributes["fastblt.method"] = str(delta.decoding.method)

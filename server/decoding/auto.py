@@ -9,7 +9,7 @@ from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.server.decoding.blt import Blt
 from fastblt.server.decoding.blt_dv import BltDV
 from fastblt.server.decoding.blt_s import BltS
-from fastblt.server.decoding.method import WENT_ON, Method, Outcome, Plan, Progress, Unmask
+from fastblt.server.decoding.method import NEXT_DRAFT, Method, Outcome, Plan, Progress, Unmask
 from fastblt.server.request import DecodingMethod
 
 #: How BLT-DV drafts here.
@@ -41,7 +41,7 @@ class Auto:
         if self._between:
             self._begin()
         plan = self._inner.plan(known, computed, left)
-        if plan.select > 1:
+        if plan.samples > 1:
             # A verification goes on with the next round's draft.
             plan.stop_after(1)
             self._next = self._choose()
@@ -53,7 +53,7 @@ class Auto:
         return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
-        if plan is WENT_ON:
+        if plan is NEXT_DRAFT:
             self._begin()
         progress = self._inner.advance(plan, outcome)
         if not plan.draft:

@@ -33,7 +33,7 @@ class BltD:
         repeat = 1 if step.fills else self._size
         if not self._block:
             rows = known - computed
-            finish = Plan(computed, rows, select=1, scan_to=known + 1 if left > 1 else 0) if self._align else None
+            finish = Plan(computed, rows, samples=1, scan_to=known + 1 if left > 1 else 0) if self._align else None
             block = [MASK_ID] * self._size
             return Plan(
                 computed,

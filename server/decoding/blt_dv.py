@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastblt.models.vocabulary import MASK_ID
-from fastblt.server.decoding.blt_s import settle, verify
+from fastblt.server.decoding.blt_s import finish_round, verify
 from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
@@ -66,7 +66,7 @@ class BltDV:
             1,
             upstream=self._paper,
             draft=True,
-            select=1,
+            samples=1,
             block_ids=block,
             provisional=self._paper,
             unmask=step,
@@ -79,7 +79,7 @@ class BltDV:
             draft = self._block
             self.reset()
             self._begun = True
-            return settle(draft, plan, outcome)
+            return finish_round(draft, plan, outcome)
         self._steps += outcome.steps
         self._block = outcome.block_ids
         self._drafted = outcome.block_done

@@ -13,10 +13,10 @@ def verify(draft: Sequence[int], known: int, computed: int, *, paper: bool = Fal
     Under the paper's accounting the global transformer takes part even where no patch closed.
     """
     rows = known - computed + len(draft)
-    return Plan(computed, rows, select=len(draft) + 1, provisional=paper and bool(draft))
+    return Plan(computed, rows, samples=len(draft) + 1, provisional=paper and bool(draft))
 
 
-def settle(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress:
+def finish_round(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress:
     """Accepted bytes and the one after them; rows up to the last accepted stay (design §3, rollback)."""
     return Progress(
         commit=outcome.ids,
@@ -48,7 +48,7 @@ class BltS:
             # The last drafted byte completes what is verified next.
             scan_to = start + missing + 1 if repeat == missing else 0
             return Plan(
-                start, 1, upstream, draft=True, select=1, provisional=self._paper, scan_to=scan_to, repeat=repeat
+                start, 1, upstream, draft=True, samples=1, provisional=self._paper, scan_to=scan_to, repeat=repeat
             )  # fmt: skip
         plan = verify(self._draft, known, computed, paper=self._paper)
         if self._draft and not self._paper:
@@ -61,7 +61,7 @@ class BltS:
             return Progress(draft=self._draft)
         draft, self._draft = self._draft, []
         self._begun = True
-        return settle(draft, plan, outcome)
+        return finish_round(draft, plan, outcome)
 
     def reset(self) -> None:
         self._draft = []

@@ -32,7 +32,7 @@ class Unmask:
 class Plan:
     """Decoder rows of one pass, taken whole or not at all.
 
-    `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `select` of them each give a
+    `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `samples` of them each give a
     byte, and more than one verify the draft that they stand on. With `upstream` they first pass entropy model, encoder
     and, where patches close, the global transformer. Each then reads its own latent and stays computed; with `draft`
     all read the newest one and none does. Then come bidirectional rows for `block_ids`, on the newest latent; where a
@@ -44,23 +44,24 @@ class Plan:
     A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
     `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
     A plan with a block may go on up to `repeat` steps, until nothing is masked. A verification behind which the method
-    would draft up to `follow` bytes, over the byte it gives as a causal row, a block as its `unmask` says or without
-    one single rows, may go on with that draft, up to `repeat` passes with its own: the draft is then settled under the
-    plan `WENT_ON`, for which the method was not asked. Whoever runs the plan may stop it after any row or step.
+    would draft up to `next_length` bytes, over the byte it gives as a causal row, a block as its `unmask` says or
+    without one single rows, may go on with that draft, up to `repeat` passes with its own: the draft's outcome then
+    comes with the plan `NEXT_DRAFT`, for which the method was not asked. Whoever runs the plan may stop it after any
+    row or step.
     """
 
     start: int
     causal: int
     upstream: bool = True
     draft: bool = False
-    select: int = 0
+    samples: int = 0
     block_ids: Sequence[int] = ()
     provisional: bool = False
     unmask: Unmask | None = None
     scan_to: int = 0
     if_open: Plan | None = None
     repeat: int = 1
-    follow: int = 0
+    next_length: int = 0
     #: How many rows there are, and the position after the last causal one; every pass asks several times.
     rows: int = field(init=False)
     end: int = field(init=False)
@@ -71,21 +72,21 @@ class Plan:
 
     def draft_next(self, length: int, unmask: Unmask | None, passes: int) -> None:
         """Let a verification go on with a draft of up to so many bytes, in so many passes."""
-        self.follow, self.unmask, self.repeat = length, unmask, 1 + passes
+        self.next_length, self.unmask, self.repeat = length, unmask, 1 + passes
 
     def stop_after(self, repeat: int) -> None:
         """Go on by itself no further than `repeat` rows, or steps."""
         if repeat < self.repeat:
             self.repeat = repeat
             if repeat == 1:
-                self.follow = 0
+                self.next_length = 0
             if self.draft and not self.block_ids:
                 # Its last byte will not be there.
                 self.scan_to = 0
 
 
 #: Stands for the plan of a draft with which a verification went on.
-WENT_ON = Plan(0, 0, upstream=False, draft=True)
+NEXT_DRAFT = Plan(0, 0, upstream=False, draft=True)
 
 
 @dataclass(slots=True)

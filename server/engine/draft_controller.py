@@ -72,13 +72,13 @@ class Load:
     overhead: float
 
 
-class Controller:
+class DraftController:
     """The drafts of all requests that run `auto`. `costs` are the modules' curves (seconds by rows)."""
 
     def __init__(self, config: BltConfig, costs: Costs) -> None:
         self._costs = costs
         self._longest = config.max_patch_length
-        self._fed = config.decoder_input == "encoder"
+        self._encoder_input = config.decoder_input == "encoder"
         self.drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in LENGTHS)]
         self.drafts += [Draft(DecodingMethod.BLT_DV, size) for size in config.block_sizes]
         # Drafts of a kind are much alike in their first bytes, whatever their length.
@@ -98,12 +98,12 @@ class Controller:
         self._rounds += 1
         return next(self._probes) if self._rounds % _PROBE == 0 else self.best
 
-    def settled(self, draft: Draft, drafted: int, accepted: int) -> None:
+    def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         """A round ended. One that was cut short by its request's end says nothing."""
         if drafted == draft.length:
             self._acceptance[draft.method].count(drafted, accepted)
 
-    def passed(
+    def step_ended(
         self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
     ) -> None:
         """A step of the engine ended: `seconds` for the `work`, passes by module and rows, of which `requests` could
@@ -139,7 +139,7 @@ class Controller:
             if draft.method == DecodingMethod.BLT_S and DRAFT in costs:
                 seconds += draft.length * costs[DRAFT](count)
             elif draft.method == DecodingMethod.BLT_S:
-                drafting = costs["decoder"](count) + (costs["encoder"](count) if self._fed else 0.0)
+                drafting = costs["decoder"](count) + (costs["encoder"](count) if self._encoder_input else 0.0)
                 seconds += draft.length * (drafting + load.overhead)
             else:
                 # Where drafts are calls that make several passes, a verification's makes the next one.

@@ -23,15 +23,15 @@ from fastblt.models.config import BltConfig
 from fastblt.models.fused import fuse, stream
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.choose import check_block_size, make_method, resolve
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar import Grammars
 from fastblt.server.engine.device.ranks import RankLostError, leader_of, spread
-from fastblt.server.engine.draft_controller import Controller
+from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.planner import Planner
-from fastblt.server.engine.postprocess import DRAFTING, Settler
-from fastblt.server.engine.runner.model_runner import Runner
+from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
+from fastblt.server.engine.runner.model_runner import ModelRunner
 from fastblt.server.engine.scheduler import Scheduler
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.engine.stats import EngineStats
@@ -93,15 +93,15 @@ class Engine:
         self._parameters = _parameters(config)
         rule = PatchRule(config.patching_threshold, config.max_patch_length)
         leader = leader_of(model)
-        self._caches = Caches(model, leader.share(config) if leader else config, settings, device, dtype)
-        self._runner = Runner(model, self._caches, settings)
+        self._caches = KvCaches(model, leader.share(config) if leader else config, settings, device, dtype)
+        self._runner = ModelRunner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
         self._planner = Planner(self._scheduler, self._runner, rule, config, settings)
         self._grammars = Grammars()
-        self._controller: Controller | None = None
+        self._controller: DraftController | None = None
         self._sequences: dict[str, Sequence] = {}
-        self._settler = Settler(
+        self._postprocessor = Postprocessor(
             self._caches,
             self._scheduler,
             self._prefix,
@@ -186,7 +186,7 @@ class Engine:
         """
         if self._controller is None:
             context = min(_COST_CONTEXT, self._caches.max_length - 1)
-            self._controller = Controller(self.config, self._runner.costs(context, context // 4, _COST_ROWS))
+            self._controller = DraftController(self.config, self._runner.costs(context, context // 4, _COST_ROWS))
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -200,14 +200,14 @@ class Engine:
         if self._controller is not None and self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
             seconds = time.perf_counter() - began
-            self._controller.passed(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
+            self._controller.step_ended(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:
         deltas: list[Delta] = []
         for request_id in self._aborted:
             if request_id in self._sequences:
-                deltas.append(self._settler.finish(self._sequences[request_id], FinishReason.ABORT))
+                deltas.append(self._postprocessor.finish(self._sequences[request_id], FinishReason.ABORT))
         self._aborted.clear()
         self.started.clear()
         for sequence in self._scheduler.admit():
@@ -218,11 +218,11 @@ class Engine:
             try:
                 self._runner.admit(sequence)
             except Exception as error:
-                deltas += self._give_up([sequence], error)
+                deltas += self._fail([sequence], error)
         running = self._scheduler.running
         try:
             batch = list(running)
-            self._planner.ingest(self._planner.plan())
+            self._planner.prepare(self._planner.plan())
             waiting = [s for s in running if s.plan is not None and not s.ready]
             ready = [s for s in running if s.ready]
             if waiting and (not ready or self._upstream_due(waiting)):
@@ -247,7 +247,7 @@ class Engine:
         except RankLostError:
             raise
         except Exception as error:
-            return deltas + (self._retry(batch) if _out_of_memory(error) else self._give_up(batch, error))
+            return deltas + (self._retry(batch) if _out_of_memory(error) else self._fail(batch, error))
         if self._passes // _GROW_PASSES < (self._passes + made) // _GROW_PASSES:
             self._scheduler.grow()
         self._passes += made
@@ -255,14 +255,14 @@ class Engine:
         for sequence, result in zip(batch, results, strict=True):
             sequence.last_pass = self._passes
             try:
-                if (delta := self._settler.settle(sequence, result)) is not None:
+                if (delta := self._postprocessor.process(sequence, result)) is not None:
                     deltas.append(delta)
                 # Its row is gone if the text has ended.
-                then = result.then if sequence.row else None
-                if then is not None and (delta := self._settler.follow(sequence, then)) is not None:
+                draft = result.next_draft if sequence.state_index else None
+                if draft is not None and (delta := self._postprocessor.process_next_draft(sequence, draft)) is not None:
                     deltas.append(delta)
             except Exception as error:
-                deltas += self._give_up([sequence], error)
+                deltas += self._fail([sequence], error)
         return deltas
 
     def stats(self) -> EngineStats:
@@ -271,7 +271,7 @@ class Engine:
         for sequence in list(self._sequences.values()):
             for name in DRAFTING:
                 setattr(ledger, name, getattr(ledger, name) + getattr(sequence.ledger, name))
-        self._settler.add_traffic(ledger)
+        self._postprocessor.add_traffic(ledger)
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -279,13 +279,13 @@ class Engine:
             pages_free={name: group.pool.free for name, group in groups.items()},
             pages_cached={name: group.pool.cached for name, group in groups.items()},
             ledger=ledger,
-            drafted_by_position=_at_least(self._settler.drafts),
-            accepted_by_position=_at_least(self._settler.accepted),
-            drafts=sum(self._settler.drafts),
+            drafted_by_position=_suffix_sums(self._postprocessor.drafts),
+            accepted_by_position=_suffix_sums(self._postprocessor.accepted),
+            drafts=sum(self._postprocessor.drafts),
             passes=self._passes,
             beats=self._beats,
             holds=self._holds,
-            bytes_generated=self._settler.bytes_generated,
+            bytes_generated=self._postprocessor.bytes_generated,
             bytes_prompt=self._bytes_prompt,
             preemptions=self._scheduler.preemptions,
             prefix_queries=self._prefix.queries,
@@ -322,13 +322,13 @@ class Engine:
 
     # After a pass
 
-    def _give_up(self, batch: list[Sequence], error: Exception) -> list[Delta]:
+    def _fail(self, batch: list[Sequence], error: Exception) -> list[Delta]:
         """Whatever went wrong belongs to the requests of this pass; the others go on."""
         logger.error("a pass failed; its %d requests end with an error", len(batch), exc_info=error)
         # What the exception says is for the log.
         text = f"a forward pass failed: {type(error).__name__}"
         return [
-            self._settler.finish(sequence, FinishReason.ERROR, text, ErrorCode.PASS_FAILED)
+            self._postprocessor.finish(sequence, FinishReason.ERROR, text, ErrorCode.PASS_FAILED)
             for sequence in batch
             if sequence.request.request_id in self._sequences
         ]
@@ -348,7 +348,7 @@ class Engine:
         for sequence in [s for s in reversed(self._scheduler.running) if s in batch]:
             if alone and sequence.starved_at == sequence.known:
                 text = "out of memory, and again when it was tried once more with no other request beside it"
-                deltas.append(self._settler.finish(sequence, FinishReason.ERROR, text, ErrorCode.OUT_OF_MEMORY))
+                deltas.append(self._postprocessor.finish(sequence, FinishReason.ERROR, text, ErrorCode.OUT_OF_MEMORY))
             else:
                 sequence.starved_at = sequence.known
                 self._scheduler.preempt(sequence)
@@ -376,6 +376,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _at_least(counts: list[int]) -> list[int]:
+def _suffix_sums(counts: list[int]) -> list[int]:
     """From counts of lengths 0, 1, ...: how many have a position 0, a position 1, ..."""
     return list(accumulate(reversed(counts[1:])))[::-1]

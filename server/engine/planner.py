@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastblt.models.config import BltConfig
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.method import Plan
-from fastblt.server.engine.runner.model_runner import Runner
+from fastblt.server.engine.runner.model_runner import ModelRunner
 from fastblt.server.engine.scheduler import Scheduler
 from fastblt.server.engine.sequence import Patch, Sequence
 from fastblt.server.settings import EngineSettings
@@ -18,15 +18,15 @@ class Planner:
     """Plans for the engine, whose scheduler and runner it is given; `rule` closes patches."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, rule: PatchRule, config: BltConfig, settings: EngineSettings
+        self, scheduler: Scheduler, runner: ModelRunner, rule: PatchRule, config: BltConfig, settings: EngineSettings
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._rule = rule
-        self._fed = config.decoder_input == "encoder"
+        self._encoder_input = config.decoder_input == "encoder"
         #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
         #: longer than asked.
-        most = settings.max_passes_per_beat if runner.one_call is not None and settings.max_hold_ms != 0 else 1
+        most = settings.max_passes_per_beat if runner.fused_steps is not None and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
 
     def plan(self) -> list[Sequence]:
@@ -35,7 +35,7 @@ class Planner:
         planned: list[Sequence] = []
         budget: int | None = None
         for sequence in list(scheduler.running):
-            if sequence.plan is not None or sequence.row == 0:
+            if sequence.plan is not None or sequence.state_index == 0:
                 continue
             known, decoded = len(sequence.ids), sequence.decoded
             if sequence.prefilling:
@@ -50,8 +50,8 @@ class Planner:
             if not sequence.prefilling:
                 plan = sequence.method.plan(known, decoded, sequence.left)
                 if plan.repeat > 1:
-                    own = plan.draft or bool(plan.block_ids or plan.follow)
-                    most = self._most_steps[own] if sequence.unwatched else 1
+                    own = plan.draft or bool(plan.block_ids or plan.next_length)
+                    most = self._most_steps[own] if sequence.fusable else 1
                     plan.stop_after(most)
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
@@ -59,22 +59,24 @@ class Planner:
         # A sequence planned early may have been preempted for a later one.
         return [s for s in planned if s.plan is not None]
 
-    def ingest(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: list[Sequence]) -> None:
         """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
         scan, encode = [], []
         # A draft's rows are encoded because the decoder reads their states: by its own call, where that can.
-        fed, one_call = self._fed, self._runner.one_call is not None
+        encoder_input, fused_steps = self._encoder_input, self._runner.fused_steps is not None
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
             if plan.upstream and plan.end > sequence.scanned:
                 scan.append(sequence)
-            if plan.end > sequence.encoded and (plan.upstream or (fed and not (one_call and sequence.unwatched))):
+            if plan.end > sequence.encoded and (
+                plan.upstream or (encoder_input and not (fused_steps and sequence.fusable))
+            ):
                 encode.append(sequence)
         if scan:
             ends = [s.plan.end for s in scan if s.plan is not None]
             for sequence, entropy in zip(scan, self._runner.scan(scan, ends), strict=True):
-                sequence.scan(entropy, self._rule)
+                sequence.take_entropies(entropy, self._rule)
         if encode:
             self._runner.encode(encode, [s.plan.end for s in encode if s.plan is not None])
         for sequence in sequences:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from fastblt.models.accounting import ModuleParameters, gb, gb_paper
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.auto import Auto
-from fastblt.server.decoding.method import WENT_ON, Plan, Progress
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.decoding.method import NEXT_DRAFT, Plan, Progress
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
-from fastblt.server.engine.draft_controller import Controller
-from fastblt.server.engine.runner.model_runner import Runner
-from fastblt.server.engine.runner.sampled import Draft, Result
+from fastblt.server.engine.draft_controller import DraftController
+from fastblt.server.engine.runner.model_runner import ModelRunner
+from fastblt.server.engine.runner.samples import DraftResult, Result
 from fastblt.server.engine.scheduler import Scheduler
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
@@ -24,21 +24,21 @@ from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorC
 DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
 
-class Settler:
+class Postprocessor:
     """Settles passes for the engine, whose parts and running `sequences`, by request id, it is given. Weights of these
     `parameters` have so many bytes each; `controller` is asked for that of `auto`, which may come later."""
 
     def __init__(
         self,
-        caches: Caches,
+        caches: KvCaches,
         scheduler: Scheduler,
         prefix: PrefixCache,
-        runner: Runner,
+        runner: ModelRunner,
         sequences: dict[str, Sequence],
         rule: PatchRule,
         parameters: ModuleParameters,
         bytes_per_weight: int,
-        controller: Callable[[], Controller | None],
+        controller: Callable[[], DraftController | None],
     ) -> None:
         self._caches = caches
         self._scheduler = scheduler
@@ -59,7 +59,7 @@ class Settler:
         ledger.gb_paper = gb_paper(self._parameters, ledger.decoder, ledger.global_)
         ledger.gb = gb(self._parameters, ledger, self._bytes_per_weight)
 
-    def settle(self, sequence: Sequence, result: Result) -> Delta | None:
+    def process(self, sequence: Sequence, result: Result) -> Delta | None:
         """Apply what a pass gave one sequence; the news of it, if any."""
         plan = sequence.plan
         assert plan is not None
@@ -69,16 +69,16 @@ class Settler:
             result.bad |= any(math.isnan(score.logprob) for score in result.scores)
         if result.bad:
             return self._not_finite(sequence)
-        if plan.draft and sequence.plain and not plan.upstream:
+        if plan.draft and sequence.ids_only and not plan.upstream:
             # Nothing stays computed, no page is done with, and nobody has news.
             progress = sequence.method.advance(plan, result)
             sequence.ledger.steps += progress.steps
             sequence.draft = progress.draft
             if result.entropies is not None:
-                sequence.scan(result.entropies, self._rule)
+                sequence.take_entropies(result.entropies, self._rule)
             return None
         if plan.upstream and not plan.draft:
-            sequence.decoded = plan.end + result.more
+            sequence.decoded = plan.end + result.extra_rows
         # A chunk of the prompt gives nothing that the method would know of.
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
         if progress.keep is not None and (freed := sequence.cut(progress.keep)):
@@ -86,13 +86,13 @@ class Settler:
         if progress.steps or progress.rounds:
             self._count(sequence, progress)
         logprobs = None
-        if not sequence.plain:
+        if not sequence.ids_only:
             if sequence.params.return_patches:
                 sequence.steps += progress.commit_steps or [1] * len(progress.commit)
             if sequence.params.logprobs is not None:
                 logprobs = self._logprobs(sequence, plan, progress, result)
         if result.entropies is not None:
-            sequence.scan(result.entropies, self._rule)
+            sequence.take_entropies(result.entropies, self._rule)
         delta = None
         if progress.commit:
             delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
@@ -109,19 +109,19 @@ class Settler:
         if len(sequence.patches) > 1:
             self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)
-        self._caches.settle(sequence.row, sequence.decoded, patches, sequence.unpooled)
+        self._caches.free_unread(sequence.state_index, sequence.decoded, patches, sequence.unpooled)
         return delta
 
-    def follow(self, sequence: Sequence, draft: Draft) -> Delta | None:
+    def process_next_draft(self, sequence: Sequence, draft: DraftResult) -> Delta | None:
         """Apply what the draft behind a verification gave, once that has been settled; the news of it, if any."""
         if draft.bad:
             return self._not_finite(sequence)
-        progress = sequence.method.advance(WENT_ON, draft)
+        progress = sequence.method.advance(NEXT_DRAFT, draft)
         sequence.ledger.steps += progress.steps
         sequence.draft = progress.draft
         sequence.encoded = draft.encoded
         if draft.entropies:
-            sequence.scan(draft.entropies, self._rule)
+            sequence.take_entropies(draft.entropies, self._rule)
         return None
 
     def _not_finite(self, sequence: Sequence) -> Delta:
@@ -140,7 +140,7 @@ class Settler:
             self.drafts[progress.drafted] += 1
             self.accepted[progress.accepted] += 1
             if (controller := self._controller()) is not None and isinstance(sequence.method, Auto):
-                controller.settled(sequence.method.draft, progress.drafted, progress.accepted)
+                controller.round_ended(sequence.method.draft, progress.drafted, progress.accepted)
 
     def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
         """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
@@ -162,7 +162,7 @@ class Settler:
         if sequence.timings.first_byte is None:
             sequence.timings.first_byte = time.monotonic()
         output, ledger = sequence.output, sequence.ledger
-        if sequence.plain and output.pass_on(ids):
+        if sequence.ids_only and output.pass_on(ids):
             self.bytes_generated += len(ids)
             ledger.kept += accepted
             sequence.ids += ids
@@ -194,7 +194,7 @@ class Settler:
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
     ) -> Delta:
         """End a sequence, wherever it is, and free all it holds."""
-        if sequence.row:
+        if sequence.state_index:
             self._scheduler.remove(sequence)
         else:
             self._scheduler.waiting.remove(sequence)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from fastblt.server.decoding.method import Plan
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import QueueFullError
@@ -19,7 +19,7 @@ _MARGIN = 1.2
 
 
 class Scheduler:
-    def __init__(self, caches: Caches, prefix: PrefixCache, settings: EngineSettings) -> None:
+    def __init__(self, caches: KvCaches, prefix: PrefixCache, settings: EngineSettings) -> None:
         self._caches = caches
         self._prefix = prefix
         self._settings = settings
@@ -49,11 +49,11 @@ class Scheduler:
             # One alone always fits; the others only where nobody is likely to be preempted for them at once.
             if self.running and not self._likely_fits(sequence):
                 break
-            row = self._caches.take_row()
-            if row is None:
+            state_index = self._caches.take_state_index()
+            if state_index is None:
                 break
             self.waiting.popleft()
-            sequence.row = row
+            sequence.state_index = state_index
             self.running.append(sequence)
             self._prefix.begin(sequence)
             admitted.append(sequence)
@@ -72,12 +72,12 @@ class Scheduler:
         if plan.end > sequence.scanned:
             patches += plan.end - sequence.scanned
         if plan.repeat > 1 and not plan.block_ids:
-            further = plan.end + (1 + plan.follow if plan.follow else plan.repeat)
-            if self._caches.reserve(sequence.row, further if further > length else length, patches):
+            further = plan.end + (1 + plan.next_length if plan.next_length else plan.repeat)
+            if self._caches.reserve(sequence.state_index, further if further > length else length, patches):
                 return True
             # Nobody is preempted for what a later pass can do.
             plan.stop_after(1)
-        while not self._caches.reserve(sequence.row, length, patches):
+        while not self._caches.reserve(sequence.state_index, length, patches):
             # The youngest of those that matter least.
             victim = max(reversed(self.running), key=lambda s: s.request.priority)
             self.preempt(victim)
@@ -110,8 +110,8 @@ class Scheduler:
         if sequence.provisional is not None:
             slots.append(sequence.provisional.slot)
         self.free_latents(slots)
-        self._caches.release(sequence.row)
-        sequence.row = 0
+        self._caches.release(sequence.state_index)
+        sequence.state_index = 0
 
     def free_latents(self, slots: list[int]) -> None:
         for slot in slots:

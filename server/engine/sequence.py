@@ -48,7 +48,7 @@ class Sequence:
         self.constraint = constraint
         self.output = Output(request.params, constraint)
         #: Whether a pass has nothing to say of it but ids.
-        self.plain = (
+        self.ids_only = (
             constraint is None
             and self.params.logprobs is None
             and self.params.prompt_logprobs is None
@@ -56,7 +56,7 @@ class Sequence:
         )
         self.penalizes = self.params.penalizes
         #: Whether nothing need be done between its passes but to go on: then one call may make several.
-        self.unwatched = self.plain and not self.penalizes
+        self.fusable = self.ids_only and not self.penalizes
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
         #: How many of the prompt's rows were scored, and their scores until they leave.
@@ -64,7 +64,7 @@ class Sequence:
         self._scores: list[ByteLogprobs] = []
         self.ledger = Ledger()
         self.timings = Timings(arrival=request.arrival)
-        self.row = 0
+        self.state_index = 0
         #: Number of the last pass that served it, for fairness under a row budget.
         self.last_pass = 0
         #: How many bytes were known when memory ran out in one of its passes.
@@ -116,9 +116,9 @@ class Sequence:
     def left(self) -> int:
         return self.params.max_tokens - len(self.output.ids)
 
-    def scan(self, entropies: list[float], rule: PatchRule) -> None:
+    def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
-        if not self.plain and self.params.return_patches:
+        if not self.ids_only and self.params.return_patches:
             self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
         for end in rule.ends(self.scanned, entropies, self.open_start):
             self.patches.append(Patch(self.closed, self.open_start, end))

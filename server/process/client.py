@@ -21,7 +21,7 @@ from fastblt.server.engine.stats import EngineStats
 from fastblt.server.logs import LogSettings
 from fastblt.server.process.engine_process import ENGINE_COMMAND
 from fastblt.server.process.grammar_probe import GrammarProbe
-from fastblt.server.process.messages import Abort, Add, Loaded, News, Problem, Start, Verdict
+from fastblt.server.process.messages import Abort, Add, AddReply, Loaded, Problem, Start, StepOutput
 from fastblt.server.process.stream import DeltaStream
 from fastblt.server.process.supervisor import EngineState, EngineUnavailableError, Supervisor
 from fastblt.server.request import Delta, ErrorCode, FinishReason, InvalidRequestError, QueueFullError, Request
@@ -34,7 +34,7 @@ LAST_WORDS_SECONDS = 5.0
 
 
 @dataclass
-class Life:
+class LiveRequest:
     """What the server knows of a request that the engine has. Times are monotonic seconds, `bytes` those of output.
 
     `latest` is when it last had bytes; its arrival until then.
@@ -61,9 +61,9 @@ class Life:
 
 
 class Observer(Protocol):
-    """Told of every delta, also when its reader has left, before `life` takes account of it."""
+    """Told of every delta, also when its reader has left, before `live` takes account of it."""
 
-    def __call__(self, life: Life, delta: Delta, now: float) -> None: ...
+    def __call__(self, live: LiveRequest, delta: Delta, now: float) -> None: ...
 
 
 class EngineClient:
@@ -86,10 +86,10 @@ class EngineClient:
         self.service = service or ServiceSettings()
         self.observers = observers
         self._name = name
-        self._live: dict[str, Life] = {}
+        self._live: dict[str, LiveRequest] = {}
         #: How many of them have not started.
         self._queued = 0
-        self._verdicts: dict[int, _Verdict] = {}
+        self._pending_adds: dict[int, _PendingAdd] = {}
         self._numbers = itertools.count()
         self._stopping = asyncio.Lock()
         self._grammars = GrammarProbe()
@@ -192,14 +192,14 @@ class EngineClient:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
         stream = DeltaStream(self.abort, requests, whole=whole)
         number = next(self._numbers)
-        verdict = _Verdict(requests, asyncio.get_running_loop().create_future())
-        self._verdicts[number] = verdict
+        pending = _PendingAdd(requests, asyncio.get_running_loop().create_future())
+        self._pending_adds[number] = pending
         for request in requests:
-            self._live[request.request_id] = self._life(request, stream, number)
+            self._live[request.request_id] = self._track(request, stream, number)
         self._queued += len(requests)
         self._supervisor.send(Add(number, list(requests)))
         try:
-            await verdict.future
+            await pending.future
         except asyncio.CancelledError:
             stream.close()
             raise
@@ -210,8 +210,8 @@ class EngineClient:
 
         `cause` is the word under which metrics count it.
         """
-        if (life := self._live.get(request_id)) is not None:
-            life.abort_cause = life.abort_cause or cause
+        if (live := self._live.get(request_id)) is not None:
+            live.abort_cause = live.abort_cause or cause
             self._supervisor.send(Abort([request_id]))
 
     async def stop(self, timeout: float = 0.0) -> None:
@@ -232,79 +232,79 @@ class EngineClient:
 
     # --- what the engine says ---------------------------------------------------------------------------------------
 
-    def _hear(self, report: News | Verdict) -> None:
-        if isinstance(report, Verdict):
+    def _hear(self, report: StepOutput | AddReply) -> None:
+        if isinstance(report, AddReply):
             self._decide(report.number, _refusal(report.problem))
             return
         now = time.monotonic()
         for request_id in report.started:
-            life = self._live.get(request_id)
-            if life is not None:
-                life.started = now
+            live = self._live.get(request_id)
+            if live is not None:
+                live.started = now
                 self._queued -= 1
-                if life.queue_timer is not None:
-                    life.queue_timer.cancel()
+                if live.queue_timer is not None:
+                    live.queue_timer.cancel()
         self._deliver(report.deltas)
 
     def _decide(self, number: int, problem: Exception | None) -> None:
-        verdict = self._verdicts.pop(number, None)
-        if verdict is None:
+        pending = self._pending_adds.pop(number, None)
+        if pending is None:
             return
         if problem is not None:
-            for request in verdict.requests:
+            for request in pending.requests:
                 self._forget(request.request_id)
-        if verdict.future.done():
+        if pending.future.done():
             return
         if problem is None:
-            verdict.future.set_result(None)
+            pending.future.set_result(None)
         else:
-            verdict.future.set_exception(problem)
+            pending.future.set_exception(problem)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         now = time.monotonic()
         for delta in deltas:
-            life = self._live.get(delta.request_id)
-            if life is None:
+            live = self._live.get(delta.request_id)
+            if live is None:
                 continue
             for observe in self.observers:
-                observe(life, delta, now)
+                observe(live, delta, now)
             if delta.ids:
-                life.latest = now
-                life.first = life.first or now
-                life.bytes += len(delta.ids)
+                live.latest = now
+                live.first = live.first or now
+                live.bytes += len(delta.ids)
             if delta.finish_reason is not None:
                 self._forget(delta.request_id)
-            life.stream.push(delta)
+            live.stream.push(delta)
 
     def _forget(self, request_id: str) -> None:
-        life = self._live.pop(request_id, None)
-        if life is not None:
-            life.cancel()
-            self._queued -= life.started is None
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            live.cancel()
+            self._queued -= live.started is None
         if not self._live:
             self._supervisor.notify()
 
     def _end_all(self, finish: FinishReason, reason: str) -> None:
         """Give every request that still waits for the engine its last word."""
-        for number in list(self._verdicts):
+        for number in list(self._pending_adds):
             self._decide(number, EngineUnavailableError(self.state, reason))
         code = ErrorCode.ENGINE_DIED if finish is FinishReason.ERROR else None
         self._deliver([Delta(i, finish_reason=finish, error=reason, error_code=code) for i in self._live])
 
     # --- deadlines --------------------------------------------------------------------------------------------------
 
-    def _life(self, request: Request, stream: DeltaStream, number: int) -> Life:
-        life = Life(request, stream, request.arrival)
+    def _track(self, request: Request, stream: DeltaStream, number: int) -> LiveRequest:
+        live = LiveRequest(request, stream, request.arrival)
         late = time.monotonic() - request.arrival
         call_later = asyncio.get_running_loop().call_later
         expire = partial(self._expire, request.request_id, number)
         if (limit := self.service.queue_timeout) is not None:
             error = f"the request waited {limit:g} s for its turn; try again later"
-            life.queue_timer = call_later(limit - late, expire, ErrorCode.QUEUE_TIMEOUT, error)
+            live.queue_timer = call_later(limit - late, expire, ErrorCode.QUEUE_TIMEOUT, error)
         if (limit := self.service.request_timeout) is not None:
             error = f"the request was not finished within {limit:g} s; ask for fewer bytes"
-            life.timer = call_later(limit - late, expire, ErrorCode.REQUEST_TIMEOUT, error)
-        return life
+            live.timer = call_later(limit - late, expire, ErrorCode.REQUEST_TIMEOUT, error)
+        return live
 
     def _expire(self, request_id: str, number: int, code: ErrorCode, error: str) -> None:
         """End a request here and now, whatever the engine does."""
@@ -338,7 +338,7 @@ class EngineClient:
 
 
 @dataclass
-class _Verdict:
+class _PendingAdd:
     """A submission that the engine has not answered yet."""
 
     requests: Sequence[Request]

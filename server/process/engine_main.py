@@ -18,18 +18,18 @@ from fastblt.server import logs
 from fastblt.server.process.messages import (
     Abort,
     Add,
+    AddReply,
     ChannelClosed,
     Command,
     EngineChannel,
     Failed,
     Loaded,
-    News,
     Ping,
     Pong,
     Problem,
     Start,
+    StepOutput,
     Stop,
-    Verdict,
 )
 from fastblt.server.request import DecodingMethod, InvalidRequestError, QueueFullError, Request
 from fastblt.server.settings import EngineSettings
@@ -103,7 +103,7 @@ class _Worker:
     def _obey(self, command: Command) -> None:
         match command:
             case Add():
-                self._channel.send(Verdict(command.number, self._add(command.requests)))
+                self._channel.send(AddReply(command.number, self._add(command.requests)))
             case Abort():
                 for request_id in command.request_ids:
                     self._engine.abort(request_id)
@@ -118,7 +118,7 @@ class _Worker:
             stats = self._engine.stats()
             self._next_stats = now + STATS_SECONDS
         if deltas or self._engine.started or stats is not None:
-            self._channel.send(News(deltas, self._engine.started, stats))
+            self._channel.send(StepOutput(deltas, self._engine.started, stats))
         if not self._engine.has_work() and not self._engine.balanced():
             logger.error("the engine is idle, and not all of its memory is free: %s", self._engine.stats())
 

@@ -26,7 +26,7 @@ ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastblt.server.process.engine_mai
 _EXIT_SECONDS = 5.0
 
 
-class EngineLink(asyncio.Protocol):
+class EngineProcess(asyncio.Protocol):
     """One engine process. Confined to an event loop.
 
     `on_report` gets every message of the process, then `on_end` is called once, with how the process ended.

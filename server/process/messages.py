@@ -87,12 +87,12 @@ class Problem(msgspec.Struct):
     param: str | None = None
 
 
-class Verdict(Message):
+class AddReply(Message):
     number: int
     problem: Problem | None = None
 
 
-class News(Message):
+class StepOutput(Message):
     """What came of a pass. `started` are the requests that left the queue for it, for the first time. `stats` comes
     from time to time, and when nothing is left to do.
     """
@@ -106,7 +106,7 @@ class Pong(Message):
     stats: EngineStats
 
 
-Report = Loaded | Failed | Verdict | News | Pong
+Report = Loaded | Failed | AddReply | StepOutput | Pong
 
 M = TypeVar("M")
 

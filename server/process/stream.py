@@ -30,7 +30,7 @@ class DeltaStream:
     def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:
         self._abort = abort
         self._open = {request.request_id for request in requests}
-        self._news: dict[str, Delta] = {}
+        self._pending: dict[str, Delta] = {}
         self._event = asyncio.Event()
         self._wake: Callable[[], None] = self._event.set
         self._whole = whole
@@ -44,31 +44,31 @@ class DeltaStream:
         return self
 
     async def __anext__(self) -> list[Delta]:
-        while not (news := self.take()):
+        while not (deltas := self.take()):
             if self.ended:
                 raise StopAsyncIteration
             self._event.clear()
             await self._event.wait()
-        return news
+        return deltas
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        """Have `on_news` called, instead of the iterator woken, whenever there may be something to take or the end has
+    def listen(self, on_ready: Callable[[], None]) -> None:
+        """Have `on_ready` called, instead of the iterator woken, whenever there may be something to take or the end has
         come. It must not raise.
         """
-        self._wake = on_news
+        self._wake = on_ready
 
     def take(self) -> list[Delta]:
         """The next item, if it may leave already; else nothing."""
-        if not self._news or self._held:
+        if not self._pending or self._held:
             return []
-        news, self._news = self._news, {}
+        deltas, self._pending = self._pending, {}
         self._next = math.ceil((self._loop.time() + ITEM_SECONDS) / _TICK_SECONDS) * _TICK_SECONDS
-        return list(news.values())
+        return list(deltas.values())
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to take, and nothing will be."""
-        return self._closed or not (self._open or self._news)
+        return self._closed or not (self._open or self._pending)
 
     @property
     def _held(self) -> bool:
@@ -81,8 +81,8 @@ class DeltaStream:
             self._failed |= delta.finish_reason is FinishReason.ERROR
         if self._closed:
             return
-        earlier = self._news.get(delta.request_id)
-        self._news[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
+        earlier = self._pending.get(delta.request_id)
+        self._pending[delta.request_id] = delta if earlier is None else _merge(earlier, delta)
         if not self._held:
             self._wake()
         elif not self._whole and self._timer is None:
@@ -98,7 +98,7 @@ class DeltaStream:
         if self._closed:
             return
         self._closed = True
-        self._news.clear()
+        self._pending.clear()
         for request_id in self._open:
             self._abort(request_id, "sibling_failed" if self._failed else "client_left")
         self._wake()

@@ -13,8 +13,20 @@ from typing import Any
 
 from fastblt.models.vocabulary import BOS_ID
 from fastblt.server.engine.stats import EngineStats
-from fastblt.server.process.engine_process import EngineLink
-from fastblt.server.process.messages import Add, Command, Failed, Loaded, News, Ping, Pong, Report, Start, Stop, Verdict
+from fastblt.server.process.engine_process import EngineProcess
+from fastblt.server.process.messages import (
+    Add,
+    AddReply,
+    Command,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    Report,
+    Start,
+    StepOutput,
+    Stop,
+)
 from fastblt.server.process.watchdog import Condition, Watchdog
 from fastblt.server.request import DecodingMethod, DecodingParams, Delta, FinishReason, Request, SamplingParams
 from fastblt.server.settings import FailurePolicy, ServiceSettings
@@ -67,7 +79,7 @@ class Supervisor:
         command: Sequence[str],
         *,
         busy: Callable[[], bool],
-        on_report: Callable[[News | Verdict], None],
+        on_report: Callable[[StepOutput | AddReply], None],
         on_loss: Callable[[str], None],
     ) -> None:
         self.state = EngineState.LOADING
@@ -82,7 +94,7 @@ class Supervisor:
         self._busy = busy
         self._on_report = on_report
         self._on_loss = on_loss
-        self._link: EngineLink | None = None
+        self._process: EngineProcess | None = None
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._losses: deque[float] = deque(maxlen=MAX_RESTARTS)
@@ -94,7 +106,7 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        return self._link.pid if self._link is not None else None
+        return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
         """Start a process, which begins to load, and the watch over it; returns at once."""
@@ -103,21 +115,21 @@ class Supervisor:
 
     def send(self, command: Command) -> None:
         """Never waits. What is sent to an engine that is lost is lost with it."""
-        if self._link is not None:
-            self._link.send(command)
+        if self._process is not None:
+            self._process.send(command)
 
     def drain(self) -> None:
         """Take no more requests. An engine that is of no use now is killed."""
         useful = self.state is EngineState.READY
         self.become(EngineState.DRAINING, "the server is shutting down")
-        if not useful and self._link is not None:
-            self._link.kill()
+        if not useful and self._process is not None:
+            self._process.kill()
 
     async def stop(self) -> None:
         """End the process, and this. May be called again."""
-        if self._link is not None:
-            self._link.send(Stop())
-            await self._link.ended(STOP_SECONDS)
+        if self._process is not None:
+            self._process.send(Stop())
+            await self._process.ended(STOP_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -141,14 +153,14 @@ class Supervisor:
 
     async def _launch(self) -> None:
         self._lost = self._pinged = self._probing = self._sick = False
-        self._link = EngineLink(self._hear, self._ended)
+        self._process = EngineProcess(self._hear, self._ended)
         try:
-            await self._link.start(self._command)
+            await self._process.start(self._command)
         except OSError as error:
-            self._link = None
+            self._process = None
             self._lose(f"the engine process cannot be started: {error}")
             return
-        self._link.send(self._start)
+        self._process.send(self._start)
 
     async def _relaunch(self) -> None:
         await asyncio.sleep(RESTART_PAUSE_SECONDS)
@@ -159,13 +171,13 @@ class Supervisor:
         if self._lost:
             return
         match report:
-            case News():
+            case StepOutput():
                 self._progressed |= bool(report.deltas or report.started)
                 self._take_stats(report.stats)
                 for delta in report.deltas if self._probing or self._sick else ():
                     self._examine(delta)
                 self._on_report(report)
-            case Verdict():
+            case AddReply():
                 self._progressed = True
                 self._on_report(report)
             case Pong():
@@ -222,8 +234,8 @@ class Supervisor:
         watchdog = Watchdog(limit)
         while True:
             await asyncio.sleep(watchdog.interval)
-            if self._link is not None:
-                self._link.check()
+            if self._process is not None:
+                self._process.check()
             watched = self.state in (EngineState.READY, EngineState.STALLED, EngineState.DRAINING)
             condition = watchdog.look(self._progressed or not watched)
             self._progressed = False
@@ -231,8 +243,8 @@ class Supervisor:
                 continue
             if condition is Condition.HOPELESS:
                 reason = f"the engine made no progress for {2 * limit:g} s and was killed"
-                assert self._link is not None
-                self._link.kill()
+                assert self._process is not None
+                self._process.kill()
                 self._lose(reason)
             elif condition is Condition.STALLED and self.state is EngineState.READY:
                 logger.error("the engine makes no progress")

@@ -93,16 +93,16 @@ def run(
             engine.abort(request_id)
             del aborts[request_id]
         for delta in engine.step():
-            assert not any(d.finish_reason for d in deltas[delta.request_id]), "news after the terminal event"
+            assert not any(d.finish_reason for d in deltas[delta.request_id]), "a delta after the terminal event"
             deltas[delta.request_id].append(delta)
         step += 1
         assert step < 50_000, "the engine does not come to an end"
     done = {}
-    for request_id, news in deltas.items():
-        last = news[-1]
+    for request_id, own in deltas.items():
+        last = own[-1]
         assert last.finish_reason is not None and last.ledger is not None
-        ids = [i for delta in news for i in delta.ids]
-        done[request_id] = Finished(ids, str(last.finish_reason), last.error, last.ledger, news)
+        ids = [i for delta in own for i in delta.ids]
+        done[request_id] = Finished(ids, str(last.finish_reason), last.error, last.ledger, own)
     assert engine.balanced(), engine.stats()
     return done
 

@@ -32,7 +32,7 @@ class CacheGroup:
         name: str,
         pages: int,
         page_size: int,
-        rows: int,
+        num_states: int,
         max_length: int,
         shapes: list[tuple[int, ...]],
         dtype: torch.dtype,
@@ -46,7 +46,7 @@ class CacheGroup:
         self.layers = [torch.empty((pages + 1) * page_size, *shape, dtype=dtype, device=device) for shape in shapes]
         for layer in self.layers:
             layer[:page_size].zero_()
-        shape = (rows, -(-max_length // page_size))
+        shape = (num_states, -(-max_length // page_size))
         self.host_table = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.table: np.ndarray = self.host_table.numpy()
         #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
@@ -55,9 +55,9 @@ class CacheGroup:
         )
         #: Told of every copy of a page: source, target, and how many positions.
         self.on_copy: Callable[[int, int, int], None] | None = None
-        self._first = [0] * rows
+        self._first = [0] * num_states
         #: Of every state row, the page behind its last one.
-        self.last = [0] * rows
+        self.last = [0] * num_states
 
     def send_table(self) -> None:
         """Bring the device's table up to date: before a pass, never within one, which may be a captured graph."""
@@ -67,52 +67,52 @@ class CacheGroup:
         """Of the pages that a row at `position` reads."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
-    def missing(self, row: int, length: int) -> int:
+    def missing(self, state_index: int, length: int) -> int:
         """Pages that covering positions below `length` would still take."""
-        return max(0, -(-length // self.page_size) - self.last[row])
+        return max(0, -(-length // self.page_size) - self.last[state_index])
 
-    def extend(self, row: int, length: int) -> None:
+    def extend(self, state_index: int, length: int) -> None:
         """Cover positions below `length`; `missing` pages must be available."""
-        for index in range(self.last[row], -(-length // self.page_size)):
-            self.table[row, index] = self.pool.take()
-            self.last[row] = index + 1
+        for index in range(self.last[state_index], -(-length // self.page_size)):
+            self.table[state_index, index] = self.pool.take()
+            self.last[state_index] = index + 1
 
-    def cut(self, row: int, length: int) -> None:
+    def free_from(self, state_index: int, length: int) -> None:
         """Give back the pages at and after `length`."""
-        keep = max(-(-length // self.page_size), self._first[row])
-        if keep >= self.last[row]:
+        keep = max(-(-length // self.page_size), self._first[state_index])
+        if keep >= self.last[state_index]:
             return
-        for index in range(keep, self.last[row]):
-            self._drop(row, index)
-        self.last[row] = keep
+        for index in range(keep, self.last[state_index]):
+            self._drop(state_index, index)
+        self.last[state_index] = keep
 
-    def leave(self, row: int, position: int) -> None:
+    def free_before(self, state_index: int, position: int) -> None:
         """Give back the pages that lie wholly before `position`."""
-        until = min(position // self.page_size, self.last[row])
-        for index in range(self._first[row], until):
-            self._drop(row, index)
-        self._first[row] = max(self._first[row], until)
+        until = min(position // self.page_size, self.last[state_index])
+        for index in range(self._first[state_index], until):
+            self._drop(state_index, index)
+        self._first[state_index] = max(self._first[state_index], until)
 
-    def clear(self, row: int) -> None:
+    def clear(self, state_index: int) -> None:
         """Give back every page of a state row."""
         # The last first: of kept pages, those that others build on go longest unevicted.
-        for index in reversed(range(self._first[row], self.last[row])):
-            self._drop(row, index)
-        self._first[row] = self.last[row] = 0
+        for index in reversed(range(self._first[state_index], self.last[state_index])):
+            self._drop(state_index, index)
+        self._first[state_index] = self.last[state_index] = 0
 
-    def attach(self, row: int, first: int, pages: list[int]) -> None:
+    def attach(self, state_index: int, first: int, pages: list[int]) -> None:
         """Let a state row that has no pages begin with these, shared, at page `first` of its positions."""
         for page in pages:
             self.pool.share(page)
-        self._first[row], self.last[row] = first, first + len(pages)
-        self.table[row, first : first + len(pages)] = pages
+        self._first[state_index], self.last[state_index] = first, first + len(pages)
+        self.table[state_index, first : first + len(pages)] = pages
 
-    def copy_last(self, row: int, count: int) -> None:
+    def copy_last(self, state_index: int, count: int) -> None:
         """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
-        index = self.last[row] - 1
-        shared, own = int(self.table[row, index]), self.pool.take()
+        index = self.last[state_index] - 1
+        shared, own = int(self.table[state_index, index]), self.pool.take()
         self.copy(shared, own, count)
-        self.table[row, index] = own
+        self.table[state_index, index] = own
         self.pool.give_back(shared)
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -123,26 +123,26 @@ class CacheGroup:
         if self.on_copy is not None:
             self.on_copy(source, target, count)
 
-    def swap(self, row: int, index: int, page: int) -> None:
+    def swap(self, state_index: int, index: int, page: int) -> None:
         """Put a page of the same content in place of a row's own."""
-        own = int(self.table[row, index])
+        own = int(self.table[state_index, index])
         if own != page:
             self.pool.share(page)
-            self.table[row, index] = page
+            self.table[state_index, index] = page
             self.pool.give_back(own)
 
-    def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """int64 slots of positions; `rows` broadcasts against them."""
-        return self.table[rows, positions // self.page_size].astype(np.int64) * self.page_size + (
+    def slots(self, num_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int64 slots of positions; `num_states` broadcasts against them."""
+        return self.table[num_states, positions // self.page_size].astype(np.int64) * self.page_size + (
             positions % self.page_size
         )
 
-    def _drop(self, row: int, index: int) -> None:
-        self.pool.give_back(int(self.table[row, index]))
-        self.table[row, index] = 0
+    def _drop(self, state_index: int, index: int) -> None:
+        self.pool.give_back(int(self.table[state_index, index]))
+        self.table[state_index, index] = 0
 
 
-class Caches:
+class KvCaches:
     """All groups and stores of one engine.
 
     Groups `patcher`, `encoder`, `decoder` count bytes, `global` counts patches; `states` keeps encoder states from the
@@ -154,7 +154,7 @@ class Caches:
         self, model: Blt, config: BltConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype
     ) -> None:
         page = settings.page_size
-        rows = settings.max_running + 1
+        num_states = settings.max_running + 1
         wide = torch.finfo(dtype).bits // 8
         stacks = {
             "patcher": (config.patcher, torch.float32),
@@ -176,62 +176,62 @@ class Caches:
                 stack, kind = stacks[name]
                 shapes = [(2, stack.num_kv_heads, stack.head_dim)] * stack.num_layers
             self.groups[name] = CacheGroup(
-                name, count, page, rows, self.max_length, shapes, kind, device, windows[name]
+                name, count, page, num_states, self.max_length, shapes, kind, device, windows[name]
             )
-        self.bytes_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
+        self.byte_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
         self._global = self.groups["global"]
         self._remote = [group for group in self.groups.values() if group.device_table is not group.host_table]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
-        self.latent_pool = PagePool(rows * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
+        self.latent_pool = PagePool(num_states * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
         self.latents = torch.zeros(
             self.latent_pool.size + 1, len(model.local_decoder.cross_attn_layers), 2, config.cross_attn_k,
             decoder.num_kv_heads, decoder.head_dim, dtype=dtype, device=device,
         )  # fmt: skip
-        self._rows = list(range(rows - 1, 0, -1))
+        self._free_states = list(range(num_states - 1, 0, -1))
         self.page_size = page
-        self._reached = [(0, 0)] * rows
-        self._total_rows = rows - 1
+        self._reached = [(0, 0)] * num_states
+        self._num_states = num_states - 1
 
-    def take_row(self) -> int | None:
+    def take_state_index(self) -> int | None:
         """A free state row, or None."""
-        return self._rows.pop() if self._rows else None
+        return self._free_states.pop() if self._free_states else None
 
-    def reserve(self, row: int, length: int, patches: int) -> bool:
+    def reserve(self, state_index: int, length: int, patches: int) -> bool:
         """Cover `length` bytes in every byte group and `patches` patches: all of it, or nothing and False."""
         # Mostly the pages are there already. Byte groups grow together, so one answers for all.
         page = self.page_size
-        if length <= self.bytes_groups[0].last[row] * page and patches <= self._global.last[row] * page:
+        if length <= self.byte_groups[0].last[state_index] * page and patches <= self._global.last[state_index] * page:
             return True
-        wanted = [(group, length) for group in self.bytes_groups] + [(self._global, patches)]
-        if any(group.missing(row, upto) > group.pool.available for group, upto in wanted):
+        wanted = [(group, length) for group in self.byte_groups] + [(self._global, patches)]
+        if any(group.missing(state_index, upto) > group.pool.available for group, upto in wanted):
             return False
         for group, upto in wanted:
-            group.extend(row, upto)
+            group.extend(state_index, upto)
         return True
 
-    def settle(self, row: int, computed: int, patches: int, unpooled: int) -> None:
+    def free_unread(self, state_index: int, computed: int, patches: int, unpooled: int) -> None:
         """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
         page = self.page_size
-        if patches <= (self._global.last[row] - 1) * page:
-            self._global.cut(row, patches)
+        if patches <= (self._global.last[state_index] - 1) * page:
+            self._global.free_from(state_index, patches)
         # Nothing can be left behind before `computed` or the first unpooled state enters another page.
         reached = (computed // page, unpooled // page)
-        if self._reached[row] == reached:
+        if self._reached[state_index] == reached:
             return
-        self._reached[row] = reached
-        for group in self.bytes_groups:
+        self._reached[state_index] = reached
+        for group in self.byte_groups:
             if group.name == "states":
-                group.leave(row, min(unpooled, computed))
+                group.free_before(state_index, min(unpooled, computed))
             elif group.window is not None:
-                group.leave(row, computed - group.window + 1)
+                group.free_before(state_index, computed - group.window + 1)
 
-    def release(self, row: int) -> None:
+    def release(self, state_index: int) -> None:
         """Give back a state row with every page it owns."""
         for group in self.groups.values():
-            group.clear(row)
-        self._reached[row] = (0, 0)
-        self._rows.append(row)
+            group.clear(state_index)
+        self._reached[state_index] = (0, 0)
+        self._free_states.append(state_index)
 
     def send_tables(self) -> None:
         """Bring the device's page tables up to date."""
@@ -241,7 +241,7 @@ class Caches:
     def balanced(self) -> bool:
         """Whether everything is free or cached: true whenever no request is running."""
         pools = [*(group.pool for group in self.groups.values()), self.latent_pool]
-        return all(pool.available == pool.size for pool in pools) and len(self._rows) == self._total_rows
+        return all(pool.available == pool.size for pool in pools) and len(self._free_states) == self._num_states
 
 
 def _slot_bytes(stack: StackConfig, wide: int) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.sequence import Patch, Sequence
 
 #: More rows than any request has.
@@ -67,7 +67,7 @@ class PrefixCache:
     Work is done when a request is admitted, when its rows fill a page, and when it goes.
     """
 
-    def __init__(self, caches: Caches, *, enabled: bool) -> None:
+    def __init__(self, caches: KvCaches, *, enabled: bool) -> None:
         self._enabled = enabled
         self._page = caches.page_size
         self._groups = [caches.groups[name] for name in ("patcher", "encoder", "decoder")]
@@ -97,8 +97,8 @@ class PrefixCache:
 
     def begin(self, sequence: Sequence) -> None:
         """Place a sequence that was given a state row: at the deepest resume point there is for it, or at the start."""
-        row = sequence.row
-        self._entered[row] = 0
+        state_index = sequence.state_index
+        self._entered[state_index] = 0
         if not self._enabled:
             sequence.resume(0, None)
             return
@@ -106,13 +106,13 @@ class PrefixCache:
         asks = sequence.params.prompt_logprobs is None
         path = self._find(sequence) if asks else []
         resume = path[-1].resume if path else None
-        if resume is not None and self._take(row, path, resume):
+        if resume is not None and self._take(state_index, path, resume):
             sequence.resume(resume.at, resume.patch)
-            self._origin[row] = path[-1]
-            self._entered[row] = resume.at // self._page
+            self._origin[state_index] = path[-1]
+            self._entered[state_index] = resume.at // self._page
         else:
             sequence.resume(0, None)
-        self._due[row] = (self._entered[row] + 1) * self._page
+        self._due[state_index] = (self._entered[state_index] + 1) * self._page
         if sequence.cached is None:
             sequence.cached = max(sequence.decoded - 1, 0)
             self.queries += sequence.prompt_length - 1 if asks else 0
@@ -120,32 +120,32 @@ class PrefixCache:
 
     def extend(self, sequence: Sequence) -> None:
         """Enter the pages that a sequence's rows have filled; before it leaves pages or forgets patches."""
-        if sequence.decoded >= self._due[sequence.row]:
+        if sequence.decoded >= self._due[sequence.state_index]:
             self._enter(sequence, min(sequence.decoded, sequence.known))
 
     def end(self, sequence: Sequence) -> None:
         """Enter what is left of a sequence whose state row is about to be released."""
-        row = sequence.row
-        if self._due[row] != _NEVER:
+        state_index = sequence.state_index
+        if self._due[state_index] != _NEVER:
             # Rows past the known ids stand on drafts whose bytes nobody keeps.
             until = min(sequence.decoded, sequence.known)
             self._enter(sequence, until)
-            if self._due[row] != _NEVER:
+            if self._due[state_index] != _NEVER:
                 self._enter_rest(sequence, until)
-        self._stand(row, None)
-        self._due[row] = _NEVER
-        self._origin[row] = None
+        self._stand(state_index, None)
+        self._due[state_index] = _NEVER
+        self._origin[state_index] = None
 
     def forget(self, sequence: Sequence) -> None:
         """Drop everything that a running sequence had a part in: it gave numbers that are none."""
-        row = sequence.row
-        for node in (self._stands[row], self._origin[row]):
+        state_index = sequence.state_index
+        for node in (self._stands[state_index], self._origin[state_index]):
             if node is not None:
                 while node.parent is not None:
                     node = node.parent
                 self._remove_tree(node)
-        self._stand(row, None)
-        self._due[row] = _NEVER
+        self._stand(state_index, None)
+        self._due[state_index] = _NEVER
 
     def shared(self, sequence: Sequence) -> int:
         """Global pages in use that a waiting sequence would share if it were admitted now."""
@@ -205,19 +205,19 @@ class PrefixCache:
             return False
         return all(run >= index - group.first_page(resume.at) for run, group in zip(runs, self._groups, strict=True))
 
-    def _take(self, row: int, path: list[Node], resume: ResumePoint) -> bool:
+    def _take(self, state_index: int, path: list[Node], resume: ResumePoint) -> bool:
         """Give a state row the pages before the last node's resume point: whole ones shared, partial ones copied.
 
         False where no page is left for the copies.
         """
         filled = [node.whole for node in path if node.whole]
-        self._global.attach(row, 0, [*filled, resume.tail] if resume.tail else filled)
+        self._global.attach(state_index, 0, [*filled, resume.tail] if resume.tail else filled)
         entered, inside = divmod(resume.at, self._page)
         for number, group in enumerate(self._groups):
             first = group.first_page(resume.at)
             pages = [node.pages[number] for node in path[first:]]
-            group.attach(row, first, pages)
-        self._states.attach(row, entered, [])
+            group.attach(state_index, first, pages)
+        self._states.attach(state_index, entered, [])
         # Only now can nobody evict what is to be copied.
         copying = [*self._groups] if inside else []
         wanted = [*copying, self._states] if inside else []
@@ -225,34 +225,34 @@ class PrefixCache:
             wanted.append(self._global)
         if not all(group.pool.available for group in wanted):
             for group in (*self._groups, self._states, self._global):
-                group.clear(row)
+                group.clear(state_index)
             return False
         self._latents.share(resume.patch.slot)
-        self._stand(row, path[entered - 1] if entered else None)
+        self._stand(state_index, path[entered - 1] if entered else None)
         for group in copying:
-            group.copy_last(row, inside)
+            group.copy_last(state_index, inside)
         if resume.tail:
-            self._global.copy_last(row, (resume.patch.index + 1) % self._page)
-        self._states.extend(row, resume.at)
+            self._global.copy_last(state_index, (resume.patch.index + 1) % self._page)
+        self._states.extend(state_index, resume.at)
         return True
 
     # Entering
 
     def _enter(self, sequence: Sequence, until: int) -> None:
         """Enter the pages that rows below `until` fill."""
-        row = sequence.row
-        node = self._stands[row]
+        state_index = sequence.state_index
+        node = self._stands[state_index]
         if node is not None and node.gone:
-            self._due[row] = _NEVER
+            self._due[state_index] = _NEVER
             return
-        for index in range(self._entered[row], until // self._page):
+        for index in range(self._entered[state_index], until // self._page):
             node = self._enter_page(sequence, index, node)
             if node is None:
-                self._due[row] = _NEVER
+                self._due[state_index] = _NEVER
                 return
-            self._stand(row, node)
-            self._entered[row] = index + 1
-        self._due[row] = (self._entered[row] + 1) * self._page
+            self._stand(state_index, node)
+            self._entered[state_index] = index + 1
+        self._due[state_index] = (self._entered[state_index] + 1) * self._page
 
     def _enter_page(self, sequence: Sequence, index: int, parent: Node | None) -> Node | None:
         """The node of a sequence's page, with whatever it lacked; None if the node there has other patches.
@@ -260,7 +260,7 @@ class PrefixCache:
         That can be where arithmetic depends on batching and an entropy is next to the threshold. What was computed
         twice is kept once: the sequence goes on with the pages of the node.
         """
-        row, start, end = sequence.row, index * self._page, (index + 1) * self._page
+        state_index, start, end = sequence.state_index, index * self._page, (index + 1) * self._page
         ids = _as_bytes(sequence.ids[start:end])
         patch = _newest(sequence, end)
         key = (_above(parent, sequence), ids)
@@ -273,47 +273,47 @@ class PrefixCache:
             return None
         for number, group in enumerate(self._groups):
             if node.pages[number]:
-                group.swap(row, index, node.pages[number])
+                group.swap(state_index, index, node.pages[number])
             else:
-                self._hold_bytes(node, number, int(group.table[row, index]))
+                self._hold_bytes(node, number, int(group.table[state_index, index]))
         self._fill_in(sequence, node, start, ids)
         return node
 
     def _enter_rest(self, sequence: Sequence, until: int) -> None:
         """Keep a page that rows below `until` fill in part, for its resume point."""
-        row = sequence.row
-        index = self._entered[row]
+        state_index = sequence.state_index
+        index = self._entered[state_index]
         start = index * self._page
         # The newest patch may end with the next row, and those before it be forgotten.
         if until == start or sequence.patches[0].end >= until:
             return
         patch = _newest(sequence, until)
-        parent = self._stands[row]
+        parent = self._stands[state_index]
         ids = _as_bytes(sequence.ids[start : patch.end + 1])
         if patch.end < start or (_above(parent, sequence), ids) in self._points:
             return
         node = Node(parent, None, [0] * len(self._groups), patch.index + 1, patch.end + 1)
         self._adopt(node)
         for number, group in enumerate(self._groups):
-            self._hold_bytes(node, number, int(group.table[row, index]))
+            self._hold_bytes(node, number, int(group.table[state_index, index]))
         self._fill_in(sequence, node, start, ids)
 
     def _fill_in(self, sequence: Sequence, node: Node, start: int, ids: bytes) -> None:
         """Give a node, whose page begins at `start` with these ids, the global page and resume point that it lacks."""
-        row = sequence.row
+        state_index = sequence.state_index
         before = node.parent.closed if node.parent is not None else 0
         if node.closed // self._page > before // self._page:
             at = node.closed // self._page - 1
             if node.whole:
-                self._global.swap(row, at, node.whole)
+                self._global.swap(state_index, at, node.whole)
             else:
-                node.whole = int(self._global.table[row, at])
+                node.whole = int(self._global.table[state_index, at])
                 self._hold_global(node, node.whole)
         if node.resume is not None or node.boundary <= start:
             return
         patch = _newest(sequence, node.boundary)
         key = (_above(node.parent, sequence), ids[: 2 * (node.boundary - start)])
-        tail = int(self._global.table[row, node.closed // self._page]) if node.closed % self._page else 0
+        tail = int(self._global.table[state_index, node.closed // self._page]) if node.closed % self._page else 0
         node.resume = ResumePoint(key, node.boundary, patch, tail)
         for other in list(self._points.get(key, ())):
             # A page that was never filled is of no use beside one that was.
@@ -325,13 +325,13 @@ class PrefixCache:
         if tail:
             self._hold_global(node, tail)
 
-    def _stand(self, row: int, node: Node | None) -> None:
-        before = self._stands[row]
+    def _stand(self, state_index: int, node: Node | None) -> None:
+        before = self._stands[state_index]
         if before is node:
             return
         if node is not None:
             node.pins += 1
-        self._stands[row] = node
+        self._stands[state_index] = node
         if before is not None:
             before.pins -= 1
             self._prune(before)

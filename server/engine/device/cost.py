@@ -16,7 +16,7 @@ from torch import Tensor
 from fastblt.kernels.attention import TILE
 from fastblt.kernels.cpu.multi_step import COLUMNS, LIMITS, OPENED, SCANS, STARTS
 from fastblt.models.patching import PatchRule
-from fastblt.server.engine.device.forward import Passes, Patches, Rows
+from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
 
 #: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
 Announce = Callable[[np.ndarray, list[tuple[int, int]]], None]
@@ -53,7 +53,7 @@ Costs = dict[str, CostCurve]
 
 
 def measure(
-    passes: Passes,
+    forward: ModuleForward,
     context: int,
     patches: int,
     counts: Sequence[int],
@@ -68,15 +68,15 @@ def measure(
     each finds in the processor's caches what the others left; and so do row counts, so that no point of a curve is of
     another moment than the rest. A module is measured no further once a pass took `limit` seconds.
     """
-    calls = [make_calls(passes, count, context, patches, announce) for count in counts]
+    calls = [make_calls(forward, count, context, patches, announce) for count in counts]
     seconds: dict[str, list[float]] = {module: [] for module in MODULES}
     for turn in range(repeats):
         for at, own in enumerate(calls):
             for module, known in seconds.items():
                 if at < len(known):
-                    known[at] = min(known[at], _seconds(own[module], passes.device))
+                    known[at] = min(known[at], _seconds(own[module], forward.device))
                 elif not turn and (not known or known[-1] <= limit):
-                    known.append(_seconds(own[module], passes.device))
+                    known.append(_seconds(own[module], forward.device))
     return {module: _curve(counts, curve) for module, curve in seconds.items()}
 
 
@@ -126,7 +126,7 @@ def _finish(device: torch.device) -> None:
 
 
 def make_calls(
-    passes: Passes,
+    forward: ModuleForward,
     count: int,
     context: int,
     patches: int,
@@ -140,27 +140,27 @@ def make_calls(
     """
 
     def column(value: int) -> Tensor:
-        return torch.full((count,), value, dtype=torch.int32, device=passes.device)
+        return torch.full((count,), value, dtype=torch.int32, device=forward.device)
 
     def single(position: int) -> Rows:
         positions = column(position)
         return Rows(own, positions, positions, column(position + 1), [(at, 1) for at in range(count)])
 
     null = column(0)
-    own = torch.tensor(owners, dtype=torch.int32, device=passes.device) if owners else null
+    own = torch.tensor(owners, dtype=torch.int32, device=forward.device) if owners else null
     rows = single(context)
-    closed = Patches(single(patches), null, column(_PATCH - 1), null, TILE if passes.tiled else _PATCH)
+    closed = Patches(single(patches), null, column(_PATCH - 1), null, TILE if forward.tiled else _PATCH)
 
     def upstream() -> None:
         if announce is not None:
             where = np.zeros((3, count), np.int32)
             where[1], where[2] = patches, patches + 1
             announce(where, rows.spans)
-        passes.upstream(closed)
+        forward.upstream(closed)
 
     return {
-        "patcher": lambda: passes.entropies(rows),
-        "encoder": lambda: passes.encode(rows),
+        "patcher": lambda: forward.entropies(rows),
+        "encoder": lambda: forward.encode(rows),
         "global": upstream,
-        "decoder": lambda: passes.decode(rows, null, None),
+        "decoder": lambda: forward.decode(rows, null, None),
     }

@@ -24,7 +24,7 @@ class _Captured:
     replay: Callable[[], None]
 
 
-class Graphs:
+class CudaGraphs:
     """Functions of staged columns, each a graph per key (on a device without graphs, the same calls one by one).
 
     A function given under a key must do the same for every call: what it reads besides its columns lies at addresses

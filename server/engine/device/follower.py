@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fastblt.models.blt import GlobalTransformer
 from fastblt.models.tensor_parallel import split_transformer
 from fastblt.server.engine.cache.kv_caches import CacheGroup
-from fastblt.server.engine.device.forward import AttendedGroup, Rows
+from fastblt.server.engine.device.forward import GroupAttention, Rows
 from fastblt.server.engine.device.ranks import Copy, Join, Order, Prepare, Run, meet
 from fastblt.server.process.messages import Unpacker
 
@@ -95,7 +95,7 @@ class Follower:
             self._device,
             stack.window,
         )
-        self._attended = AttendedGroup(self._group, stack, order.max_length, self._device, order.tiled)
+        self._attended = GroupAttention(self._group, stack, order.max_length, self._device, order.tiled)
 
     @torch.inference_mode()
     def _run(self, order: Run) -> None:

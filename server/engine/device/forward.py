@@ -29,7 +29,7 @@ from fastblt.models.fused import LocalModules, is_fused, local_modules
 from fastblt.models.layers import Rope
 from fastblt.models.patching import PatchRule
 from fastblt.models.vocabulary import MASK_ID
-from fastblt.server.engine.cache.kv_caches import CacheGroup, Caches
+from fastblt.server.engine.cache.kv_caches import CacheGroup, KvCaches
 
 
 @dataclass
@@ -59,17 +59,17 @@ class Patches:
     longest: int
 
 
-class Passes:
+class ModuleForward:
     """The modules over paged caches. `tokens` [state rows, ids] holds every running request's ids, drafted ones too."""
 
-    def __init__(self, model: Blt, caches: Caches, state_rows: int, device: torch.device, tiled: bool) -> None:
+    def __init__(self, model: Blt, caches: KvCaches, state_rows: int, device: torch.device, tiled: bool) -> None:
         self._model = model
         self._caches = caches
         states = caches.groups["states"]
         self._states = PagedRows(states.layers[0], states.device_table, states.page_size)
         self.tiled = tiled
         config = model.config
-        self._from_encoder = config.decoder_input == "encoder"
+        self._encoder_input = config.decoder_input == "encoder"
         stacks = {
             "patcher": config.patcher,
             "encoder": config.encoder,
@@ -77,7 +77,7 @@ class Passes:
             "global": config.global_,
         }
         self._groups = {
-            name: AttendedGroup(caches.groups[name], stack, caches.max_length, device, tiled)
+            name: GroupAttention(caches.groups[name], stack, caches.max_length, device, tiled)
             for name, stack in stacks.items()
         }
         # The first hash windows read zeros before the ids.
@@ -101,9 +101,9 @@ class Passes:
     def device(self) -> torch.device:
         return self.tokens.device
 
-    def write_prompt(self, row: int, ids: list[int]) -> None:
+    def write_prompt(self, state_index: int, ids: list[int]) -> None:
         """Known ids of a newly admitted request."""
-        self.tokens[row, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
+        self.tokens[state_index, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
 
     def entropies(self, rows: Rows) -> Tensor:
         """Entropy model over rows: fp32 [N], nats."""
@@ -125,7 +125,7 @@ class Passes:
         """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1. Where
         `read`, bool [N], is given, states of other rows are undefined."""
         stored = StoredLatents(self._caches.latents, latents)
-        known = self._states if self._from_encoder else self.ids
+        known = self._states if self._encoder_input else self.ids
         return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), stored, read)
 
     def multi_step(self, draws: Draws) -> MultiStep | None:
@@ -133,20 +133,20 @@ class Passes:
         local = local_modules(self._model)
         if local is None or not self._native or not multi_step.available():
             return None
-        return MultiStep(self._parts(local), local.head, self.ids, self._caches.latents, draws, fed=self._from_encoder)
+        return MultiStep(self._parts(local), local.head, self.ids, self._caches.latents, draws, fed=self._encoder_input)
 
     def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
         """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
         local = local_modules(self._model)
         if local is None or not self._native or not decoder_steps.available():
             return None
-        latents, fed = self._caches.latents, self._from_encoder
+        latents, fed = self._caches.latents, self._encoder_input
         return DecoderSteps(self._parts(local), local.head, self.ids, latents, draws, mask=MASK_ID, fed=fed)
 
     def _parts(self, local: LocalModules) -> Parts:
         hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)
         stack, source, sink = local.decoder
-        begin = Source(states=self._states) if self._from_encoder else replace(source, ids=self.ids)
+        begin = Source(states=self._states) if self._encoder_input else replace(source, ids=self.ids)
         return (
             self._part("patcher", local.patcher[0], replace(local.patcher[1], ids=self.ids), local.patcher[2]),
             self._part("encoder", local.encoder[0], hashed, states),
@@ -170,7 +170,7 @@ class Passes:
         return self._model.lm_head(states if index is None else states[index]).float()
 
 
-class AttendedGroup:
+class GroupAttention:
     """A cache group seen by the layers of its module."""
 
     def __init__(

@@ -80,7 +80,7 @@ class Copy(Message):
 
 
 class Run(Message):
-    """Follow a pass. `columns` are int32 [3, rows]: owners, positions, highs, as in `passes.Rows`; `table` int32
+    """Follow a pass. `columns` are int32 [3, rows]: owners, positions, highs, as in `forward.Rows`; `table` int32
     [owners, pages] has what `owners`, int32, of the page table read."""
 
     columns: bytes

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from fastblt.server.decoding.method import Plan
-from fastblt.server.engine.runner.sampled import Batch
 from fastblt.server.engine.sequence import Sequence
 
 #: A position that no request reaches.
 _NEVER = 2**31 - 1
+
+
+@dataclass
+class Batch:
+    """Rows of one decoder pass, laid out on the host: first each request's causal rows, then its block rows.
+
+    `columns` int32 [6, padded] is what the device gets (see `build_batch`); `owners`, `positions` and `block` are views
+    of its rows without padding, [total]. `sampled_rows` are the rows of the pass from which causal bytes are sampled;
+    the samples of request i are `sample_counts[i]` of them from `first_samples[i]` on. `ahead` lists the requests
+    (indexes into the batch) whose new bytes go through the entropy model within the same pass. `in_block` bool [total]
+    marks block rows, or is None where there are none; `block` has their ids, -1 elsewhere. `spans` are (first row,
+    count) of every request.
+    """
+
+    columns: np.ndarray
+    owners: np.ndarray
+    positions: np.ndarray
+    block: np.ndarray
+    sampled_rows: np.ndarray
+    first_samples: list[int]
+    sample_counts: list[int]
+    ahead: list[int]
+    in_block: np.ndarray | None
+    spans: list[tuple[int, int]]
+    total: int
+    padded: int
+
+    def needed_rows(self, scored: list[int]) -> np.ndarray | None:
+        """Rows whose decoder states somebody reads: sampled, in a block, or `scored`. bool [padded].
+
+        None when at least half of the rows are read: then compute all.
+        """
+        read = np.zeros(self.padded, dtype=bool)
+        if self.in_block is not None:
+            read[: self.total] = self.in_block
+        read[self.sampled_rows] = read[scored] = True
+        return read if 2 * np.count_nonzero(read) < self.total else None
 
 
 def bucket(count: int) -> int:
@@ -23,7 +60,7 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
-def read_by(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]:
+def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]:
     """The slot of the latent that a plan's block, its draft, or what goes on behind its rows reads; and those of its
     causal rows, each with the position before which it is read."""
     patches, end = sequence.patches, plan.end
@@ -50,7 +87,7 @@ def read_by(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]
     return newest, runs
 
 
-def lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
+def build_batch(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
     """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
     # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
     # the run, latent, what `first` is at most and `high` at least, and the position from which on rows are picked.
@@ -59,31 +96,31 @@ def lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.nd
     spans: list[tuple[int, int]] = []
     block_ids: list[int] = []
     ahead: list[int] = []
-    total = picks = 0
+    total = samples = 0
     firsts: list[int] = []
-    selects: list[int] = []
+    sample_counts: list[int] = []
     for at, sequence in enumerate(sequences):
         plan = sequence.plan
         assert plan is not None
-        row, shift, end = sequence.row, plan.start - total, plan.end
-        newest, reads = read_by(sequence, plan)
+        state_index, shift, end = sequence.state_index, plan.start - total, plan.end
+        newest, reads = latent_slots(sequence, plan)
         done = plan.start
         for until, latent in reads:
-            runs.append((row, shift, latent, _NEVER, 0, end - plan.select))
+            runs.append((state_index, shift, latent, _NEVER, 0, end - plan.samples))
             sizes.append(until - done)
             done = until
         if plan.block_ids:
             block_ids += plan.block_ids
-            runs.append((row, shift, newest, end, plan.start + plan.rows, _NEVER))
+            runs.append((state_index, shift, newest, end, plan.start + plan.rows, _NEVER))
             sizes.append(len(plan.block_ids))
         spans.append((total, plan.rows))
-        firsts.append(picks)
-        selects.append(plan.select)
+        firsts.append(samples)
+        sample_counts.append(plan.samples)
         if plan.scan_to > sequence.scanned and (plan.unmask is None or plan.unmask.fills):
             ahead.append(at)
         sequence.ledger.decoder += 1
         total += plan.rows
-        picks += plan.select
+        samples += plan.samples
     columns = allocate("decode", 6, total)
     owner, position, first, high, latents, block = columns[:, :total]
     numbers = np.array(runs, dtype=np.int32)
@@ -100,9 +137,20 @@ def lay_out(sequences: list[Sequence], allocate: Callable[[str, int, int], np.nd
     np.maximum(high, position + 1, out=high)
     # Padding sees the null row's first position.
     columns[3, total:] = 1
-    picked = np.flatnonzero(position >= selected)
+    sampled_rows = np.flatnonzero(position >= selected)
     return Batch(
-        columns, owner, position, block, picked, firsts, selects, ahead, in_block, spans, total, columns.shape[1]
+        columns,
+        owner,
+        position,
+        block,
+        sampled_rows,
+        firsts,
+        sample_counts,
+        ahead,
+        in_block,
+        spans,
+        total,
+        columns.shape[1],
     )
 
 

@@ -12,10 +12,10 @@ from fastblt.models.patching import PatchRule
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.method import Unmask
 from fastblt.server.engine.device.cost import DRAFT, STEP
-from fastblt.server.engine.device.forward import Passes
-from fastblt.server.engine.runner.batch import read_by
-from fastblt.server.engine.runner.sampled import Draft
-from fastblt.server.engine.runner.sampler import Chooser, Result
+from fastblt.server.engine.device.forward import ModuleForward
+from fastblt.server.engine.runner.batch import latent_slots
+from fastblt.server.engine.runner.sampler import Result, Sampler
+from fastblt.server.engine.runner.samples import DraftResult
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import Ledger
 
@@ -28,50 +28,58 @@ def _columns(numbers: list[int], count: int) -> np.ndarray:
     return np.ascontiguousarray(np.array(numbers, dtype=np.int32).reshape(count, -1).T)
 
 
-class OneCall:
+class FusedSteps:
     """Passes are counted in `ledger` and `work`, which are the runner's."""
 
     def __init__(
         self,
-        passes: Passes,
+        forward: ModuleForward,
         steps: MultiStep,
         decoder_steps: DecoderSteps,
-        chooser: Chooser,
+        sampler: Sampler,
         rule: PatchRule,
         ledger: Ledger,
         work: list[tuple[str, int]],
     ) -> None:
-        self._passes = passes
+        self._forward = forward
         self._steps = steps
         self._decoder_steps = decoder_steps
-        self._chooser = chooser
+        self._sampler = sampler
         self._rule = rule
         self._ledger = ledger
         self._work = work
         #: Whether drafted rows begin as encoder states.
-        self._fed = steps.fed
+        self._encoder_input = steps.fed
 
     def time(self, columns: np.ndarray, rule: PatchRule) -> None:
         """Steps of single rows, columns as in `fastblt.kernels.cpu.multi_step`, whose results nobody wants."""
-        self._passes.steps(self._steps, columns, rule, sampled=False, truncated=False)
+        self._forward.steps(self._steps, columns, rule, sampled=False, truncated=False)
 
-    def go_on(self, sequences: list[Sequence]) -> list[Result]:
+    def run_rows(self, sequences: list[Sequence]) -> list[Result]:
         """The passes of single rows, one after another, over the bytes that they give."""
         numbers: list[int] = []
-        fed = self._fed
+        encoder_input = self._encoder_input
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
-            latent, _ = read_by(sequence, plan)
+            latent, _ = latent_slots(sequence, plan)
             if plan.draft:
                 scans = max(plan.scan_to - sequence.scanned, 0)
-                fresh = fed and sequence.encoded < plan.end
-                numbers += (sequence.row, plan.start, latent, plan.repeat, scans, -1, fresh)
+                fresh = encoder_input and sequence.encoded < plan.end
+                numbers += (sequence.state_index, plan.start, latent, plan.repeat, scans, -1, fresh)
             else:
-                numbers += (sequence.row, plan.start, latent, plan.repeat, sequence.left - 1, sequence.open_start, 0)
-        sampled, truncated, _ = self._chooser.needs(sequences)
+                numbers += (
+                    sequence.state_index,
+                    plan.start,
+                    latent,
+                    plan.repeat,
+                    sequence.left - 1,
+                    sequence.open_start,
+                    0,
+                )
+        sampled, truncated, _ = self._sampler.needs(sequences)
         columns = _columns(numbers, len(sequences))
-        steps = self._passes.steps(self._steps, columns, self._rule, sampled=sampled, truncated=truncated)
+        steps = self._forward.steps(self._steps, columns, self._rule, sampled=sampled, truncated=truncated)
         ids, entropies = steps.ids.tolist(), steps.entropies.tolist()
         results: list[Result] = []
         for at, (sequence, made, scanned) in enumerate(
@@ -84,11 +92,11 @@ class OneCall:
                 ledger.patcher += scanned > 0
             else:
                 ledger.patcher += scanned
-            if fed or not plan.draft:
+            if encoder_input or not plan.draft:
                 encoded = plan.start + made + (plan.draft and scanned > 0)
                 ledger.encoder += encoded - max(sequence.encoded, plan.start)
                 sequence.encoded = encoded
-            result = Result(ids[at][:made], more=made - 1, bad=bool(steps.bad[at]))
+            result = Result(ids[at][:made], extra_rows=made - 1, bad=bool(steps.bad[at]))
             if scanned:
                 result.entropies = entropies[at][:scanned]
             results.append(result)
@@ -107,26 +115,26 @@ class OneCall:
         for sequence in sequences:
             plan = sequence.plan
             assert plan is not None
-            newest, own = read_by(sequence, plan)
+            newest, own = latent_slots(sequence, plan)
             reads += own
             block_ids += plan.block_ids
             sizes.append(len(plan.block_ids))
             total += plan.rows
-            follow, repeat = plan.follow, plan.repeat
+            follow, repeat = plan.next_length, plan.repeat
             step = plan.unmask or (_SINGLE_ROWS if follow else _NO_STEP)
             bounds.append(step.bound)
             rows.append(
                 (
-                    *(sequence.row, plan.start, plan.causal, plan.select, sizes[-1], newest, len(own)),
+                    *(sequence.state_index, plan.start, plan.causal, plan.samples, sizes[-1], newest, len(own)),
                     *(step.rule, step.left or 0, repeat - 1 if follow else repeat, sequence.encoded, sequence.scanned),
                     *(plan.scan_to if plan.scan_to > sequence.scanned else 0, follow, sequence.left if follow else 0),
                 )
             )
             sequence.ledger.decoder += 1
-        sampled, truncated, _ = self._chooser.needs(sequences)
+        sampled, truncated, _ = self._sampler.needs(sequences)
         asked = Plans(rows, bounds, reads, block_ids)
-        decoded = self._passes.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
-        made, fed = decoded.made, self._fed
+        decoded = self._forward.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
+        made, encoder_input = decoded.made, self._encoder_input
         results: list[Result] = []
         for sequence, size, chosen, accepted, steps, block, entropies in zip(
             sequences, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
@@ -134,7 +142,7 @@ class OneCall:
             plan, ledger = sequence.plan, sequence.ledger
             assert plan is not None
             result = Result(steps=steps)
-            if plan.select:
+            if plan.samples:
                 result.accepted = accepted
                 result.ids = chosen[: accepted + 1]
             if size:
@@ -142,7 +150,7 @@ class OneCall:
                 result.block_done = MASK_ID not in block
                 # Its first pass is counted above.
                 ledger.decoder += steps - 1
-            if fed and sequence.encoded < plan.end:
+            if encoder_input and sequence.encoded < plan.end:
                 ledger.encoder += 1
                 sequence.encoded = plan.end
             if plan.scan_to > sequence.scanned and (result.block_done or not size):
@@ -168,23 +176,23 @@ class OneCall:
                 continue
             plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), drafts.steps[line]
             assert plan is not None
-            size, start = min(plan.follow, sequence.left - taken - 1), plan.end - plan.select + taken
+            size, start = min(plan.next_length, sequence.left - taken - 1), plan.end - plan.samples + taken
             ledger.decoder += steps
             ids = drafts.ids[line]
-            then = result.then = Draft(bad=bool(drafts.bad[line]), steps=steps)
+            draft = result.next_draft = DraftResult(bad=bool(drafts.bad[line]), steps=steps)
             if plan.unmask is None:
-                singles[line], then.ids, whole = steps, ids[:steps], steps == size
-                encoded = steps + whole if self._fed else 0
+                singles[line], draft.ids, whole = steps, ids[:steps], steps == size
+                encoded = steps + whole if self._encoder_input else 0
                 ledger.encoder += encoded
             else:
-                sizes[line], then.block_ids = size, ids[:size]
-                whole = then.block_done = MASK_ID not in then.block_ids
-                encoded = size + 1 if whole else int(self._fed)
-                ledger.encoder += self._fed + whole
-            then.encoded = start + encoded
+                sizes[line], draft.block_ids = size, ids[:size]
+                whole = draft.block_done = MASK_ID not in draft.block_ids
+                encoded = size + 1 if whole else int(self._encoder_input)
+                ledger.encoder += self._encoder_input + whole
+            draft.encoded = start + encoded
             if whole:
                 ledger.patcher += 1
-                then.entropies = drafts.entropies[line][: size + 1]
+                draft.entropies = drafts.entropies[line][: size + 1]
         if any(sizes):
             steps_of_blocks = [steps if size else 0 for steps, size in zip(drafts.steps, sizes, strict=True)]
             self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), sizes, steps_of_blocks)
@@ -205,7 +213,7 @@ class OneCall:
 
     def _steps_taken(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
         """The passes of single rows into ledger and work: of each step those who took part in it."""
-        encoded = made - 1 if self._fed else np.where(stays, made - 1, 0)
+        encoded = made - 1 if self._encoder_input else np.where(stays, made - 1, 0)
         for module, each in (("decoder", made), ("patcher", scanned[stays]), ("encoder", encoded)):
             setattr(self._ledger, module, getattr(self._ledger, module) + int(each.max(initial=0)))
         for kind, each in ((STEP, made[stays]), (DRAFT, made[~stays])):

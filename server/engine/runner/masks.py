@@ -13,7 +13,7 @@ from fastblt.kernels.selection import select
 from fastblt.kernels.types import SelectionParams, Unmasked
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.engine.constraints.constraint import Constraint, Mask
-from fastblt.server.engine.runner.sampled import BlockPicks, CausalPicks
+from fastblt.server.engine.runner.samples import BlockSamples, CausalSamples
 from fastblt.server.engine.sequence import Sequence
 
 
@@ -37,18 +37,18 @@ class Masks:
     through those that are filled; what one step fills is held against itself afterwards, by `mend`.
     """
 
-    def __init__(self, sequences: list[Sequence], causal: CausalPicks, blocks: BlockPicks, total: int) -> None:
+    def __init__(self, sequences: list[Sequence], causal: CausalSamples, blocks: BlockSamples, total: int) -> None:
         self._table = np.ones((total, VOCAB_SIZE), dtype=bool)
         self._blocks: list[_Block] = []
         for at, sequence in enumerate(sequences):
             plan, constraint = sequence.plan, sequence.constraint
             if plan is None or constraint is None:
                 continue
-            if plan.select:
-                self._write(causal.firsts[at], constraint.along(sequence.draft)[-plan.select :])
+            if plan.samples:
+                self._write(causal.first_samples[at], constraint.along(sequence.draft)[-plan.samples :])
             if plan.block_ids:
                 first = blocks.first(at)
-                opening = causal.firsts[at] if plan.select else None
+                opening = causal.first_samples[at] if plan.samples else None
                 self._blocks.append(_Block(constraint, plan.block_ids, first, opening))
                 walk = constraint.block(plan.block_ids)
                 masks: list[Mask] = []

@@ -1,7 +1,7 @@
 """From plans to staged integers, and from fetched results to outcomes (design §3).
 
 The runner knows rows, patches and latents of sequences; it knows no methods, no HTTP and no scheduling, and leaves
-tensors to `passes`. Every public call takes sequences in batch order, under `torch.inference_mode`. Rows are laid out
+tensors to `forward`. Every public call takes sequences in batch order, under `torch.inference_mode`. Rows are laid out
 with array operations over the whole batch; what loops over requests takes a few integers from each.
 
 Rows are padded where shapes must be few (`bucket`) and, in deterministic mode, to whole groups of 8: with at least 8
@@ -22,16 +22,16 @@ from fastblt.kernels.attention import TILE
 from fastblt.kernels.backend import use_triton
 from fastblt.models.blt import Blt
 from fastblt.models.patching import PatchRule
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
-from fastblt.server.engine.device.cuda_graphs import Graphs
-from fastblt.server.engine.device.forward import Passes, Patches, Rows
+from fastblt.server.engine.device.cuda_graphs import CudaGraphs
+from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
 from fastblt.server.engine.device.ranks import leader_of
 from fastblt.server.engine.device.staging import Columns, Fetch, Staging
-from fastblt.server.engine.runner.batch import bucket, lay_out, split, with_padding
-from fastblt.server.engine.runner.fused_steps import OneCall
-from fastblt.server.engine.runner.prompt_logprobs import Scored
-from fastblt.server.engine.runner.sampler import Chooser, Result
+from fastblt.server.engine.runner.batch import bucket, build_batch, split, with_padding
+from fastblt.server.engine.runner.fused_steps import FusedSteps
+from fastblt.server.engine.runner.prompt_logprobs import ScoredRows
+from fastblt.server.engine.runner.sampler import Result, Sampler
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
 from fastblt.server.settings import EngineSettings
@@ -46,8 +46,8 @@ MOST_STEPPING = 64
 MOST_CAPTURED = 256
 
 
-class Runner:
-    def __init__(self, model: Blt, caches: Caches, settings: EngineSettings) -> None:
+class ModelRunner:
+    def __init__(self, model: Blt, caches: KvCaches, settings: EngineSettings) -> None:
         self._caches = caches
         self._leader = leader_of(model)
         if self._leader is not None:
@@ -55,35 +55,39 @@ class Runner:
         device = next(model.parameters()).device
         self._static = use_triton(device)
         state_rows = settings.max_running + 1
-        self._passes = Passes(model, caches, state_rows, device, settings.deterministic)
-        self._padded = settings.deterministic and not self._passes.row_invariant
-        kinds = ("scan", "encode", "upstream", "decode", "picks", "blocks", "drafts", "tail", "score")
+        self._forward = ModuleForward(model, caches, state_rows, device, settings.deterministic)
+        self._padded = settings.deterministic and not self._forward.row_invariant
+        kinds = ("scan", "encode", "upstream", "decode", "samples", "blocks", "drafts", "tail", "score")
         self._staging = {kind: Staging(device) for kind in kinds}
-        self._graphs = Graphs(device) if self._static else None
+        self._graphs = CudaGraphs(device) if self._static else None
         self._fetch = Fetch()
-        self._chooser = Chooser(state_rows, self._passes, self._columns, self._staging, device)
+        self._sampler = Sampler(state_rows, self._forward, self._columns, self._staging, device)
         self.ledger = Ledger()
         #: Passes since they were last taken away: module and rows, padding included. Steps in one call count as such.
         self.work: list[tuple[str, int]] = []
         #: Calls that do without torch and make several passes, where they can be had.
-        self.one_call: OneCall | None = None
-        draws = self._chooser.draws
-        steps, decoder_steps = self._passes.multi_step(draws), self._passes.decoder_steps(draws)
+        self.fused_steps: FusedSteps | None = None
+        draws = self._sampler.draws
+        steps, decoder_steps = self._forward.multi_step(draws), self._forward.decoder_steps(draws)
         if steps is not None and decoder_steps is not None:
             patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
             rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
-            self.one_call = OneCall(self._passes, steps, decoder_steps, self._chooser, rule, self.ledger, self.work)
+            self.fused_steps = FusedSteps(
+                self._forward, steps, decoder_steps, self._sampler, rule, self.ledger, self.work
+            )
 
     def costs(self, context: int, patches: int, counts: tuple[int, ...]) -> Costs:
         """Cost curves of the modules, at position `context` and patch `patches`, at ascending row counts."""
         announce: Announce | None = None
         if self._leader is not None:
             announce = partial(self._leader.announce, group=self._caches.groups["global"])
-        costs = measure(self._passes, context, patches, counts, announce=announce)
-        if self.one_call is not None:
+        costs = measure(self._forward, context, patches, counts, announce=announce)
+        if self.fused_steps is not None:
             # What they write lies within the longest request.
             context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
-            costs |= measure_steps(self.one_call.time, context, [count for count in counts if count <= MOST_STEPPING])
+            costs |= measure_steps(
+                self.fused_steps.time, context, [count for count in counts if count <= MOST_STEPPING]
+            )
         return costs
 
     @property
@@ -93,17 +97,17 @@ class Runner:
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence that was given a state row."""
-        self._passes.write_prompt(sequence.row, sequence.ids)
-        self._chooser.admit(sequence)
+        self._forward.write_prompt(sequence.state_index, sequence.ids)
+        self._sampler.admit(sequence)
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
         """Count fixed ids for penalties."""
-        self._chooser.commit(sequence, ids)
+        self._sampler.commit(sequence, ids)
 
     def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
         """Entropy model over rows [scanned, until): the entropies in nats, a list a sequence."""
         spans, entropies = self._causal(
-            "scan", self._passes.entropies, sequences, [s.scanned for s in sequences], until
+            "scan", self._forward.entropies, sequences, [s.scanned for s in sequences], until
         )
         (flat,) = self._fetch(entropies)
         self.ledger.patcher += 1
@@ -113,7 +117,7 @@ class Runner:
 
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
         """Encoder over rows [encoded, until); the states go to their store."""
-        self._causal("encode", self._passes.encode, sequences, [s.encoded for s in sequences], until)
+        self._causal("encode", self._forward.encode, sequences, [s.encoded for s in sequences], until)
         self.ledger.encoder += 1
         for sequence, end in zip(sequences, until, strict=True):
             sequence.ledger.encoder += 1
@@ -126,12 +130,12 @@ class Runner:
         spans: list[tuple[int, int]] = []
         take = self._caches.latent_pool.take
         for sequence in sequences:
-            row, waiting = sequence.row, sequence.pending_patches()
+            state_index, waiting = sequence.state_index, sequence.pending_patches()
             spans.append((len(numbers), len(waiting)))
             for patch in waiting:
                 patch.slot = take()
                 longest = max(longest, patch.end - patch.start + 1)
-                numbers.append((row, patch.index, patch.start, patch.end, patch.slot, patch.index + 1))
+                numbers.append((state_index, patch.index, patch.start, patch.end, patch.slot, patch.index + 1))
             sequence.ledger.global_ += 1
         total = len(numbers)
         columns = self._columns("upstream", 6, total)
@@ -148,7 +152,7 @@ class Runner:
             self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
         owners, index, starts, ends, latents, highs = self._staging["upstream"].send_each()
         rows = Rows(owners, index, index, highs, every)
-        self._passes.upstream(Patches(rows, starts, ends, latents, longest))
+        self._forward.upstream(Patches(rows, starts, ends, latents, longest))
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
@@ -171,33 +175,33 @@ class Runner:
     def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
         plan = sequence.plan
         assert plan is not None
-        if self.one_call is not None:
-            if plan.repeat > 1 and not plan.block_ids and not plan.follow:
-                return self.one_call.go_on
-            if sequence.unwatched and plan.causal <= _FEW:
-                return self.one_call.decode
+        if self.fused_steps is not None:
+            if plan.repeat > 1 and not plan.block_ids and not plan.next_length:
+                return self.fused_steps.run_rows
+            if sequence.fusable and plan.causal <= _FEW:
+                return self.fused_steps.decode
         return self._decode
 
     def _decode(self, sequences: list[Sequence]) -> list[Result]:
         """One decoder pass over the plans, each once."""
-        batch = lay_out(sequences, self._columns)
+        batch = build_batch(sequences, self._columns)
         spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
-        plain = all(sequence.plain for sequence in sequences)
-        scored = None if plain else Scored.of(sequences, batch.spans)
+        ids_only = all(sequence.ids_only for sequence in sequences)
+        scored = None if ids_only else ScoredRows.of(sequences, batch.spans)
         # A captured graph computes all of its rows.
-        asked = None if self._static else batch.read(scored.rows if scored is not None else [])
+        asked = None if self._static else batch.needed_rows(scored.rows if scored is not None else [])
         read = None if asked is None else torch.from_numpy(asked)
 
         def run(columns: Columns) -> Tensor:
             owners, positions, firsts, highs, latents, block = columns
             rows = Rows(owners, positions, firsts, highs, spans)
-            return self._passes.decode(rows, latents, block if with_blocks else None, read)
+            return self._forward.decode(rows, latents, block if with_blocks else None, read)
 
         states = self._launch("decode", run, spans, with_blocks)
         self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
-        staged = self._chooser.stage(sequences, batch, plain)
-        tensors = self._chooser.choose(states, staged)
+        staged = self._sampler.stage(sequences, batch, ids_only)
+        tensors = self._sampler.choose(states, staged)
         scores = self._score(states, scored) if scored is not None else []
         ahead = [sequences[at] for at in batch.ahead]
         if not ahead:
@@ -205,7 +209,7 @@ class Runner:
             results = staged.results(fetched[len(scores) :])
         else:
             begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
-            tail, entropies = self._causal("tail", self._passes.entropies, ahead, begins, ends)
+            tail, entropies = self._causal("tail", self._forward.entropies, ahead, begins, ends)
             *fetched, flat = self._fetch(*scores, *tensors, entropies)
             self.ledger.patcher += 1
             results = staged.results(fetched[len(scores) :])
@@ -217,13 +221,13 @@ class Runner:
                 results[at].scores = own
         return results
 
-    def _score(self, states: torch.Tensor, scored: Scored) -> list[torch.Tensor]:
+    def _score(self, states: torch.Tensor, scored: ScoredRows) -> list[torch.Tensor]:
         """What is to be fetched for the scores of a prompt's rows in a pass."""
         count = len(scored.rows)
         columns = self._columns("score", 2, count)
         columns[0, :count], columns[1, :count] = scored.rows, scored.targets
         rows, targets = self._staging["score"].send_each()
-        return scored.tensors(self._passes.logits(states, rows)[:count], targets[:count].long())
+        return scored.tensors(self._forward.logits(states, rows)[:count], targets[:count].long())
 
     # Rows
 
@@ -243,10 +247,10 @@ class Runner:
         for sequence, begin, end in zip(sequences, begins, ends, strict=True):
             count = end - begin
             if count == 1:
-                rows.append(sequence.row)
+                rows.append(sequence.state_index)
                 positions.append(begin)
             else:
-                rows += [sequence.row] * count
+                rows += [sequence.state_index] * count
                 positions += range(begin, end)
             spans.append((total, count))
             total += count

@@ -17,7 +17,7 @@ from fastblt.server.request import ByteLogprobs
 
 
 @dataclass
-class Scored:
+class ScoredRows:
     """Rows of a decoder pass that are scored: `rows` are their places in it, `targets` the ids behind them.
 
     `parts` are (place of the sequence in the batch, how many of the rows are its own), in order; `top` is the largest
@@ -30,7 +30,7 @@ class Scored:
     top: int
 
     @classmethod
-    def of(cls, sequences: list[Sequence], spans: list[tuple[int, int]]) -> Scored | None:
+    def of(cls, sequences: list[Sequence], spans: list[tuple[int, int]]) -> ScoredRows | None:
         """None where no row is to be scored. `spans` are the (first row, count) of the sequences."""
         scored = cls([], [], [], 0)
         for at, sequence in enumerate(sequences):

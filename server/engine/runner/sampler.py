@@ -17,53 +17,54 @@ from fastblt.kernels.types import SelectionParams, Unmasked
 from fastblt.kernels.unmasking import unmask
 from fastblt.kernels.verification import verify
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
-from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.device.staging import Staging
+from fastblt.server.engine.runner.batch import Batch
 from fastblt.server.engine.runner.masks import Masks, part
-from fastblt.server.engine.runner.sampled import Batch, BlockPicks, CausalPicks, Result
+from fastblt.server.engine.runner.samples import BlockSamples, CausalSamples, Result
 from fastblt.server.engine.sequence import Sequence
 
 #: A position that no request reaches.
 _NEVER = 2**62
 
 
-class Chooser:
+class Sampler:
     """Selection parameters of every state row, on the device, and the passes' choices."""
 
     def __init__(
         self,
-        rows: int,
-        passes: Passes,
+        num_states: int,
+        forward: ModuleForward,
         allocate: Callable[[str, int, int], np.ndarray],
         staging: dict[str, Staging],
         device: torch.device,
     ) -> None:
-        self._passes = passes
+        self._forward = forward
         self._allocate = allocate
         self._staging = staging
         self._device = device
         # Temperature, top-p, min-p, repetition, presence, frequency; top-k and seed.
-        self._values = torch.zeros(6, rows, device=device)
+        self._values = torch.zeros(6, num_states, device=device)
         self._values[[1, 3]] = 1.0
-        self._integers = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._integers = torch.zeros(2, num_states, dtype=torch.int64, device=device)
         self._null: dict[int, tuple[Tensor, ...]] = {}
-        self._bias = torch.zeros(rows, VOCAB_SIZE, device=device)
-        self._counts = torch.zeros(rows, VOCAB_SIZE, dtype=torch.int32, device=device)
-        self._prompt_seen = torch.zeros(rows, VOCAB_SIZE, dtype=torch.bool, device=device)
+        self._bias = torch.zeros(num_states, VOCAB_SIZE, device=device)
+        self._counts = torch.zeros(num_states, VOCAB_SIZE, dtype=torch.int32, device=device)
+        self._prompt_seen = torch.zeros(num_states, VOCAB_SIZE, dtype=torch.bool, device=device)
         # What a pass must know of its rows without asking every request: which of them need which work (drawing,
         # truncation, penalties), and from which position on EOS may stand.
         self._needs: tuple[set[int], set[int], set[int]] = (set(), set(), set())
-        self._eos_from = np.zeros(rows, dtype=np.int64)
+        self._eos_from = np.zeros(num_states, dtype=np.int64)
         # The null request, whose steps are measured, never ends.
         self._eos_from[0] = _NEVER
 
     def admit(self, sequence: Sequence) -> None:
         """Note the parameters of a sequence, and the bytes it has already produced."""
-        row, params = sequence.row, sequence.params
-        for rows, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
-            (rows.add if needed else rows.discard)(row)
-        self._eos_from[row] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
-        self._values[:, row] = torch.tensor(
+        state_index, params = sequence.state_index, sequence.params
+        for states, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
+            (states.add if needed else states.discard)(state_index)
+        self._eos_from[state_index] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
+        self._values[:, state_index] = torch.tensor(
             [
                 params.temperature,
                 params.top_p,
@@ -75,23 +76,23 @@ class Chooser:
             device=self._device,
         )
         seed = mix_seed(sequence.seed, sequence.request.choice)
-        self._integers[:, row] = torch.tensor([params.top_k, seed], device=self._device)
+        self._integers[:, state_index] = torch.tensor([params.top_k, seed], device=self._device)
         # Also for a sequence without penalties: another row of its pass may have some, and the row's last owner had.
-        self._bias[row] = 0.0
-        self._counts[row] = 0
-        self._prompt_seen[row] = False
+        self._bias[state_index] = 0.0
+        self._counts[state_index] = 0
+        self._prompt_seen[state_index] = False
         if params.penalizes:
             for token, value in params.logit_bias.items():
-                self._bias[row, token] = value
+                self._bias[state_index, token] = value
             prompt = torch.tensor(sequence.ids[: sequence.prompt_length], device=self._device)
-            self._prompt_seen[row, prompt] = True
+            self._prompt_seen[state_index, prompt] = True
             self.commit(sequence, sequence.ids[sequence.prompt_length :])
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
         """Count produced ids."""
         if sequence.params.penalizes and ids:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
-            self._counts[sequence.row] += torch.from_numpy(counts).to(self._device)
+            self._counts[sequence.state_index] += torch.from_numpy(counts).to(self._device)
 
     @property
     def draws(self) -> Draws:
@@ -100,15 +101,15 @@ class Chooser:
 
     def needs(self, sequences: list[Sequence]) -> tuple[bool, ...]:
         """Whether one of them draws, whether one truncates, and whether one has penalties."""
-        rows = [sequence.row for sequence in sequences]
-        return tuple(bool(needing) and not needing.isdisjoint(rows) for needing in self._needs)
+        state_indexes = [sequence.state_index for sequence in sequences]
+        return tuple(bool(needing) and not needing.isdisjoint(state_indexes) for needing in self._needs)
 
-    def stage(self, sequences: list[Sequence], batch: Batch, plain: bool) -> Staged:
-        """Lay out what the sequences pick from; `plain` where all of them are."""
-        causal, blocks = CausalPicks(sequences, batch, plain), BlockPicks(sequences, batch, plain)
-        index = np.concatenate((batch.picked, blocks.rows.reshape(-1))) if blocks.count else batch.picked
-        count, total = len(batch.picked), len(index)
-        columns = self._allocate("picks", 6, total)
+    def stage(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> StagedSamples:
+        """Lay out what the sequences pick from; `ids_only` where all of them are."""
+        causal, blocks = CausalSamples(sequences, batch, ids_only), BlockSamples(sequences, batch, ids_only)
+        index = np.concatenate((batch.sampled_rows, blocks.rows.reshape(-1))) if blocks.count else batch.sampled_rows
+        count, total = len(batch.sampled_rows), len(index)
+        columns = self._allocate("samples", 6, total)
         at, owners, positions, forbid_eos, masked, ids = columns[:, :total]
         at[:], owners[:], positions[:] = index, batch.owners[index], batch.positions[index]
         # A causal row's byte stands behind it, a block row's on it.
@@ -125,40 +126,40 @@ class Chooser:
             numbers, bounds, last = zip(*steps, strict=True)
             rules[0], rules[2], rules[1].view(np.float32)[:] = numbers, last, bounds
         if causal.drafts is not None:
-            picks, lengths = causal.drafts
-            drafts = self._allocate("drafts", 1 + picks.shape[1], len(lengths))[:, : len(lengths)]
-            drafts[0], drafts[1:] = lengths, picks.T
-        samples, truncates, penalizes = self.needs(sequences)
-        return Staged(
+            samples, lengths = causal.drafts
+            drafts = self._allocate("drafts", 1 + samples.shape[1], len(lengths))[:, : len(lengths)]
+            drafts[0], drafts[1:] = lengths, samples.T
+        draws, truncates, penalizes = self.needs(sequences)
+        return StagedSamples(
             causal,
             blocks,
             count,
             total,
             whole=total == batch.padded and (not blocks.count or bool((at == np.arange(total)).all())),
-            sampled=samples,
+            sampled=draws,
             truncated=truncates,
             penalized=penalizes,
             extra=self._drafted(sequences, causal, blocks) if penalizes else [],
             masks=Masks(sequences, causal, blocks, total)
-            if not plain and any(s.constraint for s in sequences)
+            if not ids_only and any(s.constraint for s in sequences)
             else None,
         )
 
-    def choose(self, states: Tensor, staged: Staged) -> list[Tensor]:
+    def choose(self, states: Tensor, staged: StagedSamples) -> list[Tensor]:
         """Choose a byte for every picked row of decoder states [rows, d], fill the blocks, and store the ids. What is
         to be fetched of it."""
         causal, blocks, count, total = staged.causal, staged.blocks, staged.count, staged.total
         if not total:
             return []
         tensors: list[Tensor] = []
-        sent = self._staging["picks"].send()
-        logits = self._passes.logits(states, None if staged.whole else sent[0])[:total]
+        sent = self._staging["samples"].send()
+        logits = self._forward.logits(states, None if staged.whole else sent[0])[:total]
         sent = sent[:, :total]
         params = self._params(staged, sent)
         if staged.masks is not None:
             params.allowed = staged.masks.allowed(self._device)
         owners, positions = sent[1], sent[2]
-        known, chosen = self._passes.ids, None
+        known, chosen = self._forward.ids, None
         if count:
             some = params if count == total else part(params, slice(count))
             chosen = select(logits[:count], some, need_statistics=False)
@@ -175,7 +176,7 @@ class Chooser:
             tensors += causal.results_of(chosen, accepted, logits[:count])
         return tensors
 
-    def _fill(self, blocks: BlockPicks, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
+    def _fill(self, blocks: BlockSamples, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
         """One unmasking step of every block; `sent` are the columns of what is masked and of the ids."""
         shape = blocks.rows.shape
         rules, bounds, last = self._staging["blocks"].send()[:, : blocks.count].unbind()
@@ -183,7 +184,7 @@ class Chooser:
         masked, ids = sent[0].view(shape).bool(), sent[1].view(shape).long()
         return unmask(logits.view(*shape, -1), masked, ids, params, rules, bounds, last, everything=blocks.everything)
 
-    def _verify(self, causal: CausalPicks, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
+    def _verify(self, causal: CausalSamples, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
         """How many drafted bytes agree with their targets, int64 [drafts]; None where nothing is verified."""
         if causal.drafts is None:
             return None
@@ -191,10 +192,10 @@ class Chooser:
         rows, lengths = sent[1:].T, sent[0].long()
         # What still stands where the targets will go is the draft.
         drafted = rows[:, :-1]
-        return verify(targets[rows], self._passes.ids.read(owners[drafted], positions[drafted]), lengths)[0]
+        return verify(targets[rows], self._forward.ids.read(owners[drafted], positions[drafted]), lengths)[0]
 
     def _drafted(
-        self, sequences: list[Sequence], causal: CausalPicks, blocks: BlockPicks
+        self, sequences: list[Sequence], causal: CausalSamples, blocks: BlockSamples
     ) -> list[tuple[int, abc.Sequence[int]]]:
         """(pick, ids) where penalties count more than the committed ids: the drafted and filled bytes before it."""
         extra: list[tuple[int, abc.Sequence[int]]] = []
@@ -203,17 +204,17 @@ class Chooser:
             assert plan is not None
             if not sequence.params.penalizes:
                 continue
-            if plan.select and sequence.draft:
+            if plan.samples and sequence.draft:
                 # Row i of a verification counts the drafted bytes before its own.
-                first = causal.firsts[at]
-                extra += [(first + i, sequence.draft[:i]) for i in range(1, plan.select)]
+                first = causal.first_samples[at]
+                extra += [(first + i, sequence.draft[:i]) for i in range(1, plan.samples)]
                 if plan.draft:
                     extra.append((first, sequence.draft))
             if filled := [i for i in plan.block_ids if i != MASK_ID]:
                 extra += [(blocks.first(at) + i, filled) for i in range(len(plan.block_ids))]
         return extra
 
-    def _unread(self, count: int) -> tuple[Tensor, ...]:
+    def _placeholders(self, count: int) -> tuple[Tensor, ...]:
         """Parameters of a greedy pass, which reads none: the null row's stand for all."""
         columns = self._null.get(count)
         if columns is None:
@@ -221,12 +222,12 @@ class Chooser:
             columns = self._null[count] = tuple(column for table in tables for column in table.unbind())
         return columns
 
-    def _params(self, staged: Staged, sent: Tensor) -> SelectionParams:
+    def _params(self, staged: StagedSamples, sent: Tensor) -> SelectionParams:
         rows = sent[1]
         if staged.sampled or staged.penalized:
             columns = (*self._values[:, rows].unbind(), *self._integers[:, rows].unbind())
         else:
-            columns = self._unread(len(rows))
+            columns = self._placeholders(len(rows))
         temperature, top_p, min_p, repetition, presence, frequency, top_k, seeds = columns
         counts = prompt_seen = bias = None
         penalized = staged.penalized
@@ -258,15 +259,15 @@ class Chooser:
 
 
 @dataclass
-class Staged:
+class StagedSamples:
     """A pass's picks, first those of all causal rows, `count`, then those of all blocks, `total` together.
 
     `whole`: they are all of the pass's rows, in order. `extra` has (pick, ids) where penalties count more than the
     committed ids.
     """
 
-    causal: CausalPicks
-    blocks: BlockPicks
+    causal: CausalSamples
+    blocks: BlockSamples
     count: int
     total: int
     whole: bool
@@ -278,7 +279,7 @@ class Staged:
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
         """The results of all sequences from what was fetched."""
-        results = [Result() for _ in self.causal.firsts]
+        results = [Result() for _ in self.causal.first_samples]
         arrays = iter(fetched)
         if self.blocks.count:
             self.blocks.take(arrays, results)

@@ -10,8 +10,8 @@ from fastblt.benchmarks.checks import lossless
 from fastblt.benchmarks.checks.lossless import GREEDY, SAMPLED, compare, drafting_settings
 from fastblt.kernels.cpu.decoder_steps import Decoded, DecoderSteps, Plans
 from fastblt.models.blt import Blt
-from fastblt.server.engine.device.forward import Passes
-from fastblt.server.engine.runner import sampler as choosing
+from fastblt.server.engine.device.forward import ModuleForward
+from fastblt.server.engine.runner import sampler
 
 
 @pytest.mark.parametrize("parameters", [GREEDY, {name: SAMPLED[name] for name in ("penalties", "ends")}])
@@ -28,16 +28,16 @@ def test_drafting_equals_blt(model: Blt, prompts: list[list[int]], parameters: d
 def test_a_method_that_takes_every_draft_is_found_out(
     model: Blt, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "verify", lambda targets, drafts, lengths: (lengths, targets[:, 0]))
-    decode_steps = Passes.decode_steps
+    monkeypatch.setattr(sampler, "verify", lambda targets, drafts, lengths: (lengths, targets[:, 0]))
+    decode_steps = ModuleForward.decode_steps
 
-    def takes_all(passes: Passes, call: DecoderSteps, plans: Plans, **kinds: bool) -> Decoded:
-        decoded = decode_steps(passes, call, plans, **kinds)
+    def takes_all(forward: ModuleForward, call: DecoderSteps, plans: Plans, **kinds: bool) -> Decoded:
+        decoded = decode_steps(forward, call, plans, **kinds)
         decoded.accepted = [max(selected - 1, 0) for selected in plans.column("selects")]
         decoded.lines = [-1] * len(decoded.lines)
         return decoded
 
-    monkeypatch.setattr(Passes, "decode_steps", takes_all)
+    monkeypatch.setattr(ModuleForward, "decode_steps", takes_all)
     # The bytes committed are the verification's own, each right only where those before it were.
     tallies = compare(model, dict(enumerate(prompts)), 16, GREEDY)
     assert sum(len(tally.differences) for tally in tallies.values()) > 10

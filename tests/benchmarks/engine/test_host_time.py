@@ -4,9 +4,9 @@ import time
 
 from fastblt.benchmarks.engine.host_time import Timer, measure, replaced
 from fastblt.models.blt import Blt
-from fastblt.server.engine.device.forward import Passes
+from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.device.staging import Fetch
-from fastblt.server.engine.runner.sampler import Chooser
+from fastblt.server.engine.runner.sampler import Sampler
 from tests.tiny import random_ids
 
 
@@ -31,10 +31,10 @@ def test_a_call_within_another_counts_once() -> None:
 
 
 def test_nothing_stays_replaced() -> None:
-    before = (Chooser.choose, Fetch.pack, Passes.decode)
+    before = (Sampler.choose, Fetch.pack, ModuleForward.decode)
     with replaced(lambda name, call: lambda *_: name):
-        assert Chooser.choose is not before[0] and Passes.decode is not before[2]
-    assert (Chooser.choose, Fetch.pack, Passes.decode) == before
+        assert Sampler.choose is not before[0] and ModuleForward.decode is not before[2]
+    assert (Sampler.choose, Fetch.pack, ModuleForward.decode) == before
 
 
 def test_host_time_of_every_method(model: Blt) -> None:

@@ -38,11 +38,11 @@ class Events:
 
     failed = False
 
-    def render(self, news: list[Delta]) -> bytes:
-        if any(None in delta.ids for delta in news):
+    def render(self, deltas: list[Delta]) -> bytes:
+        if any(None in delta.ids for delta in deltas):
             raise ValueError("a fault")
-        self.failed = any(delta.finish_reason is FinishReason.ERROR for delta in news)
-        return b"!" if self.failed else b"%d " % sum(len(delta.ids) for delta in news)
+        self.failed = any(delta.finish_reason is FinishReason.ERROR for delta in deltas)
+        return b"!" if self.failed else b"%d " % sum(len(delta.ids) for delta in deltas)
 
     def last(self) -> bytes:
         return b"" if self.failed else b"end"

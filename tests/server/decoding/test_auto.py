@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 
 from fastblt.server.decoding.auto import Auto, Draft
 from fastblt.server.decoding.method import Outcome
-from fastblt.server.engine.draft_controller import Controller
+from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams
 from tests.server.harness import MODELS, model, random_params, random_request, run, settings, with_method
@@ -18,7 +18,7 @@ from tests.server.harness import MODELS, model, random_params, random_request, r
 AUTO = DecodingParams(DecodingMethod.AUTO)
 
 
-class Fickle(Controller):
+class Fickle(DraftController):
     """Names any draft at any time."""
 
     def __init__(self, drafts: list[Draft], rng: random.Random) -> None:
@@ -30,10 +30,10 @@ class Fickle(Controller):
         self.named.add(draft)
         return draft
 
-    def passed(self, *of_a_pass: object) -> None:
+    def step_ended(self, *of_a_pass: object) -> None:
         pass
 
-    def settled(self, draft: Draft, drafted: int, accepted: int) -> None:
+    def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         assert draft in self.drafts and accepted <= drafted <= draft.length
 
 
@@ -83,7 +83,7 @@ def test_a_round_keeps_its_draft_to_the_end() -> None:
         assert plan.draft and plan.causal == 1
         auto.advance(plan, Outcome(ids=[drafted]))
     verification = auto.plan(11, 10, 49)
-    assert verification.select == 3
+    assert verification.samples == 3
     auto.advance(verification, Outcome(ids=[8, 5], accepted=1))
     assert len(auto.plan(13, 12, 47).block_ids) == 4
     auto.reset()

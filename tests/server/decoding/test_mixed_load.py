@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastblt.models.checkpoint import save_checkpoint
 from fastblt.server.engine.engine import Engine
-from fastblt.server.process.client import EngineClient, Life
+from fastblt.server.process.client import EngineClient, LiveRequest
 from fastblt.server.request import DecodingMethod, Delta, FinishReason, Request
 from tests.server.harness import least_memory, model, random_params, random_request, run, settings
 from tests.server.harness import random_decoding as draw
@@ -31,10 +31,10 @@ class Ends:
         self.reasons: dict[str, FinishReason] = {}
         self.terminal: Counter[str] = Counter()
 
-    def __call__(self, life: Life, delta: Delta, now: float) -> None:
-        name = life.request.request_id
+    def __call__(self, live: LiveRequest, delta: Delta, now: float) -> None:
+        name = live.request.request_id
         assert not self.terminal[name], "news after the terminal event"
-        assert life.started is not None or not delta.ids
+        assert live.started is not None or not delta.ids
         self.ids[name] += delta.ids
         if delta.finish_reason is not None:
             self.terminal[name] += 1
@@ -91,8 +91,8 @@ async def _read(client: EngineClient, index: int, request: Request) -> list[int]
         # The news merge until they are read.
         await asyncio.sleep(0.5)
     try:
-        async for news in stream:
-            for delta in news:
+        async for deltas in stream:
+            for delta in deltas:
                 ids += delta.ids
                 if len(ids) > 20 and index in LEFT:
                     return ids

@@ -72,9 +72,9 @@ def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
         for passes, most, threads in ((True, 1, 1), (False, 1, 1), (False, 64, 1), (False, 64, 3)):
             given_ = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
             engine = Engine(model(which), settings(max_running=count, threads=threads, **given_))
-            assert engine._runner.one_call is not None
+            assert engine._runner.fused_steps is not None
             if passes:
-                engine._runner.one_call = None
+                engine._runner.fused_steps = None
             with patch.object(engine, "step", wraps=engine.step) as step:
                 done.append(run(engine, requests, arrivals))
             calls.append(step.call_count)
@@ -149,16 +149,16 @@ def test_the_steps_that_fixed_bytes() -> None:
     decoding = DecodingParams(DecodingMethod.BLT_D, block_size=8, unmasking=Unmasking.ENTROPY, entropy_bound=9.0)
     params = SamplingParams(max_tokens=40, temperature=0.7, seed=3, ignore_eos=True, decoding=decoding)
     engine = Engine(model(0), settings())
-    assert engine._runner.one_call is not None
+    assert engine._runner.fused_steps is not None
     fixed: list[int] = []
-    fill = engine._runner._passes.decode_steps
+    fill = engine._runner._forward.decode_steps
 
     def watched(*args: object, **kwargs: object) -> object:
         filled = fill(*args, **kwargs)  # type: ignore[arg-type]
         fixed.extend(filled.made.fixed[0].tolist())
         return filled
 
-    engine._runner._passes.decode_steps = watched  # type: ignore[assignment, method-assign]
+    engine._runner._forward.decode_steps = watched  # type: ignore[assignment, method-assign]
     prompt = [1, *range(60, 90)]
     first = run(engine, [Request("r", prompt, params, 0.0)])["r"]
     assert first.ledger.steps > first.ledger.rounds == 5
@@ -178,7 +178,7 @@ def test_the_shipped_checkpoint(method: DecodingMethod, temperature: float) -> N
     for passes in (True, False):
         engine = Engine(shipped, settings(max_model_len=1024, deterministic=True))
         if passes:
-            engine._runner.one_call = None
+            engine._runner.fused_steps = None
         engine.add(Request("r", [1, *(BYTE_OFFSET + byte for byte in b"def mean(values):\n")], params, 0.0))
         sequence = engine._sequences["r"]
         while len(sequence.output.ids) < 100 or sequence.decoded < 110:
@@ -186,7 +186,7 @@ def test_the_shipped_checkpoint(method: DecodingMethod, temperature: float) -> N
         stored = {}
         for name in ("patcher", "encoder", "decoder"):
             group = engine._caches.groups[name]
-            pages = group.table[sequence.row]
+            pages = group.table[sequence.state_index]
             slots = [int(pages[p // group.page_size]) * group.page_size + p % group.page_size for p in range(110)]
             stored |= {f"{name} {at}": layer[slots].clone() for at, layer in enumerate(group.layers)}
         found.append((sequence.ids[:110], stored))

@@ -10,7 +10,7 @@ import pytest
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import MODULES, CostCurve, Costs
-from fastblt.server.engine.draft_controller import Acceptance, Controller, _chance
+from fastblt.server.engine.draft_controller import Acceptance, DraftController, _chance
 from fastblt.server.request import DecodingMethod
 from tests.server.harness import model
 
@@ -32,7 +32,9 @@ def config(**changes: object) -> BltConfig:
     return base if not changes else base.__class__(**{**vars(base), **changes})
 
 
-def replay(controller: Controller, right: Callable[[Draft, int], float], requests: int, rounds: int = 3000) -> Draft:
+def replay(
+    controller: DraftController, right: Callable[[Draft, int], float], requests: int, rounds: int = 3000
+) -> Draft:
     """Rounds whose bytes are right with the probability right(draft, position); what is drafted at the end."""
     rng = random.Random(0)
     for _ in range(rounds):
@@ -41,20 +43,20 @@ def replay(controller: Controller, right: Callable[[Draft, int], float], request
         while accepted < draft.length and rng.random() < right(draft, accepted):
             accepted += 1
         if draft.length:
-            controller.settled(draft, draft.length, accepted)
-        controller.passed(requests, lambda: 0.25, 0.0, [])
+            controller.round_ended(draft, draft.length, accepted)
+        controller.step_ended(requests, lambda: 0.25, 0.0, [])
     return controller.best
 
 
 def test_weights_dominate_and_drafts_are_right() -> None:
     """One pass costs the same whatever it carries: long blocks of which all is right beat everything."""
-    controller = Controller(config(), curves(1e-3, 1e-9))
+    controller = DraftController(config(), curves(1e-3, 1e-9))
     best = replay(controller, lambda draft, at: 0.99, 1)
     assert best == Draft(DecodingMethod.BLT_DV, max(config().block_sizes))
 
 
 def test_nothing_drafted_is_right() -> None:
-    controller = Controller(config(), curves(1e-3, 1e-4))
+    controller = DraftController(config(), curves(1e-3, 1e-4))
     assert replay(controller, lambda draft, at: 0.02, 1) == BLT
 
 
@@ -62,11 +64,11 @@ def test_only_blt_s_is_right() -> None:
     """Where upstream is what costs, it drafts; its length is that where another byte costs more than it brings."""
     costs = curves(1e-4, 1e-6) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
     best = replay(
-        Controller(config(), costs), lambda draft, at: 0.95 if draft.method == DecodingMethod.BLT_S else 0.05, 1
+        DraftController(config(), costs), lambda draft, at: 0.95 if draft.method == DecodingMethod.BLT_S else 0.05, 1
     )
     assert best.method == DecodingMethod.BLT_S and best.length >= 4
     short = replay(
-        Controller(config(), costs),
+        DraftController(config(), costs),
         lambda draft, at: (0.95 if at < 2 else 0.1) if draft.method == DecodingMethod.BLT_S else 0.05,
         1,
     )
@@ -80,15 +82,15 @@ def test_rows_become_dear_under_load() -> None:
         return 0.8 if draft.method == DecodingMethod.BLT_DV else 0.1
 
     costs = curves(1e-3, 1e-4)
-    alone = replay(Controller(config(), costs), right, 1)
-    loaded = replay(Controller(config(), costs), right, 64)
+    alone = replay(DraftController(config(), costs), right, 1)
+    loaded = replay(DraftController(config(), costs), right, 64)
     assert alone.method == DecodingMethod.BLT_DV
     assert loaded.length < alone.length
 
 
 def test_it_learns_that_the_checkpoint_was_wrong_and_back() -> None:
     told = config(acceptance={f"blt-dv-{size} 1step": 0.95 for size in config().block_sizes})
-    controller = Controller(told, curves(1e-3, 1e-6))
+    controller = DraftController(told, curves(1e-3, 1e-6))
     assert controller.best.method == DecodingMethod.BLT_DV
     assert replay(controller, lambda draft, at: 0.05 if draft.method == DecodingMethod.BLT_DV else 0.4, 1) != (
         Draft(DecodingMethod.BLT_DV, max(told.block_sizes))
@@ -99,14 +101,16 @@ def test_it_learns_that_the_checkpoint_was_wrong_and_back() -> None:
 def test_a_cold_start_follows_the_checkpoint() -> None:
     costs = curves(1e-3, 1e-6)
     sizes = config().block_sizes
-    good = Controller(config(acceptance={f"blt-dv-{size} 1step": 0.9 for size in sizes}), costs)
-    bad = Controller(config(acceptance={f"blt-dv-{size} 1step": 0.01 for size in sizes} | {"blt-s k8": 0.01}), costs)
+    good = DraftController(config(acceptance={f"blt-dv-{size} 1step": 0.9 for size in sizes}), costs)
+    bad = DraftController(
+        config(acceptance={f"blt-dv-{size} 1step": 0.01 for size in sizes} | {"blt-s k8": 0.01}), costs
+    )
     assert good.best.method == DecodingMethod.BLT_DV
     assert bad.best == BLT
 
 
 def test_one_round_in_32_is_a_probe() -> None:
-    controller = Controller(config(), curves(1e-3, 1e-4))
+    controller = DraftController(config(), curves(1e-3, 1e-4))
     drafts = [controller.next() for _ in range(32 * 40)]
     others = sum(draft != controller.best for draft in drafts)
     assert 30 <= others <= 40
@@ -114,7 +118,7 @@ def test_one_round_in_32_is_a_probe() -> None:
 
 def test_small_gains_do_not_switch() -> None:
     """Two drafts that give the same but for noise: it settles on one."""
-    controller = Controller(config(), curves(1e-3, 1e-5))
+    controller = DraftController(config(), curves(1e-3, 1e-5))
     replay(controller, lambda draft, at: 0.5, 4)
     switches, before = 0, controller.best
     rng = random.Random(1)
@@ -124,15 +128,15 @@ def test_small_gains_do_not_switch() -> None:
         while accepted < draft.length and rng.random() < 0.5:
             accepted += 1
         if draft.length:
-            controller.settled(draft, draft.length, accepted)
-        controller.passed(4, lambda: 0.25, rng.uniform(0, 2e-4), [])
+            controller.round_ended(draft, draft.length, accepted)
+        controller.step_ended(4, lambda: 0.25, rng.uniform(0, 2e-4), [])
         switches += controller.best != before
         before = controller.best
     assert switches <= 3
 
 
 def test_without_a_diffusion_head() -> None:
-    controller = Controller(config(block_sizes=()), curves(1e-3, 1e-6))
+    controller = DraftController(config(block_sizes=()), curves(1e-3, 1e-6))
     assert {draft.method for draft in controller.drafts} == {DecodingMethod.BLT, DecodingMethod.BLT_S}
     for _ in range(200):
         assert controller.next().method != DecodingMethod.BLT_DV
@@ -141,10 +145,10 @@ def test_without_a_diffusion_head() -> None:
 def test_the_engines_own_time_favors_few_passes() -> None:
     costs = curves(1e-4, 1e-6)
     costs = costs | {"global": CostCurve((1, 64), (2e-2, 2e-2))}
-    quick, slow = Controller(config(), costs), Controller(config(), costs)
+    quick, slow = DraftController(config(), costs), DraftController(config(), costs)
     for _ in range(500):
-        slow.passed(1, lambda: 0.25, 1e-2, [("decoder", 1)])
-        quick.passed(1, lambda: 0.25, 1e-4, [("decoder", 1)])
+        slow.step_ended(1, lambda: 0.25, 1e-2, [("decoder", 1)])
+        quick.step_ended(1, lambda: 0.25, 1e-4, [("decoder", 1)])
     many, few = Draft(DecodingMethod.BLT_S, 8), Draft(DecodingMethod.BLT_DV, 8)
     assert quick.rate(many) > quick.rate(few)
     assert slow.rate(many) < slow.rate(few)

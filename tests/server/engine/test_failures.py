@@ -84,14 +84,14 @@ def test_who_never_fits_ends_and_the_others_go_on(monkeypatch: pytest.MonkeyPatc
 def test_a_failure_with_the_outcome_of_one_request_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(4)
     engine = Engine(model(0), settings())
-    real = engine._settler.settle
+    real = engine._postprocessor.process
 
-    def settle(sequence: Any, result: Any) -> Any:
+    def process(sequence: Any, result: Any) -> Any:
         if sequence.request.request_id == "r2" and len(sequence.output.ids) > 5:
             raise KeyError("a secret detail")
         return real(sequence, result)
 
-    monkeypatch.setattr(engine._settler, "settle", settle)
+    monkeypatch.setattr(engine._postprocessor, "process", process)
     results = run(engine, asked)
     expected = alone(asked)
     assert results["r2"].deltas[-1].error_code is ErrorCode.PASS_FAILED

@@ -70,7 +70,7 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
             # Prompts in one piece: what of them is computed, and when, depends on who runs beside them.
             passes = {"max_pass_rows": 4096, "max_passes_per_beat": most, "prefix_cache": False}
             engine = Engine(model(which), settings(max_running=count, threads=threads, **passes))
-            assert engine._runner.one_call
+            assert engine._runner.fused_steps
             with patch.object(engine, "step", wraps=engine.step) as step:
                 done.append(run(engine, requests, arrivals))
             calls.append(step.call_count)
@@ -93,7 +93,7 @@ def test_many_bytes_a_call_are_those_of_single_calls(seed: int) -> None:
 @pytest.mark.parametrize("which", (0, 1))
 def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
     engine = Engine(model(which), settings(threads=1))
-    assert engine._runner.one_call
+    assert engine._runner.fused_steps
     plans: list[tuple[bool, int]] = []
     decode = engine._runner.decode
 
@@ -103,8 +103,8 @@ def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
             plan: Plan = sequence.plan
             plans.append((plan.draft, len(result.ids)))
             # A verification goes on with the next draft.
-            if result.then is not None:
-                plans.append((True, len(result.then.ids)))
+            if result.next_draft is not None:
+                plans.append((True, len(result.next_draft.ids)))
         return results
 
     engine._runner.decode = watched  # type: ignore[method-assign]
@@ -131,7 +131,7 @@ def test_what_is_stored_is_bit_equal(method: DecodingMethod) -> None:
         engine.add(Request("r", [1, *(BYTE_OFFSET + byte for byte in b"def mean(values):\n")], params, 0.0))
         while len(engine._sequences["r"].output.ids) < 60 or engine._sequences["r"].decoded < 70:
             engine.step()
-        row, found = engine._sequences["r"].row, {}
+        row, found = engine._sequences["r"].state_index, {}
         for name in ("patcher", "encoder", "decoder"):
             group = engine._caches.groups[name]
             slots = [

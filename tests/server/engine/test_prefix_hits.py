@@ -154,22 +154,22 @@ def test_prompts_to_be_scored_are_not_looked_up() -> None:
 def test_what_gave_nan_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model(0), settings())
     run(engine, [greedy("a", prompt(100))])
-    passes = engine._runner._passes
-    real = passes.logits
-    monkeypatch.setattr(passes, "logits", lambda *args: torch.full_like(real(*args), float("nan")))
+    forward = engine._runner._forward
+    real = forward.logits
+    monkeypatch.setattr(forward, "logits", lambda *args: torch.full_like(real(*args), float("nan")))
     # Where one call computes logits and chooses from them, it says so itself.
-    in_one_call = passes.decode_steps
+    in_one_call = forward.decode_steps
 
     def bad(*args: Any, **kwargs: Any) -> Decoded:
         decoded = in_one_call(*args, **kwargs)
         decoded.made.bad = bytes([1] * len(decoded.made.bad))
         return decoded
 
-    monkeypatch.setattr(passes, "decode_steps", bad)
+    monkeypatch.setattr(forward, "decode_steps", bad)
     broken = run(engine, [greedy("b", prompt(100))])["b"]
     assert broken.deltas[-1].error_code is ErrorCode.NOT_FINITE and broken.deltas[-1].cached > 50
-    monkeypatch.setattr(passes, "logits", real)
-    monkeypatch.setattr(passes, "decode_steps", in_one_call)
+    monkeypatch.setattr(forward, "logits", real)
+    monkeypatch.setattr(forward, "decode_steps", in_one_call)
     assert run(engine, [greedy("c", prompt(100))])["c"].deltas[-1].cached == 0
     assert run(engine, [greedy("d", prompt(100))])["d"].deltas[-1].cached > 50
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError, Life
+from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError, LiveRequest
 from fastblt.server.process.stream import DeltaStream
 from fastblt.server.request import (
     ByteLogprobs,
@@ -41,10 +41,10 @@ class Ends:
         self.reasons: dict[str, FinishReason] = {}
         self.counts: Counter[str] = Counter()
 
-    def __call__(self, life: Life, delta: Delta, now: float) -> None:
+    def __call__(self, live: LiveRequest, delta: Delta, now: float) -> None:
         if delta.finish_reason is not None:
-            self.counts[life.request.request_id] += 1
-            self.reasons[life.request.request_id] = delta.finish_reason
+            self.counts[live.request.request_id] += 1
+            self.reasons[live.request.request_id] = delta.finish_reason
 
 
 def client_of(
@@ -64,7 +64,7 @@ async def running(
         yield client
     finally:
         await client.stop()
-        assert not client._live and not client._verdicts and client._queued == 0
+        assert not client._live and not client._pending_adds and client._queued == 0
         assert client.pid is not None and not alive(client.pid)
         assert set(ends(client).counts.values()) <= {1}
 
@@ -86,8 +86,8 @@ def alive(pid: int) -> bool:
 async def read(stream: DeltaStream) -> dict[str, Delta]:
     """Everything of a stream, merged by request."""
     whole: dict[str, Delta] = {}
-    async for news in stream:
-        for delta in news:
+    async for deltas in stream:
+        for delta in deltas:
             earlier = whole.setdefault(delta.request_id, Delta(delta.request_id))
             assert earlier.finish_reason is None, "news after the end"
             earlier.ids += delta.ids
@@ -205,15 +205,15 @@ async def test_news_is_merged_for_a_slow_reader() -> None:
 async def test_whole_outputs_come_at_their_end_or_at_the_first_failure() -> None:
     async with running(pause=0.005) as client:
         stream = await client.submit(request("a", 5), request("b", 50), whole=True)
-        news = await anext(stream)
-        assert {delta.request_id: len(delta.ids) for delta in news} == {"a": 5, "b": 50}
-        assert all(delta.finish_reason is FinishReason.LENGTH for delta in news)
+        deltas = await anext(stream)
+        assert {delta.request_id: len(delta.ids) for delta in deltas} == {"a": 5, "b": 50}
+        assert all(delta.finish_reason is FinishReason.LENGTH for delta in deltas)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
     async with running(pause=0.005, error_for="bad") as client:
         stream = await client.submit(request("good", 10**6), request("bad", 10**6), whole=True)
-        news = await anext(stream)
-        assert [delta.request_id for delta in news if delta.finish_reason] == ["bad"]
+        deltas = await anext(stream)
+        assert [delta.request_id for delta in deltas if delta.finish_reason] == ["bad"]
         stream.close()
 
 
@@ -275,9 +275,9 @@ async def test_a_killed_process_ends_every_request_and_is_named() -> None:
 async def test_the_process_goes_with_its_server() -> None:
     async with running(pause=0.01) as client:
         await client.submit(request("a", 10**6))
-        link = client._supervisor._link
-        assert link is not None and link._transport is not None
-        link._transport.abort()
+        process = client._supervisor._process
+        assert process is not None and process._transport is not None
+        process._transport.abort()
         async with asyncio.timeout(5):
             while client.state is not EngineState.DEAD:
                 await asyncio.sleep(0.01)

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from tests.server.harness import model, settings
 
 
-def caches(**overrides: object) -> Caches:
+def caches(**overrides: object) -> KvCaches:
     blt = model(3)
     chosen = settings(max_running=4, max_pass_rows=32, **overrides)
-    return Caches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
+    return KvCaches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
 
 
 @hypothesis_settings(deadline=None, max_examples=40)
@@ -27,42 +27,42 @@ def test_pages_balance_over_random_use(seed: int) -> None:
     store = caches(cache_bytes=rng.choice((1 << 19, 1 << 21)))
     held: dict[int, tuple[int, int]] = {}
     for _ in range(60):
-        if rng.random() < 0.3 and (row := store.take_row()) is not None:
-            held[row] = (0, 0)
+        if rng.random() < 0.3 and (state_index := store.take_state_index()) is not None:
+            held[state_index] = (0, 0)
         if not held:
             continue
-        row = rng.choice(list(held))
-        length, patches = held[row]
+        state_index = rng.choice(list(held))
+        length, patches = held[state_index]
         action = rng.random()
         if action < 0.6:
             grown = (length + rng.randrange(40), patches + rng.randrange(20))
             if max(grown) > store.max_length:
                 continue
             before = {name: group.pool.free for name, group in store.groups.items()}
-            if store.reserve(row, *grown):
-                held[row] = grown
+            if store.reserve(state_index, *grown):
+                held[state_index] = grown
             else:
                 assert before == {name: group.pool.free for name, group in store.groups.items()}
         elif action < 0.8:
             patches = rng.randint(0, patches)
-            store.settle(row, rng.randint(0, length), patches, rng.randint(0, length))
-            held[row] = (length, patches)
+            store.free_unread(state_index, rng.randint(0, length), patches, rng.randint(0, length))
+            held[state_index] = (length, patches)
         else:
-            store.release(row)
-            del held[row]
+            store.release(state_index)
+            del held[state_index]
         for group in store.groups.values():
             owned = group.table[group.table > 0].tolist()
             assert len(owned) == len(set(owned)), "a page is owned twice"
             assert len(owned) + group.pool.free == group.pool.size
-    for row in list(held):
-        store.release(row)
+    for state_index in list(held):
+        store.release(state_index)
     assert store.balanced()
 
 
 def test_few_and_short_requests_need_no_room_for_a_whole_pass() -> None:
     blt = model(3)
     small = settings(max_running=1, max_model_len=100, max_pass_rows=4096, cache_bytes=None)
-    assert Caches(blt, blt.config, small, torch.device("cpu"), torch.float32).max_length == 100
+    assert KvCaches(blt, blt.config, small, torch.device("cpu"), torch.float32).max_length == 100
 
 
 def test_too_little_memory_says_how_much_is_needed() -> None:

@@ -22,7 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fastblt.server.decoding.blt import Blt
-from fastblt.server.engine.cache.kv_caches import Caches
+from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.page_pool import PagePool
 from fastblt.server.engine.cache.prefix_cache import Node, PrefixCache
 from fastblt.server.engine.sequence import Patch, Sequence
@@ -49,7 +49,7 @@ class World:
     def __init__(self, which: int, rows: int = 4, **overrides: object) -> None:
         blt = model(which)
         chosen = settings(max_running=rows, max_pass_rows=32, max_model_len=160, **overrides)
-        self.caches = Caches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
+        self.caches = KvCaches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
         # Few enough to run out of.
         self.caches.latent_pool = PagePool(40)
         self.prefix = PrefixCache(self.caches, enabled=True)
@@ -71,10 +71,10 @@ class World:
         return Sequence(request, DecodingParams(), Blt(), 0)
 
     def admit(self, sequence: Sequence) -> bool:
-        row = self.caches.take_row()
-        if row is None:
+        state_index = self.caches.take_state_index()
+        if state_index is None:
             return False
-        sequence.row = row
+        sequence.state_index = state_index
         expected = self.deepest(sequence)
         self.refused = False
         self.prefix.begin(sequence)
@@ -88,7 +88,7 @@ class World:
     def advance(self, sequence: Sequence, count: int, new: list[int]) -> bool:
         """Compute the next rows; those of the newest id add one. False: no pages, and nothing was done."""
         start, end = sequence.decoded, min(sequence.decoded + count, sequence.known)
-        if not self.caches.reserve(sequence.row, end, sequence.closed + end - start):
+        if not self.caches.reserve(sequence.state_index, end, sequence.closed + end - start):
             return False
         salt = sequence.request.cache_salt
         for at in range(start, end):
@@ -107,7 +107,7 @@ class World:
             sequence.ids += new
         self.prefix.extend(sequence)
         self.free_latents(sequence.forget_patches())
-        self.caches.settle(sequence.row, end, sequence.closed, sequence.unpooled)
+        self.caches.free_unread(sequence.state_index, end, sequence.closed, sequence.unpooled)
         return True
 
     def end(self, sequence: Sequence, *, broken: bool = False) -> None:
@@ -117,8 +117,8 @@ class World:
         self.running.remove(sequence)
         self.prefix.end(sequence)
         self.free_latents([patch.slot for patch in sequence.patches])
-        self.caches.release(sequence.row)
-        sequence.row = 0
+        self.caches.release(sequence.state_index)
+        sequence.state_index = 0
 
     def free_latents(self, slots: list[int]) -> None:
         for slot in slots:
@@ -126,7 +126,7 @@ class World:
 
     def write(self, sequence: Sequence, name: str, at: int, value: float) -> None:
         group = self.caches.groups[name]
-        slot = int(group.slots(np.array([sequence.row]), np.array([at]))[0])
+        slot = int(group.slots(np.array([sequence.state_index]), np.array([at]))[0])
         assert slot >= group.page_size, "a page that is not there is written"
         assert group.pool._users[slot // group.page_size] == 1, "a page that others read is written"
         for layer in group.layers:
@@ -182,7 +182,7 @@ class World:
 
     def read(self, sequence: Sequence, name: str, at: int) -> set[float]:
         group = self.caches.groups[name]
-        slot = int(group.slots(np.array([sequence.row]), np.array([at]))[0])
+        slot = int(group.slots(np.array([sequence.state_index]), np.array([at]))[0])
         return {value for layer in group.layers for value in layer[slot].flatten().tolist()}
 
     def nodes(self) -> set[Node]:
@@ -307,7 +307,7 @@ def test_what_was_computed_twice_is_kept_once() -> None:
             assert world.advance(sequence, 8, [4])
     table = world.caches.groups["global"].table
     closed = pair[0].closed // 16
-    assert closed and (table[pair[0].row, :closed] == table[pair[1].row, :closed]).all()
+    assert closed and (table[pair[0].state_index, :closed] == table[pair[1].state_index, :closed]).all()
     assert world.prefix.shared(world.sequence(text(100))) == closed
     world.check_pools()
 

@@ -26,7 +26,7 @@ def test_measuring_leaves_no_trace(which: int, deterministic: bool) -> None:
     plain = run(Engine(model(which), settings(deterministic=deterministic)), requests)
     engine = Engine(model(which), settings(deterministic=deterministic))
     costs = engine._runner.costs(50, 12, (1, 2, 4))
-    assert set(costs) == {*MODULES, *((DRAFT, STEP) if engine._runner.one_call else ())}
+    assert set(costs) == {*MODULES, *((DRAFT, STEP) if engine._runner.fused_steps else ())}
     for curve in costs.values():
         assert 0 < curve.seconds[0] <= curve.seconds[-1]
     assert engine.balanced()

@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastblt.server.engine.device.cuda_graphs import Graphs
+from fastblt.server.engine.device.cuda_graphs import CudaGraphs
 
 
 def test_a_key_replays_its_first_function_over_new_columns() -> None:
-    graphs = Graphs(torch.device("cpu"))
+    graphs = CudaGraphs(torch.device("cpu"))
     made: list[str] = []
 
     def double(columns: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What a decoder pass picks bytes from, and how results fetched from the device go back to its requests.
+"""The samples of a decoder pass, and how results fetched from the device go back to its requests.
 
-Picks are first those of all causal rows, then those of all blocks, each padded to the longest.
+A sample is one row of the pass's logits [samples, 260], and the byte chosen from it. Samples of all causal rows come
+first; those of all blocks follow, each block padded to the longest.
 """
 
 from __future__ import annotations
@@ -16,49 +17,19 @@ from fastblt.kernels.types import Selection, Unmasked
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.method import Outcome
+from fastblt.server.engine.runner.batch import Batch
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import ByteLogprobs
 
 
-@dataclass
-class Batch:
-    """Rows of a decoder pass as the host laid them out: all columns, and without padding, [N], what is read of them.
-
-    `picked` are the causal rows that give a byte; `firsts` and `selects` say for every request where among them its own
-    begin, and how many these are. `ahead` are the requests whose next rows are scanned at the pass's tail. `in_block`
-    marks block rows (None: there are none), whose ids are in `block`.
-    """
-
-    columns: np.ndarray
-    owners: np.ndarray
-    positions: np.ndarray
-    block: np.ndarray
-    picked: np.ndarray
-    firsts: list[int]
-    selects: list[int]
-    ahead: list[int]
-    in_block: np.ndarray | None
-    spans: list[tuple[int, int]]
-    total: int
-    padded: int
-
-    def read(self, scored: list[int]) -> np.ndarray | None:
-        """Which rows' states are read, bool [rows with padding]: those that give a byte, in blocks, or scored. None: as
-        good as all."""
-        read = np.zeros(self.padded, dtype=bool)
-        if self.in_block is not None:
-            read[: self.total] = self.in_block
-        read[self.picked] = read[scored] = True
-        return read if 2 * np.count_nonzero(read) < self.total else None
-
-
 @dataclass(slots=True)
 class Result(Outcome):
-    """The outcome of one sequence's plan, log-probabilities where asked for, and whether it failed.
+    """The outcome of one sequence's plan, with what only the engine needs of it.
 
-    `logprobs` go with `ids`; a block's with the positions its step filled (None elsewhere). `entropies` (nats) are
-    those of the rows that the pass scanned ahead, `scores` those of the prompt's rows in it. `more` rows than the plan
-    had were computed. `then` is the draft with which the call went on behind a verification.
+    `logprobs` go with `ids`; `block_logprobs` with the block's positions, None where the step filled nothing. `bad`: a
+    row was NaN or infinite. `entropies` (nats) are those of new bytes that went through the entropy model in the same
+    pass, `scores` the log-probabilities of the prompt's rows in it. `extra_rows` counts the rows computed beyond the
+    plan's own (`Plan.repeat`). `next_draft` is the draft that was made behind a verification in the same call.
     """
 
     logprobs: list[ByteLogprobs] | None = None
@@ -66,40 +37,42 @@ class Result(Outcome):
     bad: bool = False
     entropies: list[float] | None = None
     scores: list[ByteLogprobs] | None = None
-    more: int = 0
-    then: Draft | None = None
+    extra_rows: int = 0
+    next_draft: DraftResult | None = None
 
 
 @dataclass(slots=True)
-class Draft(Outcome):
-    """The outcome of a draft with which a call went on, as a Result has it. What was scanned ahead has `entropies`; the
-    encoder has had the rows before position `encoded`."""
+class DraftResult(Outcome):
+    """The outcome of a draft that was made behind a verification, in the same call (`Plan.next_length`).
+
+    `bad` and `entropies` as in Result. The encoder has been through the rows before position `encoded`.
+    """
 
     bad: bool = False
     entropies: list[float] = field(default_factory=list)
     encoded: int = 0
 
 
-class CausalPicks:
-    """Picks of causal rows, which begin at `firsts` for every sequence.
+class CausalSamples:
+    """The samples of causal rows; those of sequence i begin at `first_samples[i]`.
 
-    `drafts` are the picks of every request that verifies, int64 [drafts, longest + 1], and its draft's length. `plain`:
-    nobody asks for log-probabilities.
+    `drafts` has, for every request that verifies, its samples int64 [drafts, longest + 1] and its draft's length.
+    `ids_only`: nobody asks for log-probabilities.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
+    def __init__(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> None:
         self._sequences = sequences
-        self._plain = plain
-        self.firsts = batch.firsts
+        self._plain = ids_only
+        self.first_samples = batch.first_samples
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
-        self._selects = selects = batch.selects
+        self._sample_counts = sample_counts = batch.sample_counts
         self._verifying: list[int] = []
-        if max(selects) > 1:
-            self._verifying = [at for at, select in enumerate(selects) if select > 1]
-            firsts = np.array([self.firsts[at] for at in self._verifying])
-            lengths = np.array([selects[at] - 1 for at in self._verifying])
-            self.drafts = (firsts[:, None] + np.minimum(np.arange(max(selects)), lengths[:, None]), lengths)
-        self._values = _Values([] if plain else sequences)
+        if max(sample_counts) > 1:
+            self._verifying = [at for at, select in enumerate(sample_counts) if select > 1]
+            firsts = np.array([self.first_samples[at] for at in self._verifying])
+            lengths = np.array([sample_counts[at] - 1 for at in self._verifying])
+            self.drafts = (firsts[:, None] + np.minimum(np.arange(max(sample_counts)), lengths[:, None]), lengths)
+        self._values = _Values([] if ids_only else sequences)
 
     def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
         """What is to be fetched."""
@@ -114,7 +87,7 @@ class CausalPicks:
             for at, accepted in zip(self._verifying, next(arrays).tolist(), strict=True):
                 results[at].accepted = accepted
         broken = bool(bad.any())
-        for select, first, result in zip(self._selects, self.firsts, results, strict=True):
+        for select, first, result in zip(self._sample_counts, self.first_samples, results, strict=True):
             if not select:
                 continue
             chosen = result.ids = ids[first : first + result.accepted + 1]
@@ -123,23 +96,23 @@ class CausalPicks:
             if result.block_ids:
                 result.block_ids = [chosen[-1], *result.block_ids[1:]]
         if not self._plain:
-            for sequence, first, result in zip(self._sequences, self.firsts, results, strict=True):
+            for sequence, first, result in zip(self._sequences, self.first_samples, results, strict=True):
                 if (top := sequence.params.logprobs) is not None and result.ids:
                     result.logprobs = [values.at(first + i, top) for i in range(len(result.ids))]
 
 
-class BlockPicks:
+class BlockSamples:
     """Picks of block rows: `rows` int [blocks, longest], the row in the pass for every position of every block.
 
     `inside` bool says which are not there to fill up a shorter block.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch, plain: bool) -> None:
+    def __init__(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> None:
         self.count = 0
         self.rows = np.empty((0, 0), dtype=np.int64)
         if batch.in_block is None:
             return
-        self._offset = len(batch.picked)
+        self._offset = len(batch.sampled_rows)
         self._owners = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.block_ids]
         self._sequences = [sequences[owner] for owner in self._owners]
         self._plans = [sequence.plan for sequence in self._sequences if sequence.plan is not None]
@@ -158,7 +131,7 @@ class BlockPicks:
         #: Of every block.
         self.steps = steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
         self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
-        self._values = _Values([] if plain else self._sequences)
+        self._values = _Values([] if ids_only else self._sequences)
 
     def first(self, sequence: int) -> int:
         """The first pick of the sequence at this place in the batch."""
@@ -167,7 +140,7 @@ class BlockPicks:
     def masked(self, ids: np.ndarray) -> np.ndarray:
         """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
         self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
-        behind = [plan.select > 0 for plan in self._plans]
+        behind = [plan.samples > 0 for plan in self._plans]
         if any(behind):
             self._masked[behind, 0] = False
         return self._masked.reshape(-1)
