@@ -245,7 +245,7 @@ def methods(
 @app.command("all")
 def all_parts(
     folder: Annotated[Path, typer.Argument(help="Of the results, and of the report made from them.")] = Path(
-        "docs/benchmarks/proof"
+        "docs/benchmarks/report"
     ),
     model: Model = str(PRETRAINED),
     traces: Annotated[
@@ -268,7 +268,7 @@ def all_parts(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Of the results that `bench all` left.", exists=True)] = Path(
-        "docs/benchmarks/proof"
+        "docs/benchmarks/report"
     ),
 ) -> None:
     """Make one page of HTML, and its charts, from the results."""

@@ -37,60 +37,73 @@ def title(part: str, batch: str) -> str:
     """`methods-1b-b8` at batch 8: what was run, in words."""
     kind = part.removeprefix("methods-").rsplit("-b", 1)[0]
     words = {"greedy": "shipped model, greedy", "sampled": "shipped model, temperature 0.8"}
-    return f"{words.get(kind, f'{kind.upper()} shape, greedy')}, batch {batch}"
+    together = "one request" if batch == "1" else f"{batch} requests at once"
+    return f"{words.get(kind, f'{kind.upper()} weights, greedy')}, {together}"
 
 
 def headline(results: Results) -> list[tuple[str, str]]:
     """Pairs of what was measured and the figure, of those parts that were run."""
-    facts: list[tuple[str, str]] = []
-    for part, batch, run in method_runs(results):
-        if found := best_lossless(run):
-            name, row = found
-            facts.append(
-                (
-                    f"Time saved by the best lossless setting: {title(part, batch)}",
-                    f"{100 * row['time_saved']:.0f} % ({name}; weights saved {100 * row['weights_saved']:.0f} %)",
-                )
-            )
-    sweeps = {name: result for name, result in results.items() if name.startswith("sweep-")}
-    if sweeps:
-        name, best = max(sweeps.items(), key=lambda item: item[1]["output_byte_throughput"])
-        method, together = name.removeprefix("sweep-").rsplit("-c", 1)
-        facts.append(
-            (
-                "Most bytes a second through HTTP",
-                f"{best['output_byte_throughput']:.0f} ({method}, {together} streams, "
-                f"{best['p99_ttft_ms']:.0f} ms to the first byte at p99)",
-            )
-        )
-    for name, words in (("trace-code", "code"), ("trace-conv", "conversation")):
-        if trace := results.get(name):
-            share = trace["good_requests"] / trace["num_prompts"]
-            facts.append(
-                (
-                    f"Azure {words} trace, {trace['num_prompts']} requests near saturation",
-                    f"{trace['request_goodput']:.2f} good requests/s of {trace['request_throughput']:.2f} "
-                    f"({100 * share:.0f} % within {levels(trace)})",
-                )
-            )
+    facts = [*_savings(results), *_http(results), *_traces(results)]
     if peer := results.get("peer-transformers"):
-        facts.append(
+        facts += [
             (
-                "Against `transformers` on the same weights, one request",
+                "Against `transformers` with the same weights, one request",
                 f"{peer['over']['blt']:.0f} times the bytes a second with `blt`, "
-                f"{max(peer['over'].values()):.0f} with the best lossless method",
-            )
-        )
-        facts.append(
+                f"{max(peer['over'].values()):.0f} times with the best lossless method",
+            ),
             (
                 f"{peer['together']} requests at once, against its best batch",
                 f"{max(peer['together_over'].values()):.0f} times the bytes a second",
-            )
-        )
+            ),
+        ]
     return facts
+
+
+def _savings(results: Results) -> Iterator[tuple[str, str]]:
+    for part, batch, run in method_runs(results):
+        if found := best_lossless(run):
+            name, row = found
+            yield (
+                f"Time saved against `blt` without changing a byte: {title(part, batch)}",
+                f"{100 * row['time_saved']:.0f} % with {setting(name)}",
+            )
+
+
+def _http(results: Results) -> Iterator[tuple[str, str]]:
+    sweeps = {name: result for name, result in results.items() if name.startswith("sweep-")}
+    if not sweeps:
+        return
+    name, best = max(sweeps.items(), key=lambda item: item[1]["output_byte_throughput"])
+    method, together = name.removeprefix("sweep-").rsplit("-c", 1)
+    yield (
+        "Most text through HTTP",
+        f"{best['output_byte_throughput']:,.0f} bytes a second (`{method}`, {together} clients at once; 99 of 100 get "
+        f"their first byte within {best['p99_ttft_ms'] / 1000:.2g} s)",
+    )
+
+
+def _traces(results: Results) -> Iterator[tuple[str, str]]:
+    for name, words in (("trace-code", "code completion"), ("trace-conv", "conversation")):
+        if trace := results.get(name):
+            yield (
+                f"{trace['num_prompts']} requests as a production service recorded them ({words}), sent at 90 % of the "
+                "rate that this server can answer",
+                f"{100 * trace['good_requests'] / trace['num_prompts']:.0f} % are good: {levels(trace)}",
+            )
+
+
+def setting(name: str) -> str:
+    """`blt-s k16` in words."""
+    method, _, rest = name.partition(" ")
+    if rest.startswith("k"):
+        return f"`{method}`, drafts of {rest[1:]} bytes"
+    if rest == "1step":
+        family, _, size = method.rpartition("-")
+        return f"`{family}`, blocks of {size} bytes in one step"
+    return f"`{name}`"
 
 
 def levels(result: dict[str, Any]) -> str:
     """The service levels of a run, in words."""
     words = {"ttft": "to the first byte", "tpob": "a byte", "tpot": "a token", "e2el": "in all"}
-    return ", ".join(f"{limit:g} ms {words[name]}" for name, limit in result["goodput_ms"].items())
+    return ", ".join(f"at most {limit:g} ms {words[name]}" for name, limit in result["goodput_ms"].items())

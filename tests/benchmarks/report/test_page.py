@@ -1,9 +1,8 @@
-"""The report and the README's figures, made of results as the commands leave them."""
+"""The report, made of results as the commands leave them."""
 
 from __future__ import annotations
 
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from fastblt.benchmarks.machine import measured_with
 from fastblt.benchmarks.report.charts import draw_all
 from fastblt.benchmarks.report.facts import best_lossless, headline
 from fastblt.benchmarks.report.page import page, write_report
-from fastblt.benchmarks.report.parts import load_results
-from fastblt.benchmarks.report.readme import RESULTS, ROOT, block, with_block
 from fastblt.benchmarks.savings.methods import MOST_LOOPS, chosen_settings, measure
 from fastblt.models.blt import Blt
 
@@ -112,27 +109,8 @@ def test_headlines_are_of_texts_that_do_not_loop(results: dict[str, dict[str, An
 
 def test_facts_are_figures_of_the_results(results: dict[str, dict[str, Any]]) -> None:
     facts = dict(headline(results))
-    assert "192 (blt, 16 streams" in facts["Most bytes a second through HTTP"]
-    assert "100 % within 100 ms to the first byte" in facts["Azure code trace, 5 requests near saturation"]
-    assert "40 times" in facts["Against `transformers` on the same weights, one request"]
+    assert "192 bytes a second (`blt`, 16 clients" in facts["Most text through HTTP"]
+    [trace] = [value for name, value in facts.items() if "code completion" in name]
+    assert trace == "100 % are good: at most 100 ms to the first byte"
+    assert "40 times" in facts["Against `transformers` with the same weights, one request"]
     assert headline({}) == []
-
-
-def test_a_changed_figure_changes_the_readme(results: dict[str, dict[str, Any]]) -> None:
-    text = "before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n"
-    new = with_block(text, results)
-    assert block(results) in new and new.startswith("before\n") and new.endswith("after\n") and "old" not in new
-    assert with_block(new, results) == new
-    other = json.loads(json.dumps(results))
-    other["sweep-blt-c16"]["output_byte_throughput"] += 1
-    assert with_block(new, other) != new
-    with pytest.raises(ValueError, match="marks"):
-        with_block("no place", results)
-
-
-def test_readme_has_the_figures_of_the_committed_results() -> None:
-    """`python -m fastblt.benchmarks.report.readme` writes them."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_block(text, load_results(RESULTS)) == text
-    for path in re.findall(r"docs/benchmarks/proof/[\w.-]+", text):
-        assert (ROOT / path).exists(), path

@@ -1,0 +1,138 @@
+"""Tables of servers under load."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from fastblt.benchmarks.report.facts import Results, levels
+from fastblt.benchmarks.report.markdown import number, percent, table
+
+_PLANNED = 0.7
+_COMPLETION = 256
+
+
+def _sweeps(results: Results) -> dict[str, dict[int, dict[str, Any]]]:
+    """By method and number of streams."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, result in results.items():
+        method, together = name.removeprefix("sweep-").rsplit("-c", 1)
+        found.setdefault(method, {})[int(together)] = result
+    return found
+
+
+def streams(results: Results) -> str:
+    """Bytes a second and the first byte, by method and number of clients."""
+    sweeps = _sweeps(results)
+    numbers = sorted(next(iter(sweeps.values())))
+    rows = []
+    for method, points in sweeps.items():
+        rows.append([f"`{method}`: bytes a second", *(number(points[n]["output_byte_throughput"]) for n in numbers)])
+        rows.append(["first byte, ms, p99", *(number(points[n]["p99_ttft_ms"]) for n in numbers)])
+        rows.append(["ms a byte, median", *(f"{points[n]['median_tpob_ms']:.1f}" for n in numbers)])
+    return table(("clients at once", *map(str, numbers)), rows)
+
+
+def capacity(results: Results) -> str:
+    """What to plan with: one server's best rate, by machines."""
+    points = _sweeps(results)["auto"]
+    together, best = max(points.items(), key=lambda item: item[1]["output_byte_throughput"])
+    rate = best["output_byte_throughput"]
+    prompt = best["total_input_bytes"] // best["completed"]
+    rows = []
+    for machines in (1, 10, 100):
+        planned = machines * _PLANNED * rate
+        cells = [number(machines * rate), number(planned), number(planned / _COMPLETION), number(machines * together)]
+        rows.append([str(machines), *cells])
+    columns = ("machines", "bytes a second", f"planned at {_PLANNED}", f"completions of {_COMPLETION} bytes a second")
+    text = (
+        f"At {together} clients a server gives {number(rate)} bytes a second on {best['machine']['cores']} cores. A "
+        f"prompt of {prompt} bytes that comes to an idle server has its first byte after "
+        f"{points[1]['median_ttft_ms']:.0f} ms (median)."
+    )
+    return f"{text}\n\n{table((*columns, 'running at once'), rows)}"
+
+
+def traces(results: Results) -> str:
+    """Replays of recorded traffic near the rate that the server can take."""
+    rows = []
+    for name, words in (("code", "code completion"), ("conv", "conversation")):
+        if (trace := results.get(f"trace-{name}")) is None:
+            continue
+        rows.append(
+            [
+                words,
+                f"{results[f'saturation-{name}']['request_throughput']:.1f}",
+                f"{trace['request_throughput']:.1f}",
+                number(trace["output_byte_throughput"]),
+                f"{percent(trace['good_requests'] / trace['num_prompts'])} %",
+                number(trace["p50_ttft_ms"]),
+                number(trace["p99_ttft_ms"]),
+                str(trace["failed"]),
+            ]
+        )
+    columns = (
+        *("trace", "requests a second, all sent at once", "in the replay", "bytes a second", "good requests"),
+        *("first byte, ms, p50", "p99", "failed"),
+    )
+    good = levels(next(result for name, result in results.items() if name.startswith("trace-")))
+    return f"{table(columns, rows)}\n\nGood is: {good}."
+
+
+def peers(results: Results) -> str:
+    """Against `transformers` on the same weights, and what other servers gave with random weights."""
+    parts = []
+    if peer := results.get("peer-transformers"):
+        rows = [["`transformers`", f"{peer['output_byte_throughput']:.1f}", f"{max(peer['batches'].values()):.1f}"]]
+        for name, rate in peer["ours"].items():
+            together = peer["ours_together"].get(name)
+            cells = [f"{number(rate)} ({peer['over'][name]:.0f} times)"]
+            cells.append("" if together is None else f"{number(together)} ({peer['together_over'][name]:.0f} times)")
+            rows.append([f"`{name}`", *cells])
+        together = f"{peer['together']} requests (theirs: its best batch)"
+        parts.append(table(("bytes a second", "one request", together), rows))
+    rows = [
+        [
+            f"`{peer['server']}`, {peer['weights'] / 1e6:.1f} million random weights",
+            str(peer["max_concurrency"]),
+            number(peer["output_byte_throughput"]),
+            str(peer["failed"]),
+        ]
+        for name, peer in results.items()
+        if "bytes_per_token" in peer
+    ]
+    if rows:
+        parts.append(table(("server of a token-level model", "clients", "bytes a second of its text", "failed"), rows))
+    return "\n\n".join(parts)
+
+
+def front(results: Results) -> str:
+    """Through HTTP beside the engine alone."""
+    [result] = results.values()
+    rows = []
+    for run in result["runs"]:
+        served, alone = median(run["served"]), median(run["alone"])
+        rows.append([f"`{run['method']}`", number(served), number(alone), percent(1 - served / alone, 1)])
+    streams_at_once = result["runs"][0]["streams"]
+    columns = (f"{streams_at_once} clients, bytes a second", "through HTTP", "engine alone", "HTTP takes, %")
+    return table(columns, rows)
+
+
+def soak(results: Results) -> str:
+    """Ten minutes of overload."""
+    [result] = results.values()
+    rows = [
+        ["minutes", f"{result['seconds'] / 60:.0f}"],
+        ["requests that the engine ended, once each", number(sum(result["ended"].values()))],
+        ["answers of 429 that clients got, and the metric", " / ".join(number(n) for n in result["429s"].values())],
+        ["answers of 5xx", str(sum(n for status, n in result["statuses"].items() if status.startswith("5")))],
+        ["bytes a second in the last fifth, over the first", f"{result['bytes_per_second']['ratio']:.2f}"],
+    ]
+    for name, words in (("server_memory", "HTTP process"), ("engine_memory", "engine process")):
+        memory = result["memory"][name]
+        rows.append([f"MiB of the {words}, half way and at the end", _pair(memory["middle_mib"], memory["last_mib"])])
+    return table(("overload, too little cache on purpose", ""), rows)
+
+
+def _pair(first: float, second: float) -> str:
+    return f"{first:.1f} / {second:.1f}"

@@ -1,0 +1,116 @@
+"""Tables of what decoding methods save."""
+
+from __future__ import annotations
+
+from fastblt.benchmarks.report.facts import Results, method_runs, title
+from fastblt.benchmarks.report.markdown import number, percent, table
+from fastblt.benchmarks.savings.methods import MOST_LOOPS
+
+_SHIPPED = {"greedy": "greedy", "sampled": "T = 0.8"}
+_HEADLINE = (
+    *("blt-s k4", "blt-s k8", "blt-s k16", "blt-dv-4 1step", "blt-dv-8 1step", "blt-dv-16 1step"),
+    *("blt-d-4 a0.7", "blt-d-8 a0.7", "blt-d-16 a0.7"),
+)
+
+
+def saved(results: Results) -> str:
+    """Time saved and, in brackets, weights: a line a setting, a column a run, the shipped model's first."""
+    runs = sorted(method_runs(results), key=lambda run: _kind(run[0]) not in _SHIPPED)
+    columns = []
+    for part, batch, run in runs:
+        kind = _kind(part)
+        loops = ", loops" if run["settings"]["blt"]["loops"] >= MOST_LOOPS else ""
+        columns.append(f"{_SHIPPED.get(kind, f'{kind.upper()}, greedy')}, {batch}{loops}")
+    rows = []
+    for name in _HEADLINE:
+        cells = []
+        for _, _, run in runs:
+            row = run["settings"].get(name)
+            cells.append("" if row is None else f"{percent(row['time_saved'])} ({percent(row['weights_saved'])})")
+        rows.append([name, *cells])
+    return table(("time saved, % (weights saved, %)", *columns), rows)
+
+
+def _kind(part: str) -> str:
+    return part.removeprefix("methods-").rsplit("-b", 1)[0]
+
+
+def drafts(results: Results) -> str:
+    """What rounds look like, at eight requests."""
+    parts = []
+    for part, batch, run in method_runs(results):
+        rows = [
+            [
+                name,
+                percent(row["acceptance"]),
+                "" if row["bytes_a_round"] is None else f"{row['bytes_a_round']:.1f}",
+                f"{row['decoder_per_byte']:.2f}",
+                f"{row['upstream_per_byte']:.2f}",
+                percent(row["gb_paper_saved"]),
+                percent(row["equal_positions"]),
+                percent(row["loops"]),
+            ]
+            for name, row in run["settings"].items()
+            if name in ("blt", *_HEADLINE)
+        ]
+        columns = (
+            *(title(part, batch), "accepted, %", "bytes a round", "decoder passes a byte", "global passes a byte"),
+            *("GB saved, % (paper's count)", "bytes equal to `blt`'s, %", "texts that loop, %"),
+        )
+        parts.append(table(columns, rows))
+    return "\n\n".join(parts)
+
+
+def latent(results: Results) -> str:
+    """Acceptance of drafts by the latent they read."""
+    runs = [(part, run) for part, _, run in method_runs(results) if "draft_latent" in run]
+    names = [name for name in runs[0][1]["draft_latent"] if name in _HEADLINE]
+    rows = []
+    for name in names:
+        cells = [name]
+        for _, run in runs:
+            row = run["draft_latent"][name]
+            error = f"{100 * row['difference']:+.1f} ± {100 * row['standard_error']:.1f}"
+            cells += [percent(row["closed"]), percent(row["forced"]), error]
+        rows.append(cells)
+    columns = ["accepted, %"]
+    for part, _ in runs:
+        words = "greedy" if "greedy" in part else "temperature 0.8"
+        columns += [f"{words}: closed latent", "the paper's", "difference, points"]
+    return table(columns, rows)
+
+
+def predicted(results: Results) -> str:
+    """Time that the passes should take, over the time taken; and the share of it that is the engine."""
+    [result] = results.values()
+    batches = result["batches"]
+    last = list(batches)[-1]
+    rows = [
+        [
+            name,
+            number(1e6 / row["measured"]),
+            f"{row['predicted_over_measured']:.2f}",
+            percent(row["engine"] / row["measured"]),
+        ]
+        for name, row in batches[last].items()
+    ]
+    together = "one request" if last == "1" else f"{last} requests at once"
+    return table((together, "bytes a second", "predicted / measured time", "engine, % of the time"), rows)
+
+
+def auto(results: Results) -> str:
+    """`auto` beside every fixed setting."""
+    [result] = results.values()
+    rows = []
+    names: list[str] = []
+    for key, row in result.items():
+        if not key.startswith("batch_"):
+            continue
+        _, batch, _, temperature = key.split("_")
+        names = list(row["bytes_per_second"])
+        fixed = {name: over for name, over in row["over"].items() if not name.startswith("blt-d-")}
+        best = min(fixed, key=lambda name: fixed[name])
+        words = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
+        cells = [number(rate) for rate in row["bytes_per_second"].values()]
+        rows.append([f"{batch}, {words}", *cells, f"{row['over']['blt']:.2f}", f"{fixed[best]:.2f} ({best})"])
+    return table(("requests", *names, "`auto` over `blt`", "over the best lossless"), rows)

@@ -1,0 +1,158 @@
+"""Fills the tables of README.md, docs/benchmarks.md and docs/operations.md from the JSON files under docs/benchmarks.
+
+    python -m fastblt.benchmarks.report.pages            write them
+    python -m fastblt.benchmarks.report.pages --check    change nothing; status 1 where a page and its JSON differ
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says what each NAME is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastblt.benchmarks.machine import checkpoint_digest
+from fastblt.benchmarks.report import engine_tables, load_tables, method_tables
+from fastblt.benchmarks.report.facts import Results, headline
+from fastblt.benchmarks.report.markdown import day, table
+from fastblt.server.settings import PRETRAINED
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "docs" / "benchmarks"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "operations.md")
+
+_MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+_ALL = "fastblt bench all --traces FOLDER"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page. `files` are patterns under docs/benchmarks; `render` gets what they hold, by file stem."""
+
+    command: str
+    files: tuple[str, ...]
+    render: Callable[[Results], str]
+
+
+TABLES = {
+    "headline": Table(_ALL, ("report/*.json",), lambda results: table(("measured", ""), headline(results))),
+    "capacity": Table(_ALL, ("report/sweep-auto-*.json",), load_tables.capacity),
+    "saved": Table(_ALL, ("report/methods-*.json",), method_tables.saved),
+    "drafts": Table(_ALL, ("report/methods-*-b8.json",), method_tables.drafts),
+    "latent": Table(_ALL, ("report/methods-*-b8.json",), method_tables.latent),
+    "predicted": Table(
+        "python -m fastblt.benchmarks.savings.roofline --rounds 5", ("roofline.json",), method_tables.predicted
+    ),
+    "predicted-alone": Table(
+        "python -m fastblt.benchmarks.savings.roofline --batch 1 --bytes 512 --rounds 5",
+        ("roofline-512.json",),
+        method_tables.predicted,
+    ),
+    "streams": Table(_ALL, ("report/sweep-*.json",), load_tables.streams),
+    "traces": Table(_ALL, ("report/trace-*.json", "report/saturation-*.json"), load_tables.traces),
+    "peers": Table(_ALL, ("report/peer-*.json",), load_tables.peers),
+    "front": Table("python -m fastblt.benchmarks.load.front --rounds 4", ("front.json",), load_tables.front),
+    "soak": Table("python -m fastblt.benchmarks.checks.soak", ("soak.json",), load_tables.soak),
+    "auto": Table("python -m fastblt.benchmarks.engine.speed auto --rounds 7", ("auto.json",), method_tables.auto),
+    "overhead": Table(
+        "python -m fastblt.benchmarks.engine.speed overhead --rounds 5", ("overhead.json",), engine_tables.overhead
+    ),
+    "host-time": Table(
+        "python -m fastblt.benchmarks.engine.host_time --steps 150 --rounds 6",
+        ("host_time.json",),
+        engine_tables.host_time,
+    ),
+    "holding": Table("python -m fastblt.benchmarks.engine.holding", ("holding.json",), engine_tables.holding),
+    "hold-time": Table("python -m fastblt.benchmarks.engine.hold_sweep", ("hold_sweep.json",), engine_tables.hold_time),
+    "launches": Table("python -m fastblt.benchmarks.engine.launches", ("launches.json",), engine_tables.launches),
+    "lossless": Table(
+        "python -m fastblt.benchmarks.checks.lossless --processes 2", ("lossless.json",), engine_tables.lossless
+    ),
+    "modes": Table(
+        "python -m fastblt.benchmarks.engine.speed modes --rounds 2", ("modes.json",), engine_tables.default_mode
+    ),
+    "schemas": Table("python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.schemas),
+    "utf8": Table("python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.utf8),
+    "constraint-cost": Table(
+        "python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.constraint_cost
+    ),
+}
+
+
+def files_of(one: Table) -> list[str]:
+    """The files that a table is made of, under docs/benchmarks, 8 before 32."""
+    found = [name for pattern in one.files for name in glob.glob(pattern, root_dir=DATA)]
+    return sorted(found, key=lambda name: [part.zfill(4) for part in re.split(r"(\d+)", name)])
+
+
+def block(name: str, page: Path) -> str:
+    """A table with the line that says where it comes from. Raises ValueError for a table that there is not."""
+    if name not in TABLES:
+        raise ValueError(f"{page.name} has a place for a table {name!r}; there is none of that name")
+    one = TABLES[name]
+    results = {Path(file).stem: json.loads((DATA / file).read_text(encoding="utf-8")) for file in files_of(one)}
+    if not results:
+        raise ValueError(f"no file under docs/benchmarks matches {', '.join(one.files)}, of which {name} is made")
+    links = ", ".join(f"[{pattern}]({_link(pattern, page)})" for pattern in one.files)
+    return f"{one.render(results)}\n\n`{one.command}`; {links}; {_origin(results)}."
+
+
+def _link(pattern: str, page: Path) -> str:
+    """A file itself, or the folder of several."""
+    target = DATA / pattern
+    return os.path.relpath(target.parent if "*" in pattern else target, page.parent)
+
+
+def _origin(results: Results) -> str:
+    """When, and where it was not the shipped checkpoint, that."""
+    dates = sorted({day(result["date"]) for result in results.values()})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    digests = {
+        (result.get("part") or {}).get("checkpoint") or result.get("checkpoint", {}).get("sha256")
+        for result in results.values()
+    }
+    return when if digests <= {_shipped()} else f"{when}, an earlier checkpoint"
+
+
+@cache
+def _shipped() -> str:
+    return checkpoint_digest(PRETRAINED)
+
+
+def filled(text: str, page: Path) -> str:
+    """A page's text with its tables made anew."""
+    return _MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{block(mark[1], page)}\n<!-- end -->", text)
+
+
+def names_on(text: str) -> list[str]:
+    """The tables that a page has places for."""
+    return [mark[1] for mark in _MARK.finditer(text)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where figures differ")
+    args = parser.parse_args()
+    different = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, page)
+        if new != text:
+            different.append(page.name)
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    if different:
+        print(f"{'differ' if args.check else 'wrote'}: {', '.join(different)}")
+    sys.exit(int(args.check and bool(different)))
+
+
+if __name__ == "__main__":
+    main()
