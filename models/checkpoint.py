@@ -35,6 +35,8 @@ _STORED_DTYPES = (*_DTYPES, torch.float64)
 _ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _SAVE_AS = "save it as float32, float16 or bfloat16"
 _PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
+#: What `tie_word_embeddings` makes one tensor.
+_TIED = ("lm_head.weight", "model.local_encoder.embed_tokens.weight")
 _AGAIN = "; copy or download the checkpoint again"
 
 
@@ -53,7 +55,8 @@ def load_checkpoint(
     """The frozen model of a local folder or a Hub id (`owner/name`), in eval mode.
 
     `dtype` is float32, float16 or bfloat16; the entropy model is float32 whatever it says (design §2.2). `revision` and
-    `token` go to the Hub. Raises CheckpointError for files and tensors, ConfigError for `config.json`.
+    `token` go to the Hub. The weights are copies: files may be replaced, cut short or removed while the model is in
+    use. Raises CheckpointError for files and tensors, ConfigError for `config.json`.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -64,11 +67,14 @@ def load_checkpoint(
         model = Blt(config)
     expected = {stored_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     files = TensorFiles(folder)
-    _check_names(expected, files)
+    sources = _sources(expected, files, tied=_tied(folder))
     weights: dict[str, Tensor] = {}
     for name, shape in expected.items():
         wanted = torch.float32 if name.startswith("model.patcher.") else dtype
-        weights[name.removeprefix("model.")] = _ready(name, files.read(name), shape, wanted).to(device)
+        stored = files.read(sources[name])
+        tensor = _ready(name, stored, shape, wanted).to(device)
+        # What was read is mapped to its file, which somebody may write over.
+        weights[name.removeprefix("model.")] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
     model.load_state_dict(weights, strict=True, assign=True)
     # These two are functions of the configuration and stand in no file.
     model._hash_powers = _hash_powers(config.hash_group_sizes, config.hash_functions).to(device)
@@ -126,22 +132,29 @@ def read_config(folder: Path) -> BltConfig:
     if "args" in raw and "patcher_config" not in raw:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} is in the official repository's layout; turn the folder into this project's with"
-            " fastblt.models.convert first"
+            " `fastblt convert SOURCE ENTROPY OUTPUT` first"
         )
     return BltConfig.from_dict(raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if there is none."""
+    _require_file(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; give a checkpoint folder in the layout of transformers") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}){_AGAIN}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} does not hold a JSON object{_AGAIN}")
     return raw
+
+
+def _require_file(path: Path) -> None:
+    """Raises CheckpointError for a pipe, a device or a folder: to read one may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a file{_AGAIN}")
 
 
 class TensorFiles:
@@ -162,7 +175,7 @@ class TensorFiles:
                 self._file_of[name] = file
         for name, file in (listed or {}).items():
             if self._file_of.get(name) != file:
-                raise CheckpointError(f"{folder / file} lacks tensor {name}, which {INDEX_FILE} places there{_AGAIN}")
+                raise CheckpointError(f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} places there{_AGAIN}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -192,6 +205,7 @@ class TensorFiles:
 
     def _names(self, file: str) -> list[str]:
         path = self.folder / file
+        _require_file(path)
         try:
             self._open[file] = safe_open(path, framework="pt")
         except FileNotFoundError:
@@ -210,7 +224,7 @@ class TensorFiles:
         for name, file in listed.items():
             # A file name is all that an index may hold: a path could lead out of the checkpoint.
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{path} places {name} in {file!r}, no name of a safetensors file{_AGAIN}")
+                raise CheckpointError(f"{path} places {name!r} in {file!r}, no name of a safetensors file{_AGAIN}")
         return listed
 
     def _without_weights(self) -> str:
@@ -283,8 +297,21 @@ def _placed(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _check_names(expected: Mapping[str, object], files: TensorFiles) -> None:
-    missing = [name for name in expected if name not in files]
+def _tied(folder: Path) -> bool:
+    """Whether the output layer and the encoder's embedding are one tensor, of which a file then holds one name."""
+    value = read_json(folder / CONFIG_FILE).get("tie_word_embeddings")
+    if value not in (None, True, False):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: tie_word_embeddings must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _sources(expected: Mapping[str, object], files: TensorFiles, *, tied: bool) -> dict[str, str]:
+    """The stored name of every tensor of the model. Raises CheckpointError if one is missing or has no place."""
+    sources = {name: name for name in expected}
+    if tied:
+        present = [name for name in _TIED if name in files] or list(_TIED)
+        sources |= {name: name if name in files else present[0] for name in _TIED}
+    missing = [name for name, source in sources.items() if source not in files]
     if missing:
         raise CheckpointError(
             f"{files.folder}: tensor {missing[0]} is missing ({len(missing)} in all); {CONFIG_FILE} describes another"
@@ -293,9 +320,10 @@ def _check_names(expected: Mapping[str, object], files: TensorFiles) -> None:
     extra = [name for name in files if name not in expected]
     if extra:
         raise CheckpointError(
-            f"{files.path(extra[0])}: tensor {extra[0]} is not part of the model that {CONFIG_FILE} describes"
+            f"{files.path(extra[0])}: tensor {extra[0]!r} is not part of the model that {CONFIG_FILE} describes"
             f" ({len(extra)} such in all); correct {CONFIG_FILE} or remove them"
         )
+    return sources
 
 
 def _ready(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

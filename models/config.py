@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +56,10 @@ class BltConfig:
     block_sizes: tuple[int, ...] = ()
     acceptance: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # `transformers` reads an empty list as the default one, so no file could say it.
+        _require(self.hash_group_sizes, "encoder_hash_byte_group_size must name at least one size")
+
     @property
     def num_hash_tables(self) -> int:
         return self.hash_functions * len(self.hash_group_sizes)
@@ -80,44 +83,46 @@ class BltConfig:
         _require(raw.get("model_type", "blt") == "blt", f"model_type is {raw.get('model_type')!r}, not 'blt'")
         _require(raw.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE, f"vocab_size must be {VOCAB_SIZE}")
         _require(
-            raw.get("patch_in_forward", True) and raw.get("patching_mode", "entropy") == "entropy",
+            raw.get("patch_in_forward", True) is True and raw.get("patching_mode", "entropy") == "entropy",
             "only patching_mode 'entropy' with patch_in_forward true can be served",
         )
-        for name in ("patcher_config", "encoder_config", "decoder_config", "global_config"):
-            _require(isinstance(raw.get(name), dict), f"{name} is missing or not an object")
-        patcher, encoder = raw["patcher_config"], raw["encoder_config"]
-        decoder, global_ = raw["decoder_config"], raw["global_config"]
+        patcher, encoder, decoder, global_ = (
+            _object(raw.get(name), name)
+            for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")
+        )
         window = raw.get("local_attention_window_len", 512)
-        k = _positive(raw.get("cross_attn_k") or 2, "cross_attn_k")
+        k = _positive(_default(raw.get("cross_attn_k"), 2), "cross_attn_k")
         for name, sub in (("encoder_config", encoder), ("decoder_config", decoder)):
-            _require((sub.get("cross_attn_k") or k) == k, f"{name}.cross_attn_k differs from cross_attn_k")
+            _require(_default(sub.get("cross_attn_k"), k) == k, f"{name}.cross_attn_k differs from cross_attn_k")
+        longest = raw.get("max_patch_length")
         config = cls(
             patcher=_stack(patcher, "patcher_config", (768, 14, 12, 2048, 10000.0), patcher.get("sliding_window", 512)),
             encoder=_stack(encoder, "encoder_config", (1024, 1, 16, None, 500000.0), window),
             global_=_stack(global_, "global_config", (2048, 25, 16, 5632, 500000.0), None),
             decoder=_stack(decoder, "decoder_config", (1024, 9, 16, 2816, 500000.0), window),
             cross_attn_k=k,
-            encoder_cross_attn_all_layers=bool(encoder.get("cross_attn_all_layers", False)),
-            decoder_cross_attn_all_layers=bool(decoder.get("cross_attn_all_layers", True)),
-            hash_group_sizes=tuple(raw.get("encoder_hash_byte_group_size") or (3, 4, 5, 6, 7, 8)),
+            encoder_cross_attn_all_layers=_flag(encoder, "encoder_config.cross_attn_all_layers", False),
+            decoder_cross_attn_all_layers=_flag(decoder, "decoder_config.cross_attn_all_layers", True),
+            hash_group_sizes=_integers(
+                _default(raw.get("encoder_hash_byte_group_size"), [3, 4, 5, 6, 7, 8]), "encoder_hash_byte_group_size"
+            ),
             hash_group_vocab=_positive(
                 raw.get("encoder_hash_byte_group_vocab", 500002), "encoder_hash_byte_group_vocab"
             ),
             hash_functions=_positive(
-                raw.get("encoder_hash_byte_group_nb_functions", 1), "encoder_hash_..._nb_functions"
+                raw.get("encoder_hash_byte_group_nb_functions", 1), "encoder_hash_byte_group_nb_functions"
             ),
-            patching_threshold=float(raw.get("patching_threshold", 1.335442066192627)),
-            max_patch_length=raw.get("max_patch_length"),
+            patching_threshold=_number(raw.get("patching_threshold", 1.335442066192627), "patching_threshold"),
+            max_patch_length=None if longest is None else _positive(longest, "max_patch_length"),
             decoder_input=raw.get("decoder_input", "encoder"),
-            block_sizes=tuple(raw.get("block_sizes", ())),
-            acceptance=dict(raw.get("acceptance", {})),
+            block_sizes=_integers(raw.get("block_sizes", []), "block_sizes"),
+            acceptance={
+                name: _number(value, f"acceptance.{name}")
+                for name, value in _object(raw.get("acceptance", {}), "acceptance").items()
+            },
         )
-        _require(encoder_matches(config), "encoder_config.hidden_size and decoder_config.hidden_size differ")
         _require(config.decoder_input in DECODER_INPUTS, f"decoder_input must be one of {DECODER_INPUTS}")
-        _require(math.isfinite(config.patching_threshold), "patching_threshold must be finite")
-        _require(all(n >= 1 for n in config.hash_group_sizes), "encoder_hash_byte_group_size must be positive")
-        if config.max_patch_length is not None:
-            _positive(config.max_patch_length, "max_patch_length")
+        _require(encoder_matches(config), "encoder_config.hidden_size and decoder_config.hidden_size differ")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,16 +171,49 @@ def encoder_matches(config: BltConfig) -> bool:
     return config.decoder_input == "embedding" or config.encoder.hidden_size == config.decoder.hidden_size
 
 
+#: No size of a model comes near it, and products of a few stay exact in 64 bits.
+_LARGEST = 2**31
+
+
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(f"config.json: {message}")
 
 
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    _require(isinstance(value, dict), f"{name} is missing or not an object")
+    return dict(value)
+
+
 def _positive(value: Any, name: str) -> int:
     _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1, f"{name} must be a positive integer"
+        isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _LARGEST,
+        f"{name} must be a positive integer below 2^31, not {value!r}",
     )
     return int(value)
+
+
+def _integers(value: Any, name: str) -> tuple[int, ...]:
+    _require(isinstance(value, list | tuple), f"{name} must be a list of positive integers, not {value!r}")
+    return tuple(_positive(one, name) for one in value)
+
+
+def _number(value: Any, name: str) -> float:
+    _require(
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300,
+        f"{name} must be a finite number, not {value!r}",
+    )
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], name: str, default: bool) -> bool:
+    value = raw.get(name.rsplit(".", 1)[-1], default)
+    _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def _stack(
@@ -184,16 +222,22 @@ def _stack(
     hidden, layers, heads, inter, theta = defaults
     hidden = _positive(raw.get("hidden_size", hidden), f"{name}.hidden_size")
     heads = _positive(raw.get("num_attention_heads", heads), f"{name}.num_attention_heads")
-    kv_heads = _positive(raw.get("num_key_value_heads") or heads, f"{name}.num_key_value_heads")
-    inter = _positive(raw.get("intermediate_size") or inter or int(8 * hidden / 3), f"{name}.intermediate_size")
+    kv_heads = _positive(_default(raw.get("num_key_value_heads"), heads), f"{name}.num_key_value_heads")
+    inter = _default(raw.get("intermediate_size"), _default(inter, int(8 * hidden / 3)))
     _require(hidden % heads == 0, f"{name}.hidden_size must be a multiple of num_attention_heads")
-    _require((hidden // heads) % 2 == 0, f"{name}: the head size must be even (RoPE turns pairs)")
+    head_dim = _default(raw.get("head_dim"), hidden // heads)
+    _require(head_dim == hidden // heads, f"{name}.head_dim must be hidden_size / num_attention_heads")
+    _require(head_dim % 2 == 0, f"{name}: the head size must be even (RoPE turns pairs)")
     _require(heads % kv_heads == 0, f"{name}.num_attention_heads must be a multiple of num_key_value_heads")
     _require(raw.get("hidden_act", "silu") == "silu", f"{name}.hidden_act must be 'silu'")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
+    rope = _object(_default(raw.get("rope_parameters"), {}), f"{name}.rope_parameters")
+    scaling = _object(_default(raw.get("rope_scaling"), {}), f"{name}.rope_scaling")
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     _require(kind == "default", f"{name}: rope_type {kind!r} is not supported, only 'default'")
+    theta = _number(_default(rope.get("rope_theta"), _default(raw.get("rope_theta"), theta)), f"{name}.rope_theta")
+    eps = _number(raw.get("rms_norm_eps", 1e-5), f"{name}.rms_norm_eps")
+    _require(theta > 0, f"{name}.rope_theta must be positive")
+    _require(eps >= 0, f"{name}.rms_norm_eps must not be negative")
     if window is not None:
         _positive(window, f"{name}: attention window")
     return StackConfig(
@@ -201,8 +245,8 @@ def _stack(
         num_layers=_positive(raw.get("num_hidden_layers", layers), f"{name}.num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        intermediate_size=inter,
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or theta),
+        intermediate_size=_positive(inter, f"{name}.intermediate_size"),
+        rope_theta=theta,
         window=window,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+        rms_norm_eps=eps,
     )

@@ -48,6 +48,8 @@ RENAMES = {
 }
 _HASH_TABLE = "encoder_hash_tok_embedding"
 _FUSED = f"{_HASH_TABLE}.weight"
+# The official default of a patch rule (nats).
+_PATCHING_THRESHOLD = 1.335442066192627
 # The entropy model was trained with these and its older `params.json` does not say so.
 _ENTROPY_WINDOW = 512
 _ENTROPY_THETA = 10000.0
@@ -140,15 +142,40 @@ class _Arguments:
         self._path = path
         self._raw = raw
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._raw
+    def __bool__(self) -> bool:
+        return bool(self._raw)
+
+    def raw(self, name: str, default: Any) -> Any:
+        """The value, which may be null; `default` only where the file does not have the name."""
+        return self._raw.get(name, default)
+
+    def only(self, *names: str) -> _Arguments:
+        """The same file's arguments of these names."""
+        return _Arguments(self._path, {name: self._raw[name] for name in names if name in self._raw})
+
+    def sizes(self, name: str) -> list[int]:
+        """A list of positive integers, which some files write as text with commas."""
+        value = self._raw.get(name)
+        found = [part for part in value.split(",") if part] if isinstance(value, str) else value
+        try:
+            sizes = [int(size) for size in found or ()]
+        except (TypeError, ValueError):
+            sizes = []
+        if not sizes or min(sizes) < 1:
+            raise CheckpointError(f"{self._path}: argument {name} is {value!r}, not a list of positive integers")
+        return sizes
 
     def whole(self, name: str, default: int | None = None) -> int:
         value = self._raw.get(name)
         if value is None:
             value = default
         # Some releases store whole numbers as 8.0.
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 1 <= value < 2**31
+            or value != int(value)
+        ):
             raise CheckpointError(f"{self._path}: argument {name} is {value!r}, not a positive integer")
         return int(value)
 
@@ -169,29 +196,19 @@ def _config(source: Path, entropy: Path, names: dict[str, tuple[TensorFiles, str
         _Arguments(entropy, _arguments(entropy, "entropy_model")),
     )
     patching = _Arguments(source, _patcher_arguments(source, entropy))
-    for found in (args, patching):
-        found.refuse("patching_mode", ("entropy", None))
-        found.refuse("monotonicity", (False, None))
-    args.refuse("patching_threshold_add", (None,))
-    patching.refuse("threshold_add", (None,))
-    for name in ("weight_tying", "tie_local_encoder_decoder_logits", "pm_size"):
-        args.refuse(name, (None, False, 0))
-    for name in ("cross_attn_encoder", "cross_attn_decoder", "cross_attn_init_by_pooling", "use_rope"):
-        args.refuse(name, (None, True))
-    args.refuse("downsampling_by_pooling", (None, "max"))
-    small.refuse("weight_tying", (None, False))
+    _refuse_unsupported(args, patching, small)
     heads = {side: args.whole(f"n_heads_local_{side}") for side in ("encoder", "decoder")}
     for count in heads.values():
         # Ours and that of `transformers` give a cross-attention the heads of its stack.
         args.refuse("cross_attn_nheads", (None, count))
 
-    threshold = patching.get("threshold", args.get("patching_threshold"))
+    # Generation takes its patch rule from patcher_args where there are some, and nothing of it from the model's own.
+    rule = patching if patching else args
+    threshold = rule.get("threshold", _PATCHING_THRESHOLD) if patching else args.get("patching_threshold")
     if threshold is None:
         raise CheckpointError(f"{source}: no patching threshold; add the released value (nats) to config.json's args")
     k = args.whole("cross_attn_k")
-    sizes = args.get("encoder_hash_byte_group_size", ())
-    if isinstance(sizes, str):
-        sizes = [int(size) for size in sizes.split(",") if size]
+    sizes = args.sizes("encoder_hash_byte_group_size")
 
     def stack(prefix: str, found: _Arguments, hidden: int, layers: int, heads: int, theta: float) -> dict[str, Any]:
         head_dim = hidden // heads
@@ -212,15 +229,22 @@ def _config(source: Path, entropy: Path, names: dict[str, tuple[TensorFiles, str
         return {**common, "cross_attn_k": k, "cross_attn_all_layers": every}
 
     wide, layers = args.whole("dim_global"), args.whole("n_layers_global")
-    window = small.get("sliding_window") if "sliding_window" in small else _ENTROPY_WINDOW
+    if (entropy / "config.json").exists():
+        window = small.raw("sliding_window", _ENTROPY_WINDOW)
+        if window is not None:
+            # Under other masks the official model leaves the window out, or stops.
+            small.refuse("attn_bias_type", ("local_block_causal", None))
+    else:
+        # The official loader of this layout reads sizes alone: window, theta and eps are always these.
+        window, small = _ENTROPY_WINDOW, small.only("dim", "n_layers", "n_heads")
     small_stack = (small.whole("dim"), small.whole("n_layers"), small.whole("n_heads"), _ENTROPY_THETA)
     return {
         "model_type": "blt",
         "patching_threshold": threshold,
-        "max_patch_length": patching.get("max_patch_length", args.get("max_patch_length")),
+        "max_patch_length": rule.get("max_patch_length"),
         "local_attention_window_len": args.get("local_attention_window_len"),
         "cross_attn_k": k,
-        "encoder_hash_byte_group_size": list(sizes),
+        "encoder_hash_byte_group_size": sizes,
         "encoder_hash_byte_group_vocab": args.whole("encoder_hash_byte_group_vocab", 30000),
         "encoder_hash_byte_group_nb_functions": args.whole("encoder_hash_byte_group_nb_functions", 3),
         "encoder_config": local("encoder"),
@@ -228,6 +252,41 @@ def _config(source: Path, entropy: Path, names: dict[str, tuple[TensorFiles, str
         "global_config": stack("global_transformer", args, wide, layers, args.whole("n_heads_global"), 10000.0),
         "patcher_config": {**stack("patcher", small, *small_stack), "sliding_window": window},
     }
+
+
+#: Arguments of the official model that change what it computes, and the values that a model of ours has. A name that
+#: is missing has the official default, which None stands for where that is allowed.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "patching_mode": ("entropy", None),
+    "patching_threshold_add": (None,),
+    "monotonicity": (False, None),
+    "weight_tying": (False, None),
+    "tie_local_encoder_decoder_logits": (False, None),
+    "pm_size": (0, None),
+    "cross_attn_encoder": (True,),
+    "cross_attn_decoder": (True,),
+    "cross_attn_init_by_pooling": (True,),
+    "cross_attn_window_encoder": (None,),
+    "cross_attn_window_decoder": (None,),
+    "downsampling_by_pooling": ("max",),
+    "encoder_enable_byte_ngrams": (False, None),
+    "use_rope": (True, None),
+    # The two differ only behind an EOS, where a text has ended.
+    "attn_bias_type": ("causal", "block_causal", None),
+}
+
+
+def _refuse_unsupported(args: _Arguments, patching: _Arguments, small: _Arguments) -> None:
+    """Raises CheckpointError for an argument whose model would not be the one that is written."""
+    for name, allowed in _SUPPORTED.items():
+        args.refuse(name, allowed)
+    for name in ("patching_mode", "monotonicity"):
+        patching.refuse(name, _SUPPORTED[name])
+    patching.refuse("threshold_add", (None,))
+    if args.get("cross_attn_all_layers_encoder", False) and args.whole("n_layers_local_encoder") > 1:
+        # Ours and `transformers` pool anew at every layer, the official model adds to what the layer before pooled.
+        args.refuse("cross_attn_all_layers_encoder", (False, None))
+    small.refuse("weight_tying", (None, False))
 
 
 def _rows(names: dict[str, tuple[TensorFiles, str]], name: str) -> int:
@@ -248,7 +307,7 @@ def _hash_tables(config: BltConfig, names: dict[str, tuple[TensorFiles, str]]) -
         files, original = names.pop(name)
         wanted = (config.hash_group_vocab, config.encoder.hidden_size)
         if files.shape(original) != wanted:
-            raise CheckpointError(f"tensor {original} has shape {list(files.shape(original))}, not {list(wanted)}")
+            raise CheckpointError(f"tensor {original!r} has shape {list(files.shape(original))}, not {list(wanted)}")
         tables.append((files, original))
     return tables
 
@@ -269,5 +328,5 @@ def _check(
         if name not in expected:
             files, original = names[name]
             raise CheckpointError(
-                f"{files.path(original)}: tensor {original} has no place in a model of these arguments"
+                f"{files.path(original)}: tensor {original!r} has no place in a model of these arguments"
             )

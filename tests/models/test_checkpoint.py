@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,7 @@ def _value(value: float) -> Callable[[Tensors], Any]:
     ("edit", "message"),
     [
         (lambda tensors: tensors.pop(NAME), f"{NAME} is missing .* incomplete"),
-        (lambda tensors: tensors.update(extra=torch.zeros(2)), "tensor extra is not part .* remove"),
+        (lambda tensors: tensors.update(extra=torch.zeros(2)), "tensor 'extra' is not part .* remove"),
         (lambda tensors: tensors.update({NAME: torch.zeros(3, 4)}), rf"{NAME} has shape \[3, 4\], but config.json"),
         (_number(torch.int32), f"{NAME} is torch.int32; save it as"),
         (_number(torch.bool), f"{NAME} is torch.bool; save it as"),
@@ -175,17 +176,21 @@ def test_broken_shards(model: Blt, tmp_path: Path) -> None:
         (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {**places, **changed}}))
 
     write(**{NAME: last})
-    with pytest.raises(CheckpointError, match=f"{last} lacks tensor {NAME}, which {INDEX_FILE} places there"):
+    with pytest.raises(CheckpointError, match=f"{last} lacks tensor '{NAME}', which {INDEX_FILE} places there"):
         load_checkpoint(tmp_path)
     for bad in ("../other.safetensors", "/etc/passwd", "weights.bin"):
         write(**{NAME: bad})
-        with pytest.raises(CheckpointError, match=f"{INDEX_FILE} places {NAME} in '{re.escape(bad)}'"):
+        with pytest.raises(CheckpointError, match=f"{INDEX_FILE} places '{NAME}' in '{re.escape(bad)}'"):
             load_checkpoint(tmp_path)
     write()
     (tmp_path / first).unlink()
     with pytest.raises(CheckpointError, match=f"{first} is missing, though {INDEX_FILE} lists it"):
         load_checkpoint(tmp_path)
-    for text, message in (("{}", "has no weight_map"), ("[1", "cannot be read as JSON")):
+    for text, message in (
+        ("{}", "has no weight_map"),
+        ("[1", f"{INDEX_FILE} cannot be read as JSON"),
+        ("[" * 100_000, f"{INDEX_FILE} cannot be read as JSON"),
+    ):
         (tmp_path / INDEX_FILE).write_text(text)
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path)
@@ -206,7 +211,7 @@ def test_pickles_are_refused(folder: Path, name: str) -> None:
     [
         ("{", "config.json cannot be read as JSON"),
         ("[]", "config.json does not hold a JSON object"),
-        ('{"args": {}}', "official repository's layout; .* fastblt.models.convert"),
+        ('{"args": {}}', "official repository's layout; .*`fastblt convert"),
     ],
 )
 def test_broken_config(folder: Path, text: str, message: str) -> None:
@@ -219,7 +224,7 @@ def test_config_of_another_shape(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "block_sizes": []}))
-    with pytest.raises(CheckpointError, match=r"model\.local_decoder\.embed_tokens\.weight is not part of the model"):
+    with pytest.raises(CheckpointError, match=r"model\.local_decoder\.embed_tokens\.weight' is not part of the model"):
         load_checkpoint(folder)
     path.write_text(json.dumps({**raw, "encoder_hash_byte_group_nb_functions": 1}))
     with pytest.raises(CheckpointError, match=r"model\.encoder_hash_tok_embedding\.weight has shape"):
@@ -264,3 +269,41 @@ def test_sources(folder: Path, model: Blt, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CheckpointError, match=r"owner/name: cannot be downloaded from the Hub \(offline") as caught:
         load_checkpoint("owner/name", token="secret")
     assert "secret" not in str(caught.value)
+
+
+def test_files_may_change_under_a_loaded_model(model: Blt, folder: Path) -> None:
+    """A file that is written over or cut short in place changes nothing of what was loaded."""
+    loaded = load_checkpoint(folder)
+    before = logits(loaded)
+    path = folder / WEIGHTS_FILE
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    assert torch.equal(logits(loaded), before)
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert torch.equal(logits(loaded), before) and same(loaded, model)
+
+
+@pytest.mark.parametrize("kept", checkpoint._TIED)
+def test_tied_embeddings(kept: str, tmp_path: Path) -> None:
+    model = tiny_model(13, block_sizes=(), decoder_input="encoder")
+    with torch.no_grad():
+        model.local_encoder.embed_tokens.weight.copy_(model.lm_head.weight)
+    save_checkpoint(model, tmp_path)
+    [dropped] = set(checkpoint._TIED) - {kept}
+    change(tmp_path, lambda tensors: tensors.pop(dropped))
+    with pytest.raises(CheckpointError, match=f"{dropped} is missing"):
+        load_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert same(load_checkpoint(tmp_path), model)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "config.json"])
+def test_pipes_are_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is not a file"):
+        load_checkpoint(folder)

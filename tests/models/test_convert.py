@@ -45,11 +45,14 @@ def official(name: str) -> str:
 
 
 def make(seed: int, **overrides: Any) -> Blt:
-    """A model that the official layout can hold: one head count, theta and eps for both local models."""
+    """A model that the official layout can hold: one head count, theta and eps for both local models, and one encoder
+    layer where every one has a cross-attention."""
     model = tiny_model(seed, block_sizes=(), decoder_input="encoder", **overrides)
     config = model.config
     decoder = replace(config.decoder, num_kv_heads=config.decoder.num_heads)
     encoder = replace(config.encoder, num_kv_heads=config.encoder.num_heads)
+    if config.encoder_cross_attn_all_layers:
+        encoder = replace(encoder, num_layers=1)
     full = Blt(replace(config, encoder=encoder, decoder=decoder))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -175,8 +178,16 @@ def test_rule_from_the_model_arguments(tmp_path: Path) -> None:
         ({"dim_global": "wide"}, "argument dim_global is 'wide', not a positive integer"),
         ({"n_layers_global": 7}, "is missing; use a whole official release"),
         ({"encoder_hash_byte_group_nb_functions": 9}, "is missing; the arguments ask for"),
-        ({"encoder_hash_byte_group_vocab": 9}, "encoder_hash_tok_embedding.0.weight has shape"),
+        ({"encoder_hash_byte_group_vocab": 9}, "encoder_hash_tok_embedding.0.weight' has shape"),
         ({"cross_attn_k": 3}, "has shape .* the arguments say"),
+        ({"cross_attn_window_decoder": 4}, "argument cross_attn_window_decoder = 4 is not supported"),
+        ({"cross_attn_window_encoder": 4}, "argument cross_attn_window_encoder = 4 is not supported"),
+        ({"cross_attn_init_by_pooling": None}, "argument cross_attn_init_by_pooling = None is not supported"),
+        ({"downsampling_by_pooling": "mean"}, "argument downsampling_by_pooling = 'mean' is not supported"),
+        ({"encoder_enable_byte_ngrams": True}, "argument encoder_enable_byte_ngrams = True is not supported"),
+        ({"encoder_hash_byte_group_size": None}, "encoder_hash_byte_group_size is None, not a list"),
+        ({"encoder_hash_byte_group_size": "3,x"}, "encoder_hash_byte_group_size is '3,x', not a list"),
+        ({"n_layers_global": float("inf")}, "n_layers_global is inf, not a positive integer"),
     ],
 )
 def test_arguments_that_cannot_be_served(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -186,13 +197,56 @@ def test_arguments_that_cannot_be_served(changed: dict[str, Any], message: str, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_encoder_cross_attention_in_all_layers(layers: int, tmp_path: Path) -> None:
+    """The official encoder adds up what its layers pool, ours has the last one's: the same only where there is one."""
+    config = make(28).config
+    encoder = replace(config.encoder, num_layers=layers)
+    model = Blt(replace(config, encoder=encoder, encoder_cross_attn_all_layers=True)).requires_grad_(False)
+    source, entropy = write(model, tmp_path)
+    if layers == 1:
+        assert convert(source, entropy, tmp_path / "out").encoder_cross_attn_all_layers
+    else:
+        with pytest.raises(CheckpointError, match="argument cross_attn_all_layers_encoder = True is not supported"):
+            convert(source, entropy, tmp_path / "out")
+
+
+def test_older_entropy_models_are_read_as_the_official_loader_reads_them(tmp_path: Path) -> None:
+    """Sizes alone: other arguments of the older file are written there and used nowhere."""
+    model = make(24)
+    source, entropy = write(model, tmp_path, old=True)
+    raw = json.loads((entropy / "params.json").read_text())
+    raw["entropy_model"] |= {"sliding_window": None, "rope_theta": 5.0, "norm_eps": 0.5, "attn_bias_type": "causal"}
+    dump(entropy / "params.json", raw)
+    patcher = convert(source, entropy, tmp_path / "out").patcher
+    assert (patcher.window, patcher.rope_theta, patcher.rms_norm_eps) == (512, 10000.0, 1e-5)
+
+
+def test_an_entropy_model_without_its_window(tmp_path: Path) -> None:
+    source, entropy = write(make(29), tmp_path)
+    raw = json.loads((entropy / "config.json").read_text())
+    raw["args"] |= {"attn_bias_type": "causal", "sliding_window": 512}
+    dump(entropy / "config.json", raw)
+    with pytest.raises(CheckpointError, match="argument attn_bias_type = 'causal' is not supported"):
+        convert(source, entropy, tmp_path / "out")
+    raw["args"]["sliding_window"] = None
+    dump(entropy / "config.json", raw)
+    assert convert(source, entropy, tmp_path / "out").patcher.window is None
+
+
+def test_the_rule_of_generation_hides_that_of_the_model(tmp_path: Path) -> None:
+    """Generation reads patcher_args: its null is no limit, whatever the model's own arguments say."""
+    source, entropy = write(make(24, max_patch_length=None), tmp_path, max_patch_length=8)
+    assert convert(source, entropy, tmp_path / "out").max_patch_length is None
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     source, entropy = write(make(26), tmp_path)
     with pytest.raises(CheckpointError, match="no such folder; download the official repository"):
         convert(tmp_path / "nowhere", entropy, tmp_path / "out")
     tensors = load_file(source / WEIGHTS_FILE)
     save_file({**tensors, "local_encoder.pos_embeddings.weight": torch.zeros(2)}, source / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match=r"tensor local_encoder\.pos_embeddings\.weight has no place"):
+    with pytest.raises(CheckpointError, match=r"tensor 'local_encoder\.pos_embeddings\.weight' has no place"):
         convert(source, entropy, tmp_path / "out")
     name = "local_encoder.layers.0.attention.wq.weight"
     save_file({**tensors, name: tensors[name].int()}, source / WEIGHTS_FILE)
@@ -207,8 +261,10 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"params\.json is missing"):
         convert(source, entropy, tmp_path / "out")
     dump(entropy / "config.json", {"args": {}})
+    required = dict.fromkeys(("cross_attn_encoder", "cross_attn_decoder", "cross_attn_init_by_pooling"), True)
+    required |= {"downsampling_by_pooling": "max"}
     (source / "train_args.json").unlink()
-    dump(source / "config.json", {"args": {"n_heads_local_encoder": 2, "n_heads_local_decoder": 2}})
+    dump(source / "config.json", {"args": {**required, "n_heads_local_encoder": 2, "n_heads_local_decoder": 2}})
     with pytest.raises(CheckpointError, match="no patching threshold"):
         convert(source, entropy, tmp_path / "out")
 
