@@ -14,7 +14,8 @@ from typing import cast
 import msgspec
 
 from fastblt.server.child_process import child_environment
-from fastblt.server.process.messages import Command, Report, Unpacker, pack
+from fastblt.server.framing import Unpacker, pack
+from fastblt.server.process.messages import Command, Report
 
 logger = logging.getLogger("fastblt.engine")
 

@@ -1,30 +1,19 @@
-"""What the server and its engine process say to each other, as msgpack in frames over a Unix socket.
-
-A frame is the length of its payload (4 bytes, big-endian) and the payload: a list of messages. The engine sends one
-frame a pass. Both ends decode into the declared types only, and nothing that arrives can name code.
-"""
+"""What the server and its engine process say to each other, in the frames of `framing`: the engine sends one a pass."""
 
 from __future__ import annotations
 
 import socket
-import struct
-from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
 
 import msgspec
 
 from fastblt.models.config import BltConfig
 from fastblt.server.engine.stats import EngineStats
+from fastblt.server.framing import Message, Unpacker, pack
 from fastblt.server.logs import LogSettings
 from fastblt.server.request import Delta, Request
 from fastblt.server.settings import EngineSettings
 
-_LENGTH = struct.Struct(">I")
 _CHUNK = 1 << 20
-
-
-class Message(msgspec.Struct, array_like=True, tag=True):
-    """Base of all messages; its tag is the name of its class."""
 
 
 # From the server.
@@ -107,39 +96,6 @@ class Pong(Message):
 
 
 Report = Loaded | Failed | AddReply | StepOutput | Pong
-
-M = TypeVar("M")
-
-_encoder = msgspec.msgpack.Encoder()
-
-
-def pack(messages: Sequence[Message]) -> bytes:
-    """One frame."""
-    frame = bytearray(_LENGTH.size)
-    _encoder.encode_into(messages, frame, _LENGTH.size)
-    _LENGTH.pack_into(frame, 0, len(frame) - _LENGTH.size)
-    return bytes(frame)
-
-
-class Unpacker(Generic[M]):
-    """Splits a stream of bytes into messages. Raises msgspec.DecodeError for what is no frame of `kind`."""
-
-    def __init__(self, kind: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(list[kind])  # type: ignore[valid-type]
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[M]:
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            end = start + _LENGTH.size + _LENGTH.unpack_from(self._buffer, start)[0]
-            if len(self._buffer) < end:
-                break
-            with memoryview(self._buffer) as view, view[start + _LENGTH.size : end] as payload:
-                messages = self._decoder.decode(payload)
-            start = end
-            yield from messages
-        del self._buffer[:start]
 
 
 class ChannelClosed(ConnectionError):

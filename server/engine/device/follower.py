@@ -19,7 +19,7 @@ from fastblt.models.tensor_parallel import split_transformer
 from fastblt.server.engine.cache.kv_caches import CacheGroup
 from fastblt.server.engine.device.forward import GroupAttention, Rows
 from fastblt.server.engine.device.ranks import Copy, Join, Order, Prepare, Run, meet
-from fastblt.server.process.messages import Unpacker
+from fastblt.server.framing import Unpacker
 
 #: Of prctl(2): the signal that a process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1

@@ -32,7 +32,7 @@ from fastblt.models.layers import SelfAttend
 from fastblt.models.tensor_parallel import check_split, split_transformer, split_weights
 from fastblt.server.child_process import child_environment
 from fastblt.server.engine.cache.kv_caches import CacheGroup
-from fastblt.server.process.messages import Message, pack
+from fastblt.server.framing import Message, pack
 from fastblt.server.settings import EngineSettings
 
 #: Seconds that the ranks have to meet, and that one waits for another within a pass.
