@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastblt.models.blt import Blt, Patcher
-from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, read_config, save_checkpoint
 from fastblt.models.config import BltConfig
 from fastblt.models.training import corpus
+from fastblt.models.training.attention import TILE
 from fastblt.models.training.data import load_array, save_corpus
 from fastblt.models.training.entropy import EntropyTask, choose_threshold, measure
-from fastblt.models.training.layout import LayoutConfig
+from fastblt.models.training.layout import BLOCK_ROWS, LayoutConfig
 from fastblt.models.training.loop import Length, LoopConfig, describe, fast_matmul, train, write_atomically
 from fastblt.models.training.optimizer import OptimizerConfig
 from fastblt.models.training.recipe import BltTask, shape
@@ -32,37 +35,114 @@ RUNS_FILE = "training.json"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options. Ends the process with one line that names an option of no use."""
     parser = argparse.ArgumentParser(prog="fastblt train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/blt"), help="working folder (default: %(default)s)")
     parser.add_argument("--export", type=Path, help="folder of the finished checkpoint (default: WORK/checkpoint)")
     parser.add_argument(
         "--from", dest="start", type=Path, help="go on from this checkpoint's weights and entropy model"
     )
-    parser.add_argument("--minutes", type=float, default=80.0, help="training time of the BLT-D")
-    parser.add_argument("--entropy-minutes", type=float, default=9.0, help="training time of the entropy model")
-    parser.add_argument("--steps", type=int, help="steps of the BLT-D instead of minutes: a repeatable run")
-    parser.add_argument("--stop-after", type=int, help="stop after so many of them; the same command goes on later")
-    parser.add_argument("--entropy-steps", type=int, help="steps of the entropy model instead of minutes")
-    parser.add_argument("--bytes-per-patch", type=float, default=4.5, help="mean patch size the threshold aims at")
-    parser.add_argument("--max-patch-length", type=int, default=8)
-    parser.add_argument("--block-sizes", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--masked-weight", type=float, default=0.5, help="weight of the diffusion loss")
-    parser.add_argument("--closed-starts", type=float, default=0.7, help="share of blocks that start as drafts do")
-    parser.add_argument("--forced-starts", type=float, default=0.0, help="share of blocks that start as BLT-D's do")
-    parser.add_argument("--full-blocks", type=float, default=0.5, help="share of blocks that are masked altogether")
-    parser.add_argument("--decay", type=float, default=0.8, help="of the loss from position to position of such blocks")
+    parser.add_argument("--minutes", type=_above_zero, default=80.0, help="training time of the BLT-D")
+    parser.add_argument("--entropy-minutes", type=_above_zero, default=9.0, help="training time of the entropy model")
+    parser.add_argument("--steps", type=_count, help="steps of the BLT-D instead of minutes: a repeatable run")
+    parser.add_argument("--stop-after", type=_count, help="stop after so many of them; the same command goes on later")
+    parser.add_argument("--entropy-steps", type=_count, help="steps of the entropy model instead of minutes")
     parser.add_argument(
-        "--distill", type=float, default=0.0, help="share of their loss that is aimed at the causal head's prediction"
+        "--bytes-per-patch", type=_above_zero, default=4.5, help="mean patch size the threshold aims at"
     )
-    parser.add_argument("--length", type=int, default=1024, help="bytes of a training sequence")
-    parser.add_argument("--batch", type=int, default=2, help="sequences per process and step (entropy model: twice)")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak rate of AdamW")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-patch-length", type=_count, help="bytes of a patch at most (default: 8, or as in --from)"
+    )
+    parser.add_argument(
+        "--block-sizes", type=_count, nargs="+", help="of the diffusion head (default: 4 8 16, or as in --from)"
+    )
+    parser.add_argument("--masked-weight", type=_not_negative, default=0.5, help="weight of the diffusion loss")
+    parser.add_argument("--closed-starts", type=_share, default=0.7, help="share of blocks that start as drafts do")
+    parser.add_argument("--forced-starts", type=_share, default=0.0, help="share of blocks that start as BLT-D's do")
+    parser.add_argument("--full-blocks", type=_share, default=0.5, help="share of blocks that are masked altogether")
+    parser.add_argument(
+        "--decay", type=_share, default=0.8, help="of the loss from position to position of such blocks"
+    )
+    parser.add_argument(
+        "--distill", type=_share, default=0.0, help="share of their loss that is aimed at the causal head's prediction"
+    )
+    parser.add_argument("--length", type=_count, default=1024, help="bytes of a training sequence")
+    parser.add_argument("--batch", type=_count, default=2, help="sequences per process and step (entropy model: twice)")
+    parser.add_argument("--processes", type=_count, default=2, help="data-parallel processes")
+    parser.add_argument("--threads", type=_count, default=1, help="torch threads of each process")
+    parser.add_argument("--muon-lr", type=_not_negative, default=0.02)
+    parser.add_argument("--lr", type=_not_negative, default=3e-3, help="peak rate of AdamW")
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.length % TILE:
+        parser.error(f"--length must be a multiple of {TILE}, not {args.length}")
+    if args.closed_starts + args.forced_starts > 1:
+        parser.error("--closed-starts and --forced-starts are shares of the same blocks: together at most 1")
+    try:
+        _settle_shape(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _settle_shape(args: argparse.Namespace) -> None:
+    """Block sizes and the longest patch, as asked for or as the checkpoint has them. Raises ValueError for others."""
+    sizes, longest = [4, 8, 16], 8
+    if args.start is not None:
+        config = read_config(checkpoint_folder(args.start))
+        if not config.has_diffusion:
+            raise CheckpointError(f"--from {args.start} has no diffusion head to go on from")
+        if config.max_patch_length is None:
+            raise CheckpointError(f"--from {args.start} has no max_patch_length, which training needs")
+        for name in ("patcher", "encoder", "decoder"):
+            if getattr(config, name).window is None:
+                raise CheckpointError(f"--from {args.start}: the {name} has no attention window, which training needs")
+        sizes, longest = list(config.block_sizes), config.max_patch_length
+    args.block_sizes = args.block_sizes or sizes
+    if wrong := [size for size in args.block_sizes if BLOCK_ROWS % size]:
+        raise ValueError(f"--block-sizes must divide {BLOCK_ROWS}: {wrong[0]} does not")
+    if args.start is not None and args.max_patch_length not in (None, longest):
+        raise ValueError(
+            f"--max-patch-length is {args.max_patch_length}, but the checkpoint's patches have at most {longest} bytes"
+        )
+    args.max_patch_length = args.max_patch_length or longest
+
+
+def _number(text: str, allowed: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and allowed(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    return _number(text, lambda value: value > 0, "a number above 0")
+
+
+def _not_negative(text: str) -> float:
+    return _number(text, lambda value: value >= 0, "a number of at least 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdecimal() or not least <= int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 2^31")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     first = replace(common, folder=work / "entropy", minutes=args.entropy_minutes, steps=args.entropy_steps)
     if args.start is not None:
         started = load_checkpoint(args.start)
-        config, patcher = started.config, started.patcher.state_dict()
+        config, patcher = replace(started.config, block_sizes=tuple(args.block_sizes)), started.patcher.state_dict()
         patching = choose_patching(config, patcher, work, args.bytes_per_patch, console, config.patching_threshold)
     else:
         if not (work / "patching.json").is_file():
