@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastblt.server import logs
+from fastblt.server.process.channel import ChannelClosed, EngineChannel
 from fastblt.server.process.messages import (
     Abort,
     Add,
     AddReply,
-    ChannelClosed,
     Command,
-    EngineChannel,
     Failed,
     Loaded,
     Ping,

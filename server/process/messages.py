@@ -1,20 +1,18 @@
-"""What the server and its engine process say to each other, in the frames of `framing`: the engine sends one a pass."""
+"""What the server and its engine process say to each other (`server/framing.py` has the bytes).
+
+The server sends commands; the engine answers with reports, one frame a step.
+"""
 
 from __future__ import annotations
-
-import socket
 
 import msgspec
 
 from fastblt.models.config import BltConfig
 from fastblt.server.engine.stats import EngineStats
-from fastblt.server.framing import Message, Unpacker, pack
+from fastblt.server.framing import Message
 from fastblt.server.logs import LogSettings
 from fastblt.server.request import Delta, Request
 from fastblt.server.settings import EngineSettings
-
-_CHUNK = 1 << 20
-
 
 # From the server.
 
@@ -96,36 +94,3 @@ class Pong(Message):
 
 
 Report = Loaded | Failed | AddReply | StepOutput | Pong
-
-
-class ChannelClosed(ConnectionError):
-    """The server is gone."""
-
-
-class EngineChannel:
-    """The engine's end: it reads between passes and blocks only where it has nothing to do."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._unpacker: Unpacker[Command] = Unpacker(Command)
-
-    def read(self, *, block: bool) -> list[Command]:
-        """What has arrived; with `block`, at least one message. Raises ChannelClosed."""
-        commands: list[Command] = []
-        while True:
-            try:
-                data = self._sock.recv(_CHUNK, 0 if block and not commands else socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return commands
-            except OSError as error:
-                raise ChannelClosed from error
-            if not data:
-                raise ChannelClosed
-            commands += self._unpacker.feed(data)
-
-    def send(self, *reports: Report) -> None:
-        """Raises ChannelClosed."""
-        try:
-            self._sock.sendall(pack(reports))
-        except OSError as error:
-            raise ChannelClosed from error

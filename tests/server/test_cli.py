@@ -18,7 +18,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fastblt.server.cli import app, parse_size
+from fastblt.server.cli import app
+from fastblt.server.cli.options import parse_size
 from tests.server.api.running import save_tiny, until
 
 SMALL = ["--cache-size", "64MiB", "--max-model-len", "4096", "--threads", "1"]

@@ -1,0 +1,3 @@
+from fastblt.server.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""`fastblt generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fastblt.server.cli.errors import clean_errors, quiet_openmp
+from fastblt.server.cli.options import (
+    DECODING,
+    ENGINE_DEFAULTS,
+    SAMPLING,
+    BlockSize,
+    CacheSize,
+    Confidence,
+    Deterministic,
+    Device,
+    DraftLength,
+    Dtype,
+    DtypeOption,
+    EntropyBound,
+    EntropyRuleOption,
+    MaxModelLen,
+    MaxPassRows,
+    MaxPatchLength,
+    MaxSteps,
+    Revision,
+    Threads,
+    Threshold,
+    UnmaskingOption,
+    UntrainedBlockSize,
+)
+from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
+from fastblt.server.settings import PRETRAINED
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
+    max_tokens: Annotated[int, typer.Option(help="Bytes at most.", rich_help_panel=SAMPLING)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is all.", rich_help_panel=SAMPLING)] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="May be given again.", rich_help_panel=SAMPLING)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=SAMPLING)] = False,
+    method: Annotated[
+        DecodingMethod, typer.Option(help="How to decode.", rich_help_panel=DECODING)
+    ] = DecodingMethod.AUTO,
+    block_size: BlockSize = None,
+    draft_length: DraftLength = None,
+    unmasking: UnmaskingOption = None,
+    confidence_threshold: Confidence = None,
+    entropy_bound: EntropyBound = None,
+    entropy_rule: EntropyRuleOption = None,
+    max_steps: MaxSteps = None,
+    allow_untrained_block_size: UntrainedBlockSize = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and forward passes to stderr.")] = False,
+    revision: Revision = None,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    cache_size: CacheSize = None,
+    max_model_len: MaxModelLen = ENGINE_DEFAULTS.max_model_len,
+    max_pass_rows: MaxPassRows = ENGINE_DEFAULTS.max_pass_rows,
+    patching_threshold: Threshold = None,
+    max_patch_length: MaxPatchLength = None,
+    deterministic: Deterministic = False,
+    threads: Threads = None,
+) -> None:
+    """Complete PROMPT on standard output, byte by byte as it comes."""
+    quiet_openmp()
+    with clean_errors():
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=tuple(s.encode("utf-8", "surrogateescape") for s in stop or ()),
+            ignore_eos=ignore_eos,
+            decoding=DecodingParams(
+                method=method,
+                block_size=block_size,
+                draft_length=draft_length,
+                unmasking=unmasking,
+                confidence_threshold=confidence_threshold,
+                entropy_bound=entropy_bound,
+                entropy_rule=entropy_rule,
+                max_steps=max_steps,
+            ),
+        )
+        from fastblt.server.llm import LLM
+
+        llm = LLM(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            cache_bytes=cache_size,
+            max_running=1,
+            max_model_len=max_model_len,
+            max_pass_rows=max_pass_rows,
+            patching_threshold=patching_threshold,
+            max_patch_length=max_patch_length,
+            deterministic=deterministic,
+            threads=threads,
+            allow_untrained_block_size=allow_untrained_block_size,
+        )
+        _print_stream(llm, prompt.encode("utf-8", "surrogateescape"), params, stats)
+
+
+def _print_stream(llm: Any, prompt: bytes, params: SamplingParams, stats: bool) -> None:
+    import time
+
+    from fastblt.models.vocabulary import decode
+    from fastblt.server.request import FinishReason
+
+    start, count = time.perf_counter(), 0
+    for delta in llm.stream(prompt, params):
+        # Bytes and not text: a terminal puts characters together, and a file gets them exactly.
+        sys.stdout.buffer.write(decode(delta.ids))
+        sys.stdout.buffer.flush()
+        count += len(delta.ids)
+        if delta.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(delta.error)
+        if stats and delta.finish_reason is not None:
+            seconds = time.perf_counter() - start
+            typer.echo(f"\n{count} bytes in {seconds:.2f} s, {count / seconds:.1f} a second; {delta.ledger}", err=True)
+    if sys.stdout.isatty():
+        typer.echo()

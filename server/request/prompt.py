@@ -1,0 +1,46 @@
+"""One prompt with its parameters: what the engine is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE, encode, with_bos
+from fastblt.server.request.checks import InvalidRequestError
+from fastblt.server.request.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and one completion. `prompt_ids` are what the model reads: BOS in front (see `with_bos`).
+
+    `choice` numbers the completions of one prompt and is mixed into the seed. `arrival` is `time.monotonic()`. Of
+    the requests that wait, those of the lowest `priority` run first. Cached prefixes are shared by requests of the same
+    `cache_salt` only.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    choice: int = 0
+    cache_salt: str | None = None
+    priority: int = 0
+
+
+def read_prompt(prompt: str | bytes | list[int]) -> list[int]:
+    """What the model reads for a prompt: its ids, BOS in front. Raises InvalidRequestError."""
+    if isinstance(prompt, str):
+        prompt = prompt.encode("utf-8", "surrogatepass")
+    if isinstance(prompt, bytes):
+        ids = encode(prompt)
+    elif isinstance(prompt, list) and all(type(i) is int for i in prompt):
+        ids = prompt
+    else:
+        raise InvalidRequestError("a prompt must be a text or a list of byte ids", "prompt")
+    if not ids:
+        raise InvalidRequestError("the prompt is empty; [1], BOS alone, asks for an unconditional sample", "prompt")
+    if not all(0 <= i < VOCAB_SIZE for i in ids):
+        raise InvalidRequestError(f"prompt ids must be at least 0 and below {VOCAB_SIZE}", "prompt")
+    if EOS_ID in ids:
+        raise InvalidRequestError(f"a prompt must not contain EOS (id {EOS_ID})", "prompt")
+    return with_bos(ids)
