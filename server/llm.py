@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +18,12 @@ from fastblt.server.request import (
     InvalidRequestError,
     Ledger,
     PatchReport,
-    QueueFullError,
     Request,
     SamplingParams,
     read_prompt,
 )
 from fastblt.server.settings import EngineSettings
+from fastblt.server.shared_engine import SharedEngine
 
 Prompt = str | bytes | list[int]
 
@@ -57,15 +56,17 @@ class Completion:
 
 
 class LLM:
-    """An engine in this thread. `settings` are the fields of EngineSettings.
+    """An engine in this process. `settings` are the fields of EngineSettings.
 
-    Raises what loading raises: FileNotFoundError, ConfigError and the like.
+    Several generations may be open at once, from one thread or from several; they are batched. A child that was forked
+    needs an LLM of its own. Raises what loading raises: CheckpointError, ConfigError, ValueError.
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         if model is not None:
             settings["model"] = str(model)
         self.engine = Engine.load(EngineSettings(**settings))
+        self._shared = SharedEngine(self.engine)
         self._numbers = itertools.count()
 
     def generate(
@@ -79,13 +80,13 @@ class LLM:
         """
         requests = self._requests(_as_list(prompts), params)
         completions = {request.request_id: Completion() for request in requests}
-        for delta in self._run(requests):
+        for delta in self._shared.run(requests):
             _take(completions[delta.request_id], delta)
         return list(completions.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The deltas of one completion as they come. Raises as `generate` does."""
-        return self._run(self._requests([prompt], params))
+        return self._shared.run(self._requests([prompt], params))
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -96,35 +97,18 @@ class LLM:
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts have {len(params)} sets of parameters", "params")
+        longest = self.engine.max_model_len
+        for prompt in prompts:
+            # Told from its size: making ids of a text of hundreds of megabytes takes minutes.
+            if isinstance(prompt, str | bytes | list) and len(prompt) > longest:
+                raise InvalidRequestError(
+                    f"the prompt has at least {len(prompt)} bytes, more than the {longest} of max_model_len", "prompt"
+                )
         now = time.monotonic()
         return [
             Request(f"offline-{next(self._numbers)}", read_prompt(prompt), one, now)
             for prompt, one in zip(prompts, params, strict=True)
         ]
-
-    def _run(self, requests: Sequence[Request]) -> Iterator[Delta]:
-        """All deltas of `requests`. Whatever ends this early aborts those that have not finished."""
-        engine = self.engine
-        queued = deque(requests)
-        unfinished: set[str] = set()
-        try:
-            while queued or unfinished:
-                try:
-                    while queued:
-                        engine.add(queued[0])
-                        unfinished.add(queued.popleft().request_id)
-                except QueueFullError:
-                    if not unfinished:
-                        raise
-                for delta in engine.step():
-                    if delta.finish_reason is not None:
-                        unfinished.discard(delta.request_id)
-                    yield delta
-        finally:
-            if unfinished:
-                for request_id in unfinished:
-                    engine.abort(request_id)
-                engine.step()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import os
+import signal
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,3 +106,95 @@ def test_lazy_names() -> None:
     assert set(fastblt.__all__) == names | {"__version__"} and all(getattr(fastblt, name) for name in names)
     with pytest.raises(AttributeError):
         _ = fastblt.nothing
+
+
+# Several generations at once
+
+
+def test_streams_that_overlap(llm: LLM) -> None:
+    """Each gets its own bytes and no other's, however they are pulled."""
+    alone = [llm.generate(prompt, GREEDY)[0].ids for prompt in ("Hello", "Bye", "x")]
+    streams = [llm.stream(prompt, GREEDY) for prompt in ("Hello", "Bye", "x")]
+    found: list[list[int]] = [[], [], []]
+    for deltas in itertools.zip_longest(*streams):
+        for ids, delta in zip(found, deltas, strict=True):
+            ids += delta.ids if delta is not None else []
+    assert found == alone
+    assert_idle(llm)
+
+
+def test_generate_within_a_stream(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY)[0].ids for prompt in ("Hello", "Bye")]
+    found: list[int] = []
+    for delta in llm.stream("Hello", GREEDY):
+        found += delta.ids
+        assert llm.generate("Bye", GREEDY)[0].ids == alone[1]
+    assert found == alone[0]
+    assert_idle(llm)
+
+
+def test_a_stream_that_is_left(llm: LLM) -> None:
+    stream = llm.stream("Hello", replace(GREEDY, max_tokens=1000))
+    next(stream)
+    other = llm.stream("Bye", GREEDY)
+    next(other)
+    del stream
+    gc.collect()
+    assert len(llm.generate("x", GREEDY)[0].ids) == 20
+    other.close()
+    assert_idle(llm)
+
+
+def test_threads(llm: LLM) -> None:
+    prompts = [f"Prompt {i}" for i in range(6)]
+    alone = [llm.generate(prompt, GREEDY)[0].ids for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            # A queue that others fill may be full, as anywhere.
+            found = list(pool.map(lambda prompt: llm.generate(prompt, GREEDY)[0].ids, prompts[:4]))
+            assert found == alone[:4]
+    assert_idle(llm)
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_ends_a_generation_and_nothing_else(llm: LLM) -> None:
+    alone = llm.generate("Hello", GREEDY)[0].ids
+    for delay in (0.0, 0.003, 0.02, 0.1):
+        timer = threading.Timer(delay, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            llm.generate("Hello", replace(GREEDY, max_tokens=2000))
+        timer.join()
+        assert llm.generate("Hello", GREEDY)[0].ids == alone
+    assert_idle(llm)
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_child_is_told(llm: LLM) -> None:
+    """Within a generation, too: the child holds a copy of its iterator."""
+    stream = llm.stream("Hello", GREEDY)
+    next(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            told = 0
+            for use in (lambda: llm.generate("Hello", GREEDY), lambda: list(stream)):
+                try:
+                    use()
+                except RuntimeError as error:
+                    told += "fork" in str(error)
+            os._exit(told)
+        except BaseException:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert sum(len(delta.ids) for delta in stream) > 0
+    assert_idle(llm)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("prompt", ["x" * 10**8, b"x" * 10**8, [70] * 10**7])
+def test_prompts_beyond_all_bounds_are_refused_at_once(llm: LLM, prompt: Prompt) -> None:
+    with pytest.raises(InvalidRequestError, match="more than the"):
+        llm.generate(prompt, GREEDY)
