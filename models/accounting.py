@@ -1,5 +1,6 @@
-"""What passes read: parameters by module, and the gigabytes of weights that a decoding's passes touch (digest §7).
+"""What passes read: parameters by module, and the gigabytes of weights that a decoding's passes touch.
 
+`gb_paper` is the measure of the Fast-BLT paper (arXiv 2605.08044 §4.2, Eq. 8); `gb` counts all four modules.
 Only weights are counted, once a pass however many rows it carries: no caches, no activations, no lookups in the hash
 tables.
 """

@@ -1,4 +1,5 @@
-"""The Byte Latent Transformer, exactly as published (digest §1.3, `transformers` BLT), as modules that keep no state.
+"""The Byte Latent Transformer, as published (arXiv 2412.09871 §3; the numerics of BLT in `transformers`), as modules
+without state.
 
 The modules take their attention from outside (see `models.layers`). `Blt.forward` runs whole sequences without a
 cache: it is what training and the reference decoders build on, and what parity with `transformers` is tested on.
@@ -81,8 +82,8 @@ class LocalEncoder(nn.Module):
     def pool(self, states: Tensor, inside: Tensor, *, tiled: bool = False) -> Tensor:
         """Patch vectors [P, k*d] from padded byte states [P, L, d] and their mask `inside` bool [P, L].
 
-        The maximum over a patch's last-layer states asks k queries of exactly its own bytes (digest §1.3.3). Where
-        every layer has a cross-attention, the published code overwrites all but the last.
+        The maximum over a patch's last-layer states asks k queries of exactly its own bytes (arXiv 2412.09871 §3.2.2).
+        Where every layer has a cross-attention, the published code overwrites all but the last.
         """
         patches, _, size = states.shape
         peak = states.masked_fill(~inside[..., None], float("-inf")).amax(1)
@@ -235,7 +236,8 @@ class Blt(nn.Module):
     def embed(self, windows: Tensor) -> Tensor:
         """Byte plus hash n-gram embeddings [..., d] of int64 windows [..., hash_window], the row's own id last.
 
-        hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table (digest §1.3.2).
+        hash = sum of id * prime^j over the n-gram, oldest first, in wrapping int64, floor-mod table: as in the
+        published weights.
         """
         return hash_embedding(
             windows,
@@ -269,7 +271,7 @@ class Blt(nn.Module):
             self.embed(self.windows(ids)), CausalAttention(config.encoder, ids.shape[1], ids.device)
         )
         latents = self.latents(states, starts)
-        # Row p reads the newest patch that is closed once byte p is known (digest §2.3).
+        # Row p reads the newest patch that is closed once byte p is known (design §2.3).
         newest = starts.long().cumsum(-1)[:, 1:] - 2
         kv = self.local_decoder.latent_keys_values(latents)
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]

@@ -34,7 +34,7 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class BltConfig:
-    """All that is needed to build and run a BLT (digest §1.3, `transformers` BltConfig, and our own fields).
+    """All that is needed to build and run a BLT (the fields of `BltConfig` in `transformers`, and our own).
 
     `patching_threshold` is in nats. `block_sizes` are those the diffusion head was trained for: empty for a plain
     BLT. `acceptance` maps a draft setting to its measured acceptance, and may be empty.

@@ -135,7 +135,7 @@ class Stack(nn.ModuleList):
 
 
 class Rope:
-    """Interleaved rotary embedding: pairs (2i, 2i+1) turn by position / theta^(2i/D) (digest §1.3.7).
+    """Interleaved rotary embedding: pairs (2i, 2i+1) turn by position / theta^(2i/D), as in the published weights.
 
     The table of cosines and sines [positions, D/2, 2] (fp32) grows on demand.
     """

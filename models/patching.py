@@ -1,4 +1,4 @@
-"""The patch rule: where patches start, decided from bytes already known (digest §2, design §2.2)."""
+"""The patch rule: where patches start, decided from bytes already known (arXiv 2412.09871 §2.3; design §2.2)."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 Everything is recomputed from the ids at every pass, so there is nothing to roll back and nothing that a schedule could
 change. Nothing here is shared with the server or with the selection kernels; only the network's modules are.
 
-What the digest leaves open is decided so: a BLT-D block is always whole and its surplus cut; a BLT-S or BLT-DV draft is
-no longer than what can still be emitted, less the free byte (never shortened under `paper_accounting`); penalties of a
-block row count the output and what earlier steps filled of its block; the first byte of a BLT-DV draft is that of the
-pending byte's own row, and the unmasking rule chooses among the other positions.
+What the paper (arXiv 2605.08044) leaves open is decided so: a BLT-D block is always whole and its surplus cut; a BLT-S
+or BLT-DV draft is no longer than what can still be emitted, less the free byte (never shortened under
+`paper_accounting`); penalties of a block row count the output and what earlier steps filled of its block; the first
+byte of a BLT-DV draft is that of the pending byte's own row, and the unmasking rule chooses among the other positions.
 """
 
 from __future__ import annotations
@@ -157,19 +157,20 @@ class _Decoder:
             self._emit([self._select(seen.logits[0, -1], self.produced, len(self.ids))])
 
     def blt_s(self) -> None:
-        """Drafts of the decoder alone, verified in one pass (digest §5)."""
+        """Drafts of the decoder alone, verified in one pass (arXiv 2605.08044 §5.1, Algorithm 2)."""
         self._first_byte()
         while not self.finish:
             self._verify(self._draft_alone(self._draft_length(self.options.draft_length)))
 
     def blt_dv(self) -> None:
-        """Diffusion blocks as drafts, verified in one pass (digest §6)."""
+        """Diffusion blocks as drafts, verified in one pass (arXiv 2605.08044 §5.2)."""
         self._first_byte()
         while not self.finish:
             self._verify(self._draft_block(self._draft_length(self.options.block_size)))
 
     def blt_d(self) -> None:
-        """Diffusion blocks as they are (digest §4). `align_blocks` fills the open patch byte by byte first."""
+        """Diffusion blocks as they are (arXiv 2605.08044 §3.1, Algorithm 1). `align_blocks` fills the open patch byte
+        by byte first."""
         uncounted = 0  # rows before this one have been in a pass already
         while not self.finish:
             ids = self.ids

@@ -1,4 +1,4 @@
-"""Token ids of the Byte Latent Transformer: four specials, then the 256 bytes (digest §1.3)."""
+"""Token ids of the Byte Latent Transformer: four specials, then the 256 bytes, as in the published weights."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ METHODS: dict[str, DecodingParams] = {
     "blt-dv-8 1step": diffusion(DecodingMethod.BLT_DV, 8, "1step"),
 }
 
-#: The paper's 1B model, whose accounting has no entropy model (digest §1.1); encoder and global transformer in one.
+#: The paper's 1B model, whose accounting has no entropy model (arXiv 2605.08044 §4.2); encoder and global transformer
+#: in one.
 PAPER_1B = ModuleParameters(patcher=0, encoder=0, global_=1_304_014_848, decoder=157_852_672)
 
 

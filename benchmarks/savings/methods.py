@@ -89,7 +89,8 @@ def diffusion(
 
 
 def paper_settings(sizes: Sequence[int]) -> dict[str, DecodingParams]:
-    """BLT and the settings of the paper's tables (digest §13) for a checkpoint of these block sizes, by name.
+    """BLT and the settings of the paper's tables (arXiv 2605.08044, Tables 3-10) for a checkpoint of these block sizes,
+    by name.
 
     Drafting methods come with both accountings ("paper": two upstream passes a round), BLT-D a0.7 also aligned.
     """

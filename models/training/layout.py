@@ -1,7 +1,7 @@
 """Where everything stands in a BLT-D training step: patches, blocks and noise as arrays of fixed shapes.
 
-The decoder's rows are laid out in tiles (digest §3.2): tile s of a sequence holds the clean rows of positions
-[TILE s, TILE (s+1)) and then `BLOCK_ROWS` rows of the blocks that start there. All blocks of a
+The decoder's rows are laid out in tiles (masks of arXiv 2605.08044 §3.2.2, Eq. 6): tile s of a sequence holds the clean
+rows of positions [TILE s, TILE (s+1)) and then `BLOCK_ROWS` rows of the blocks that start there. All blocks of a
 sequence have one size, and they overlap freely; of the possible starts a random choice fills the rows.
 """
 
@@ -62,7 +62,7 @@ def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
     """Of start flags [N, T + 1]:
 
     pool_index [N, P, L] byte positions of each patch, pool_inside bool likewise; clean_latent [N, T] the newest patch
-    closed once byte p is known (digest §2.3), clean_valid bool [N, T] whether it is among the P kept.
+    closed once byte p is known (design §2.3), clean_valid bool [N, T] whether it is among the P kept.
     """
     count, length = starts.shape[0], starts.shape[1] - 1
     ordinal = starts.cumsum(1) - 1

@@ -1,4 +1,5 @@
-"""The BLT-D objective (digest §3): next-byte loss of clean rows plus 1/t-weighted loss of masked block rows.
+"""The BLT-D objective (arXiv 2605.08044 §3.2, Eq. 5-7): next-byte loss of clean rows plus 1/t-weighted loss of masked
+block rows.
 
 The same modules as in inference, run over fixed shapes that one compiled graph can take.
 """
@@ -232,7 +233,7 @@ class Objective:
         """What each row sees, bool [N * S, TILE + BLOCK_ROWS, window + TILE + BLOCK_ROWS].
 
         A clean row at p sees clean positions [p-W+1, p+1); a block row of a block at s sees clean positions
-        [max(0, s-W+1), s) and every row of its own block (digest §3.2, design §2.6).
+        [max(0, s-W+1), s) and every row of its own block (arXiv 2605.08044 §3.2.2; design §2.6).
         """
         window = self.model.config.decoder.window
         assert window is not None

@@ -1,4 +1,4 @@
-"""BLT: one byte at a time, the global transformer only where a patch closes (digest §2.3)."""
+"""BLT: one byte at a time, the global transformer only where a patch closes (arXiv 2412.09871 §3; design §2.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLT-D: block diffusion in the local decoder, nothing verified (digest §4)."""
+"""BLT-D: block diffusion in the local decoder, nothing verified (arXiv 2605.08044 §3.1, Algorithm 1)."""
 
 from __future__ import annotations
 

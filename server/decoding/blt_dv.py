@@ -1,4 +1,4 @@
-"""BLT-DV: block diffusion drafts, the causal pass of the same weights verifies (digest §6)."""
+"""BLT-DV: block diffusion drafts, the causal pass of the same weights verifies (arXiv 2605.08044 §5.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""BLT-S: the decoder drafts alone on the newest closed latent, the full model verifies (digest §5)."""
+"""BLT-S: the decoder drafts alone on the newest closed latent, the full model verifies (arXiv 2605.08044 §5.1,
+Algorithm 2)."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_confidence() -> None:
 
 
 def test_entropy() -> None:
-    # The digest's example: entropies .1, .9, 1.5 under a bound of 1.
+    # Entropies .1, .9, 1.5 under a bound of 1: two positions inclusively, three by the other rule.
     assert pick([0.125, 0.875, 1.5], ENTROPY, 1.0) == [0, 1]
     assert pick([0.125, 0.875, 1.5], EXCLUSIVE_MAX, 1.0) == [0, 1, 2]
     assert pick([1.5, 0.875, 0.125], ENTROPY, 0.5) == [2]

@@ -173,7 +173,7 @@ def rows(confidences: list[float], entropies: list[float]) -> dict[int, Selected
     ],
 )
 def test_unmasking(options: dict[str, Any], expected: set[int]) -> None:
-    # The digest's example (§4.1): entropies .1, .9, 1.5 under a bound of 1 are two inclusively and three by the other.
+    # Entropies .1, .9, 1.5 under a bound of 1 are two inclusively and three by the other.
     found = unmask(rows([0.4, 0.7, 0.2, 0.7], [1.5, 0.1, 2.0, 0.9]), DecodingOptions(**options))
     assert set(found) == expected
 

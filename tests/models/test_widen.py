@@ -101,7 +101,8 @@ def test_shipped_checkpoint_at_four_times_its_width() -> None:
 
 
 def test_weights_that_a_pass_reads_are_those_of_the_paper() -> None:
-    """The counts that the digest recovers from the paper's tables; the [MASK] table is not among them."""
+    """The counts that follow from the passes and gigabytes in the paper's tables; the [MASK] table is not among
+    them."""
     wanted = {"1b": (157_852_672, 1_304_014_848), "3b": (159_949_824, 2_844_442_624)}
     small = load_checkpoint(PRETRAINED).config
     for name, shape in SHAPES.items():
