@@ -105,7 +105,7 @@ class Postprocessor:
         elif not plan.upstream:
             # A draft's step: nothing stays computed, and no page is done with.
             return None
-        self._prefix.extend(sequence)
+        self._prefix.insert(sequence)
         if len(sequence.patches) > 1:
             self._scheduler.free_latents(sequence.forget_patches())
         patches = sequence.closed + (sequence.provisional is not None)

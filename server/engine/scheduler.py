@@ -55,7 +55,7 @@ class Scheduler:
             self.waiting.popleft()
             sequence.state_index = state_index
             self.running.append(sequence)
-            self._prefix.begin(sequence)
+            self._prefix.admit(sequence)
             admitted.append(sequence)
         return admitted
 
@@ -105,7 +105,7 @@ class Scheduler:
         self._scanned += sequence.scanned
         self._closed += sequence.closed
         self.running.remove(sequence)
-        self._prefix.end(sequence)
+        self._prefix.release(sequence)
         slots = [patch.slot for patch in sequence.patches]
         if sequence.provisional is not None:
             slots.append(sequence.provisional.slot)
@@ -180,5 +180,5 @@ class Scheduler:
         """Global pages that it would share. This may be asked in every pass, so it is looked up for news only."""
         if self._looked_up != (sequence, len(self.running)):
             self._looked_up = (sequence, len(self.running))
-            self._shared = self._prefix.shared(sequence)
+            self._shared = self._prefix.shared_pages(sequence)
         return self._shared

@@ -1,102 +1,53 @@
-"""What requests have computed, kept for those that begin with the same bytes (design §4).
+"""Prefix caching: a request shares the cache pages of earlier requests that began with the same bytes (design §4).
 
-Nodes form a tree: a node is one byte page of some request's ids, reached by those ids and its parent. The dictionaries'
-keys are (parent, the page's ids as bytes), so that a path from the root is a chain of hashes that were checked against
-the ids themselves. Checkpoint, threshold, maximum patch length and dtype are those of the engine that owns the cache;
-what else parts requests, their salt, stands at the root.
+Pages are found in a tree (`prefix_tree.py`) with one node for every full byte page. A node is looked up by its parent
+and the ids of its page, so a path from the root is a chain of hashes that are checked against the ids themselves. All
+requests of one engine have the same checkpoint, patch rule and dtype; a request's `cache_salt` stands at the root.
 
-A node holds its page in the groups that count bytes, the global page that its patches filled up, and at most one resume
-point: the last position in it where a patch begins. To go on there a request needs the byte pages under the windows
-that end there, all global pages before it, and the newest latent; no state of an open patch.
+A request resumes at the last position of a page where a patch begins. For that it needs the byte pages under every
+group's window, all global pages before it, and the newest latent. No patch is open there, so no encoder states.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 from fastblt.server.engine.cache.kv_caches import KvCaches
+from fastblt.server.engine.cache.prefix_tree import Node, PrefixTree, ResumePoint
 from fastblt.server.engine.sequence import Patch, Sequence
 
 #: More rows than any request has.
 _NEVER = 2**62
 
-T = TypeVar("T")
-Key = tuple["Node | str | None", bytes]
-
-
-@dataclass(slots=True, eq=False)
-class ResumePoint:
-    """Position `at`, where a patch begins. `patch` is the closed one before it, its slot the latent's.
-
-    `tail` is the global page that the closed patches fill in part; 0 where they end with a page.
-    """
-
-    key: Key
-    at: int
-    patch: Patch
-    tail: int
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One byte page. `pages` are those of the byte groups, 0 where evicted; `whole` is the global page, or 0, that the
-    patches ending here fill up. Up to its last byte `closed` patches ended, the newest before position `boundary`.
-
-    `key` is None for a page that its request never filled: it is there for its resume point only. `pins` counts the
-    running requests that stand in it; once it is `gone` they enter nothing more.
-    """
-
-    parent: Node | None
-    key: Key | None
-    pages: list[int]
-    closed: int
-    boundary: int
-    whole: int = 0
-    resume: ResumePoint | None = None
-    pins: int = 0
-    gone: bool = False
-
 
 class PrefixCache:
-    """The tree over an engine's caches. State rows that run have their place in it.
+    """The tree, and where each running request stands in it.
 
-    Work is done when a request is admitted, when its rows fill a page, and when it goes.
+    Work is done when a request is admitted, when its rows fill a page, and when it goes; a pass between costs one
+    comparison. With `enabled` false nothing is found and nothing enters.
     """
 
     def __init__(self, caches: KvCaches, *, enabled: bool) -> None:
         self._enabled = enabled
         self._page = caches.page_size
-        self._groups = [caches.groups[name] for name in ("patcher", "encoder", "decoder")]
+        self.tree = PrefixTree(caches)
+        self._groups = self.tree.groups
         self._states = caches.groups["states"]
         self._global = caches.groups["global"]
         self._latents = caches.latent_pool
-        self._nodes: dict[Key, Node] = {}
-        self._points: dict[Key, list[Node]] = {}
-        self._children: dict[Node, set[Node]] = {}
-        # Who holds a page: one node in a byte group; several may share a global page or a latent.
-        self._owners: list[dict[int, Node]] = [{} for _ in self._groups]
-        self._global_holders: dict[int, list[Node]] = {}
-        self._latent_holders: dict[int, list[Node]] = {}
-        for group, owners in zip(self._groups, self._owners, strict=True):
-            group.pool.evict = partial(self._evict_bytes, owners)
-        self._global.pool.evict = self._evict_global
-        self._latents.evict = self._evict_latent
-        # By state row: the node of the newest page that it entered, how many these are, and the row count that fills
-        # the next; and the node whose resume point it went on from.
-        rows = len(self._global.table)
-        self._stands: list[Node | None] = [None] * rows
-        self._entered = [0] * rows
-        self._due = [_NEVER] * rows
-        self._origin: list[Node | None] = [None] * rows
+        # By state index: the node of the newest page that the request entered, how many pages these are, the number of
+        # rows that fills the next one, and the node from which the request resumed.
+        states = len(self._global.table)
+        self._stands: list[Node | None] = [None] * states
+        self._entered = [0] * states
+        self._due = [_NEVER] * states
+        self._origin: list[Node | None] = [None] * states
         #: Bytes of prompts that were looked up, and how many of them need not be computed; BOS is not counted.
         self.queries = self.hits = 0
 
-    def begin(self, sequence: Sequence) -> None:
-        """Place a sequence that was given a state row: at the deepest resume point there is for it, or at the start."""
+    def admit(self, sequence: Sequence) -> None:
+        """Let a newly admitted sequence resume at the deepest point that is cached for it, or at its start."""
         state_index = sequence.state_index
         self._entered[state_index] = 0
         if not self._enabled:
@@ -118,13 +69,13 @@ class PrefixCache:
             self.queries += sequence.prompt_length - 1 if asks else 0
             self.hits += sequence.cached
 
-    def extend(self, sequence: Sequence) -> None:
+    def insert(self, sequence: Sequence) -> None:
         """Enter the pages that a sequence's rows have filled; before it leaves pages or forgets patches."""
         if sequence.decoded >= self._due[sequence.state_index]:
             self._enter(sequence, min(sequence.decoded, sequence.known))
 
-    def end(self, sequence: Sequence) -> None:
-        """Enter what is left of a sequence whose state row is about to be released."""
+    def release(self, sequence: Sequence) -> None:
+        """Enter what is left of a sequence whose pages are about to be released."""
         state_index = sequence.state_index
         if self._due[state_index] != _NEVER:
             # Rows past the known ids stand on drafts whose bytes nobody keeps.
@@ -143,11 +94,11 @@ class PrefixCache:
             if node is not None:
                 while node.parent is not None:
                     node = node.parent
-                self._remove_tree(node)
+                self.tree.remove_tree(node)
         self._stand(state_index, None)
         self._due[state_index] = _NEVER
 
-    def shared(self, sequence: Sequence) -> int:
+    def shared_pages(self, sequence: Sequence) -> int:
         """Global pages in use that a waiting sequence would share if it were admitted now."""
         path = self._find(sequence) if self._enabled and sequence.params.prompt_logprobs is None else []
         return sum(self._global.pool.in_use(node.whole) for node in path if node.whole)
@@ -168,7 +119,7 @@ class PrefixCache:
         wholes = 0
         for index in range(limit // self._page + 1):
             part = ids[index * size : (index + 1) * size]
-            node = self._nodes.get((parent, part)) if len(part) == size else None
+            node = self.tree.nodes.get((parent, part)) if len(part) == size else None
             if node is not None and self._usable(node, index, runs, wholes):
                 deepest = (index, node)
             else:
@@ -193,7 +144,7 @@ class PrefixCache:
         if any(run < index - group.first_page(last) for run, group in zip(runs, self._groups, strict=True)):
             return None
         for length in range(longest, 0, -2):
-            for node in reversed(self._points.get((parent, part[:length]), ())):
+            for node in reversed(self.tree.points.get((parent, part[:length]), ())):
                 if self._usable(node, index, runs, wholes):
                     return node
         return None
@@ -206,7 +157,7 @@ class PrefixCache:
         return all(run >= index - group.first_page(resume.at) for run, group in zip(runs, self._groups, strict=True))
 
     def _take(self, state_index: int, path: list[Node], resume: ResumePoint) -> bool:
-        """Give a state row the pages before the last node's resume point: whole ones shared, partial ones copied.
+        """Give a request the pages before the last node's resume point: whole ones shared, partial ones copied.
 
         False where no page is left for the copies.
         """
@@ -236,7 +187,7 @@ class PrefixCache:
         self._states.extend(state_index, resume.at)
         return True
 
-    # Entering
+    # Entering pages
 
     def _enter(self, sequence: Sequence, until: int) -> None:
         """Enter the pages that rows below `until` fill."""
@@ -264,18 +215,16 @@ class PrefixCache:
         ids = _as_bytes(sequence.ids[start:end])
         patch = _newest(sequence, end)
         key = (_above(parent, sequence), ids)
-        node = self._nodes.get(key)
+        node = self.tree.nodes.get(key)
         if node is None:
-            node = Node(parent, key, [0] * len(self._groups), patch.index + 1, patch.end + 1)
-            self._nodes[key] = node
-            self._adopt(node)
+            node = self.tree.add(parent, key, patch.index + 1, patch.end + 1)
         elif (node.closed, node.boundary) != (patch.index + 1, patch.end + 1):
             return None
         for number, group in enumerate(self._groups):
             if node.pages[number]:
                 group.swap(state_index, index, node.pages[number])
             else:
-                self._hold_bytes(node, number, int(group.table[state_index, index]))
+                self.tree.hold_page(node, number, int(group.table[state_index, index]))
         self._fill_in(sequence, node, start, ids)
         return node
 
@@ -290,12 +239,11 @@ class PrefixCache:
         patch = _newest(sequence, until)
         parent = self._stands[state_index]
         ids = _as_bytes(sequence.ids[start : patch.end + 1])
-        if patch.end < start or (_above(parent, sequence), ids) in self._points:
+        if patch.end < start or (_above(parent, sequence), ids) in self.tree.points:
             return
-        node = Node(parent, None, [0] * len(self._groups), patch.index + 1, patch.end + 1)
-        self._adopt(node)
+        node = self.tree.add(parent, None, patch.index + 1, patch.end + 1)
         for number, group in enumerate(self._groups):
-            self._hold_bytes(node, number, int(group.table[state_index, index]))
+            self.tree.hold_page(node, number, int(group.table[state_index, index]))
         self._fill_in(sequence, node, start, ids)
 
     def _fill_in(self, sequence: Sequence, node: Node, start: int, ids: bytes) -> None:
@@ -307,23 +255,13 @@ class PrefixCache:
             if node.whole:
                 self._global.swap(state_index, at, node.whole)
             else:
-                node.whole = int(self._global.table[state_index, at])
-                self._hold_global(node, node.whole)
+                self.tree.hold_whole(node, int(self._global.table[state_index, at]))
         if node.resume is not None or node.boundary <= start:
             return
         patch = _newest(sequence, node.boundary)
         key = (_above(node.parent, sequence), ids[: 2 * (node.boundary - start)])
         tail = int(self._global.table[state_index, node.closed // self._page]) if node.closed % self._page else 0
-        node.resume = ResumePoint(key, node.boundary, patch, tail)
-        for other in list(self._points.get(key, ())):
-            # A page that was never filled is of no use beside one that was.
-            if other.key is None:
-                self._drop_resume(other)
-        self._points.setdefault(key, []).append(node)
-        self._latents.keep(patch.slot)
-        self._latent_holders.setdefault(patch.slot, []).append(node)
-        if tail:
-            self._hold_global(node, tail)
+        self.tree.add_resume(node, ResumePoint(key, node.boundary, patch, tail))
 
     def _stand(self, state_index: int, node: Node | None) -> None:
         before = self._stands[state_index]
@@ -334,97 +272,7 @@ class PrefixCache:
         self._stands[state_index] = node
         if before is not None:
             before.pins -= 1
-            self._prune(before)
-
-    def _adopt(self, node: Node) -> None:
-        if node.parent is not None:
-            self._children.setdefault(node.parent, set()).add(node)
-
-    def _hold_bytes(self, node: Node, number: int, page: int) -> None:
-        node.pages[number] = page
-        self._owners[number][page] = node
-        self._groups[number].pool.keep(page)
-
-    def _hold_global(self, node: Node, page: int) -> None:
-        self._global.pool.keep(page)
-        self._global_holders.setdefault(page, []).append(node)
-
-    # Letting go
-
-    def _evict_bytes(self, owners: dict[int, Node], page: int) -> None:
-        node = owners[page]
-        # Nobody can go on in a page that is not all there.
-        self._drop_resume(node)
-        for number, mine in enumerate(self._owners):
-            if mine is owners:
-                self._drop_bytes(node, number)
-        self._prune(node)
-
-    def _evict_global(self, page: int) -> None:
-        for node in list(self._global_holders[page]):
-            if node.whole == page:
-                self._remove_tree(node)
-            else:
-                self._drop_resume(node)
-
-    def _evict_latent(self, slot: int) -> None:
-        for node in list(self._latent_holders[slot]):
-            self._drop_resume(node)
-
-    def _drop_resume(self, node: Node) -> None:
-        resume, node.resume = node.resume, None
-        if resume is None:
-            return
-        _let_go(self._points, resume.key, node)
-        if _let_go(self._latent_holders, resume.patch.slot, node):
-            self._latents.drop(resume.patch.slot)
-        if resume.tail:
-            self._drop_global(node, resume.tail)
-        if node.key is None:
-            self._remove(node)
-            self._prune(node.parent)
-
-    def _drop_bytes(self, node: Node, number: int) -> None:
-        page, node.pages[number] = node.pages[number], 0
-        if page:
-            del self._owners[number][page]
-            self._groups[number].pool.drop(page)
-
-    def _drop_global(self, node: Node, page: int) -> None:
-        if _let_go(self._global_holders, page, node):
-            self._global.pool.drop(page)
-
-    def _remove(self, node: Node) -> None:
-        """Take a node out, with all that it holds but its children."""
-        node.gone = True
-        if node.key is not None and self._nodes.get(node.key) is node:
-            del self._nodes[node.key]
-        if node.parent is not None and (siblings := self._children.get(node.parent)) is not None:
-            siblings.discard(node)
-            if not siblings:
-                del self._children[node.parent]
-        for number in range(len(self._groups)):
-            self._drop_bytes(node, number)
-        whole, node.whole = node.whole, 0
-        if whole:
-            self._drop_global(node, whole)
-        self._drop_resume(node)
-
-    def _remove_tree(self, node: Node) -> None:
-        """Take a node out with everything that builds on it."""
-        stack = [node]
-        while stack:
-            one = stack.pop()
-            stack += self._children.get(one, ())
-            self._remove(one)
-        if node.parent is not None:
-            self._prune(node.parent)
-
-    def _prune(self, node: Node | None) -> None:
-        """Take out nodes that hold nothing and lead nowhere, from the leaf up."""
-        while node is not None and not (any(node.pages) or node.whole or node.pins or node in self._children):
-            self._remove(node)
-            node = node.parent
+            self.tree.prune(before)
 
 
 def _as_bytes(ids: Ids[int]) -> bytes:
@@ -439,13 +287,3 @@ def _above(parent: Node | None, sequence: Sequence) -> Node | str | None:
 def _newest(sequence: Sequence, until: int) -> Patch:
     """The newest patch of a sequence that ends before position `until`."""
     return next(patch for patch in reversed(sequence.patches) if patch.end < until)
-
-
-def _let_go(holders: dict[T, list[Node]], held: T, node: Node) -> bool:
-    """Take a node from the holders of something; whether it was the last of them."""
-    left = holders[held]
-    left.remove(node)
-    if left:
-        return False
-    del holders[held]
-    return True

@@ -122,14 +122,14 @@ def test_preempted_requests_profit() -> None:
     tight["cache_bytes"] = least_memory(2, 200, **tight)
     engine = Engine(model(2), settings(**tight))
     found: list[int] = []
-    begin = engine._prefix.begin
+    admit = engine._prefix.admit
 
     def watched(sequence):  # type: ignore[no-untyped-def]
-        begin(sequence)
+        admit(sequence)
         if sequence.output.ids:
             found.append(sequence.decoded - sequence.prompt_length)
 
-    engine._prefix.begin = watched  # type: ignore[method-assign]
+    engine._prefix.admit = watched  # type: ignore[method-assign]
     long = {"max_tokens": 150, "min_tokens": 150, "stop": (), "ignore_eos": True, "return_patches": True}
     requests = [replace(request, prompt_ids=request.prompt_ids[:6]) for request in
                 (random_request(rng, f"r{i}", **long) for i in range(6))]  # fmt: skip

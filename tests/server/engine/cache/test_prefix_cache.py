@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from fastblt.server.decoding.blt import Blt
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.page_pool import PagePool
-from fastblt.server.engine.cache.prefix_cache import Node, PrefixCache
+from fastblt.server.engine.cache.prefix_cache import PrefixCache
+from fastblt.server.engine.cache.prefix_tree import Node
 from fastblt.server.engine.sequence import Patch, Sequence
 from fastblt.server.request import DecodingParams, Request, SamplingParams
 from tests.server.harness import model, settings
@@ -77,7 +78,7 @@ class World:
         sequence.state_index = state_index
         expected = self.deepest(sequence)
         self.refused = False
-        self.prefix.begin(sequence)
+        self.prefix.admit(sequence)
         if self.refused:
             # There was no page for a copy.
             expected = 0
@@ -105,7 +106,7 @@ class World:
         sequence.scanned = sequence.encoded = sequence.decoded = end
         if end == sequence.known:
             sequence.ids += new
-        self.prefix.extend(sequence)
+        self.prefix.insert(sequence)
         self.free_latents(sequence.forget_patches())
         self.caches.free_unread(sequence.state_index, end, sequence.closed, sequence.unpooled)
         return True
@@ -115,7 +116,7 @@ class World:
         if broken:
             self.prefix.forget(sequence)
         self.running.remove(sequence)
-        self.prefix.end(sequence)
+        self.prefix.release(sequence)
         self.free_latents([patch.slot for patch in sequence.patches])
         self.caches.release(sequence.state_index)
         sequence.state_index = 0
@@ -186,8 +187,8 @@ class World:
         return {value for layer in group.layers for value in layer[slot].flatten().tolist()}
 
     def nodes(self) -> set[Node]:
-        nodes = {*self.prefix._nodes.values(), *chain.from_iterable(self.prefix._points.values())}
-        for children in self.prefix._children.values():
+        nodes = {*self.prefix.tree.nodes.values(), *chain.from_iterable(self.prefix.tree.points.values())}
+        for children in self.prefix.tree.children.values():
             nodes |= children
         return nodes
 
@@ -256,9 +257,9 @@ def test_every_hit_is_the_deepest_and_finds_what_it_needs(seed: int) -> None:
     for pool in [*(group.pool for group in world.caches.groups.values()), world.caches.latent_pool]:
         while pool.available:
             pool.take()
-    prefix = world.prefix
-    assert not (prefix._nodes or prefix._points or prefix._children)
-    assert not any((*prefix._owners, prefix._global_holders, prefix._latent_holders))
+    tree = world.prefix.tree
+    assert not (tree.nodes or tree.points or tree.children)
+    assert not any((*tree.owners, tree.global_holders, tree.latent_holders))
 
 
 def run_through(world: World, ids: list[int], salt: str | None = None) -> Sequence:
@@ -308,7 +309,7 @@ def test_what_was_computed_twice_is_kept_once() -> None:
     table = world.caches.groups["global"].table
     closed = pair[0].closed // 16
     assert closed and (table[pair[0].state_index, :closed] == table[pair[1].state_index, :closed]).all()
-    assert world.prefix.shared(world.sequence(text(100))) == closed
+    assert world.prefix.shared_pages(world.sequence(text(100))) == closed
     world.check_pools()
 
 
