@@ -8,11 +8,3 @@ from fastblt.server.cli import app
 
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
-
-
-def main() -> None:
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,20 @@ from fastblt.server.request import DecodingParams
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
 
 
+def _check_ranges(settings: object, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises ValueError that names a field outside of its range. None, where a field may be None, is left alone."""
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        # Not a number is in no range.
+        if value is not None and not least <= value <= most:
+            shown = value if abs(value) < 1e18 or isinstance(value, float) else "a far larger number"
+            raise ValueError(f"{name} must be from {least} to {most}, not {shown}")
+
+
+#: A year: longer than anybody waits, short enough for every clock.
+_LONGEST_SECONDS = 3.2e7
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Limits and modes of one engine.
@@ -23,7 +37,7 @@ class EngineSettings:
     requests computed for later ones that begin with the same bytes.
     `tensor_parallel_size` is the number of processes, and devices, that the global transformer is split over.
     `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
-    diffusion head.
+    diffusion head. Raises ValueError for a number that no engine can run with.
     """
 
     model: str = str(PRETRAINED)
@@ -46,6 +60,25 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     decoding: DecodingParams = field(default_factory=DecodingParams)
     allow_untrained_block_size: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ranges(
+            self,
+            {
+                "cache_bytes": (1, 2**50),
+                "page_size": (1, 2**16),
+                "max_running": (1, 2**16),
+                "max_waiting": (1, 10**6),
+                "max_model_len": (1, 2**24),
+                "max_pass_rows": (1, 2**20),
+                "max_passes_per_beat": (1, 2**20),
+                "max_hold_ms": (0, 1000 * _LONGEST_SECONDS),
+                "patching_threshold": (-1e9, 1e9),
+                "max_patch_length": (0, 2**24),
+                "threads": (1, 1024),
+                "tensor_parallel_size": (1, 1024),
+            },
+        )
 
 
 class FailurePolicy(StrEnum):
@@ -71,6 +104,10 @@ class ServiceSettings:
     probe_interval: float = 30.0
     on_engine_failure: FailurePolicy = FailurePolicy.STAY
 
+    def __post_init__(self) -> None:
+        times = ("queue_timeout", "request_timeout", "stall_timeout", "probe_interval")
+        _check_ranges(self, dict.fromkeys(times, (0, _LONGEST_SECONDS)))
+
 
 @dataclass(frozen=True)
 class HttpSettings:
@@ -89,3 +126,6 @@ class HttpSettings:
     access_log: bool = False
     vllm_metrics: bool = False
     otlp_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {"shutdown_timeout": (0, _LONGEST_SECONDS)})

@@ -158,7 +158,7 @@ def _bench(
 ) -> Part:
     def arguments(_earlier: Earlier, url: str) -> list[str]:
         where = ["--base-url", url, "--quiet"] if server else []
-        return ["fastblt.benchmarks.cli", "bench", command, *where, *options]
+        return ["fastblt", "bench", command, *where, *options]
 
     return Part(name, arguments, server, needs, large, rounds)
 
@@ -169,7 +169,7 @@ def _replay(saturation: str, options: Sequence[str]) -> Callable[[Earlier, str],
             raise LookupError(f"needs {saturation}, which is not there")
         rate = NEAR_SATURATION * float(earlier[saturation]["request_throughput"])
         where = ["--base-url", url, "--quiet"]
-        return ["fastblt.benchmarks.cli", "bench", "serve", *where, *options, "--trace-rate", f"{rate:.3f}"]
+        return ["fastblt", "bench", "serve", *where, *options, "--trace-rate", f"{rate:.3f}"]
 
     return arguments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import socket
@@ -13,7 +14,7 @@ from types import FrameType
 import uvicorn
 
 from fastblt.server.api.app import create_app
-from fastblt.server.api.http import HttpProtocol, raise_file_limit
+from fastblt.server.api.http import HttpProtocol, max_connections, raise_file_limit
 from fastblt.server.api.security import MAX_HEADER_BYTES
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
 from fastblt.server.settings import FailurePolicy, HttpSettings
@@ -23,8 +24,15 @@ logger = logging.getLogger("fastblt")
 #: Seconds for which a client may read nothing of what waits for it.
 READER_SECONDS = 120.0
 
+#: Connections that a server for more than one user needs.
+_FEW_CONNECTIONS = 256
+
 #: Seconds for last words: what was aborted still gets its end of stream.
 _LAST_WORDS = 5
+
+
+class CertificateError(ValueError):
+    """A certificate or key file that HTTPS cannot be served with."""
 
 
 class _Server(uvicorn.Server):
@@ -53,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
-    """The HTTP server around `client`. Raises OSError (of which SSLError is one) for certificates of no use."""
+    """The HTTP server around `client`. Raises CertificateError for certificates of no use."""
     config = uvicorn.Config(
         create_app(client, http),
         http=HttpProtocol,
@@ -69,7 +77,13 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
         ssl_keyfile=http.tls_key,
         timeout_graceful_shutdown=math.ceil(http.shutdown_timeout) + _LAST_WORDS,
     )
-    config.load()
+    try:
+        config.load()
+    except OSError as error:
+        # Of which SSLError is one; nothing else of it opens files.
+        if http.tls_certificate is None or error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise CertificateError(str(error)) from error
     return config
 
 
@@ -81,6 +95,8 @@ async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -
     Under the other policies the server then stays and answers 503: whoever watches /health decides.
     """
     raise_file_limit()
+    if (most := max_connections()) < _FEW_CONNECTIONS:
+        logger.warning("only %d connections at once: the limit of open files is low; raise it (ulimit -n)", most)
     config = configure(client, http)
     loop = asyncio.get_running_loop()
     tasks: list[asyncio.Task[None]] = []

@@ -22,7 +22,7 @@ class Dtype(StrEnum):
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 512MiB, 2GiB, 1.5G or 1073741824; units are binary. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(text).strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(?:i?b)?", str(text).strip().lower(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 2GiB or a number of bytes")

@@ -163,7 +163,7 @@ def serve(
     """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
     import asyncio
 
-    from fastblt.server.api.serve import listen
+    from fastblt.server.api.serve import CertificateError, listen
     from fastblt.server.api.serve import serve as run
     from fastblt.server.api.tracing import TracingUnavailableError
     from fastblt.server.process.client import EngineClient, EngineUnavailableError
@@ -182,54 +182,62 @@ def serve(
             entropy_rule=entropy_rule,
             max_steps=max_steps,
         )
-    settings = EngineSettings(
-        model=model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        cache_bytes=cache_size,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        max_model_len=max_model_len,
-        max_pass_rows=max_pass_rows,
-        max_hold_ms=max_hold_ms,
-        patching_threshold=patching_threshold,
-        max_patch_length=max_patch_length,
-        deterministic=deterministic,
-        prefix_cache=prefix_cache,
-        threads=threads,
-        tensor_parallel_size=tensor_parallel_size,
-        decoding=decoding,
-        allow_untrained_block_size=allow_untrained_block_size,
-    )
+        settings = EngineSettings(
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            cache_bytes=cache_size,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_model_len=max_model_len,
+            max_pass_rows=max_pass_rows,
+            max_hold_ms=max_hold_ms,
+            patching_threshold=patching_threshold,
+            max_patch_length=max_patch_length,
+            deterministic=deterministic,
+            prefix_cache=prefix_cache,
+            threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
+            decoding=decoding,
+            allow_untrained_block_size=allow_untrained_block_size,
+        )
     if (tls_certificate is None) != (tls_key is None):
         fail("--tls-certificate and --tls-key need each other")
-    http = HttpSettings(
-        api_keys=read_keys(api_key, api_key_file),
-        cors_origins=tuple(cors_origin or ()),
-        tls_certificate=str(tls_certificate) if tls_certificate else None,
-        tls_key=str(tls_key) if tls_key else None,
-        shutdown_timeout=shutdown_timeout,
-        access_log=access_log,
-        vllm_metrics=vllm_metrics,
-        otlp_endpoint=otlp_endpoint,
-    )
-    try:
-        sock = listen(host, port)
-    except OSError as error:
-        fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port")
-    try:
+    for file in (tls_certificate, tls_key):
+        # A pipe would be waited for.
+        if file is not None and not file.is_file():
+            fail(f"cannot serve HTTPS: {file} is no file")
+    with clean_errors():
+        http = HttpSettings(
+            api_keys=read_keys(api_key, api_key_file),
+            cors_origins=tuple(cors_origin or ()),
+            tls_certificate=str(tls_certificate) if tls_certificate else None,
+            tls_key=str(tls_key) if tls_key else None,
+            shutdown_timeout=shutdown_timeout,
+            access_log=access_log,
+            vllm_metrics=vllm_metrics,
+            otlp_endpoint=otlp_endpoint,
+        )
         service = ServiceSettings(
             queue_timeout=queue_timeout or None,
             request_timeout=request_timeout or None,
             stall_timeout=stall_timeout,
             on_engine_failure=on_engine_failure,
         )
+    try:
+        sock = listen(host, port)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fail(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port")
+    try:
         client = EngineClient(settings, service, name=served_model_name, log=log)
         asyncio.run(run(client, sock, http))
     except TracingUnavailableError as error:
         fail(str(error))
-    except OSError as error:
+    except CertificateError as error:
         fail(f"cannot serve HTTPS with {tls_certificate} and {tls_key}: {error}")
+    except OSError as error:
+        fail(f"cannot serve: {error}")
     except EngineUnavailableError as error:
         fail(f"cannot serve {model}: {error}")

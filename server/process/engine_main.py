@@ -64,7 +64,7 @@ def _serve(channel: EngineChannel, load: Callable[[EngineSettings], Engine], set
         loaded = Loaded(engine.model_name, engine.config, engine.max_model_len, engine.stats())
     except Exception as error:
         logger.debug("loading failed", exc_info=True)
-        channel.send(Failed(f"{error or type(error).__name__}"))
+        channel.send(Failed(_reason(error)))
         return 1
     channel.send(loaded)
     worker = _Worker(channel, engine)
@@ -77,6 +77,11 @@ def _serve(channel: EngineChannel, load: Callable[[EngineSettings], Engine], set
         channel.send(Failed(f"the engine failed: {type(error).__name__}"))
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    # Python's own has no words.
+    return "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
 
 
 class _Worker:

@@ -19,12 +19,14 @@ from fastblt.server.process.messages import Command, Report
 
 logger = logging.getLogger("fastblt.engine")
 
-#: The tree that this process runs, whatever its working directory is.
 #: How the engine process is started.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastblt.server.process.engine_main")
 
 #: Seconds that a process has to exit once its channel is closed.
 _EXIT_SECONDS = 5.0
+
+#: Seconds between two looks at whether it has.
+_POLL_SECONDS = 0.01
 
 
 class EngineProcess(asyncio.Protocol):
@@ -104,14 +106,28 @@ class EngineProcess(asyncio.Protocol):
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        assert self._process is not None
+        how = "the engine process is lost"
         try:
-            status = await asyncio.to_thread(self._process.wait, _EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
+            how = _how(await self._status())
+        except Exception:
+            logger.exception("the end of the engine process cannot be told; it is killed")
             self.kill()
-            status = await asyncio.to_thread(self._process.wait)
-        self._ended.set()
-        self._on_end(_how(status))
+        finally:
+            # Whatever went wrong: nobody waits for this process for ever.
+            self._ended.set()
+            self._on_end(how)
+
+    async def _status(self) -> int:
+        """The exit status. Asked for again and again: waiting in a thread needs a thread, which can be refused."""
+        assert self._process is not None
+        for _ in range(int(_EXIT_SECONDS / _POLL_SECONDS)):
+            if (status := self._process.poll()) is not None:
+                return status
+            await asyncio.sleep(_POLL_SECONDS)
+        self.kill()
+        while (status := self._process.poll()) is None:
+            await asyncio.sleep(_POLL_SECONDS)
+        return status
 
 
 def _how(status: int) -> str:

@@ -158,12 +158,13 @@ class Supervisor:
             await self._process.start(self._command)
         except OSError as error:
             self._process = None
-            self._lose(f"the engine process cannot be started: {error}")
+            self._ended(f"the engine process cannot be started: {error}")
             return
         self._process.send(self._start)
 
     async def _relaunch(self) -> None:
-        await asyncio.sleep(RESTART_PAUSE_SECONDS)
+        # Longer from loss to loss: what takes the memory of the first may take that of the next.
+        await asyncio.sleep(RESTART_PAUSE_SECONDS * 4 ** max(len(self._losses) - 1, 0))
         self.restarts += 1
         await self._launch()
 
@@ -209,7 +210,8 @@ class Supervisor:
         if self._lost:
             return
         self._lost = True
-        self.stats = replace(self.stats, running=0, waiting=0, pages_free=self.stats.pages_total, pages_cached={})
+        nothing = dict.fromkeys(self.stats.pages_cached, 0)
+        self.stats = replace(self.stats, running=0, waiting=0, pages_free=self.stats.pages_total, pages_cached=nothing)
         if self.state in (EngineState.READY, EngineState.STALLED, EngineState.LOADING):
             if self.facts is not None:
                 logger.error("the engine is lost: %s", reason)
@@ -221,8 +223,8 @@ class Supervisor:
         self._on_loss(reason)
 
     def _may_restart(self) -> bool:
-        """Whether the policy asks for it, this engine had been good, and it does not happen all the time."""
-        if self._service.on_engine_failure is not FailurePolicy.RESTART or self.state is EngineState.LOADING:
+        """Whether the policy asks for it, an engine has been good here, and it does not happen all the time."""
+        if self._service.on_engine_failure is not FailurePolicy.RESTART or self.facts is None:
             return False
         full = len(self._losses) == MAX_RESTARTS
         return not full or time.monotonic() - self._losses[0] > RESTARTS_SECONDS
@@ -230,8 +232,7 @@ class Supervisor:
     # --- the watch --------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        limit = self._service.stall_timeout
-        watchdog = Watchdog(limit)
+        watchdog = Watchdog(self._service.stall_timeout)
         while True:
             await asyncio.sleep(watchdog.interval)
             if self._process is not None:
@@ -242,13 +243,13 @@ class Supervisor:
             if not watched:
                 continue
             if condition is Condition.HOPELESS:
-                reason = f"the engine made no progress for {2 * limit:g} s and was killed"
+                reason = f"the engine made no progress for {watchdog.waited:g} s and was killed"
                 assert self._process is not None
                 self._process.kill()
                 self._lose(reason)
             elif condition is Condition.STALLED and self.state is EngineState.READY:
                 logger.error("the engine makes no progress")
-                self.become(EngineState.STALLED, f"the engine has made no progress for {limit:g} s")
+                self.become(EngineState.STALLED, f"the engine has made no progress for {watchdog.waited:g} s")
             elif condition is Condition.FINE and self.state is EngineState.STALLED and not self._sick:
                 logger.warning("the engine makes progress again")
                 self.become(EngineState.READY, "")

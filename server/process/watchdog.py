@@ -27,6 +27,7 @@ class Watchdog:
         self.interval = min(_LONGEST_INTERVAL, limit / _LOOKS)
         # Fewer than the limit has: progress may have ended just after a look, and looks may be late.
         self._patience = max(int(limit / self.interval) - 2, 1)
+        self._hopeless = max(round(2 * limit / self.interval), self._patience + 1)
         self._misses = 0
 
     def look(self, progressed: bool) -> Condition:
@@ -34,4 +35,9 @@ class Watchdog:
         self._misses = 0 if progressed else self._misses + 1
         if self._misses < self._patience:
             return Condition.FINE
-        return Condition.STALLED if self._misses < 2 * self._patience else Condition.HOPELESS
+        return Condition.STALLED if self._misses < self._hopeless else Condition.HOPELESS
+
+    @property
+    def waited(self) -> float:
+        """Seconds without progress, to an interval."""
+        return self._misses * self.interval

@@ -256,3 +256,29 @@ def test_no_sizes(text: str) -> None:
 def test_what_answers_at_once_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--shutdown-timeout", "inf"], "shutdown_timeout must be from 0 to"),
+        (["--shutdown-timeout", "nan"], "'--shutdown-timeout'"),
+        (["--queue-timeout", "1e300"], "queue_timeout must be from 0 to"),
+        (["--stall-timeout", "inf"], "stall_timeout must be from 0 to"),
+        (["--cache-size", "9" * 20 + "t"], "is no size"),
+        (["--cache-size", "99999t"], "cache_bytes must be from 1 to"),
+        (["--max-model-len", str(10**30)], "max_model_len must be from 1 to 16777216, not a far larger number"),
+        (["--max-running", str(10**12)], "max_running must be from"),
+        (["--threads", str(10**9)], "threads must be from 1 to 1024"),
+        (["--max-hold-ms", "inf"], "max_hold_ms must be from"),
+        (["--patching-threshold", "nan"], "patching_threshold must be from"),
+        (["--host", "a" * 100], "cannot listen on"),
+        (["--tls-certificate", "/dev/zero", "--tls-key", "/dev/zero"], "/dev/zero is no file"),
+    ],
+)
+def test_numbers_out_of_range_end_in_one_line(options: list[str], named: str) -> None:
+    result = CliRunner().invoke(app, ["serve", *options, "--port", "0"])
+    # Typer draws a frame around its own.
+    told = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert result.exit_code in (1, 2) and named in told, told
+    assert result.exception is None or isinstance(result.exception, SystemExit)

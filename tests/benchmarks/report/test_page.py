@@ -20,7 +20,7 @@ from fastblt.models.blt import Blt
 
 
 def part(name: str, **result: Any) -> dict[str, Any]:
-    command = {"command": ["fastblt.benchmarks.cli", "bench", name], "checkpoint": "0123456789abcdef", "model": "tiny"}
+    command = {"command": ["fastblt", "bench", name], "checkpoint": "0123456789abcdef", "model": "tiny"}
     return {"part": command, **measured_with(), **result}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError, LiveRequest
+from fastblt.server.process.engine_process import EngineProcess
 from fastblt.server.process.stream import DeltaStream
 from fastblt.server.request import (
     ByteLogprobs,
@@ -420,6 +421,44 @@ async def test_a_lost_engine_is_replaced_if_the_policy_says_so(monkeypatch: pyte
             ends(client).counts.clear()
         # Enough is enough.
         assert client.state is EngineState.DEAD
+
+
+async def test_a_replacement_that_dies_while_it_loads_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where memory is short, the next engine is as likely to be killed as the last."""
+    monkeypatch.setattr("fastblt.server.process.supervisor.RESTART_PAUSE_SECONDS", 0.01)
+    gate = tmp_path / "gate"
+    gate.touch()
+    async with running(service=ServiceSettings(on_engine_failure=FailurePolicy.RESTART), gate=str(gate)) as client:
+        await client.ready()
+        gate.unlink()
+        for _ in range(2):
+            lost = client.pid
+            assert lost is not None
+            os.kill(lost, signal.SIGKILL)
+            async with asyncio.timeout(10):
+                while client.pid in (lost, None):
+                    await asyncio.sleep(0.01)
+            assert client.state is EngineState.LOADING
+        gate.touch()
+        await client.ready()
+        assert (await read(await client.submit(request("a"))))["a"].finish_reason is FinishReason.LENGTH
+
+
+async def test_an_engine_whose_end_cannot_be_told_does_not_hold_up_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fault(self: EngineProcess) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(EngineProcess, "_status", fault)
+    client = client_of()
+    async with asyncio.timeout(10):
+        await client.start()
+        await client.ready()
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await until_state(client, EngineState.DEAD)
+        await client.stop()
 
 
 async def test_requests_that_wait_too_long_are_ended() -> None:
