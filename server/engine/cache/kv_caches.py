@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ class KvCaches:
         windows: dict[str, int | None] = {name: stack.window for name, (stack, _) in stacks.items()}
         # Encoder states are read until their patch closes: a bounded stretch only where patches are bounded.
         windows["states"] = config.max_patch_length
-        self.max_length, pages = _sizes(settings, windows, per_slot)
+        self.max_length, pages = _sizes(settings, windows, per_slot, device)
         self.groups: dict[str, CacheGroup] = {}
         for name, count in pages.items():
             shapes: list[tuple[int, ...]] = [(config.encoder.hidden_size,)]
@@ -249,7 +250,7 @@ def _slot_bytes(stack: StackConfig, wide: int) -> int:
 
 
 def _sizes(
-    settings: EngineSettings, windows: dict[str, int | None], per_slot: dict[str, int]
+    settings: EngineSettings, windows: dict[str, int | None], per_slot: dict[str, int], device: torch.device
 ) -> tuple[int, dict[str, int]]:
     """The longest request that can always be served, and pages by group, for the settings' memory.
 
@@ -279,9 +280,21 @@ def _sizes(
         )
     for name in unbounded:
         pages[name] = count
+    if device.type == "cpu" and (taken := cost + count * each_page) > (there := _machine_bytes()):
+        raise ValueError(f"the caches would take {taken} bytes, and there are {there}: give a smaller cache_bytes")
     # Whatever its patches, one request alone must fit: it can then always be finished.
     return min(settings.max_model_len, count * page), pages
 
 
 def _default_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return _machine_bytes() // 8
+
+
+def _machine_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Memory for this process: the machine's, within the container's limit."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(found, int(limit.read_text()))
+    except (OSError, ValueError):
+        # No such file, or "max".
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from fastblt.server.engine.cache import kv_caches
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from tests.server.harness import model, settings
 
@@ -68,3 +70,14 @@ def test_few_and_short_requests_need_no_room_for_a_whole_pass() -> None:
 def test_too_little_memory_says_how_much_is_needed() -> None:
     with pytest.raises(ValueError, match="give at least"):
         caches(cache_bytes=1000)
+
+
+def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000\n")
+    assert kv_caches._machine_bytes(limit) == 1_000_000
+    limit.write_text("max\n")
+    assert kv_caches._machine_bytes(limit) == kv_caches._machine_bytes(tmp_path / "nowhere") > 2**30
+    monkeypatch.setattr(kv_caches, "_machine_bytes", lambda: 1 << 18)
+    with pytest.raises(ValueError, match="there are 262144: give a smaller cache_bytes"):
+        caches(cache_bytes=1 << 20)
