@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID
 from fastblt.server.engine.constraints.constraint import Constraint
+from fastblt.server.engine.stop_strings import stop_strings
 from fastblt.server.request import ByteLogprobs, FinishReason, SamplingParams
 
 
@@ -20,10 +21,11 @@ class Output:
         self._params = params
         self._constraint = constraint
         self._stop_ids = set(params.stop_token_ids)
-        self._longest = max((len(stop) for stop in params.stop), default=0)
+        self._stops = stop_strings(params.stop)
+        #: How the output's end and the stop strings' beginnings agree.
+        self._state = 0
         #: Whether only EOS and the length can end it.
-        self._simple = not self._longest and not self._stop_ids and constraint is None and params.logprobs is None
-        self._tail = b""
+        self._simple = not params.stop and not self._stop_ids and constraint is None and params.logprobs is None
         self.ids: list[int] = []
         self.logprobs: list[ByteLogprobs] = []
         self._released = 0
@@ -62,19 +64,15 @@ class Output:
                 self._end_at(token, logprob)
             return self._finish(FinishReason.STOP, token)
         self._push(token, logprob)
-        if self._longest:
+        if (stops := self._stops) is not None:
             # An id that is no byte (EOS under ignore_eos) can be part of no stop string.
-            self._tail = self._tail + bytes((token - BYTE_OFFSET,)) if token >= BYTE_OFFSET else b""
-            self._tail = self._tail[-self._longest :]
-            if len(self.ids) >= params.min_tokens:
-                matches = [stop for stop in params.stop if self._tail.endswith(stop)]
-                if matches:
-                    # Of stops that end here the longest began first.
-                    stop = max(matches, key=len)
-                    if not params.include_stop_str_in_output:
-                        del self.ids[-len(stop) :]
-                        del self.logprobs[-len(stop) :]
-                    return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
+            self._state = stops.step(self._state, token - BYTE_OFFSET) if token >= BYTE_OFFSET else 0
+            if self._state and len(self.ids) >= params.min_tokens and (stop := stops.ended(self._state)) is not None:
+                # Of stops that end here the longest began first.
+                if not params.include_stop_str_in_output:
+                    del self.ids[-len(stop) :]
+                    del self.logprobs[-len(stop) :]
+                return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
         if self._constraint is not None and (end := self._constraint.commit(token)) is not None:
             return self._finish(end, None)
         if len(self.ids) >= params.max_tokens:
@@ -84,18 +82,10 @@ class Output:
     def release(self) -> tuple[list[int], list[ByteLogprobs]]:
         """The ids (and logprobs, where asked for) that may leave now and have not left before."""
         until = len(self.ids)
-        if self.finish_reason is None and self._longest and not self._params.include_stop_str_in_output:
-            until -= self._held()
+        if self.finish_reason is None and self._stops is not None and not self._params.include_stop_str_in_output:
+            until -= self._stops.begun(self._state)
         start, self._released = self._released, max(self._released, until)
         return self.ids[start : self._released], self.logprobs[start : self._released]
-
-    def _held(self) -> int:
-        """Length of the longest end of the output that begins a stop string."""
-        for size in range(min(len(self._tail), self._longest - 1), 0, -1):
-            end = self._tail[-size:]
-            if any(stop.startswith(end) for stop in self._params.stop):
-                return size
-        return 0
 
     def _push(self, token: int, logprob: ByteLogprobs | None) -> None:
         self.ids.append(token)
