@@ -6,7 +6,7 @@ With z [N, 260] the raw logits, c the counts of produced ids, and everything a v
     s = s - (frequency * c + presence * [c > 0]) + bias
     s = -inf for BOE, BOS, BPE, where forbidden EOS, and ids that are not allowed
     t = 0:  id = argmax(s)
-    t > 0:  s = s / t, then removed (-inf) by, in this order,
+    t > 0:  s = s / t (where that exceeds fp32, of s - max s), then removed (-inf) by, in this order,
             top_k   ids below the k-th largest score (ties at the boundary stay)
             top_p   ids after the smallest prefix, descending, ties lowest id first, whose probability reaches top_p,
                     probabilities renormalized after top_k; the first id always stays
@@ -14,8 +14,10 @@ With z [N, 260] the raw logits, c the counts of produced ids, and everything a v
             id = argmax(log_softmax(s) + gumbel(seed, position, id))
 
 Ties go to the lowest id. `logprobs` is log_softmax(z) at the id, of the raw model. `confidence` (maximum probability)
-and `entropy` (nats) are those of softmax(s) after the temperature (t = 0 counts as 1) and before truncation. A row is
-`bad`, and its id EOS, when its logits hold NaN or +inf or when no id is left with a finite score.
+and `entropy` (nats) are those of softmax(s) before temperature and truncation: how sure the model is, not how the byte
+is drawn. A row is `bad`, and its id EOS, when its logits hold NaN or +inf or nothing finite that is ever produced
+(NOT_FINITE), or when of sound ones penalties, bias and masks leave no finite score, or make an infinite one
+(NOTHING_LEFT).
 
 A row's result is bit-identical whatever the other rows, N and the three batch-wide booleans are. A vectorized loop and
 the scalar loop over its remainder may round a transcendental function differently, and where the remainder falls
@@ -36,7 +38,7 @@ from torch import Tensor
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.noise import VOCABULARY, gumbel
-from fastblt.kernels.types import Selection, SelectionParams
+from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, Selection, SelectionParams
 
 EOS = 2
 #: BOE, BOS and BPE are never produced.
@@ -102,34 +104,31 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
     if params.allowed is not None:
         allowance.masked_fill_(params.allowed.logical_not(), -_INF)
     scores = allowance.add_(_penalized(logits, params) if params.penalized else logits)
-    scaled, distribution = scores, None
+    top, ids = scores.max(-1)
+    flawed = (logits + _allowances(logits.device)[1]).amax(-1).isfinite().logical_not_()
+    bad = top.isfinite().logical_not_()
     if params.sampled:
         # A greedy row divides by 1, which changes nothing, and keeps its scores: log_softmax could round two of them to
-        # one value. A quotient beyond fp32 stays its largest number, since inf - inf has no logarithm.
-        sampling = params.temperature > 0
-        scaled = (scores / torch.where(sampling, params.temperature, 1.0).unsqueeze(-1)).clamp_(max=_MOST)
-        distribution = scaled.log_softmax(-1)
-        drawn = _truncated(scaled, params).log_softmax(-1) if params.truncated else distribution
-        noisy = drawn + gumbel(params.seeds, params.positions)
-        best, ids = torch.where(sampling.unsqueeze(-1), noisy, scores).max(-1)
-        bad = best.isfinite().logical_and_(scores.amax(-1).isfinite()).logical_not_()
-    else:
-        best, ids = scores.max(-1)
-        bad = best.isfinite().logical_not_()
+        # one value. Quotients beyond fp32 would all be equal: then they are taken of what scores lack to the largest.
+        sampling, top = params.temperature > 0, top.unsqueeze(-1)
+        heat = torch.where(sampling, params.temperature, 1.0).unsqueeze(-1)
+        scaled = (scores - torch.where((top / heat).isfinite(), 0.0, top)) / heat
+        if params.truncated:
+            scaled = _truncated(scaled, params)
+        noisy = scaled.log_softmax(-1) + gumbel(params.seeds, params.positions)
+        ids = torch.where(sampling.unsqueeze(-1), noisy, scores).argmax(-1)
     ids.masked_fill_(bad, EOS)
     logprobs = logits.log_softmax(-1).gather(1, ids.unsqueeze(-1)).squeeze(-1)
     confidence = entropy = None
     if need_statistics:
-        if distribution is None:
-            distribution = scaled.log_softmax(-1)
-        p = scaled.softmax(-1)
+        p = scores.softmax(-1)
         confidence = p.amax(-1)
         # Where p is 0 its logarithm may be -inf; any finite number gives the right product, 0. The sum is in float64
         # because a device may choose the order of its terms by N.
-        entropy = distribution.clamp_(min=-_MOST).mul_(p).sum(-1, dtype=torch.float64).neg_().float()
+        entropy = scores.log_softmax(-1).clamp_(min=-_MOST).mul_(p).sum(-1, dtype=torch.float64).neg_().float()
         confidence.masked_fill_(bad, float("nan"))
         entropy.masked_fill_(bad, float("nan"))
-    return Selection(ids, logprobs, confidence, entropy, bad)
+    return Selection(ids, logprobs, confidence, entropy, torch.where(flawed, NOT_FINITE, NOTHING_LEFT * bad).byte())
 
 
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
@@ -174,7 +173,7 @@ def _native(function: Callable[..., None], logits: Tensor, params: SelectionPara
         *(penalties if params.penalized else (None,) * 6), params.allowed,
     ]  # fmt: skip
     columns = [None if value is None else value.contiguous() for value in given]
-    ids, bad = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.bool)
+    ids, bad = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.uint8)
     logprobs = logits.new_empty(rows)
     confidence, entropy = (logits.new_empty(rows) if need_statistics else None for _ in range(2))
     function(

@@ -8,6 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+#: Why a row is bad: its logits, or what its parameters made of them. Bits, so that rows can be joined.
+NOT_FINITE, NOTHING_LEFT = 1, 2
+
 
 @dataclass
 class SelectionParams:
@@ -45,7 +48,7 @@ class Selection:
     logprobs: Tensor  # fp32 [N], without meaning in a bad row
     confidence: Tensor | None  # fp32 [N], None unless asked for; NaN in a bad row
     entropy: Tensor | None  # fp32 [N], likewise
-    bad: Tensor  # bool [N]
+    bad: Tensor  # uint8 [N], 0, NOT_FINITE or NOTHING_LEFT
 
 
 @dataclass(frozen=True)
@@ -82,4 +85,4 @@ class Unmasked:
     count: Tensor  # int64 [R], how many were fixed
     done: Tensor  # bool [R], none is masked any more
     logprobs: Tensor  # fp32 [R, B] of the positions fixed in this step, NaN elsewhere
-    bad: Tensor  # bool [R], a masked row could not be selected from
+    bad: Tensor  # uint8 [R], why masked rows could not be selected from (as in Selection, joined), or 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.selection import select
-from fastblt.kernels.types import SelectionParams, Unmasked
+from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, SelectionParams, Unmasked
 
 CONFIDENCE = 0
 ENTROPY = 1
@@ -74,9 +74,10 @@ def unmask_torch(
     """
     shape = masked.shape
     chosen = select(logits.reshape(-1, logits.shape[-1]), params, need_statistics=not everything)
-    bad = chosen.bad.view(shape).logical_and_(masked).any(-1)
+    flaws = chosen.bad.view(shape) * masked
+    bad = (flaws & NOT_FINITE).amax(-1) | (flaws & NOTHING_LEFT).amax(-1)
     if chosen.confidence is None or chosen.entropy is None:
-        picked, left, done = masked, torch.zeros_like(masked), torch.ones_like(bad)
+        picked, left, done = masked, torch.zeros_like(masked), torch.ones_like(last_step)
     else:
         picked = pick_torch(chosen.confidence.view(shape), chosen.entropy.view(shape), masked, rule, bound, last_step)
         left = masked & ~picked

@@ -18,13 +18,17 @@ from fastblt.models.vocabulary import EOS_ID, NEVER_PRODUCED, VOCAB_SIZE
 
 Row = npt.NDArray[np.float32]
 
+#: Temperatures that are as good as 0.
+GREEDY_BELOW = 1e-5
+
 _WORD = 2**32 - 1
 _LONG = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How bytes are drawn. Temperature 0 is greedy; 0 for top_k, 1 for top_p and 0 for min_p mean no truncation.
+    """How bytes are drawn. Temperature 0 is greedy, and so is any below GREEDY_BELOW; 0 for top_k, 1 for top_p and 0
+    for min_p mean no truncation.
 
     `choice` is the index of this choice among those of one request; `seed` is any 64-bit integer.
     """
@@ -48,8 +52,8 @@ class SamplingOptions:
 class Selected:
     """A selected id with the log-probability of the raw model.
 
-    `confidence` (maximum probability) and `entropy` (nats) are those of the row after penalties, bias, forbidden ids
-    and temperature, before truncation; `margin` is how far the id was ahead of the next best.
+    `confidence` (maximum probability) and `entropy` (nats) are those of the row after penalties, bias and forbidden
+    ids, before temperature and truncation; `margin` is how far the id was ahead of the next best.
     """
 
     id: int
@@ -71,10 +75,9 @@ def select(
     scores = penalized(logits, options, prompt, output)
     for i in forbidden(options, produced):
         scores[i] = -np.inf
-    heat = np.float32(options.temperature or 1.0)
-    confidence, entropy = _certainty(scores / heat)
-    if options.temperature > 0:
-        scores = truncated(scores / heat, options)
+    confidence, entropy = _certainty(scores)
+    if options.temperature >= GREEDY_BELOW:
+        scores = truncated(scores / np.float32(options.temperature), options)
         scores = _log_softmax(scores).astype(np.float32)
         scores = scores + gumbel_row(options.seed, options.choice, position)
     best = int(np.argmax(scores))

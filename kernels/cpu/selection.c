@@ -16,6 +16,9 @@
 #define BLOCK_WIDTH 72
 #define SUMS 16
 #define EOS 2
+/* Why nothing can be chosen, as in selection.py. */
+#define NOT_FINITE 1
+#define NOTHING_LEFT 2
 /* More than twice the error of `fastblt_rough_gumbel` and of a sum with it: 1e-5 each. */
 #define DOUBT 1e-4f
 
@@ -39,7 +42,7 @@ static inline float rough_log(float x) {
     int32_t bits, exponent;
     memcpy(&bits, &x, sizeof bits);
     exponent = (bits - 0x3f3504f3) >> 23;
-    bits -= exponent << 23;
+    bits -= exponent * (1 << 23);
     float f, e = (float)exponent, y = 7.0376836292e-2f;
     memcpy(&f, &bits, sizeof f);
     f -= 1.0f;
@@ -116,11 +119,24 @@ static double weigh(const float *restrict x, float top, float *restrict out) {
     return total;
 }
 
-/* Scores after penalties, bias, and what is forbidden; returns whether one of them is NaN or +inf. */
+static int beyond(const float *x) {
+    int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+    for (int64_t i = 0; i < WIDTH; i++) beyond |= !(x[i] < INFINITY);
+    return beyond;
+}
+
+/* Scores after penalties, bias, and what is forbidden; returns why nothing can be chosen from them, or 0: what the logits
+ * lack is told apart from what the parameters made of finite ones. */
 static int penalize(const struct columns *of, int64_t row, float *restrict scores) {
     const float *logits = of->logits + row * of->stride;
     memcpy(scores, logits, sizeof(float) * V);
     for (int64_t i = V; i < WIDTH; i++) scores[i] = -INFINITY;
+    /* Adding keeps NaN visible and turns +inf at a forbidden id into NaN. */
+    scores[0] += -INFINITY;
+    scores[1] += -INFINITY;
+    scores[3] += -INFINITY;
+    if (beyond(scores) || largest(scores) == -INFINITY) return NOT_FINITE;
     const int32_t *counts = of->counts ? of->counts + row * V : NULL;
     const uint8_t *prompt = of->prompt_seen ? of->prompt_seen + row * V : NULL;
     if (of->repetition && (counts || prompt)) {
@@ -140,17 +156,10 @@ static int penalize(const struct columns *of, int64_t row, float *restrict score
     }
     if (of->bias)
         for (int64_t i = 0; i < V; i++) scores[i] += of->bias[row * V + i];
-    /* Adding keeps NaN visible and turns +inf at a forbidden id into NaN. */
     if (of->allowed)
         for (int64_t i = 0; i < V; i++) scores[i] += of->allowed[row * V + i] ? 0.0f : -INFINITY;
-    scores[0] += -INFINITY;
-    scores[1] += -INFINITY;
-    scores[3] += -INFINITY;
     if (of->forbid_eos[row]) scores[EOS] += -INFINITY;
-    int broken = 0;
-#pragma omp simd reduction(| : broken)
-    for (int64_t i = 0; i < WIDTH; i++) broken |= !(scores[i] < INFINITY);
-    return broken;
+    return beyond(scores) || largest(scores) == -INFINITY ? NOTHING_LEFT : 0;
 }
 
 /* Takes the ids that top_k, top_p and min_p remove out of `scores` (-inf); `weights` are e^(score - largest). */
@@ -230,38 +239,37 @@ static int64_t draw(const float *scores, float top, int64_t seed, int64_t positi
 static void select_row(const struct columns *of, int64_t row, int64_t *id, float *logprob, float *confidence,
                        float *entropy, uint8_t *bad) {
     float scores[WIDTH], weights[WIDTH];
-    int broken = penalize(of, row, scores), sampled = of->temperature && of->temperature[row] > 0.0f;
-    float top = largest(scores);
-    int64_t chosen = first_of(scores, top);
-    if (sampled) {
-        float heat = of->temperature[row];
-        /* Beyond fp32 a score stays its largest number: inf - inf has no logarithm. */
-        for (int64_t i = 0; i < WIDTH; i++) {
-            float quotient = scores[i] / heat;
-            scores[i] = quotient > 3.402823466e+38f ? 3.402823466e+38f : quotient;
-        }
-        top = largest(scores);
-    }
-    *bad = broken || top == -INFINITY;
+    int sampled = of->temperature && of->temperature[row] > 0.0f;
+    *bad = (uint8_t)penalize(of, row, scores);
     if (*bad) {
         *id = EOS;
         *logprob = NAN;
         if (confidence) *confidence = *entropy = NAN;
         return;
     }
+    float top = largest(scores);
+    int64_t chosen = first_of(scores, top);
+    if (confidence) {
+        double total = weigh(scores, top, weights), spent = 0.0;
+        /* H = ln Z + sum of e (top - score) / Z; where e is 0 any finite number gives the right product. */
+#pragma omp simd reduction(+ : spent)
+        for (int64_t i = 0; i < WIDTH; i++) spent += weights[i] * (weights[i] > 0.0f ? top - scores[i] : 0.0f);
+        *confidence = (float)(1.0 / total);
+        *entropy = (float)(log(total) + spent / total);
+    }
+    if (sampled) {
+        float heat = of->temperature[row];
+        /* Quotients beyond fp32 would all be equal: then they are taken of what the scores lack to the largest. */
+        float off = fabsf(top / heat) <= 3.402823466e+38f ? 0.0f : top;
+        for (int64_t i = 0; i < WIDTH; i++) scores[i] = (scores[i] - off) / heat;
+        top = largest(scores);
+    }
     int64_t top_k = sampled && of->top_k ? of->top_k[row] : 0;
     float top_p = sampled && of->top_p ? of->top_p[row] : 1.0f, min_p = sampled && of->min_p ? of->min_p[row] : 0.0f;
     int truncated = (top_k > 0 && top_k < V) || top_p < 1.0f || min_p > 0.0f;
-    if (confidence || truncated) {
-        double total = weigh(scores, top, weights), spent = 0.0;
-        if (confidence) {
-            /* H = ln Z + sum of e (top - score) / Z; where e is 0 any finite number gives the right product. */
-#pragma omp simd reduction(+ : spent)
-            for (int64_t i = 0; i < WIDTH; i++) spent += weights[i] * (weights[i] > 0.0f ? top - scores[i] : 0.0f);
-            *confidence = (float)(1.0 / total);
-            *entropy = (float)(log(total) + spent / total);
-        }
-        if (truncated) truncate_row(scores, weights, top_k, top_p, min_p);
+    if (truncated) {
+        weigh(scores, top, weights);
+        truncate_row(scores, weights, top_k, top_p, min_p);
     }
     if (sampled) chosen = draw(scores, top, of->seeds[row], of->positions[row]);
     *id = chosen;

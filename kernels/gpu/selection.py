@@ -22,13 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastblt.kernels.noise import VOCABULARY
-from fastblt.kernels.types import Selection, SelectionParams
+from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, Selection, SelectionParams
 
 TILE = 512
 WARPS = 4
 
 _V = tl.constexpr(VOCABULARY)
 _EOS = tl.constexpr(2)
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+_NOTHING_LEFT = tl.constexpr(NOTHING_LEFT)
 _MOST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -118,15 +120,8 @@ def select_row(
     broken = tl.max(((scores != scores) | (scores == float("inf"))).to(tl.int32), 0)
     top = tl.max(scores, 0)
 
-    scaled = scores
-    heat = 0.0
-    if SAMPLED:
-        heat = tl.load(temperature + row)
-        divisor = tl.where(heat > 0, heat, 1.0)
-        scaled = tl.minimum(tl.div_rn(scores, tl.zeros_like(scores) + divisor), _MOST)
-        top = tl.max(scaled, 0)
     bad = (broken != 0) | (top == float("-inf"))
-    x = scaled - top
+    x = scores - top
     e = tl.where(inside, tl.exp(x), 0.0)
     total = tl.sum(e, 0)
     p = tl.div_rn(e, tl.zeros_like(e) + total)
@@ -137,6 +132,14 @@ def select_row(
 
     wanted = scores
     if SAMPLED:
+        heat = tl.load(temperature + row)
+        divisor = tl.zeros_like(scores) + tl.where(heat > 0, heat, 1.0)
+        # Quotients beyond fp32 would all be equal: then they are taken of what scores lack to the largest.
+        within = tl.abs(tl.div_rn(tl.zeros_like(scores) + top, divisor)) <= _MOST
+        scaled = tl.div_rn(tl.where(within, scores, x), divisor)
+        x = scaled - tl.max(scaled, 0)
+        e = tl.where(inside, tl.exp(x), 0.0)
+        total = tl.sum(e, 0)
         drawn = x
         if TRUNCATED:
             keys = _keys(scaled, lanes)
@@ -148,7 +151,6 @@ def select_row(
         wanted = tl.where(heat > 0, noisy, scores)
     best = tl.max(wanted, 0)
     chosen = tl.min(tl.where(wanted == best, lanes, TILE), 0)
-    bad = bad | (best != best) | (best == float("-inf")) | (best == float("inf"))
     chosen = tl.where(bad, _EOS, chosen)
 
     highest = tl.max(raw, 0)
@@ -156,7 +158,11 @@ def select_row(
     own = tl.max(tl.where(lanes == chosen, raw, float("-inf")), 0)
     logprob = own - highest - tl.log(weight)
     nan = float("nan")
-    return chosen, logprob, tl.where(bad, nan, confidence), tl.where(bad, nan, entropy.to(tl.float32)), bad
+    possible = raw + tl.where((lanes == 0) | (lanes == 1) | (lanes == 3), float("-inf"), 0.0)
+    flawed = tl.max(((possible != possible) | (possible == float("inf"))).to(tl.int32), 0) != 0
+    flawed = flawed | (tl.max(possible, 0) == float("-inf"))
+    why = tl.where(bad, tl.where(flawed, _NOT_FINITE, _NOTHING_LEFT), 0)
+    return chosen, logprob, tl.where(bad, nan, confidence), tl.where(bad, nan, entropy.to(tl.float32)), why
 
 
 @triton.jit(do_not_specialize=["restricted"])
@@ -181,7 +187,7 @@ def select_kernel(
     tl.store(logprobs + row, logprob)
     tl.store(confidences + row, confidence)
     tl.store(entropies + row, entropy)
-    tl.store(bads + row, bad)
+    tl.store(bads + row, bad.to(tl.uint8))
 
 
 def columns_of(params: SelectionParams, logits: Tensor) -> tuple[tuple[Tensor | int, ...], int]:
@@ -220,7 +226,7 @@ def select_triton(logits: Tensor, params: SelectionParams, *, need_statistics: b
     rows = logits.shape[0]
     ids = logits.new_empty(rows, dtype=torch.int64)
     logprobs, confidence, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    bad = logits.new_empty(rows, dtype=torch.bool)
+    bad = logits.new_empty(rows, dtype=torch.uint8)
     if rows:
         select_kernel[(rows,)](
             *columns_of(params, logits),

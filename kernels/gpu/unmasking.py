@@ -109,13 +109,14 @@ def unmask_kernel(
         left = hidden & (picked == 0)
         fresh = tl.load(chosen_ids + at, mask=hidden, other=0, cache_modifier=".cg")
         value = tl.load(chosen_logprobs + at, mask=hidden, other=0.0, cache_modifier=".cg")
-        broken = tl.load(bads + at, mask=hidden, other=0, cache_modifier=".cg") != 0
+        broken = tl.load(bads + at, mask=hidden, other=0, cache_modifier=".cg").to(tl.int32)
+        broken = tl.where(hidden, broken, 0)
         tl.store(new_ids + at, tl.where(picked, fresh, tl.load(ids + at, mask=inside, other=0)), mask=inside)
         tl.store(new_masked + at, left, mask=inside)
         tl.store(new_logprobs + at, tl.where(picked, value, float("nan")), mask=inside)
         tl.store(fixed + block, tl.sum(picked.to(tl.int64), 0))
         tl.store(done + block, tl.sum(left.to(tl.int32), 0) == 0)
-        tl.store(block_bad + block, tl.sum((broken & hidden).to(tl.int32), 0) > 0)
+        tl.store(block_bad + block, tl.max(broken & 1, 0) | tl.max(broken & 2, 0))
 
 
 @lru_cache(maxsize=16)
@@ -141,14 +142,14 @@ def unmask_triton(
     flat = logits.reshape(-1, logits.shape[-1])
     rows = requests * size
     scratch = [flat.new_empty(rows, dtype=torch.int64), *(flat.new_empty(rows, dtype=torch.float32) for _ in range(3))]
-    bads = flat.new_empty(rows, dtype=torch.bool)
+    bads = flat.new_empty(rows, dtype=torch.uint8)
     result = Unmasked(
         ids=torch.empty((requests, size), dtype=torch.int64, device=ids.device),
         masked=torch.empty((requests, size), dtype=torch.bool, device=ids.device),
         count=flat.new_empty(requests, dtype=torch.int64),
         done=flat.new_empty(requests, dtype=torch.bool),
         logprobs=flat.new_empty((requests, size), dtype=torch.float32),
-        bad=flat.new_empty(requests, dtype=torch.bool),
+        bad=flat.new_empty(requests, dtype=torch.uint8),
     )
     if rows:
         unmask_kernel[(rows,)](

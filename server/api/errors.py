@@ -103,7 +103,7 @@ def failure(delta: Delta) -> ApiError:
             status, headers = 503, _RETRY
         case ErrorCode.REQUEST_TIMEOUT:
             status, headers = 504, _NO_RETRY
-        case ErrorCode.GRAMMAR_TOO_COMPLEX:
+        case ErrorCode.GRAMMAR_TOO_COMPLEX | ErrorCode.NOTHING_LEFT:
             status, headers = 400, {}
         case ErrorCode.NOT_FINITE | ErrorCode.OUT_OF_MEMORY:
             # The same request would fare the same again.

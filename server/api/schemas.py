@@ -19,6 +19,7 @@ from fastblt.server.request import (
     MAX_BLOCK_SIZE,
     MAX_DRAFT_LENGTH,
     MAX_LOGPROBS,
+    MIN_REPETITION_PENALTY,
     DecodingMethod,
     DecodingParams,
     EntropyRule,
@@ -103,7 +104,7 @@ class CompletionRequest(BaseModel):
     seed: Int64 | None = None
     presence_penalty: float = Field(default=0.0, json_schema_extra=_range(-2, 2))
     frequency_penalty: float = Field(default=0.0, json_schema_extra=_range(-2, 2))
-    repetition_penalty: float = Field(default=1.0, json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})
+    repetition_penalty: float = Field(default=1.0, json_schema_extra=_range(MIN_REPETITION_PENALTY, 100))
     logit_bias: Bias = {}
     stop: Stop = []
     stop_token_ids: StopIds = []

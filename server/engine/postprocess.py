@@ -7,6 +7,7 @@ import time
 from collections import abc
 from collections.abc import Callable
 
+from fastblt.kernels.types import NOT_FINITE
 from fastblt.models.accounting import ModuleParameters, gb, gb_paper
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.auto import Auto
@@ -66,9 +67,10 @@ class Postprocessor:
         sequence.plan, sequence.ready = None, False
         if result.scores is not None:
             sequence.score(result.scores)
-            result.bad |= any(math.isnan(score.logprob) for score in result.scores)
+            if any(math.isnan(score.logprob) for score in result.scores):
+                result.bad |= NOT_FINITE
         if result.bad:
-            return self._not_finite(sequence)
+            return self._failed(sequence, result.bad)
         if plan.draft and sequence.ids_only and not plan.upstream:
             # Nothing stays computed, no page is done with, and nobody has news.
             progress = sequence.method.advance(plan, result)
@@ -115,7 +117,7 @@ class Postprocessor:
     def process_next_draft(self, sequence: Sequence, draft: DraftResult) -> Delta | None:
         """Apply what the draft behind a verification gave, once that has been settled; the news of it, if any."""
         if draft.bad:
-            return self._not_finite(sequence)
+            return self._failed(sequence, draft.bad)
         progress = sequence.method.advance(NEXT_DRAFT, draft)
         sequence.ledger.steps += progress.steps
         sequence.draft = progress.draft
@@ -124,10 +126,14 @@ class Postprocessor:
             sequence.take_entropies(draft.entropies, self._rule)
         return None
 
-    def _not_finite(self, sequence: Sequence) -> Delta:
-        self._prefix.forget(sequence)
-        text = "the model produced NaN or infinity for this request"
-        return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
+    def _failed(self, sequence: Sequence, bad: int) -> Delta:
+        """End a sequence in whose rows nothing could be chosen, for a reason of the selection kernels."""
+        if bad & NOT_FINITE:
+            self._prefix.forget(sequence)
+            text = "the model produced NaN or infinity for this request"
+            return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOT_FINITE)
+        text = "penalties, bias and constraints of this request leave no byte that could be chosen"
+        return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOTHING_LEFT)
 
     def _count(self, sequence: Sequence, progress: Progress) -> None:
         """What drafting did, into the ledgers, and to the controller of `auto`."""

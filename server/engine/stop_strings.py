@@ -1,10 +1,10 @@
 """Finds where stop strings end in a text that comes byte by byte, at a bounded cost a byte.
 
-This is Shift-And (Baeza-Yates and Gonnet, 1992) over all strings at once: a bit for every beginning of every string says
-whether the text ends with it. A byte shifts the bits, each beginning to the one that is a byte longer, and a mask keeps
-those that have that byte there. Whatever the strings and the text are, that is three operations on one long integer:
-64 strings of 1,024 bytes are 8 KiB of bits, some microseconds. An automaton with failure links (Aho and Corasick) costs
-as little on average, but has to be built first, and a byte may follow a thousand of its links.
+This is Shift-And (Baeza-Yates and Gonnet, 1992) over all strings at once: for every beginning of every string a bit
+says whether the text ends with it. A byte shifts the bits, each beginning to the one that is a byte longer, and a mask
+keeps those that have the byte there. Whatever strings and text are, that is three operations on one long integer: for
+64 strings of 1,024 bytes 8 KiB of bits, which take some microseconds. An automaton with failure links (Aho and
+Corasick) costs as little on average, but has to be built first, and one byte may follow a thousand of its links.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StopStrings:
         return self._strings[(ends.bit_length() - 1) % self._count] if ends else None
 
     def begun(self, state: int) -> int:
-        """How many bytes at the end of the text could become a string: the longest beginning of one that is not whole."""
+        """How many bytes at the end of the text may become a string: the longest beginning, short of a whole one."""
         begun = state & self._inner
         return (begun.bit_length() - 1) // self._count + 1 if begun else 0
 

@@ -15,10 +15,12 @@ from fastblt.server.request.decoding import (
 from fastblt.server.request.prompt import Request, read_prompt
 from fastblt.server.request.results import ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger, PatchReport, Timings
 from fastblt.server.request.sampling import (
+    GREEDY_BELOW,
     MAX_GRAMMAR_BYTES,
     MAX_LOGPROBS,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
     GrammarKind,
     SamplingParams,
     StructuredOutput,
@@ -26,12 +28,14 @@ from fastblt.server.request.sampling import (
 )
 
 __all__ = [
+    "GREEDY_BELOW",
     "MAX_BLOCK_SIZE",
     "MAX_DRAFT_LENGTH",
     "MAX_GRAMMAR_BYTES",
     "MAX_LOGPROBS",
     "MAX_STOP_BYTES",
     "MAX_STOP_STRINGS",
+    "MIN_REPETITION_PENALTY",
     "ByteLogprobs",
     "DecodingMethod",
     "DecodingParams",

@@ -22,6 +22,7 @@ class ErrorCode(StrEnum):
 
     PASS_FAILED = "pass_failed"
     NOT_FINITE = "not_finite"
+    NOTHING_LEFT = "nothing_left"
     OUT_OF_MEMORY = "out_of_memory"
     GRAMMAR_TOO_COMPLEX = "grammar_too_complex"
     QUEUE_TIMEOUT = "queue_timeout"

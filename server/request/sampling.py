@@ -17,6 +17,12 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
 MAX_GRAMMAR_BYTES = 64 * 2**10
 
+#: Temperatures below it are greedy. The noise is at most 17, so what it could change there is between candidates whose
+#: logits differ by less than 2e-4.
+GREEDY_BELOW = 1e-5
+#: Smaller ones would take scores out of fp32, and tell bytes apart no better.
+MIN_REPETITION_PENALTY = 0.01
+
 
 class Utf8(StrEnum):
     """What bytes a completion may hold: any (where they are no UTF-8, text shows U+FFFD), or whole characters only."""
@@ -79,7 +85,8 @@ class StructuredOutput:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy; `top_k` 0 means all.
+    """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy, and so is any below GREEDY_BELOW;
+    `top_k` 0 means all.
 
     `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
     the chosen byte (0: the chosen one only), `prompt_logprobs` for the same of every prompt byte, `return_patches` for
@@ -123,7 +130,7 @@ class SamplingParams:
         within(self.seed, -(2**63), 2**63 - 1, "seed")
         within(self.presence_penalty, -2.0, 2.0, "presence_penalty")
         within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")
-        within(self.repetition_penalty, 0.0, 100.0, "repetition_penalty", open_low=True)
+        within(self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0, "repetition_penalty")
         within(self.logprobs, 0, MAX_LOGPROBS, "logprobs")
         within(self.prompt_logprobs, 0, MAX_LOGPROBS, "prompt_logprobs")
         for key, value in self.logit_bias.items():
@@ -156,7 +163,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def truncates(self) -> bool:

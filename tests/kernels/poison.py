@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill all fresh memory: NaN, -777, and booleans that are neither 0 nor 1."""
+    """Fill all fresh memory: NaN, -777, and bytes and booleans that are 127."""
 
     def fill(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.bool:
+        if tensor.dtype in (torch.bool, torch.uint8):
             tensor.view(torch.uint8).fill_(0x7F)
         else:
             tensor.fill_(float("nan") if tensor.is_floating_point() else -777)
@@ -28,9 +28,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(result: Any) -> None:
-    """Assert that no boolean or integer of a result is poison."""
+    """Assert that no byte, boolean or integer of a result is poison."""
     for value in vars(result).values():
-        if isinstance(value, Tensor) and value.dtype == torch.bool:
-            assert value.view(torch.uint8).max() <= 1
+        if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8):
+            assert value.view(torch.uint8).max() <= (1 if value.dtype == torch.bool else 3)
         elif isinstance(value, Tensor) and not value.is_floating_point():
             assert (value != -777).all()

@@ -52,7 +52,7 @@ def random_row(rng: np.random.Generator) -> Row:
         return float(rng.choice(np.asarray(values, dtype=np.float64))) if rng.random() < 0.5 else off
 
     row = Row(
-        temperature=float(rng.choice([0, 0, 1e-6, 0.01, 0.3, 0.7, 1, 1.5, 5, 100, 1e6])),
+        temperature=float(rng.choice([0, 0, 1e-44, 1e-37, 1e-6, 0.01, 0.3, 0.7, 1, 1.5, 5, 100, 1e6])),
         top_k=int(maybe([1, 2, 5, 40, 256, 260, 1000], 0)),
         top_p=maybe([0, 1e-6, 0.1, 0.5, 0.9, 0.999], 1),
         min_p=maybe([1e-6, 0.05, 0.3, 1], 0),

@@ -17,7 +17,7 @@ import fastblt.kernels.selection
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.noise import gumbel, mix_seed
 from fastblt.kernels.selection import select, select_torch
-from fastblt.kernels.types import Selection, SelectionParams
+from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, Selection, SelectionParams
 from tests.kernels.poison import poison, written
 from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle
@@ -56,7 +56,7 @@ def test_random_batches_equal_the_oracle(seed: int) -> None:
     assert result.confidence is not None and result.entropy is not None
     for index, row in enumerate(rows):
         expected = oracle.select(logits[index].tolist(), row)
-        assert bool(result.bad[index]) == expected.bad
+        assert result.bad[index] == expected.bad
         if expected.bad:
             assert result.ids[index] == 2
             assert result.confidence[index].isnan() and result.entropy[index].isnan()
@@ -118,11 +118,11 @@ def test_statistics_come_before_truncation_and_ignore_what_is_forbidden() -> Non
     np.testing.assert_allclose(result.logprobs.item(), -49 - np.log(3), rtol=1e-6)
 
 
-def test_statistics_take_the_temperature() -> None:
+def test_statistics_are_those_of_the_model_at_every_temperature() -> None:
     logits = flat(_10=2.0, _20=0.0)
-    for temperature, divisor in ((0.0, 1.0), (2.0, 2.0), (0.5, 0.5)):
-        result = one(logits, Row(temperature=temperature))
-        p = 1 / (1 + np.exp(-2 / divisor))
+    for temperature in (0.0, 1e-40, 0.1, 0.5, 1.0, 2.0, 1e30):
+        result = one(logits, Row(temperature=temperature, top_k=1))
+        p = 1 / (1 + np.exp(-2))
         assert result.confidence is not None and result.entropy is not None
         np.testing.assert_allclose(result.confidence.item(), p, rtol=1e-6)
         np.testing.assert_allclose(result.entropy.item(), -p * np.log(p) - (1 - p) * np.log1p(-p), rtol=1e-5)
@@ -178,7 +178,7 @@ def test_only_allowed_ids_are_produced() -> None:
     ]
     many = torch.tensor(logits).expand(len(cases), 260)
     result = select(many, pack([row for row, _ in cases]), need_statistics=True)
-    assert result.bad.tolist() == [id is None for _, id in cases]
+    assert result.bad.tolist() == [NOTHING_LEFT * (id is None) for _, id in cases]
     assert result.ids.tolist() == [2 if id is None else id for _, id in cases]
     assert result.confidence is not None
     # The statistics are those of what is allowed; the logprob is the raw model's.
@@ -278,25 +278,42 @@ def test_nan_and_positive_infinity_make_a_row_bad(place: int, temperature: float
         logits[0, place] = value
         rows = [Row(temperature=temperature, top_k=3, forbid_eos=True)] * 2
         result = select(logits, pack(rows), need_statistics=True)
-        assert result.bad.tolist() == [True, False]
+        assert result.bad.tolist() == [NOT_FINITE, 0]
         assert result.ids[0] == 2 and result.ids[1] >= 4
 
 
 def test_rows_without_a_possible_id_are_bad() -> None:
     only_eos = flat(_0=5.0, _1=5.0, _2=1.0, _3=9.0)
-    assert one(only_eos, Row()).bad.tolist() == [False]
-    assert one(only_eos, Row(forbid_eos=True)).bad.tolist() == [True]
-    assert one(only_eos, Row(forbid_eos=True, temperature=1.0)).bad.tolist() == [True]
-    assert one([0.0] * 260, Row(bias=[-float("inf")] * 260)).bad.tolist() == [True]
+    assert one(only_eos, Row()).bad.tolist() == [0]
+    assert one(only_eos, Row(forbid_eos=True)).bad.tolist() == [NOTHING_LEFT]
+    assert one(only_eos, Row(forbid_eos=True, temperature=1.0)).bad.tolist() == [NOTHING_LEFT]
+    assert one([0.0] * 260, Row(bias=[-float("inf")] * 260)).bad.tolist() == [NOTHING_LEFT]
+    assert one(flat(), Row()).bad.tolist() == [NOT_FINITE]
+
+
+def test_what_parameters_do_to_sound_logits_is_not_the_model_s() -> None:
+    """Penalties that leave fp32, whatever the mask: told apart from logits that are NaN or infinite."""
+    seen = [True] * 260
+    only = [i == 77 for i in range(260)]
+    for row in (Row(repetition=1e-45, prompt_seen=seen), Row(repetition=1e-45, prompt_seen=seen, temperature=1.0)):
+        for allowed in ([True] * 260, only):
+            row.allowed = allowed
+            assert one([5.0] * 260, row).bad.tolist() == [NOTHING_LEFT]
+            assert one([float("nan")] * 260, row).bad.tolist() == [NOT_FINITE]
+            assert one([float("-inf")] * 260, row).bad.tolist() == [NOT_FINITE]
 
 
 def test_temperatures_at_the_ends_of_fp32() -> None:
-    logits = flat(_9=30.0, _20=29.0, _30=-40.0)
-    for temperature in (1e-30, 1e-6, 1e-3):
-        assert drawn(logits, Row(temperature=temperature)) == {9}
-    # Quotients beyond fp32 are its largest number: still no NaN, and never an impossible id.
-    assert drawn(logits, Row(temperature=1e-40)) == {9, 20}
-    assert drawn(logits, Row(temperature=1e30)) == {9, 20, 30}
+    """Towards 0 a draw is the argmax, on either side of fp32 and of 0; equals are drawn evenly."""
+    for shift in (0.0, -100.0, 1e4):
+        logits = flat(_9=shift + 30.0, _20=shift + 29.0, _30=shift - 40.0)
+        for temperature in (1e-45, 1e-44, 1e-40, 1e-38, 1e-37, 1e-36, 1e-30, 1e-6, 1e-3):
+            for row in (Row(temperature=temperature), Row(temperature=temperature, top_k=2, top_p=0.9, min_p=0.1)):
+                assert drawn(logits, row) == {9}
+        assert drawn(logits, Row(temperature=1e30)) == {9, 20, 30}
+    for value in (0.0, 30.0, -30.0):
+        assert drawn(flat(_9=value, _20=value, _30=value - 1), Row(temperature=1e-40)) == {9, 20}
+    assert drawn(flat(_9=3e38, _20=1e38, _30=-3e38), Row(temperature=1e-40)) == {9}
 
 
 def test_no_rows() -> None:
@@ -405,7 +422,7 @@ def test_both_paths_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     )
     written(native)
     assert torch.equal(native.bad, plain.bad)
-    greedy, good = params.temperature == 0, ~plain.bad
+    greedy, good = params.temperature == 0, plain.bad == 0
     assert torch.equal(native.ids[greedy], plain.ids[greedy])
     assert (native.ids != plain.ids).sum() <= 2
     same = good & (native.ids == plain.ids)

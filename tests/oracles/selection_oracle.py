@@ -15,6 +15,8 @@ import numpy as np
 
 WORD = 2**32
 INF = math.inf
+#: What `bad` may be.
+NOT_FINITE, NOTHING_LEFT = 1, 2
 
 
 def splitmix64(seed: int, number: int) -> int:
@@ -79,7 +81,7 @@ class Choice:
     logprob: float
     confidence: float
     entropy: float
-    bad: bool
+    bad: int
     margin: float
 
 
@@ -144,16 +146,18 @@ def truncate(scores: Sequence[float], row: Row) -> tuple[list[float], float]:
 
 
 def select(logits: Sequence[float], row: Row) -> Choice:
-    failed = Choice(2, math.nan, math.nan, math.nan, True, INF)
-    if any(math.isnan(logit) or logit == INF for logit in logits):
-        return failed
-    with np.errstate(over="ignore"):
+    if any(math.isnan(logit) or logit == INF for logit in logits) or max(logits[2], *logits[4:]) == -INF:
+        return Choice(2, math.nan, math.nan, math.nan, NOT_FINITE, INF)
+    with np.errstate(over="ignore", invalid="ignore"):
         scores = penalize(logits, row)
-    if max(scores) == -INF:
-        return failed
+    if any(np.isnan(score) or score == INF for score in scores) or max(scores) == -INF:
+        return Choice(2, math.nan, math.nan, math.nan, NOTHING_LEFT, INF)
     temperature = np.float32(row.temperature) if row.temperature > 0 else np.float32(1)
-    scaled = [float(score / temperature) for score in scores]
-    logp = log_softmax(scaled)
+    with np.errstate(over="ignore"):
+        largest = np.float32(max(scores))
+        off = np.float32(0) if np.isfinite(largest / temperature) else largest
+        scaled = [float((score - off) / temperature) for score in scores]
+    logp = log_softmax([float(score) for score in scores])
     entropy = -math.fsum(math.exp(x) * x for x in logp if x > -INF)
     margin = INF
     if row.temperature > 0:
@@ -166,7 +170,7 @@ def select(logits: Sequence[float], row: Row) -> Choice:
     else:
         chosen = first_best([float(score) for score in scores])
     raw = log_softmax([float(logit) for logit in logits])
-    return Choice(chosen, raw[chosen], math.exp(max(logp)), entropy, False, margin)
+    return Choice(chosen, raw[chosen], math.exp(max(logp)), entropy, 0, margin)
 
 
 def pick(

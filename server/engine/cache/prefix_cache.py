@@ -37,12 +37,12 @@ class PrefixCache:
         self._global = caches.groups["global"]
         self._latents = caches.latent_pool
         # By state index: the node of the newest page that the request entered, how many pages these are, the number of
-        # rows that fills the next one, and the node from which the request resumed.
+        # rows that fills the next one, and the nodes that it made.
         states = len(self._global.table)
         self._stands: list[Node | None] = [None] * states
         self._entered = [0] * states
         self._due = [_NEVER] * states
-        self._origin: list[Node | None] = [None] * states
+        self._made: list[list[Node]] = [[] for _ in range(states)]
         #: Bytes of prompts that were looked up, and how many of them need not be computed; BOS is not counted.
         self.queries = self.hits = 0
 
@@ -59,7 +59,6 @@ class PrefixCache:
         resume = path[-1].resume if path else None
         if resume is not None and self._take(state_index, path, resume):
             sequence.resume(resume.at, resume.patch)
-            self._origin[state_index] = path[-1]
             self._entered[state_index] = resume.at // self._page
         else:
             sequence.resume(0, None)
@@ -85,18 +84,18 @@ class PrefixCache:
                 self._enter_rest(sequence, until)
         self._stand(state_index, None)
         self._due[state_index] = _NEVER
-        self._origin[state_index] = None
+        self._made[state_index].clear()
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop everything that a running sequence had a part in: it gave numbers that are none."""
+        """Drop the pages that a running sequence made, where nothing of others' builds on them: it gave numbers that
+        are none. What others use has proved sound, or they end as it did.
+        """
         state_index = sequence.state_index
-        for node in (self._stands[state_index], self._origin[state_index]):
-            if node is not None:
-                while node.parent is not None:
-                    node = node.parent
-                self.tree.remove_tree(node)
         self._stand(state_index, None)
         self._due[state_index] = _NEVER
+        for node in reversed(self._made[state_index]):
+            if not (node.gone or node.pins or node in self.tree.children):
+                self.tree.remove_tree(node)
 
     def shared_pages(self, sequence: Sequence) -> int:
         """Global pages in use that a waiting sequence would share if it were admitted now."""
@@ -218,6 +217,7 @@ class PrefixCache:
         node = self.tree.nodes.get(key)
         if node is None:
             node = self.tree.add(parent, key, patch.index + 1, patch.end + 1)
+            self._made[state_index].append(node)
         elif (node.closed, node.boundary) != (patch.index + 1, patch.end + 1):
             return None
         for number, group in enumerate(self._groups):

@@ -96,7 +96,7 @@ class FusedSteps:
                 encoded = plan.start + made + (plan.draft and scanned > 0)
                 ledger.encoder += encoded - max(sequence.encoded, plan.start)
                 sequence.encoded = encoded
-            result = Result(ids[at][:made], extra_rows=made - 1, bad=bool(steps.bad[at]))
+            result = Result(ids[at][:made], extra_rows=made - 1, bad=int(steps.bad[at]))
             if scanned:
                 result.entropies = entropies[at][:scanned]
             results.append(result)
@@ -161,7 +161,7 @@ class FusedSteps:
             results.append(result)
         if any(made.bad):
             for result, bad in zip(results, made.bad, strict=True):
-                result.bad = bool(bad)
+                result.bad = bad
         self._block_steps(total, sizes, made.steps)
         if decoded.drafts.steps:
             self._drafts(sequences, results, decoded.lines, decoded.drafts)
@@ -179,7 +179,7 @@ class FusedSteps:
             size, start = min(plan.next_length, sequence.left - taken - 1), plan.end - plan.samples + taken
             ledger.decoder += steps
             ids = drafts.ids[line]
-            draft = result.next_draft = DraftResult(bad=bool(drafts.bad[line]), steps=steps)
+            draft = result.next_draft = DraftResult(bad=drafts.bad[line], steps=steps)
             if plan.unmask is None:
                 singles[line], draft.ids, whole = steps, ids[:steps], steps == size
                 encoded = steps + whole if self._encoder_input else 0

@@ -66,7 +66,7 @@ class Sampler:
         self._eos_from[state_index] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
         self._values[:, state_index] = torch.tensor(
             [
-                params.temperature,
+                0.0 if params.greedy else params.temperature,
                 params.top_p,
                 params.min_p,
                 params.repetition_penalty,

@@ -26,15 +26,16 @@ from fastblt.server.request import ByteLogprobs
 class Result(Outcome):
     """The outcome of one sequence's plan, with what only the engine needs of it.
 
-    `logprobs` go with `ids`; `block_logprobs` with the block's positions, None where the step filled nothing. `bad`: a
-    row was NaN or infinite. `entropies` (nats) are those of new bytes that went through the entropy model in the same
-    pass, `scores` the log-probabilities of the prompt's rows in it. `extra_rows` counts the rows computed beyond the
-    plan's own (`Plan.repeat`). `next_draft` is the draft that was made behind a verification in the same call.
+    `logprobs` go with `ids`; `block_logprobs` with the block's positions, None where the step filled nothing. `bad`
+    says why nothing could be chosen in a row (NOT_FINITE, NOTHING_LEFT), or 0. `entropies` (nats) are those of new
+    bytes that went through the entropy model in the same pass, `scores` the log-probabilities of the prompt's rows in
+    it. `extra_rows` counts the rows computed beyond the plan's own (`Plan.repeat`). `next_draft` is the draft that was
+    made behind a verification in the same call.
     """
 
     logprobs: list[ByteLogprobs] | None = None
     block_logprobs: list[ByteLogprobs | None] | None = None
-    bad: bool = False
+    bad: int = 0
     entropies: list[float] | None = None
     scores: list[ByteLogprobs] | None = None
     extra_rows: int = 0
@@ -48,7 +49,7 @@ class DraftResult(Outcome):
     `bad` and `entropies` as in Result. The encoder has been through the rows before position `encoded`.
     """
 
-    bad: bool = False
+    bad: int = 0
     entropies: list[float] = field(default_factory=list)
     encoded: int = 0
 
@@ -91,8 +92,8 @@ class CausalSamples:
             if not select:
                 continue
             chosen = result.ids = ids[first : first + result.accepted + 1]
-            if broken and bad[first : first + select].any():
-                result.bad = True
+            if broken:
+                result.bad |= int(np.bitwise_or.reduce(bad[first : first + select]))
             if result.block_ids:
                 result.block_ids = [chosen[-1], *result.block_ids[1:]]
         if not self._plain:
@@ -160,7 +161,7 @@ class BlockSamples:
             result.block_ids = ids[at][:size]
             result.block_steps = fixed[at][:size]
             result.block_done = bool(done[at])
-            result.bad = bool(bad[at])
+            result.bad = bad[at]
             if sequence.params.logprobs is not None:
                 top = sequence.params.logprobs
                 result.block_logprobs = [

@@ -58,6 +58,7 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("presence_penalty", {"presence_penalty": 2.1}, "presence_penalty"),
     ("frequency_penalty", {"frequency_penalty": -2.1}, "frequency_penalty"),
     ("repetition_penalty", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("repetition_penalty too small", {"repetition_penalty": 1e-40}, "repetition_penalty"),
     ("logprobs negative", {"logprobs": -1}, "logprobs"),
     ("logprobs too many", {"logprobs": 21}, "logprobs"),
     ("logprobs a boolean", {"logprobs": True}, "logprobs"),

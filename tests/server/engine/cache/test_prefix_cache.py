@@ -313,16 +313,32 @@ def test_what_was_computed_twice_is_kept_once() -> None:
     world.check_pools()
 
 
-def test_what_gave_nan_is_forgotten_with_all_that_builds_on_it() -> None:
+def test_what_gave_nan_is_forgotten_and_nothing_of_others() -> None:
     world = World(0, page_size=16, cache_bytes=1 << 22)
     run_through(world, text(100))
-    run_through(world, text(40, seed=1))
-    broken = world.sequence([*text(100)[:60], 5, 6])
+    broken_text = [*text(100)[:60], *text(60, seed=2)]
+    broken, beside = world.sequence(broken_text), world.sequence([*broken_text[:90], *text(30, seed=3)])
     assert world.admit(broken) and broken.decoded > 30
+    assert world.admit(beside)
+    shared = broken.decoded
+    for sequence in (broken, beside):
+        while sequence.decoded < 110:
+            assert world.advance(sequence, 8, [4])
+    # Two pages behind what it took from the first are now also the other's, who stands on them.
     world.end(broken, broken=True)
     world.check_pools()
-    assert run_through(world, text(100)).cached == 0
-    assert (run_through(world, text(40, seed=1)).cached or 0) > 20
+    assert (run_through(world, text(100)).cached or 0) > 80
+    again = world.sequence(broken_text)
+    assert world.admit(again) and shared < again.decoded <= 96
+    world.end(again)
+    # Alone, it leaves nothing of its own.
+    alone = world.sequence(text(100, seed=4))
+    assert world.admit(alone)
+    while alone.decoded < 96:
+        assert world.advance(alone, 8, [4])
+    world.end(alone, broken=True)
+    world.check_pools()
+    assert run_through(world, text(100, seed=4)).cached == 0
 
 
 def test_off_means_that_nothing_is_kept() -> None:
