@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tomllib
 from pathlib import Path
 
@@ -30,22 +31,50 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: there is no option {unknown[0]!r}")
     if tables := [name for name, value in values.items() if isinstance(value, dict)]:
         raise typer.BadParameter(f"{path}: {tables[0]!r} must not be a table")
+    if empty := [
+        name for name, value in values.items() if value in ("", []) or (isinstance(value, str) and value.isspace())
+    ]:
+        raise typer.BadParameter(f"{path}: {empty[0]!r} is empty; give it a value, or leave it out")
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
+def check_environment(context: typer.Context) -> None:
+    """Raise typer.BadParameter for a variable that is set to nothing, or for a key that no option is named like.
+
+    Both would be passed over, and a server that was to be closed would stand open.
+    """
+    names = {f"{context.auto_envvar_prefix}_{(option.name or '').upper()}" for option in context.command.params}
+    for name, value in os.environ.items():
+        if name in names and not value.strip():
+            raise typer.BadParameter(f"{name} is set to nothing; give it a value, or unset it")
+        if name.startswith("FASTBLT_") and "KEY" in name and name not in names:
+            raise typer.BadParameter(f"{name} names no option; keys are in FASTBLT_SERVE_API_KEY")
+
+
 def read_keys(keys: list[str] | None, path: Path | None) -> tuple[str, ...]:
-    """API keys as they were given, and those of a file's lines. Raises typer.BadParameter."""
-    found = [key.strip() for key in keys or ()]
+    """API keys as they were given, and those of a file: one a line, without empty lines and those that begin with #.
+
+    Raises typer.BadParameter.
+    """
+    found = [(key.strip(), "an API key") for key in keys or ()]
     if path is not None:
         try:
-            found += [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            lines = path.read_text("utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"--api-key-file {path}: {error}") from None
-    # A server that was to be closed must not stand open.
-    if (keys or path is not None) and not (found and all(found)):
-        raise typer.BadParameter("an API key must not be empty")
-    return tuple(found)
+        numbered = [(line.strip(), f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+        listed = [(key, where) for key, where in numbered if key and not key.startswith("#")]
+        if not listed:
+            raise typer.BadParameter(f"--api-key-file {path} has no key")
+        found += listed
+    for key, where in found:
+        # A server that was to be closed must not stand open, or be closed to those who have a key.
+        if not key:
+            raise typer.BadParameter(f"{where} must not be empty")
+        if len(key.split()) > 1 or not key.isprintable():
+            raise typer.BadParameter(f"{where} must not have white space or control characters within it")
+    return tuple(key for key, _ in found)
 
 
 def show_config(context: typer.Context) -> None:

@@ -109,17 +109,26 @@ class ServiceSettings:
         _check_ranges(self, dict.fromkeys(times, (0, _LONGEST_SECONDS)))
 
 
+class SchedulingPolicy(StrEnum):
+    """Who leaves the queue first: who came first, or whose request has the lowest `priority`."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+
+
 @dataclass(frozen=True)
 class HttpSettings:
     """What the HTTP server lets in, and what it tells operators.
 
     Without `api_keys` everybody is let in. `cors_origins` are those of browsers' pages that may ask; none by default.
+    Under FCFS no request may have a `priority`.
     `shutdown_timeout` is what running requests have at the end, in seconds. `vllm_metrics` repeats the four gauges that
     gateways and autoscalers read under vLLM's names. `otlp_endpoint` is where traces are sent, as a URL.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
+    scheduling_policy: SchedulingPolicy = SchedulingPolicy.FCFS
     tls_certificate: str | None = None
     tls_key: str | None = None
     shutdown_timeout: float = 30.0
@@ -129,3 +138,5 @@ class HttpSettings:
 
     def __post_init__(self) -> None:
         _check_ranges(self, {"shutdown_timeout": (0, _LONGEST_SECONDS)})
+        if not all(key.strip() for key in self.api_keys):
+            raise ValueError("an API key must not be empty")

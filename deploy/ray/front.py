@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from fastblt.deploy.ray.calls import Call, Head, affinity
 from fastblt.deploy.ray.metrics import merge
-from fastblt.server.api.body import MAX_BODY_BYTES
+from fastblt.server.api.body import MAX_PROMPT_IDS, max_body_bytes
 from fastblt.server.api.errors import RETRY_AFTER_SECONDS, error_object
 from fastblt.server.api.streaming import DONE, until_disconnect
 
@@ -31,6 +31,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 #: How often a request is sent to a replica, where the ones before were lost without a word.
 ATTEMPTS = 3
+
+#: Of any call, whatever model is served.
+_MAX_BODY_BYTES = max_body_bytes(MAX_PROMPT_IDS)
 
 #: Seconds that all replicas have to tell their metrics.
 METRICS_SECONDS = 5.0
@@ -121,7 +124,7 @@ async def _read(scope: Message, receive: Receive) -> Call | None:
     """The whole request; of a body that is too large, as much as tells a replica so. None if its client left."""
     body = bytearray()
     more = True
-    while more and len(body) <= MAX_BODY_BYTES:
+    while more and len(body) <= _MAX_BODY_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None

@@ -6,15 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from fastblt.server.api import completions, errors, operations, tokenization
+from fastblt.server.api.bodies import Bodies
 from fastblt.server.api.metrics import Metrics
 from fastblt.server.api.middleware import Requests
-from fastblt.server.api.security import Gate
+from fastblt.server.api.security import Browsers, Gate
 from fastblt.server.api.tracing import Tracer
 from fastblt.server.process.client import EngineClient
-from fastblt.server.settings import HttpSettings
+from fastblt.server.settings import HttpSettings, SchedulingPolicy
 
 
 def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAPI:
@@ -43,6 +43,8 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     metrics = Metrics(client, vllm_names=http.vllm_metrics)
     app.state.client = client
     app.state.metrics = metrics
+    app.state.bodies = Bodies()
+    app.state.priorities = http.scheduling_policy is SchedulingPolicy.PRIORITY
     client.observers = (metrics.observe, tracer.observe) if tracer is not None else (metrics.observe,)
     errors.install(app)
     app.include_router(completions.router)
@@ -52,11 +54,12 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected)
     if http.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Browsers,
             allow_origins=http.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            # OpenAI's client sends a dozen of its own, and more with each version. None has a power here.
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-should-retry", "x-ignored-fields"],
         )
     app.add_middleware(Requests, metrics=metrics, access_log=http.access_log)
     return app

@@ -1,20 +1,29 @@
-"""From what a client sends to a checked object: bounded, in UTF-8, JSON, of the right types."""
+"""From a body to a checked object: UTF-8, JSON, of the right types.
+
+No step of it takes long without letting the event loop's thread have its turn: a body is first cut into its fields, and
+prompts into each one, which costs next to nothing; only what is wanted, and not too long, is then made into objects.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from typing import Any, NoReturn, TypeVar
 
-from fastapi import Request
+import msgspec
 from pydantic import BaseModel, ValidationError
 
 from fastblt.server.api.errors import ApiError
+from fastblt.server.request import InvalidRequestError
 
-MAX_BODY_BYTES = 8 * 2**20
-#: Seconds a client has to send its body.
-BODY_SECONDS = 60.0
+#: Choices of one call, over all its prompts.
+MAX_CHOICES = 128
+#: Ids that the prompts of one call may have together, each counted once a choice.
+MAX_PROMPT_IDS = 2**20
+#: Bytes of a body beside its prompts.
+MAX_FIELDS_BYTES = 256 * 2**10
+#: Bytes that an id takes in a body at most, written as clients do: `\\u0041` in a text, `259, ` in a list.
+_ID_BYTES = 6
 
 #: The fields without a meaning here that a response tells of, and characters of their names.
 _MAX_IGNORED = 16
@@ -29,38 +38,65 @@ Schema = TypeVar("Schema", bound=BaseModel)
 _logged: set[str] = set()
 
 
-async def read_body(request: Request) -> bytes:
-    """Raises ApiError for a body of another kind, too large or too slow, ClientDisconnect for one that never ends."""
-    kind = request.headers.get("content-type", "json").lower()
-    if "json" not in kind:
-        raise ApiError(415, "the content type must be application/json", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS:g} s", code="body_timeout") from None
-    return bytes(body)
+class _Large(msgspec.Struct):
+    """The fields that may be large; all others are passed over."""
+
+    prompt: msgspec.Raw = msgspec.Raw(b"0")
+    tokens: msgspec.Raw = msgspec.Raw(b"0")
 
 
-def parse_body(body: bytes, schema: type[Schema], required: str) -> tuple[Schema, list[str]]:
+_large = msgspec.json.Decoder(_Large)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+#: An array that is cut into its items, if they are not too many.
+_items = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_Items",
+        [(f"item{i}", msgspec.Raw, msgspec.Raw()) for i in range(MAX_CHOICES)],
+        array_like=True,
+        forbid_unknown_fields=True,
+    )
+)
+_ids = msgspec.json.Decoder(list[int | float])
+
+
+def max_body_bytes(max_model_len: int, prompts: int = MAX_CHOICES) -> int:
+    """Of a call with so many prompts: what these may have, as clients write it, and the other fields."""
+    return MAX_FIELDS_BYTES + _ID_BYTES * min(MAX_PROMPT_IDS, prompts * max_model_len)
+
+
+def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_length: int) -> tuple[Schema, list[str]]:
     """The object, and the names of fields that mean nothing here.
 
-    Raises ApiError (400) unless `body` is JSON, in UTF-8, with fields of the right types, `required` among them.
+    `large` is the field that must be there, with a text, ids or several of them, each of at most some `max_length` ids.
+
+    Raises ApiError (400) unless `body` is JSON, in UTF-8, with fields of the right types; InvalidRequestError for a
+    text or a list of ids that is too long.
     """
-    data = _parse_json(body)
-    if not isinstance(data, dict):
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(f"the body is not valid UTF-8 at byte {error.start}")
+    try:
+        if len(body) > MAX_FIELDS_BYTES:
+            found = getattr(_large.decode(body), large)
+            if len(body) - len(memoryview(found)) > MAX_FIELDS_BYTES:
+                refuse(f"the body has more than {MAX_FIELDS_BYTES} bytes beside the {large}")
+        fields = _fields.decode(body)
+        data = {
+            name: _large_value(field, large, max_length) if name == large else _parse_json(field)
+            for name, field in fields.items()
+            if name in schema.model_fields
+        }
+    except msgspec.ValidationError:
         refuse("the body must be a JSON object")
-    if data.get(required) is None:
-        refuse(f"{required} is required", required)
-    return _validate(schema, without_nulls(data)), _ignored(data, schema)
+    except RecursionError:
+        refuse("the body is nested too deeply")
+    except msgspec.DecodeError as error:
+        refuse(f"the body is not valid JSON: {error}")
+    if data.get(large) is None:
+        refuse(f"{large} is required", large)
+    unknown = [name for name, field in fields.items() if name not in data and bytes(field) != b"null"]
+    return _validate(schema, without_nulls(data)), _ignored(unknown)
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
@@ -72,21 +108,52 @@ def refuse(message: str, param: str | None = None) -> NoReturn:
     raise ApiError(400, message, code="invalid_body", param=param)
 
 
-def _parse_json(body: bytes) -> Any:
+def _large_value(raw: msgspec.Raw, name: str, max_length: int) -> Any:
+    """A text, a list of ids, or a list of such; anything else as it is, for the schema to refuse."""
+    view = memoryview(raw)
+    if view[:1] == b"[" and _second(view) in b'["':
+        try:
+            items = _items.decode(raw)
+        except msgspec.ValidationError:
+            raise InvalidRequestError(f"has more than {MAX_CHOICES} prompts", name) from None
+        return [_one(item, name, max_length) for item in msgspec.structs.astuple(items) if len(memoryview(item))]
+    return _one(raw, name, max_length)
+
+
+def _second(view: memoryview) -> bytes:
+    """The first character within an array."""
+    return bytes(view[1:64]).lstrip()[:1] or b" "
+
+
+def _one(raw: msgspec.Raw, name: str, max_length: int) -> Any:
+    """A text or a list of ids, not made if it is too long."""
+    data = bytes(raw)
+    if data == b"null":
+        return None
+    if data[:1] == b'"':
+        if len(data) > _ID_BYTES * (max_length + 1):
+            raise InvalidRequestError(f"{name} has {len(data)} bytes; {max_length} ids are allowed at most", name)
+        return _parse_json(data)
+    # Lists of ids have no other commas.
+    if (count := data.count(b",") + 1) > max_length + 1:
+        raise InvalidRequestError(f"{name} has {count} ids; {max_length} are allowed at most", name)
+    try:
+        ids = _ids.decode(data)
+    except msgspec.ValidationError:
+        raise InvalidRequestError(f"{name} must be a text or a list of byte ids", name) from None
+    return [_whole(i) if type(i) is float else i for i in ids]
+
+
+def _parse_json(raw: msgspec.Raw | bytes) -> Any:
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not a JSON number")
 
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        refuse(f"the body is not valid UTF-8 at byte {error.start}")
+    text = str(raw, "utf-8")
     try:
         data = json.loads(text, parse_constant=refuse_constant, parse_float=_number)
         if "\\ud" in text or "\\uD" in text:
             # Half of a surrogate pair has no UTF-8, and would fail wherever it is written out.
             json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        refuse("the body is nested too deeply")
     except UnicodeEncodeError:
         refuse("the body has a string with half of a surrogate pair")
     except ValueError as error:
@@ -96,7 +163,10 @@ def _parse_json(body: bytes) -> Any:
 
 def _number(text: str) -> int | float:
     """JSON has one kind of number: 5.0 is the integer 5."""
-    value = float(text)
+    return _whole(float(text))
+
+
+def _whole(value: float) -> int | float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
@@ -111,9 +181,8 @@ def _validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
         refuse(f"{param[:64]}: {first['msg']}", param[:64] or None)
 
 
-def _ignored(data: dict[str, Any], schema: type[BaseModel]) -> list[str]:
-    """Fields of `data` that the schema has not, of bounded number and length, in ASCII; each is logged once."""
-    unknown = [key for key, value in data.items() if key not in schema.model_fields and value is not None]
+def _ignored(unknown: list[str]) -> list[str]:
+    """Names of fields that the schema has not, of bounded number and length, in ASCII; each is logged once."""
     names = [key[:_MAX_NAME].encode("ascii", "backslashreplace").decode() for key in unknown[:_MAX_IGNORED]]
     # Fit for a header's value and for a line of the log.
     names = ["".join(c if "!" <= c <= "~" and c != "," else "?" for c in name) or "?" for name in names]

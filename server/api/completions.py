@@ -13,15 +13,33 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from fastblt.models.vocabulary import decode
-from fastblt.server.api.body import parse_body, read_body
+from fastblt.server.api.bodies import Bodies
+from fastblt.server.api.body import max_body_bytes, parse_body
 from fastblt.server.api.errors import ERROR_RESPONSES, check_model, failure
 from fastblt.server.api.fields import request_body
 from fastblt.server.api.names import NUMBER_NAMES, TOKEN_NAMES
 from fastblt.server.api.schemas import CompletionRequest, Prompt
-from fastblt.server.api.streaming import DONE, MIN_LOGPROB, ChoiceText, EventStream, event, to_json, until_disconnect
+from fastblt.server.api.streaming import (
+    DONE,
+    MIN_LOGPROB,
+    ChoiceText,
+    EventStream,
+    event,
+    one_line,
+    to_json,
+    until_disconnect,
+)
 from fastblt.server.process.client import EngineClient
 from fastblt.server.process.stream import DeltaStream
-from fastblt.server.request import ByteLogprobs, DecodingParams, Delta, FinishReason, Ledger, PatchReport
+from fastblt.server.request import (
+    ByteLogprobs,
+    DecodingParams,
+    Delta,
+    FinishReason,
+    InvalidRequestError,
+    Ledger,
+    PatchReport,
+)
 
 #: Names the fields of a request that were ignored.
 IGNORED_HEADER = "x-ignored-fields"
@@ -36,12 +54,25 @@ router = APIRouter(responses=ERROR_RESPONSES)
 )
 async def create_completion(request: Request) -> Response:
     client: EngineClient = request.app.state.client
+    bodies: Bodies = request.app.state.bodies
     # Before the body is read: nothing in it matters to an engine that is loading or dead.
-    model = client.model_name
-    body, ignored = parse_body(await read_body(request), CompletionRequest, "prompt")
-    check_model(body.model, model)
+    model, max_model_len = client.model_name, client.max_model_len
+    held = await bodies.read(request, max_body_bytes(max_model_len))
+
+    def work() -> tuple[_Completion, list[str]]:
+        body, ignored = parse_body(held.data, CompletionRequest, "prompt", max_model_len)
+        check_model(body.model, model)
+        if body.priority != 0 and not request.app.state.priorities:
+            message = "priority must be 0: this server was started without --scheduling-policy priority"
+            raise InvalidRequestError(message, "priority")
+        return _Completion(body, model, body.take_prompts(max_model_len)), ignored
+
+    try:
+        completion, ignored = await bodies.work(len(held.data), work)
+    finally:
+        held.release()
+    body = completion.body
     headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
-    completion = _Completion(body, model, body.prompts(client.max_model_len))
     stream = await client.submit(*completion.requests, whole=not body.stream)
     if body.stream:
         return EventStream(stream, completion, headers)
@@ -75,7 +106,7 @@ class _Completion:
 
     def __init__(self, body: CompletionRequest, model: str, prompts: list[Prompt]) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._body = body
+        self.body = body
         self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
         self.requests = body.requests(self.id, prompts, time.monotonic())
         names = NUMBER_NAMES if body.return_tokens_as_token_ids else TOKEN_NAMES
@@ -127,7 +158,8 @@ class _Completion:
                 if self._plain is not None:
                     if text:
                         before, after = self._plain
-                        chunks += [before, f'{choice.index},"text":{encode_basestring(text)}'.encode(), after]
+                        encoded = f'{choice.index},"text":{encode_basestring(text)}'.encode()
+                        chunks += [before, one_line(encoded), after]
                     continue
                 if not text and not choice.fresh:
                     continue
@@ -139,7 +171,7 @@ class _Completion:
         """The events after those of all steps."""
         if self.failed:
             return b""
-        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+        if self.body.stream_options is None or not self.body.stream_options.include_usage:
             return DONE
         last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
         return event({**self._head, **last}) + DONE
@@ -158,7 +190,7 @@ class _Completion:
             choice.cached = delta.cached
             self._ledger.add(delta.ledger or Ledger())
             self._decoding = delta.decoding or self._decoding
-        if self._body.max_tokens == 0:
+        if self.body.max_tokens == 0:
             # The byte that the engine made is nobody's, and so is what ended it.
             if delta.finish_reason is FinishReason.STOP:
                 choice.finish_reason, choice.stop_reason = FinishReason.LENGTH, None
@@ -172,20 +204,20 @@ class _Completion:
         """Take what the first delta says of the prompt; its text if it is to be echoed."""
         sent = choice.prompt.sent_ids
         values: list[ByteLogprobs | None] | None = None
-        if self._body.scores_prompt is not None:
+        if self.body.scores_prompt is not None:
             # Nothing stands before the first id that the client sent; an aborted prompt may not be scored.
             scores = delta.prompt_logprobs or []
             values = [None, *scores[len(scores) - len(sent) + 1 :]] if len(scores) + 1 >= len(sent) else None
             values = values or [None] * len(sent)
             choice.prompt_logprobs = values
-        if not self._body.echo:
+        if not self.body.echo:
             return ""
         if self._shows_ids:
             choice.fresh += sent
         return choice.text.feed(sent, values, final=False)
 
     def _rendered(self, choice: _Choice, text: str) -> dict[str, Any]:
-        body = self._body
+        body = self.body
         rendered = {
             "index": choice.index,
             "text": text,
@@ -240,7 +272,7 @@ class _Completion:
             "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,
         }
         # Of every prompt once, as its bytes are counted.
-        cached = sum(choice.cached for choice in self._choices.values() if choice.index % self._body.n == 0)
+        cached = sum(choice.cached for choice in self._choices.values() if choice.index % self.body.n == 0)
         return self._usage_so_far() | {
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": details,

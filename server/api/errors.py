@@ -22,7 +22,7 @@ RETRY_AFTER_SECONDS = 1
 
 #: OpenAI's client would ask again after any 5xx.
 _NO_RETRY = {"x-should-retry": "false"}
-_RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
+RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
@@ -100,7 +100,7 @@ def failure(delta: Delta) -> ApiError:
     message = delta.error or "the request failed"
     match code:
         case ErrorCode.QUEUE_TIMEOUT:
-            status, headers = 503, _RETRY
+            status, headers = 503, RETRY
         case ErrorCode.REQUEST_TIMEOUT:
             status, headers = 504, _NO_RETRY
         case ErrorCode.GRAMMAR_TOO_COMPLEX | ErrorCode.NOTHING_LEFT:
@@ -125,11 +125,11 @@ def to_api_error(error: Exception) -> ApiError:
         case InvalidRequestError():
             return ApiError(400, str(error), code="invalid_value", param=error.param)
         case QueueFullError():
-            return ApiError(429, str(error), code="queue_full", headers=_RETRY)
+            return ApiError(429, str(error), code="queue_full", headers=RETRY)
         case EngineUnavailableError(state=EngineState.DEAD):
             return ApiError(503, f"the engine is dead: {error}", code="dead", headers=_NO_RETRY)
         case EngineUnavailableError():
-            return ApiError(503, str(error), code=error.state, headers=_RETRY)
+            return ApiError(503, str(error), code=error.state, headers=RETRY)
         case HTTPException():
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)

@@ -10,15 +10,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE
-from fastblt.server.api.body import without_nulls
+from fastblt.server.api.body import MAX_CHOICES, without_nulls
 from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 
 #: More keys than any object that is a field has; a bound for the answer to a wrong one.
 MAX_KEYS = 32
 MAX_BIAS = 100
-#: Choices of one call, over all its prompts.
-MAX_CHOICES = 128
 
+_ID_SET = frozenset(range(VOCAB_SIZE))
 _ANY_ID = {"type": "integer", "minimum": 0, "maximum": VOCAB_SIZE - 1}
 _IDS = {"type": "array", "minItems": 1, "items": {**_ANY_ID, "not": {"const": EOS_ID}}}
 _TEXT = {"type": "string", "minLength": 1}
@@ -46,7 +45,7 @@ def _few_ids(value: Any) -> Any:
 
 
 def _ids(value: Any) -> Any:
-    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < VOCAB_SIZE for i in value):
+    if not isinstance(value, list) or not set(map(type, value)) <= {int} or not set(value) <= _ID_SET:
         raise ValueError(f"must be a list of byte ids, at least 0 and below {VOCAB_SIZE}")
     return value
 

@@ -1,4 +1,4 @@
-"""What uvicorn leaves open: connections that never ask, are too many, or speak no HTTP."""
+"""What uvicorn leaves open: connections that never ask, are too many, speak no HTTP, or never end."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ from fastblt.server.api.security import MAX_HEADER_BYTES
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0
 
+#: Seconds in which a client that is refused may send the rest of its request, and read the answer.
+LINGER_SECONDS = 10.0
+#: Seconds that the other end of a TLS connection has to agree to its end. Many never do.
+TLS_END_SECONDS = 1.0
+
 #: Bytes that may wait for a slow reader; what comes beyond them is merged where it arises.
 _WAITING_BYTES = 16 * 2**10
+
+#: Chunks of a body: so many, and one more for so many bytes. Each costs as much time as some 10,000 bytes.
+_FREE_CHUNKS = 256
+_CHUNK_BYTES = 512
 
 #: Open files that are not connections.
 _RESERVED_FILES = 128
@@ -29,17 +38,85 @@ _RESERVED_FILES = 128
 CONNECTION = "fastblt.connection"
 
 
+class _Connection(h11.Connection):
+    """Raises h11.RemoteProtocolError for what h11 lets through, and should not be."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks, self._bytes = 0, 0
+            _check_framing(event)
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self._chunks > _FREE_CHUNKS + self._bytes // _CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too many small chunks")
+        return event
+
+
+def _check_framing(request: h11.Request) -> None:
+    """Refuse what another server may end elsewhere (RFC 9112, sections 6.1 and 6.3)."""
+    names = [name for name, _ in request.headers]
+    if b"transfer-encoding" not in names:
+        return
+    if b"content-length" in names:
+        raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
+    if request.http_version < b"1.1":
+        raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
+
+
+class _Transport:
+    """A connection's transport that ends in order.
+
+    Who is refused in mid-request still sends. A connection that is closed with unread bytes is reset, and the answer is
+    lost: so it is half closed first, and what comes is dropped. A TLS connection waits for its other end to agree.
+    """
+
+    def __init__(self, transport: asyncio.Transport, unfinished: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._unfinished = unfinished
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if not self._unfinished():
+            self.end()
+            return
+        self.lingers = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self.end)
+
+    def end(self) -> None:
+        """Close at once what lingers, too."""
+        self._transport.close()
+        if self._transport.get_extra_info("ssl_object") is not None:
+            asyncio.get_running_loop().call_later(TLS_END_SECONDS, self._transport.abort)
+
+
 class HttpProtocol(H11Protocol):
     """HTTP/1.1 with bounds on what a connection may do before it is a request.
 
     Streams write to it where their news arrives: through ASGI every write would wake a task, and cost as much again.
     """
 
+    #: Connections at once, if there are files for so many.
+    limit = 4096
+
     #: Called when `writable` has become true again.
     on_writable: Callable[[], None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Connection(h11.SERVER, MAX_HEADER_BYTES)
         app = cast(ASGIApp, self.app)
 
         async def with_connection(scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,15 +146,30 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's own transports are of no class of asyncio's.
         transport = cast(asyncio.Transport, transport)
-        super().connection_made(transport)
+        self._ending = _Transport(transport, self._unfinished)
+        super().connection_made(cast(asyncio.Transport, self._ending))
         transport.set_write_buffer_limits(high=_WAITING_BYTES)
         self._seen: Any = None
         self._timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > max_connections():
+        if len(self.connections) > min(self.limit, max_connections()):
             # One more could be the file that the next log, or a new engine, needs.
             transport.abort()
             return
         self._check_later()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._ending.lingers:
+            super().data_received(data)
+
+    def shutdown(self) -> None:
+        if self._ending.lingers:
+            self._ending.end()
+        else:
+            super().shutdown()
+
+    def _unfinished(self) -> bool:
+        """Whether the client may still be sending a request that has been answered."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -85,19 +177,21 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        body = error_object(
-            400, f"this is no HTTP/1.1, or its head is larger than {MAX_HEADER_BYTES} bytes", "invalid_http"
-        )
-        content = json.dumps(body).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-            (b"connection", b"close"),
-        ]
+        """Answer what is no request, and close. What waits for its body hears that the client has left."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            text = f"this is no HTTP/1.1 that is served, or its head is larger than {MAX_HEADER_BYTES} bytes"
+            content = json.dumps(error_object(400, text, "invalid_http")).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(content)).encode()),
+                (b"connection", b"close"),
+            ]
             response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
             for event in (response, h11.Data(data=content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _check_later(self) -> None:
@@ -111,6 +205,11 @@ class HttpProtocol(H11Protocol):
             return
         self._seen = self.cycle
         self._check_later()
+
+
+def limited(connections: int) -> type[HttpProtocol]:
+    """The protocol of a server with so many connections at most."""
+    return type("HttpProtocol", (HttpProtocol,), {"limit": connections})
 
 
 def raise_file_limit() -> None:

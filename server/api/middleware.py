@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, and its place in the metrics."""
+"""What surrounds every request: its id, its line in the log, its place in the metrics, and HEAD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 
 class Requests:
-    """Gives every response an `x-request-id`: the client's own if it is sane, else a new one. Counts and logs it."""
+    """Gives every response an `x-request-id`: the client's own if it is sane, else a new one. Counts and logs it.
+
+    HEAD is answered as GET would be, without the body.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
         self._app = app
@@ -37,23 +40,27 @@ class Requests:
         scope["request_id"] = request_id
         # What answers when an exception came this far.
         status = 500
+        head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif head:
+                message["body"] = b""
             await send(message)
 
         token = logs.request_id.set(request_id)
         parent = tracing.parent.set(headers.get("traceparent"))
         start = time.monotonic()
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(inner, receive, send_with_id)
         finally:
             seconds = time.monotonic() - start
             # A path that nobody serves is the client's invention, and no label.
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(inner.get("route"), "path", "other")
             self._metrics.count_http(scope["method"], route, status, seconds)
             if self._access_log:
                 self._log(scope, status, seconds)

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from fastblt.models.vocabulary import BOS_ID
-from fastblt.server.api.fields import MAX_CHOICES, Bias, Int64, PromptField, Stop, StopIds, bounded_object
+from fastblt.server.api.body import MAX_CHOICES, MAX_PROMPT_IDS
+from fastblt.server.api.fields import Bias, Int64, PromptField, Stop, StopIds, bounded_object
 from fastblt.server.api.structured import structured_output
 from fastblt.server.request import (
     MAX_BLOCK_SIZE,
@@ -35,6 +36,8 @@ MAX_N = 16
 #: Log-probabilities of prompts that one call may ask for, alternatives included.
 MAX_PROMPT_LOGPROBS = 2**18
 MAX_SALT = 256
+#: Of either sign.
+MAX_PRIORITY = 1000
 
 
 def _range(low: float, high: float) -> dict[str, JsonValue]:
@@ -116,7 +119,7 @@ class CompletionRequest(BaseModel):
     return_tokens_as_token_ids: bool = False
     return_base64: bool = False
     return_patches: bool = False
-    priority: Int64 = 0
+    priority: Int64 = Field(default=0, json_schema_extra=_range(-MAX_PRIORITY, MAX_PRIORITY))
     cache_salt: str | None = Field(default=None, json_schema_extra={"minLength": 1, "maxLength": MAX_SALT})
     user: str | None = None
     utf8: Annotated[Utf8, Field(strict=False)] = Utf8.REPLACE
@@ -157,16 +160,22 @@ class CompletionRequest(BaseModel):
             decoding=DecodingParams(**dict(self.decoding)),
         )
 
-    def prompts(self, max_model_len: int) -> list[Prompt]:
-        """Raises InvalidRequestError."""
+    def take_prompts(self, max_model_len: int) -> list[Prompt]:
+        """The prompts, which are then no longer kept here. Raises InvalidRequestError."""
         self._check()
         prompts = self._prompts(max_model_len)
+        self.prompt = None
         if len(prompts) * self.n > MAX_CHOICES:
             raise InvalidRequestError(
                 f"{len(prompts)} prompts with n = {self.n} make more than {MAX_CHOICES} choices", "prompt"
             )
+        ids = sum(len(prompt.ids) for prompt in prompts) * self.n
+        if ids > MAX_PROMPT_IDS:
+            raise InvalidRequestError(
+                f"the prompts of all choices have {ids} ids; {MAX_PROMPT_IDS} are allowed in one call", "prompt"
+            )
         if (top := self.scores_prompt) is not None:
-            values = sum(len(prompt.ids) for prompt in prompts) * self.n * (1 + top)
+            values = ids * (1 + top)
             if values > MAX_PROMPT_LOGPROBS:
                 raise InvalidRequestError(
                     f"logprobs of {values} ids were asked for, those of prompts and alternatives; at most "
@@ -195,6 +204,8 @@ class CompletionRequest(BaseModel):
     def _check(self) -> None:
         if not 1 <= self.n <= MAX_N:
             raise InvalidRequestError(f"n must be at least 1 and at most {MAX_N}", "n")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise InvalidRequestError(f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", "priority")
         if self.best_of not in (None, 1, self.n):
             raise InvalidRequestError("best_of must be 1 or equal to n: choices are not ranked", "best_of")
         if self.suffix:

@@ -6,16 +6,29 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable
 
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastblt.server.api.errors import ApiError
+from fastblt.server.api.errors import ApiError, error_object
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 * 1024
 
 #: Answered without a key: a probe has none. Everything else, known or not, needs one.
 _OPEN = frozenset({"/health", "/ready"})
+
+
+class Browsers(CORSMiddleware):
+    """Lets pages of other origins ask, as far as they may; a refusal is an error object as any other."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        headers = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        return JSONResponse(error_object(400, bytes(answer.body).decode(), "cors_refused"), 400, headers)
 
 
 class Gate:

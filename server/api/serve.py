@@ -10,12 +10,13 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from fastblt.server.api.app import create_app
-from fastblt.server.api.http import HttpProtocol, max_connections, raise_file_limit
-from fastblt.server.api.security import MAX_HEADER_BYTES
+from fastblt.server.api.http import limited, max_connections, raise_file_limit
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
 from fastblt.server.settings import FailurePolicy, HttpSettings
 
@@ -26,6 +27,8 @@ READER_SECONDS = 120.0
 
 #: Connections that a server for more than one user needs.
 _FEW_CONNECTIONS = 256
+#: Connections for each request that may run or wait: clients keep some, and probes come beside them.
+_CONNECTIONS = 4
 
 #: Seconds for last words: what was aborted still gets its end of stream.
 _LAST_WORDS = 5
@@ -64,10 +67,9 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
     """The HTTP server around `client`. Raises CertificateError for certificates of no use."""
     config = uvicorn.Config(
         create_app(client, http),
-        http=HttpProtocol,
+        http=limited(_CONNECTIONS * (client.settings.max_running + client.settings.max_waiting)),
         # Not whichever happens to be installed.
         loop="asyncio",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -103,6 +105,7 @@ async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -
 
     def on_signal() -> None:
         again = len(tasks) > 1
+        cast(FastAPI, config.app).state.bodies.close()
         tasks.append(loop.create_task(client.stop(0.0 if again else http.shutdown_timeout)))
 
     server = _Server(config, lambda: loop.call_soon_threadsafe(on_signal))

@@ -145,9 +145,18 @@ def to_json(data: Any) -> bytes:
     return msgspec.json.encode(data)
 
 
+def one_line(encoded: bytes) -> bytes:
+    """JSON in which nothing ends a line: httpx, requests and others take these three characters for line ends."""
+    if encoded.isascii():
+        return encoded
+    for character in ("\u0085", "\u2028", "\u2029"):
+        encoded = encoded.replace(character.encode(), b"\\u%04x" % ord(character))
+    return encoded
+
+
 def event(data: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + to_json(data) + b"\n\n"
+    return b"data: " + one_line(to_json(data)) + b"\n\n"
 
 
 class Events(Protocol):

@@ -1,19 +1,27 @@
-"""Ids of texts and back, and what a client must know of the vocabulary: /tokenize, /detokenize, /tokenizer_info."""
+"""Ids of texts and back, and what a client must know of the vocabulary: /tokenize, /detokenize, /tokenizer_info.
+
+A text has at most MAX_PROMPT_IDS bytes, whatever the model takes: tools cut it after they have counted.
+"""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, decode, encode
-from fastblt.server.api.body import parse_body, read_body
+from fastblt.server.api.bodies import Bodies, HeldAnswer
+from fastblt.server.api.body import MAX_PROMPT_IDS, max_body_bytes, parse_body
 from fastblt.server.api.errors import ERROR_RESPONSES, check_model
 from fastblt.server.api.fields import Ids, request_body
-from fastblt.server.api.names import SPECIAL_NAMES, token_name
+from fastblt.server.api.names import SPECIAL_NAMES, TOKEN_NAMES
+from fastblt.server.api.streaming import to_json
 from fastblt.server.process.client import EngineClient
+from fastblt.server.request import InvalidRequestError
 
 router = APIRouter(responses=ERROR_RESPONSES)
 
@@ -36,30 +44,63 @@ class DetokenizeRequest(BaseModel):
     tokens: Ids
 
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 @router.post("/tokenize", openapi_extra=request_body(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
     client: EngineClient = request.app.state.client
-    body, _ = parse_body(await read_body(request), TokenizeRequest, "prompt")
-    check_model(body.model, client.model_name)
-    if body.prompt in SPECIAL_NAMES:
-        ids = [SPECIAL_NAMES.index(body.prompt)]
-    else:
-        ids = encode(body.prompt.encode())
-        if body.add_special_tokens:
-            ids.insert(0, BOS_ID)
-    names = [token_name(i) for i in ids] if body.return_token_strs else None
-    answer = {"count": len(ids), "max_model_len": client.max_model_len, "tokens": ids, "token_strs": names}
-    return JSONResponse(answer)
+    model, max_model_len = client.model_name, client.max_model_len
+
+    def answer(body: TokenizeRequest) -> dict[str, Any]:
+        check_model(body.model, model)
+        if body.prompt in SPECIAL_NAMES:
+            ids = [SPECIAL_NAMES.index(body.prompt)]
+        else:
+            text = body.prompt.encode()
+            if len(text) > MAX_PROMPT_IDS:
+                raise InvalidRequestError(f"a text may have {MAX_PROMPT_IDS} bytes; this has {len(text)}", "prompt")
+            ids = encode(text)
+            if body.add_special_tokens:
+                ids.insert(0, BOS_ID)
+        names = [TOKEN_NAMES[i] for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": names}
+
+    return await _answer(request, TokenizeRequest, "prompt", answer)
 
 
 @router.post("/detokenize", openapi_extra=request_body(DetokenizeRequest))
 async def detokenize(request: Request) -> Response:
     """The text of ids, with U+FFFD where they are no UTF-8, and their bytes as they are; specials have none."""
     client: EngineClient = request.app.state.client
-    body, _ = parse_body(await read_body(request), DetokenizeRequest, "tokens")
-    check_model(body.model, client.model_name)
-    data = decode(body.tokens)
-    return JSONResponse({"prompt": data.decode("utf-8", "replace"), "base64": base64.b64encode(data).decode()})
+    model = client.model_name
+
+    def answer(body: DetokenizeRequest) -> dict[str, Any]:
+        check_model(body.model, model)
+        data = decode(body.tokens)
+        return {"prompt": data.decode("utf-8", "replace"), "base64": base64.b64encode(data).decode()}
+
+    return await _answer(request, DetokenizeRequest, "tokens", answer)
+
+
+async def _answer(
+    request: Request, schema: type[Schema], field: str, answer: Callable[[Schema], dict[str, Any]]
+) -> Response:
+    """What `answer` makes of the body, whose large field is `field`."""
+    bodies: Bodies = request.app.state.bodies
+    held = await bodies.read(request, max_body_bytes(MAX_PROMPT_IDS, prompts=1))
+
+    def work() -> bytes:
+        body, _ = parse_body(held.data, schema, field, MAX_PROMPT_IDS)
+        return to_json(answer(body))
+
+    try:
+        content = await bodies.work(len(held.data), work)
+        held.grow(len(content))
+    except BaseException:
+        held.release()
+        raise
+    return HeldAnswer(content, held)
 
 
 @router.get("/tokenizer_info")

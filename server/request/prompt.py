@@ -27,19 +27,22 @@ class Request:
     priority: int = 0
 
 
+_ANY_ID = frozenset(range(VOCAB_SIZE))
+
+
 def read_prompt(prompt: str | bytes | list[int]) -> list[int]:
     """What the model reads for a prompt: its ids, BOS in front. Raises InvalidRequestError."""
     if isinstance(prompt, str):
         prompt = prompt.encode("utf-8", "surrogatepass")
     if isinstance(prompt, bytes):
         ids = encode(prompt)
-    elif isinstance(prompt, list) and all(type(i) is int for i in prompt):
+    elif isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
         ids = prompt
     else:
         raise InvalidRequestError("a prompt must be a text or a list of byte ids", "prompt")
     if not ids:
         raise InvalidRequestError("the prompt is empty; [1], BOS alone, asks for an unconditional sample", "prompt")
-    if not all(0 <= i < VOCAB_SIZE for i in ids):
+    if not set(ids) <= _ANY_ID:
         raise InvalidRequestError(f"prompt ids must be at least 0 and below {VOCAB_SIZE}", "prompt")
     if EOS_ID in ids:
         raise InvalidRequestError(f"a prompt must not contain EOS (id {EOS_ID})", "prompt")

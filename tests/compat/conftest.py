@@ -30,7 +30,15 @@ def url(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     """Of `fastblt serve` with an API key, ready. It goes through everything without a failure, and ends in order."""
     command = [
         *(sys.executable, "-m", "fastblt.server.cli", "serve", checkpoint, "--served-model-name", MODEL, "--port", "0"),
-        *("--max-model-len", str(MAX_MODEL_LEN), "--deterministic", "--shutdown-timeout", "1"),
+        *(
+            "--max-model-len",
+            str(MAX_MODEL_LEN),
+            "--deterministic",
+            "--shutdown-timeout",
+            "1",
+            "--scheduling-policy",
+            "priority",
+        ),
     ]
     log = Path(tmp_path_factory.mktemp("log")) / "server.log"
     environment = os.environ | {"FASTBLT_SERVE_API_KEY": KEY, "OMP_NUM_THREADS": "1"}

@@ -58,7 +58,8 @@ def test_the_same_api(url: str, checkpoint: str) -> None:
         assert len({a.headers["x-replica"] for a in other}) == 2
         wrong = http.post("/v1/completions", json=body | {"temperature": -1})
         assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "temperature"
-        assert http.post("/v1/completions", content=b"x" * 9_000_000).status_code == 413
+        headers = {"content-type": "application/json"}
+        assert http.post("/v1/completions", content=b"x" * 9_000_000, headers=headers).status_code == 413
         assert http.get("/nowhere").status_code == 404
     assert sum(samples(url, "fastblt_prefix_cache_hits_total").values()) > 0
 

@@ -16,6 +16,7 @@ import pytest
 from tests.faults.faulty import SAFE, Server, ask, assert_one_end, run, serving
 from tests.server.api.running import until
 
+JSON = {"content-type": "application/json"}
 LONG = {"prompt": "a", "max_tokens": 4000, **SAFE}
 
 
@@ -104,12 +105,12 @@ def test_bodies_of_no_use(server: Server) -> None:
     deep = b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
     nested = b'{"a": ' * 10_000 + b"1" + b"}" * 10_000
     for body in (deep, nested, b'{"prompt": "a", "decoding": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"):
-        answer = server.http.post("/v1/completions", content=body)
+        answer = server.http.post("/v1/completions", content=body, headers=JSON)
         assert answer.status_code == 400 and len(answer.content) < 1000, answer.text
     for content in (b"x" * 50_000_000, (b"x" * 1_000_000 for _ in range(50))):
         # Announced, or in chunks; the server may close before all is sent.
         with suppress(httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-            answer = server.http.post("/v1/completions", content=content)
+            answer = server.http.post("/v1/completions", content=content, headers=JSON)
             assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
     # A body that never ends, and one that is shorter than it says.
     for length in (10**12, 1000):
@@ -156,7 +157,7 @@ def test_memory_is_flat(server: Server) -> None:
         for number in range(rounds):
             with posted(server, encoded(stream=True, n=4)), posted(server, encoded()), posted(server, b"{", length=9):
                 run(*(ask(server, prompt=f"p{number}-{i}", stream=True, max_tokens=30) for i in range(4)))
-            server.http.post("/v1/completions", content=b"[" * 5000)
+            server.http.post("/v1/completions", content=b"[" * 5000, headers=JSON)
             server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": -1})
         server.assert_sound()
 

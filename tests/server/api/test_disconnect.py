@@ -69,7 +69,10 @@ def test_leaving_while_queued(checkpoint: str) -> None:
 
 def test_leaving_before_the_body_is_complete(own_server: RunningServer) -> None:
     with socket.create_connection(("127.0.0.1", int(own_server.url.rsplit(":", 1)[1]))) as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+            b"content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+        )
     assert len(own_server.complete(prompt="Hi", max_tokens=3)["choices"]) == 1
 
 

@@ -146,7 +146,9 @@ def test_http_1_0_gets_the_bare_events() -> None:
     client = EngineClient(EngineSettings(), command=fake_engine.command(pause=0.005))
     with RunningServer(client) as server:
         content = json.dumps({"prompt": "x", "max_tokens": 40, "stream": True}).encode()
-        head = b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(content)
+        head = b"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(
+            content
+        )
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as sock:
             sock.sendall(head + content)
             answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
@@ -164,7 +166,9 @@ def test_a_reader_that_pauses_misses_nothing(monkeypatch: pytest.MonkeyPatch) ->
         # What the system itself keeps for a reader is far more than these streams are long.
         server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         content = json.dumps({"prompt": ["x"] * 8, "max_tokens": 900, "stream": True}).encode()
-        head = b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(content)
+        head = b"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(
+            content
+        )
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))

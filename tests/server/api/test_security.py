@@ -179,13 +179,19 @@ def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: server.http.get("/health").status_code == 200)
 
 
-def test_https(tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
         check=True, capture_output=True,
     )  # fmt: skip
+    return certificate, key
+
+
+def test_https(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
     http = HttpSettings(tls_certificate=str(certificate), tls_key=str(key), shutdown_timeout=0.0)
     with RunningServer(fake(), http, wait=False) as server:
         context = ssl.create_default_context(cafile=str(certificate))

@@ -1,0 +1,164 @@
+"""Reads bodies, as many at once as memory allows, and does the long work on them beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fastblt.server.api.errors import RETRY, ApiError
+
+#: Seconds that a client has for its body, and for each piece of it.
+BODY_SECONDS = 60.0
+PIECE_SECONDS = 10.0
+
+#: Bytes that all bodies together may hold, until they are parsed; and answers of /tokenize and /detokenize, until sent.
+MAX_HELD_BYTES = 64 * 2**20
+#: The first bytes of each are not counted. Who sends little is not refused because others send much.
+FREE_BYTES = 64 * 2**10
+
+#: Work on so many bytes takes a few milliseconds at most, and is done at once.
+_SHORT_BYTES = 16 * 2**10
+#: A piece of an answer.
+_PIECE_BYTES = 64 * 2**10
+
+#: RFC 6839's suffix too. What only looks like JSON is what pages may send without permission.
+_JSON = re.compile(r"application/(?:[\w.!#$&^-]+\+)?json")
+
+_CLOSE = {"connection": "close"}
+
+T = TypeVar("T")
+
+
+class Bodies:
+    """The bodies in one server's hands."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._closed = False
+        self._deadlines: set[asyncio.Timeout] = set()
+        # One: Python runs one thread at a time anyway, and the event loop's has to be next after each.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+
+    def close(self) -> None:
+        """Refuse what has not come yet: the server ends."""
+        self._closed = True
+        now = asyncio.get_running_loop().time()
+        for deadline in self._deadlines:
+            # One that has just passed cannot be set again.
+            with suppress(RuntimeError):
+                deadline.reschedule(now)
+
+    async def read(self, request: Request, limit: int) -> Held:
+        """The body, of at most `limit` bytes; whoever has it must `release` it.
+
+        Raises ApiError for one of another kind, too large, too slow or too many, ClientDisconnect for one that never
+        ends.
+        """
+        _check_kind(request)
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > limit:
+            raise _too_large(limit)
+        held = Held(self)
+        try:
+            await self._fill(held, request, limit)
+        except BaseException:
+            held.release()
+            raise
+        return held
+
+    async def _fill(self, held: Held, request: Request, limit: int) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + BODY_SECONDS
+        try:
+            async with asyncio.timeout(0 if self._closed else PIECE_SECONDS) as deadline:
+                self._deadlines.add(deadline)
+                async for chunk in request.stream():
+                    if len(held.data) + len(chunk) > limit:
+                        raise _too_large(limit)
+                    held.grow(len(chunk))
+                    held.data += chunk
+                    if not self._closed:
+                        deadline.reschedule(min(loop.time() + PIECE_SECONDS, end))
+        except TimeoutError:
+            if self._closed:
+                message = "the server shuts down, and the body had not arrived"
+                raise ApiError(503, message, code="draining", headers=RETRY | _CLOSE) from None
+            message = f"the body did not arrive in {BODY_SECONDS:g} s, or nothing of it in {PIECE_SECONDS:g} s"
+            raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
+        finally:
+            self._deadlines.discard(deadline)
+
+    async def work(self, size: int, do: Callable[[], T]) -> T:
+        """What `do` gives, which takes time for `size` bytes: in a thread if that is long."""
+        if size <= _SHORT_BYTES:
+            return do()
+        return await asyncio.get_running_loop().run_in_executor(self._worker, copy_context().run, do)
+
+
+class Held:
+    """A body, and the memory that it holds."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.data = bytearray()
+        self._bodies = bodies
+        self._size = 0
+        self._counted = 0
+
+    def grow(self, size: int) -> None:
+        """Hold `size` bytes more. Raises ApiError (429) where others hold too much."""
+        self._size += size
+        more = max(self._size - FREE_BYTES, 0) - self._counted
+        if more > 0 and self._bodies.held + more > MAX_HELD_BYTES:
+            message = f"the bodies of all requests may hold {MAX_HELD_BYTES} bytes, and they do; try again later"
+            raise ApiError(429, message, code="bodies_full", headers=RETRY | _CLOSE)
+        self._counted += more
+        self._bodies.held += more
+
+    def release(self) -> None:
+        """May be called again."""
+        self._bodies.held -= self._counted
+        self._counted = self._size = 0
+        self.data = bytearray()
+
+
+class HeldAnswer(Response):
+    """JSON that counts as held until it is sent: in pieces, each of which waits until the one before is taken."""
+
+    def __init__(self, content: bytes, held: Held) -> None:
+        super().__init__(content, media_type="application/json")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(self.body), _PIECE_BYTES):
+                piece = self.body[start : start + _PIECE_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._held.release()
+
+
+def _check_kind(request: Request) -> None:
+    """Raises ApiError (415) for what is no JSON, or not as it is."""
+    kinds = request.headers.getlist("content-type")
+    if len(kinds) != 1 or not _JSON.fullmatch(kinds[0].partition(";")[0].strip().lower()):
+        raise ApiError(415, "the content type must be application/json", code="unsupported_media_type", headers=_CLOSE)
+    codings = ", ".join(request.headers.getlist("content-encoding"))
+    if codings.strip().lower() not in ("", "identity"):
+        message = f"the body is encoded as {codings[:64]!r}; send it as it is"
+        headers = {"accept-encoding": "identity", **_CLOSE}
+        raise ApiError(415, message, code="unsupported_encoding", headers=headers)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large", headers=_CLOSE)

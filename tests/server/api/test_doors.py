@@ -1,0 +1,210 @@
+"""Requests that one server might read otherwise than another, and connections that have to end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fastblt.server.api import bodies as bodies_module
+from fastblt.server.api import http as http_module
+from fastblt.server.process.client import EngineClient
+from fastblt.server.settings import EngineSettings, HttpSettings, SchedulingPolicy
+from tests.server.api import fake_engine
+from tests.server.api.running import RunningServer, until
+from tests.server.api.test_bad_requests import JSON, assert_error
+from tests.server.api.test_security import make_certificate, raw
+
+BODY = json.dumps({"prompt": "Hi", "max_tokens": 2}).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def fake(**fields: object) -> EngineClient:
+    return EngineClient(EngineSettings(), command=fake_engine.command(**fields))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    http = HttpSettings(cors_origins=("*",), scheduling_policy=SchedulingPolicy.PRIORITY, shutdown_timeout=0.0)
+    with RunningServer(fake(), http) as server:
+        yield server
+
+
+def connect(server: RunningServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20)
+
+
+def chunked(body: bytes, size: int) -> bytes:
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+HIDDEN = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        # The end of one is by its length, that of the other by its chunks.
+        POST + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(BODY, 64) + HIDDEN,
+        POST + b"transfer-encoding: chunked\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY + HIDDEN,
+        POST.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n" + chunked(BODY, 64) + HIDDEN,
+        POST + b"content-length: 4\r\ncontent-length: 5\r\n\r\n" + BODY + HIDDEN,
+        POST + b"content-length: +%d\r\n\r\n" % len(BODY) + BODY + HIDDEN,
+        POST + b"content-length: -1\r\n\r\n" + BODY + HIDDEN,
+        POST + b"transfer-encoding: identity\r\n\r\n" + BODY + HIDDEN,
+        POST + b"transfer-encoding: gzip, chunked\r\n\r\n" + chunked(BODY, 64) + HIDDEN,
+        POST + b"transfer-encoding : chunked\r\n\r\n" + chunked(BODY, 64) + HIDDEN,
+        POST + b"transfer-encoding: \x0bchunked\r\n\r\n" + chunked(BODY, 64) + HIDDEN,
+        POST + b"transfer-encoding: chunked\r\n\r\n" + b"0x10\r\n" + BODY + HIDDEN,
+        POST + b"transfer-encoding: chunked\r\n\r\n" + b"2\r\n{}X0\r\n\r\n" + HIDDEN,
+    ],
+)
+def test_what_others_might_cut_elsewhere_is_refused_and_ends_the_connection(
+    server: RunningServer, request_: bytes
+) -> None:
+    answer = raw(server, request_)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_http"' in answer
+    assert b"HTTP/1.1 2" not in answer
+
+
+def test_a_chunked_body_is_served(server: RunningServer) -> None:
+    for size in (1, 7, 1000):
+        answer = raw(server, POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(BODY, size))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_small_chunks_are_counted(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "x" * 500_000}).encode()
+    start = time.monotonic()
+    answer = raw(server, POST + b"transfer-encoding: chunked\r\n\r\n" + chunked(body, 1))
+    assert answer.startswith(b"HTTP/1.1 400 ") and time.monotonic() - start < 5
+    # Those of clients are larger, or few.
+    answer = raw(server, POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(body, 1000))
+    assert b'"invalid_value"' in answer
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/models", "/metrics", "/load", "/nowhere"])
+def test_head_is_get_without_a_body(server: RunningServer, path: str) -> None:
+    head, get = server.http.head(path), server.http.get(path)
+    assert head.status_code == get.status_code and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    # The connection goes on.
+    assert raw(server, b"HEAD %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode() * 2 + HIDDEN.replace(
+        b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")).count(b"HTTP/1.1 ") == 3  # fmt: skip
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate, gzip", "zstd"])
+def test_encoded_bodies_are_told_so(server: RunningServer, coding: str) -> None:
+    headers = JSON | {"content-encoding": coding}
+    answer = server.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers)
+    assert coding in assert_error(answer, 415)["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    headers = JSON | {"content-encoding": "identity"}
+    assert server.http.post("/v1/completions", content=BODY, headers=headers).status_code == 200
+
+
+def test_the_javascript_client_may_ask(server: RunningServer) -> None:
+    wanted = (
+        "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+        "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout,"
+        "openai-organization,openai-project"
+    )
+    headers = {
+        "origin": "https://page.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": wanted,
+    }
+    answer = server.http.options("/v1/completions", headers=headers)
+    allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].lower().split(",")}
+    assert answer.status_code == 200 and set(wanted.split(",")) <= allowed
+    assert answer.headers["access-control-allow-origin"] == "*"
+    headers["access-control-request-method"] = "DELETE"
+    assert assert_error(server.http.options("/v1/completions", headers=headers), 400)["code"] == "cors_refused"
+
+
+def test_a_body_that_is_refused_is_not_a_reset(server: RunningServer) -> None:
+    size = 30_000_000
+    with connect(server) as sock:
+        sock.sendall(POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % size)
+        # A client that reads only when it has sent all.
+        for _ in range(0, size, 10**6):
+            sock.sendall(b"x" * 10**6)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ") and b'"body_too_large"' in answer
+
+
+def test_who_never_ends_is_cut_off(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "LINGER_SECONDS", 0.5)
+    with connect(server) as sock:
+        sock.sendall(POST + b"content-length: 1000000000\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        with pytest.raises(OSError):
+            for _ in range(100):
+                sock.sendall(b"x" * 1000)
+                time.sleep(0.05)
+
+
+def test_a_body_without_progress_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies_module, "PIECE_SECONDS", 0.3)
+    with connect(server) as sock:
+        sock.sendall(POST + b"content-length: 1000\r\n\r\n{")
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"body_timeout"' in answer
+
+
+def test_all_bodies_together_are_bounded(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies_module, "MAX_HELD_BYTES", 500_000)
+    several = [connect(server) for _ in range(4)]
+    for sock in several:
+        sock.sendall(POST + b"content-length: 200001\r\n\r\n" + b" " * 200_000)
+    # Three of them fit; one has been told that it does not, and is closed.
+    kept = []
+    for sock in several:
+        sock.settimeout(2)
+        try:
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))  # noqa: B023
+            assert answer.startswith(b"HTTP/1.1 429 ") and b'"bodies_full"' in answer and b"retry-after" in answer
+        except TimeoutError:
+            kept.append(sock)
+    assert len(kept) == 3
+    # Who sends little is served all the same,
+    assert server.complete(prompt="Hi", max_tokens=2)["choices"][0]["text"] == "aa"
+    for sock in several:
+        sock.close()
+    # and when bodies have ended or left, there is room again.
+    large = {"prompt": "x" * 900, "max_tokens": 2, "no_such_field": "y" * 250_000}
+    until(lambda: server.http.post("/v1/completions", json=large).status_code == 200)
+
+
+def test_priorities_are_the_operators_to_allow(server: RunningServer) -> None:
+    assert server.complete(prompt="Hi", max_tokens=2, priority=-1000)["choices"][0]["text"] == "aa"
+    for priority in (-1001, 1001, -(2**63)):
+        answer = server.http.post("/v1/completions", json={"prompt": "Hi", "priority": priority})
+        assert_error(answer, 400, "priority")
+    with RunningServer(fake()) as other:
+        answer = other.http.post("/v1/completions", json={"prompt": "Hi", "priority": 1})
+        assert "--scheduling-policy" in assert_error(answer, 400, "priority")["message"]
+        assert other.complete(prompt="Hi", max_tokens=2, priority=0)["choices"][0]["text"] == "aa"
+
+
+def test_idle_tls_connections_hold_up_nothing(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    http = HttpSettings(tls_certificate=str(certificate), tls_key=str(key), shutdown_timeout=0.0)
+    context = ssl.create_default_context(cafile=str(certificate))
+    server = RunningServer(fake(), http, wait=False)
+    with server, httpx.Client(base_url=server.url.replace("http:", "https:"), verify=context) as client:
+        until(lambda: client.get("/health").status_code == 200)
+        # It neither asks nor reads, and so never agrees to an end.
+        with context.wrap_socket(connect(server), server_hostname="127.0.0.1"):
+            stop = time.monotonic()
+            server._server.should_exit = True
+            server._thread.join(20)
+            assert not server._thread.is_alive() and time.monotonic() - stop < 8
