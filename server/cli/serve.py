@@ -38,10 +38,17 @@ from fastblt.server.cli.options import (
     UnmaskingOption,
     UntrainedBlockSize,
 )
-from fastblt.server.configuration import read_config, read_keys, show_config
+from fastblt.server.configuration import check_environment, read_config, read_keys, show_config
 from fastblt.server.logs import LogFormat, LogLevel, LogSettings
 from fastblt.server.request import DecodingMethod, DecodingParams
-from fastblt.server.settings import PRETRAINED, EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
+from fastblt.server.settings import (
+    PRETRAINED,
+    EngineSettings,
+    FailurePolicy,
+    HttpSettings,
+    SchedulingPolicy,
+    ServiceSettings,
+)
 
 
 def serve(
@@ -69,6 +76,13 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of such keys, one a line.", rich_help_panel=ACCESS)
     ] = None,
+    scheduling_policy: Annotated[
+        SchedulingPolicy,
+        typer.Option(
+            help="Who leaves the queue first: who came first, or, at every client's word, the lowest `priority`.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = SchedulingPolicy.FCFS,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="Origin whose pages browsers may ask from; may be given again.", rich_help_panel=ACCESS),
@@ -170,6 +184,7 @@ def serve(
 
     log = LogSettings(log_level, log_format)
     logs.configure(log)
+    check_environment(context)
     show_config(context)
     with clean_errors():
         decoding = DecodingParams(
@@ -212,6 +227,7 @@ def serve(
         http = HttpSettings(
             api_keys=read_keys(api_key, api_key_file),
             cors_origins=tuple(cors_origin or ()),
+            scheduling_policy=scheduling_policy,
             tls_certificate=str(tls_certificate) if tls_certificate else None,
             tls_key=str(tls_key) if tls_key else None,
             shutdown_timeout=shutdown_timeout,

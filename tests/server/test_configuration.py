@@ -95,6 +95,48 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
     assert read_keys(["zero"], path) == ("zero", "one", "two")
     assert read_keys(None, None) == ()
     path.write_text("\n")
-    for keys, file in ((None, path), ([""], None), ([" "], None), (["a", ""], None), (None, tmp_path / "none")):
+    for keys, file in (
+        (None, path),
+        (["a b"], None),
+        ([""], None),
+        ([" "], None),
+        (["a", ""], None),
+        (None, tmp_path / "none"),
+    ):
         with pytest.raises(typer.BadParameter):
             read_keys(keys, file)
+
+
+def test_a_key_file_may_explain_itself(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbf# who has which\r\none\r\n\r\n  # retired: old\r\n two\t\r\n")
+    assert read_keys(None, path) == ("one", "two")
+    for useless in ("# only this\n", "", "one\ntwo words\n", "one\u2028two\n", "a\x00b\n"):
+        path.write_text(useless)
+        with pytest.raises(typer.BadParameter):
+            read_keys(None, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FASTBLT_SERVE_API_KEY", ""),
+        ("FASTBLT_SERVE_API_KEY", " \t"),
+        ("FASTBLT_SERVE_API_KEY_FILE", ""),
+        ("FASTBLT_SERVE_TLS_CERTIFICATE", ""),
+        ("FASTBLT_SERVE_CONFIG", ""),
+        ("FASTBLT_API_KEY", "secret"),
+        ("FASTBLT_SERVE_API_KEYS", "secret"),
+    ],
+)
+def test_what_was_to_close_a_server_stops_it_where_it_cannot(name: str, value: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "nothing", "--port", "0"], env={name: value})
+    assert result.exit_code == 2 and name in result.output and "secret" not in result.output
+
+
+@pytest.mark.parametrize("line", ["api-key = []", 'api-key = ""', 'api-key-file = " "', 'api-key = [""]'])
+def test_so_does_a_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "fastblt.toml"
+    path.write_text(line)
+    result = CliRunner().invoke(app, ["serve", "nothing", "--port", "0", "--config", str(path)])
+    assert result.exit_code == 2 and "empty" in result.output
