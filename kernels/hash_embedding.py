@@ -12,8 +12,6 @@ Shapes: windows int64 [..., W], powers int64 [tables, W], offsets int64 [tables]
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from torch.nn.functional import embedding
 
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.structs import Tables
 
 
 def hash_embedding_torch(
@@ -34,50 +33,29 @@ def hash_embedding_torch(
     return embedded + embedding(hashes + offsets, hash_table).sum(-2)
 
 
-class Tables(ctypes.Structure):
+def tables_of(powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor) -> Tables:
     """The multipliers and tables as the C code takes them; the tensors must outlive it."""
-
-    _fields_ = [
-        ("powers", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("width", "count", "vocab")),
-        *((name, ctypes.c_void_p) for name in ("bytes", "hashed")),
-        ("size", ctypes.c_int64),
-    ]
-
-    @classmethod
-    def of(cls, powers: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor) -> Tables:
-        sizes = (powers.shape[-1], len(powers), vocab)
-        return cls(powers.data_ptr(), *sizes, byte_table.data_ptr(), hash_table.data_ptr(), byte_table.shape[1])
+    sizes = (powers.shape[-1], len(powers), vocab)
+    return Tables(powers.data_ptr(), *sizes, byte_table.data_ptr(), hash_table.data_ptr(), byte_table.shape[1])
 
 
-@cache
-def _entry() -> Callable[..., None] | None:
-    native = library("hash_embedding")
-    if native is None:
-        return None
-    function = native.fastblt_hash_embedding
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Tables), ctypes.c_void_p]
-    function.restype = None
-    return function
-
-
-def _native(function: Callable[..., None], windows: Tensor, tables: Tables) -> Tensor:
+def _hash_embedding_native(native: ctypes.CDLL, windows: Tensor, tables: Tables) -> Tensor:
     windows = windows.contiguous()
     out = torch.empty(*windows.shape[:-1], tables.size)
-    function(windows.data_ptr(), windows.numel() // windows.shape[-1], tables, out.data_ptr())
+    native.fastblt_hash_embedding(windows.data_ptr(), windows.numel() // windows.shape[-1], tables, out.data_ptr())
     return out
 
 
 def hash_embedding(
     windows: Tensor, powers: Tensor, offsets: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
 ) -> Tensor:
-    """The launcher: picks the implementation for the tensors' device. See `hash_embedding_torch`."""
+    """`hash_embedding_torch` by the implementation for the tensors' device."""
     learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
     if use_triton(windows.device) and not learning and len(powers):
         from fastblt.kernels.gpu.hash_embedding import hash_embedding_triton
 
         return hash_embedding_triton(windows, powers, vocab, byte_table, hash_table)
     plain = byte_table.device.type == "cpu" and byte_table.dtype == hash_table.dtype == torch.float32
-    if plain and not learning and (native := _entry()) is not None:
-        return _native(native, windows, Tables.of(powers, vocab, byte_table, hash_table))
+    if plain and not learning and (native := library()) is not None:
+        return _hash_embedding_native(native, windows, tables_of(powers, vocab, byte_table, hash_table))
     return hash_embedding_torch(windows, powers, offsets, vocab, byte_table, hash_table)

@@ -9,13 +9,12 @@ int64 [N].
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from fastblt.kernels.cpu.native import library, threads
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.threads import threads
 
 #: Latents a patch that the C code has room for; as in latent_attention.c.
 MOST_KEYS = 64
@@ -35,9 +34,9 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
     """[N, H, D] from cross-attention layer `layer` of the stored latents at `slots`."""
     if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
-        function = _entry()
-        if function is not None:
-            return _native(function, q.contiguous(), store, layer, slots.int())
+        native = library()
+        if native is not None:
+            return _attend_native(native, q.contiguous(), store, layer, slots.int())
     return stored_latent_attention_torch(q, store, layer, slots)
 
 
@@ -57,29 +56,18 @@ class StoredLatents:
     def native(self) -> bool:
         """Whether the C code serves it."""
         fits = self.store.device.type == "cpu" and self.store.dtype == torch.float32
-        return fits and self.store.shape[3] <= MOST_KEYS and _entry() is not None
+        return fits and self.store.shape[3] <= MOST_KEYS and library() is not None
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         return stored_latent_attention(q, self.store, layer, self.slots)
 
 
-@cache
-def _entry() -> Callable[..., int] | None:
-    native = library("latent_attention")
-    if native is None:
-        return None
-    function = native.fastblt_latent_attention
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 7, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
-
-
-def _native(function: Callable[..., int], q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
+def _attend_native(native: ctypes.CDLL, q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
     out = torch.empty_like(q)
     _, layers, _, keys, kv_heads, dim = store.shape
     one = 2 * keys * kv_heads * dim
     start = store.data_ptr() + layer * one * store.element_size()
     sizes = (layers * one, q.shape[0], q.shape[1], kv_heads, dim, keys, threads())
-    if function(q.data_ptr(), start, slots.data_ptr(), *sizes, out.data_ptr()):
+    if native.fastblt_latent_attention(q.data_ptr(), start, slots.data_ptr(), *sizes, out.data_ptr()):
         return stored_latent_attention_torch(q, store, layer, slots)
     return out

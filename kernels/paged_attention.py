@@ -14,15 +14,15 @@ entry p // page_size is the page of position p; rows, positions, firsts, highs i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastblt.kernels.attention import TILE, masked_attention
 from fastblt.kernels.backend import use_triton
-from fastblt.kernels.cpu.native import library, threads
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.structs import Places
+from fastblt.kernels.cpu.threads import threads
 from fastblt.kernels.types import RaggedRows
 
 
@@ -34,8 +34,8 @@ def paged_attention(
         from fastblt.kernels.gpu.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, k, v, turns, store, at, tiled=tiled)
-    if q.dtype == torch.float32 and has_native(store):
-        return _native(q, k, v, turns, store, at)
+    if q.dtype == torch.float32 and has_native(store) and (native := library()) is not None:
+        return _attend_native(native, q, k, v, turns, store, at)
     return paged_attention_torch(q, k, v, turns, store, at, tiled=tiled)
 
 
@@ -72,59 +72,25 @@ def has_native(store: Tensor) -> bool:
     """Whether the C code serves a store [slots, 2, Hkv, D]."""
     whole = store.shape[-1] % 8 == 0  # it counts in vectors of eight
     fits = store.device.type == "cpu" and store.dtype == torch.float32 and whole and not use_triton(store.device)
-    return fits and _entry() is not None
+    return fits and library() is not None
 
 
-class Places(ctypes.Structure):
+def places_of(turns: Tensor, at: RaggedRows) -> Places:
     """Where the rows stand, as the C code takes it; the tensors must outlive it."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("turns", "table", "rows", "positions", "firsts", "highs")),
-        *((name, ctypes.c_int64) for name in ("window", "table_stride", "page")),
-    ]
-
-    @classmethod
-    def of(cls, turns: Tensor, at: RaggedRows) -> Places:
-        tensors = (turns, at.table, at.rows, at.positions, at.firsts, at.highs)
-        sizes = (at.window or 0, at.table.stride(0), at.page_size)
-        return cls(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    tensors = (turns, at.table, at.rows, at.positions, at.firsts, at.highs)
+    sizes = (at.window or 0, at.table.stride(0), at.page_size)
+    return Places(*(tensor.data_ptr() for tensor in tensors), *sizes)
 
 
-@cache
-def _entry() -> Callable[..., int] | None:
-    """The C function, with its argument types said once."""
-    native = library("paged_attention")
-    if native is None:
-        return None
-    function = native.fastblt_paged_attention
-    pointers = [ctypes.c_void_p] * 3
-    function.argtypes = [
-        *pointers, ctypes.POINTER(Places), ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p
-    ]  # fmt: skip
-    function.restype = ctypes.c_int
-    return function
-
-
-def _native(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows) -> Tensor:
-    function = _entry()
-    assert function is not None
+def _attend_native(
+    native: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows
+) -> Tensor:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     n, heads, dim = q.shape
-    failed = function(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        Places.of(turns, at),
-        store.data_ptr(),
-        n,
-        heads,
-        k.shape[1],
-        dim,
-        threads(),
-        out.data_ptr(),
-    )
-    if failed:
+    rows = (pointer.data_ptr() for pointer in (q, k, v))
+    sizes = (n, heads, k.shape[1], dim, threads())
+    if native.fastblt_paged_attention(*rows, places_of(turns, at), store.data_ptr(), *sizes, out.data_ptr()):
         raise MemoryError("paged attention could not allocate its scratch space")
     return out
 

@@ -6,23 +6,13 @@ the table) and positions int32 [N]; rows [N, d].
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastblt.kernels.backend import use_triton
-
-
-class Pages(ctypes.Structure):
-    """A page table as the C code takes it; the tensor must outlive it."""
-
-    _fields_ = [("table", ctypes.c_void_p), ("stride", ctypes.c_int64), ("page", ctypes.c_int64)]
-
-    @classmethod
-    def of(cls, table: Tensor, page_size: int) -> Pages:
-        return cls(table.data_ptr(), table.stride(0), page_size)
+from fastblt.kernels.cpu.structs import Pages
 
 
 @dataclass(frozen=True)
@@ -38,6 +28,10 @@ class PagedRows:
         """Whether C code may take the store as it lies."""
         plain = self.store.device.type == "cpu" and self.store.dtype == torch.float32
         return plain and not use_triton(self.store.device)
+
+    def pages(self) -> Pages:
+        """The page table as the C code takes it."""
+        return Pages(self.table.data_ptr(), self.table.stride(0), self.page_size)
 
     def slots(self, owners: Tensor, positions: Tensor) -> Tensor:
         """int64: the rows' places in the store; `owners` broadcasts against `positions`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,18 +26,18 @@ class RequestIds:
 
     def read(self, owners: Tensor, positions: Tensor) -> Tensor:
         """The ids of these positions, in their shape."""
-        if (functions := self._native()) is None:
+        if (native := self._native()) is None:
             return self.ids.view(-1)[self._places(owners, positions)]
         ids = torch.empty(positions.shape, dtype=torch.int64)
-        self._call(functions[0], owners, positions, ids)
+        self._call(native.fastblt_read_ids, owners, positions, ids)
         return ids
 
     def write(self, owners: Tensor, positions: Tensor, ids: Tensor) -> None:
         """Store int64 ids at these positions [N]. Where two are of one place, either may stay."""
-        if (functions := self._native()) is None:
+        if (native := self._native()) is None:
             self.ids.view(-1).scatter_(0, self._places(owners, positions), ids)
         else:
-            self._call(functions[1], owners, positions, ids.contiguous())
+            self._call(native.fastblt_write_ids, owners, positions, ids.contiguous())
 
     def windows(self, owners: Tensor, positions: Tensor) -> Tensor:
         """Of each position [N] the last pad + 1 ids, its own last: [N, pad + 1]."""
@@ -49,25 +48,11 @@ class RequestIds:
         """int64: where the ids, seen as one line, have those of these positions."""
         return owners.long() * self.ids.shape[1] + (positions + self.pad)
 
-    def _native(self) -> tuple[Callable[..., None], Callable[..., None]] | None:
-        return _entries() if self.ids.device.type == "cpu" and not use_triton(self.ids.device) else None
+    def _native(self) -> ctypes.CDLL | None:
+        return library() if self.ids.device.type == "cpu" and not use_triton(self.ids.device) else None
 
     def _call(self, function: Callable[..., None], owners: Tensor, positions: Tensor, ids: Tensor) -> None:
         owners, positions = owners.contiguous(), positions.contiguous()
         first = self.ids.data_ptr() + self.pad * self.ids.element_size()
         where = (owners.data_ptr(), positions.data_ptr(), positions.numel())
         function(first, self.ids.stride(0), *where, ids.data_ptr())
-
-
-@cache
-def _entries() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The C functions, with their argument types said once."""
-    native = library("request_ids")
-    if native is None:
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    functions = native.fastblt_read_ids, native.fastblt_write_ids
-    for function in functions:
-        function.argtypes = [pointer, integer, pointer, pointer, integer, pointer]
-        function.restype = None
-    return functions

@@ -29,13 +29,13 @@ sorting, or a sum along a row. The C and the Triton kernel compute rows one by o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu import structs
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.noise import VOCABULARY, gumbel
 from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, Selection, SelectionParams
@@ -132,57 +132,40 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
 
 
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
-    """The launcher: picks the implementation for the logits' device. See `select_torch`; any floating type will do."""
+    """`select_torch` by the implementation for the logits' device; any floating type will do."""
     if use_triton(logits.device):
         from fastblt.kernels.gpu.selection import select_triton
 
         return select_triton(logits, params, need_statistics=need_statistics)
     logits = logits.float()
-    function = entry() if logits.device.type == "cpu" else None
-    if function is not None:
-        return _native(function, logits, params, need_statistics)
+    if logits.device.type == "cpu" and (native := library()) is not None:
+        return _select_native(native, logits, params, need_statistics)
     return select_torch(logits, params, need_statistics=need_statistics)
 
 
-@cache
-def entry() -> Callable[..., None] | None:
-    """The C function, with its argument types said once."""
-    # Scores are rounded after every operation, as they are by torch.
-    native = library("selection", "-ffp-contract=off")
-    if native is None:
-        return None
-    function = native.fastblt_select
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 19, *[ctypes.c_int64] * 2]
-    function.restype = None
-    return function
-
-
-def _native(function: Callable[..., None], logits: Tensor, params: SelectionParams, need_statistics: bool) -> Selection:
+def _select_native(native: ctypes.CDLL, logits: Tensor, params: SelectionParams, need_statistics: bool) -> Selection:
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    rows = len(logits)
-    draws = (params.temperature, params.seeds, params.positions)
-    cuts = (params.top_k, params.top_p, params.min_p)
-    penalties = (
-        params.repetition, params.presence, params.frequency, params.counts, params.prompt_seen, params.bias,
-    )  # fmt: skip
+    given = {"forbid_eos": params.forbid_eos, "allowed": params.allowed}
     # What no row needs is not read, and need not be made contiguous.
-    temperature, seeds, positions = draws if params.sampled else (None,) * 3
-    truncation = cuts if params.sampled and params.truncated else (None,) * 3
-    given = [
-        temperature, *truncation, seeds, positions, params.forbid_eos,
-        *(penalties if params.penalized else (None,) * 6), params.allowed,
-    ]  # fmt: skip
-    columns = [None if value is None else value.contiguous() for value in given]
+    names = (
+        *(("temperature", "seeds", "positions") if params.sampled else ()),
+        *(("top_k", "top_p", "min_p") if params.sampled and params.truncated else ()),
+        *(("repetition", "presence", "frequency", "counts", "prompt_seen", "bias") if params.penalized else ()),
+    )
+    given |= {name: getattr(params, name) for name in names}
+    columns = {name: value.contiguous() for name, value in given.items() if value is not None}
+    rows = len(logits)
     ids, bad = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.uint8)
     logprobs = logits.new_empty(rows)
     confidence, entropy = (logits.new_empty(rows) if need_statistics else None for _ in range(2))
-    function(
-        logits.data_ptr(),
-        logits.stride(0),
-        *(
-            None if tensor is None else tensor.data_ptr()
-            for tensor in (*columns, ids, logprobs, confidence, entropy, bad)
+    results = (None if one is None else one.data_ptr() for one in (ids, logprobs, confidence, entropy, bad))
+    native.fastblt_select(
+        structs.Columns(
+            logits=logits.data_ptr(),
+            stride=logits.stride(0),
+            **{name: value.data_ptr() for name, value in columns.items()},
         ),
+        structs.Selection(*results),
         rows,
         torch.get_num_threads(),
     )

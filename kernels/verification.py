@@ -12,8 +12,6 @@ beyond is never looked at. There is no rejection sampling: drafts and targets ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,21 +28,10 @@ def verify_torch(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tens
     return accepted, targets.gather(1, accepted.unsqueeze(-1)).squeeze(-1)
 
 
-@cache
-def _entry() -> Callable[..., None] | None:
-    native = library("verification")
-    if native is None:
-        return None
-    function = native.fastblt_verify
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes, function.restype = [pointer, pointer, pointer, integer, integer, pointer, pointer], None
-    return function
-
-
-def _native(function: Callable[..., None], targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _verify_native(native: ctypes.CDLL, targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     accepted, next_id = torch.empty_like(lengths), torch.empty_like(lengths)
     pointers = (tensor.data_ptr() for tensor in (targets, drafts, lengths))
-    function(*pointers, *drafts.shape, accepted.data_ptr(), next_id.data_ptr())
+    native.fastblt_verify(*pointers, *drafts.shape, accepted.data_ptr(), next_id.data_ptr())
     return accepted, next_id
 
 
@@ -54,6 +41,6 @@ def verify(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Te
         from fastblt.kernels.gpu.verification import verify_triton
 
         return verify_triton(targets, drafts, lengths)
-    if targets.device.type == "cpu" and (function := _entry()) is not None:
-        return _native(function, targets.contiguous(), drafts.contiguous(), lengths.contiguous())
+    if targets.device.type == "cpu" and (native := library()) is not None:
+        return _verify_native(native, targets.contiguous(), drafts.contiguous(), lengths.contiguous())
     return verify_torch(targets, drafts, lengths)

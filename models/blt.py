@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblt.kernels.attention import masked_attention
+from fastblt.kernels.cpu import structs
 from fastblt.kernels.cpu.upstream import StoredPatches
-from fastblt.kernels.hash_embedding import Tables, hash_embedding
+from fastblt.kernels.hash_embedding import hash_embedding, tables_of
 from fastblt.kernels.latent_attention import StoredLatents, latent_attention
 from fastblt.kernels.paged_attention import PagedAttention
 from fastblt.kernels.paged_rows import PagedRows
@@ -228,10 +229,10 @@ class Blt(nn.Module):
         """Hash windows [B, T, hash_window] of whole sequences [B, T]; what lies before the start is id 0."""
         return F.pad(ids, (self.hash_window - 1, 0)).unfold(-1, self.hash_window, 1)
 
-    def hash_tables(self) -> Tables:
+    def hash_tables(self) -> structs.Tables:
         """The tables of `embed`, for C code."""
         tables = self.local_encoder.embed_tokens.weight, self.encoder_hash_tok_embedding.weight
-        return Tables.of(self._hash_powers, self.config.hash_group_vocab, *tables)
+        return tables_of(self._hash_powers, self.config.hash_group_vocab, *tables)
 
     def embed(self, windows: Tensor) -> Tensor:
         """Byte plus hash n-gram embeddings [..., d] of int64 windows [..., hash_window], the row's own id last.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu import linear
-from fastblt.kernels.cpu.dense import Norm, Packed, available, pack, pack_norm, project, project_add, rms_norm
+from fastblt.kernels.cpu.dense import Norm, Packed, pack, pack_norm, project, project_add, rms_norm
+from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
 from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
 from fastblt.kernels.latent_attention import StoredLatents
@@ -48,7 +49,7 @@ def fuse(model: Blt) -> bool:
     over ranks stay as they are. Where the model is asked for gradients, or over rows of more than one leading
     dimension, or with another attention than that over paged caches, its layers run as before.
     """
-    if not available():
+    if library() is None:
         return False
     weights_now = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
     if vars(model).get(_FUSED) == weights_now:
@@ -115,7 +116,7 @@ def stream(model: Blt) -> bool:
     """Let a large model's fp32 maps on the CPU read their weights as fast as memory gives them, under
     `torch.inference_mode` and for passes of few rows; whether they do now. Nothing is copied.
     """
-    if not linear.available():
+    if library() is None:
         return False
     for module in model.modules():
         if (

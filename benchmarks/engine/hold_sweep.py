@@ -23,7 +23,7 @@ import numpy as np
 from fastblt.benchmarks.engine.holding import METHODS
 from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.machine import measured_with
-from fastblt.kernels.cpu.native import threads
+from fastblt.kernels.cpu.threads import threads
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.widen import paper_shape, widen

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.savings.methods import BLT, diffusion, speculation
-from fastblt.kernels.cpu.native import threads
+from fastblt.kernels.cpu.threads import threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint

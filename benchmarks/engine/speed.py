@@ -29,7 +29,7 @@ from fastblt.benchmarks.engine.bare_loop import BareLoop
 from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.prompts import prompt_ids
 from fastblt.benchmarks.savings.methods import diffusion, speculation
-from fastblt.kernels.cpu.native import threads as threads_in_use
+from fastblt.kernels.cpu.threads import threads as threads_in_use
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams, Request, SamplingParams

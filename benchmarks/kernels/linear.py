@@ -21,7 +21,7 @@ from torch import Tensor
 from fastblt.benchmarks.machine import measured_with
 from fastblt.benchmarks.savings.cost_curve import machine_limits
 from fastblt.kernels.cpu.linear import linear
-from fastblt.kernels.cpu.native import set_threads
+from fastblt.kernels.cpu.threads import set_threads
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from fastblt.kernels.cpu.decoder_steps import COLUMNS, SINGLE_ROWS, Decoded, DecoderSteps, Plans
-from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Spent, Steps
+from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Steps
+from fastblt.kernels.cpu.structs import Spent
 from fastblt.models.accounting import ModuleParameters
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import MODULES, make_calls
@@ -82,7 +83,7 @@ class Recorder:
             clock = time.perf_counter()
             result = call(step, columns, *args, **kwargs)
             taken = time.perf_counter() - clock
-            self._calls.append(lambda: _passes_of_steps(columns, result, taken, step.fed))
+            self._calls.append(lambda: _passes_of_steps(columns, result, taken, step.encoder_input))
             return result
 
         return timed
@@ -96,7 +97,7 @@ class Recorder:
             taken = time.perf_counter() - clock
             # The next call takes these back.
             fixed = result.made.fixed.copy(), result.drafts.fixed.copy()
-            self._calls.append(lambda: _passes_of_plans(plans, result, fixed, taken, step.fed))
+            self._calls.append(lambda: _passes_of_plans(plans, result, fixed, taken, step.encoder_input))
             return result
 
         return timed

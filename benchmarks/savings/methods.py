@@ -40,7 +40,7 @@ from fastblt.benchmarks.savings.cost_curve import (
     weights_read,
 )
 from fastblt.benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
-from fastblt.kernels.cpu.native import threads as threads_in_use
+from fastblt.kernels.cpu.threads import threads as threads_in_use
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint

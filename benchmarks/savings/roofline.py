@@ -27,7 +27,7 @@ from typing import Any
 from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.savings.cost_curve import CostCurve, Recorder, machine_limits, module_weights
 from fastblt.benchmarks.savings.methods import Batch, batch_settings, chosen_settings, run
-from fastblt.kernels.cpu.native import threads
+from fastblt.kernels.cpu.threads import threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint

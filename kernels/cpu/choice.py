@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from fastblt.kernels import selection
 from fastblt.kernels.cpu.dense import Packed
+from fastblt.kernels.cpu.structs import Choice
 from fastblt.kernels.request_ids import RequestIds
+from fastblt.kernels.selection import EOS
 
 
 @dataclass(frozen=True)
@@ -23,43 +22,29 @@ class Draws:
     eos_from: Tensor
 
 
-class ChoiceStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("select", "head", "temperature", "top_k", "top_p", "min_p", "seeds")),
-        *((name, ctypes.c_void_p) for name in ("eos_from", "texts")),
-        *((name, ctypes.c_int64) for name in ("stride", "vocabulary", "eos")),
-    ]
-
-
 class Choices:
-    """For each kind of batch what C code chooses by. All tensors must outlive it."""
+    """For each kind of batch, what C code chooses by. All tensors must outlive it."""
 
     def __init__(self, draws: Draws, head: Packed, ids: RequestIds) -> None:
         # What pointers point to must live.
         self._own = (draws, head, ids)
-        choose: Any = selection.entry()
         temperature, top_p, min_p = (row.data_ptr() for row in draws.values[:3])
         top_k, seeds = (row.data_ptr() for row in draws.integers)
-        texts = ids.ids.data_ptr() + ids.pad * ids.ids.element_size()
-        last = (draws.eos_from.data_ptr(), texts, ids.ids.stride(0), head.outputs, selection.EOS)
-        self._structs = {
-            (sampled, truncated): ChoiceStruct(
-                ctypes.cast(choose, ctypes.c_void_p),
-                head.pointer,
-                temperature if sampled else None,
-                *((top_k, top_p, min_p) if truncated else (None,) * 3),
-                seeds if sampled else None,
-                *last,
-            )
-            for sampled in (False, True)
-            for truncated in (False, True)
+        common = {
+            "head": head.pointer,
+            "eos_from": draws.eos_from.data_ptr(),
+            "texts": ids.ids.data_ptr() + ids.pad * ids.ids.element_size(),
+            "stride": ids.ids.stride(0),
+            "vocabulary": head.outputs,
+            "eos": EOS,
         }
+        drawn = {"temperature": temperature, "seeds": seeds}
+        self._greedy = Choice(**common)
+        self._sampled = Choice(**common, **drawn)
+        self._truncated = Choice(**common, **drawn, top_k=top_k, top_p=top_p, min_p=min_p)
 
-    def of(self, *, sampled: bool, truncated: bool) -> ChoiceStruct:
+    def of(self, *, sampled: bool, truncated: bool) -> Choice:
         """By whether a row draws, and whether one truncates."""
-        return self._structs[sampled, sampled and truncated]
-
-
-def available() -> bool:
-    """Whether the C code is there."""
-    return selection.entry() is not None
+        if not sampled:
+            return self._greedy
+        return self._truncated if truncated else self._sampled

@@ -26,11 +26,8 @@ behind a run, and its latent's slot. blocks int32 [sizes].
 
 from __future__ import annotations
 
-import ctypes
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from operator import sub
 from typing import Any
@@ -38,17 +35,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastblt.kernels.cpu import choice
-from fastblt.kernels.cpu.choice import Choices, ChoiceStruct, Draws
+from fastblt.kernels.cpu import structs
+from fastblt.kernels.cpu.choice import Choices, Draws
 from fastblt.kernels.cpu.dense import Packed
-from fastblt.kernels.cpu.multi_step import Parts, PartStruct, Spent
-from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.stack import LatentsStruct
+from fastblt.kernels.cpu.multi_step import Parts, parts_of
+from fastblt.kernels.cpu.native import require
+from fastblt.kernels.cpu.stack import latents_of
+from fastblt.kernels.cpu.structs import Spent
+from fastblt.kernels.cpu.threads import threads
 from fastblt.kernels.request_ids import RequestIds
 
-#: The columns of a call's array.
+#: The columns of a call's array; as in decoder_steps.h.
 COLUMNS = (
-    *("owners", "starts", "causals", "selects", "sizes", "latents", "cuts"),
+    *("owners", "starts", "causals", "selects", "sizes", "latents", "runs"),
     *("rules", "lasts", "mosts", "encoded", "scanned", "untils", "follows", "lefts"),
 )
 
@@ -60,12 +59,12 @@ SINGLE_ROWS = -1
 
 @dataclass(slots=True)
 class Plans:
-    """What requests ask for: a row of each in the order of `COLUMNS`, its bound, and the rest as the module says."""
+    """What requests ask for."""
 
-    rows: list[tuple[int, ...]]
-    bounds: list[float]
-    reads: list[tuple[int, int]]
-    blocks: list[int]
+    rows: list[tuple[int, ...]]  # a row for each request, in the order of `COLUMNS`
+    bounds: list[float]  # of each request's rule
+    reads: list[tuple[int, int]]  # of all requests, one behind another: runs (position behind it, slot of its latent)
+    blocks: list[int]  # likewise: the ids of blocks
 
     def column(self, name: str) -> list[int]:
         """The column of this name."""
@@ -75,29 +74,24 @@ class Plans:
 
 @dataclass(slots=True)
 class Made:
-    """What became of blocks, or single rows, a line for each: their ids [width or more], where still masked MASK; how
-    many steps there were; whether a row had no finite choice; the entropies (nats) of rows from the first that was
-    scanned on [most of them]. The step that fixed each of a block is in `fixed` int32 [n, width] (0: none did), which
-    the next call takes back."""
+    """What became of blocks, or of drafts of single rows: a line for each."""
 
-    ids: list[list[int]]
-    fixed: np.ndarray
-    steps: list[int]
-    bad: bytes
-    entropies: list[list[float]]
+    ids: list[list[int]]  # [width or more], MASK where still masked
+    fixed: np.ndarray  # int32 [n, width], the step that fixed each position (0: none did); the next call takes it back
+    steps: list[int]  # how many steps there were, or single rows
+    bad: bytes  # whether a row had no finite choice
+    entropies: list[list[float]]  # nats of rows from the first that was scanned on [most of them]
 
 
 @dataclass(slots=True)
 class Decoded:
-    """What became of the plans: the bytes of selected rows [most of them]; how many bytes of a draft they agree with;
-    their blocks; the line of `drafts` that has the draft behind each (-1: there is none), some of whose lines nobody
-    has; what the call spent."""
+    """What became of the plans."""
 
-    chosen: list[list[int]]
-    accepted: list[int]
-    made: Made
-    lines: list[int]
-    drafts: Made
+    chosen: list[list[int]]  # the bytes of selected rows [most of them]
+    accepted: list[int]  # how many bytes of a draft they agree with
+    made: Made  # the requests' blocks
+    lines: list[int]  # the line of `drafts` that has the draft behind each; -1: there is none
+    drafts: Made  # some of whose lines nobody has
     spent: Spent
 
 
@@ -106,18 +100,20 @@ class _Room:
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self._dtype = dtype
-        self.take(1024)
+        self._take(1024)
 
-    def take(self, size: int) -> None:
-        """Have room for so many."""
+    def _take(self, size: int) -> None:
         self.values = np.empty(size, dtype=self._dtype)
-        self.pointer = self.values.ctypes.data
+        self._first, self._each = self.values.ctypes.data, self.values.itemsize
 
-    def of(self, size: int) -> int:
-        """A pointer to room for so many."""
+    def have(self, size: int) -> None:
+        """Have room for so many."""
         if size > len(self.values):
-            self.take(2 * size)
-        return self.pointer
+            self._take(2 * size)
+
+    def at(self, index: int) -> int:
+        """A pointer to the value at this place."""
+        return self._first + index * self._each
 
 
 def _lines(values: list[Any], first: int, count: int, width: int) -> list[list[Any]]:
@@ -127,7 +123,7 @@ def _lines(values: list[Any], first: int, count: int, width: int) -> list[list[A
 
 class DecoderSteps:
     """The call for a model and its caches, all of which must outlive it. `mask` is the id of what is masked; without
-    `fed` causal rows begin as ids."""
+    `encoder_input` causal rows begin as ids."""
 
     def __init__(
         self,
@@ -138,43 +134,65 @@ class DecoderSteps:
         draws: Draws,
         *,
         mask: int,
-        fed: bool,
+        encoder_input: bool,
     ) -> None:
         # What pointers point to must live.
         self._own = (parts, latents)
-        self._parts = PartStruct.all_of(parts)
-        self._latents = LatentsStruct.of(latents)
+        self._parts = parts_of(parts)
+        self._latents = latents_of(latents)
         self._choices = Choices(draws, head, ids)
         self._mask = mask
         self._ids, self._numbers, self._entropies = _Room(np.int64), _Room(np.int32), _Room(np.float32)
         #: Whether causal rows begin as encoder states.
-        self.fed = fed
-        self._call = _entry()
+        self.encoder_input = encoder_input
+        self._call = require().fastblt_decoder_steps
 
     def __call__(self, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
         """The steps of the plans. Raises MemoryError."""
         # Views and pointers of numpy's take longer than the lists: behind a pass all code comes from memory.
-        columns, count, cuts = list(zip(*plans.rows, strict=True)), len(plans.rows), len(plans.reads)
+        columns, count, runs = list(zip(*plans.rows, strict=True)), len(plans.rows), len(plans.reads)
         selected, width, behind = max(columns[_SELECTS]), max(columns[_SIZES]), max(columns[_FOLLOWS])
         longest = max(0, *map(sub, columns[_UNTILS], columns[_SCANNED]))
         lines, wide = (count, behind + 1) if behind else (0, 0)
         asked = array("i", chain(chain.from_iterable(columns), chain.from_iterable(plans.reads), plans.blocks))
         bounds = array("f", plans.bounds)
-        # As the C code lays them out.
+        # Ids are those of selected rows, blocks, drafts. Numbers are what is agreed, the lines, steps and fixed of
+        # blocks, then of drafts, and behind them the bytes of `bad`.
         made_ids, draft_ids = count * selected, count * (selected + width)
         fixed, drafted = 3 * count, count * (3 + width)
         bad = drafted + lines * (1 + wide)
+        self._ids.have(draft_ids + lines * wide)
+        self._numbers.have(bad + (count + lines + 3) // 4)
+        self._entropies.have(count * longest + lines * wide)
+        id_at, number_at, entropy_at = self._ids.at, self._numbers.at, self._entropies.at
         spent = Spent()
-        assert self._call is not None
         if self._call(
             self._parts,
-            _Call(
+            structs.Call(
                 asked.buffer_info()[0],
                 bounds.buffer_info()[0],
-                self._ids.of(draft_ids + lines * wide),
-                self._numbers.of(bad + (count + lines + 3) // 4),
-                self._entropies.of(count * longest + lines * wide),
-                *(count, cuts, selected, width, longest, behind, self._mask, self.fed),
+                id_at(0),
+                number_at(0),
+                number_at(count),
+                (
+                    id_at(made_ids),
+                    number_at(fixed),
+                    number_at(2 * count),
+                    number_at(bad),
+                    entropy_at(0),
+                    width,
+                    longest,
+                ),
+                (
+                    id_at(draft_ids),
+                    number_at(drafted + lines),
+                    number_at(drafted),
+                    number_at(bad) + count,
+                    entropy_at(count * longest),
+                    wide,
+                    wide,
+                ),
+                *(count, runs, selected, self._mask, self.encoder_input),
             ),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),
@@ -202,31 +220,3 @@ class DecoderSteps:
         )
         chosen = _lines(ids, 0, count, selected)
         return Decoded(chosen, own[:count], made, own[count : 2 * count], drafts, spent)
-
-
-def available() -> bool:
-    """Whether the C code is there."""
-    return choice.available() and _entry() is not None
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("asked", "bounds", "ids", "numbers", "entropies")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("count", "cuts", "selected", "width", "longest", "behind", "mask", "fed")
-        ),
-    ]
-
-
-@cache
-def _entry() -> Callable[..., int] | None:
-    """The C function, with its argument types said once."""
-    native = library("decoder_steps")
-    if native is None:
-        return None
-    function = native.fastblt_decoder_steps
-    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Call, LatentsStruct, ChoiceStruct))
-    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
-    function.restype = ctypes.c_int
-    return function

@@ -5,26 +5,17 @@
  * depend on its batch. Weights lie in panels of PANEL outputs, [panel][input][PANEL], and are read once for up to BLOCK
  * rows.
  */
+#include "dense.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "exp_below.h"
+#include "export.h"
 #include "vector.h"
 
-#define PANEL 16
-/* Rows whose inputs and intermediate results stay in the cache together. */
-#define BLOCK 48
-
-/* What becomes of a sum: it is stored, or a row of `residual` is added to it once or twice, as `times` says. */
-struct target {
-    float *out;
-    const float *residual;
-    int64_t size, times;
-};
-
-/* The first `count` of a panel. */
+/* Stores the first `count` sums of a panel. */
 static __attribute__((noinline)) void store_part(const float *sums, struct target to, int64_t row, int64_t column,
                                                  int64_t count) {
     float *out = to.out + row * to.size + column;
@@ -36,7 +27,7 @@ static __attribute__((noinline)) void store_part(const float *sums, struct targe
     }
 }
 
-/* In registers where all of a panel is wanted. */
+/* Stores the sums of a panel, from registers where all of it is wanted. */
 static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct target to, int64_t row, int64_t column) {
     if (to.size - column < PANEL) {
         float sums[PANEL];
@@ -80,8 +71,8 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
             store(sums[r * PANELS + p][0], sums[r * PANELS + p][1], to, row + r, (panel + p) * PANEL);
 }
 
-/* n rows x [n, depth] through the map. Few rows take several panels at once: eight sums or more hide the latency of one. */
-static void map(const float *x, int64_t n, int64_t depth, const float *weights, struct target to) {
+/* Few rows take several panels at once: eight sums or more hide the latency of one. */
+void linear_map(const float *x, int64_t n, int64_t depth, const float *weights, struct target to) {
     int64_t panels = (to.size + PANEL - 1) / PANEL, p = 0;
     if (n == 1)
         for (; p + 4 <= panels; p += 4) tile(x, weights, depth, to, 0, p, 1, 4);
@@ -102,7 +93,7 @@ static void map(const float *x, int64_t n, int64_t depth, const float *weights, 
     }
 }
 
-static void norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
+EXPORT void fastblt_rms_norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
     for (int64_t row = 0; row < n; row++, x += size, out += size) {
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -122,54 +113,48 @@ static void gated(float *gate, const float *up, int64_t count) {
     }
 }
 
-int fastblt_rms_norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
-    norm(x, n, size, gain, eps, out);
-    return 0;
-}
-
-/* Up to three maps of the same rows, normed before where there is a gain. Returns 0, or 1 when memory ran out. */
-int fastblt_project(const float *x, int64_t n, int64_t depth, const float *gain, float eps, const float *w0,
-                    int64_t m0, float *out0, const float *w1, int64_t m1, float *out1, const float *w2, int64_t m2,
-                    float *out2) {
+EXPORT int fastblt_project(const float *x, int64_t n, int64_t depth, const float *gain, float eps,
+                           const struct linear *maps, int64_t count) {
     float *scratch = NULL;
     if (gain && !(scratch = malloc(sizeof(float) * BLOCK * depth))) return 1;
     for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t count = n - first < BLOCK ? n - first : BLOCK;
+        int64_t some = n - first < BLOCK ? n - first : BLOCK;
         const float *rows = x + first * depth;
-        if (gain) norm(rows, count, depth, gain, eps, scratch), rows = scratch;
-        map(rows, count, depth, w0, (struct target){out0 + first * m0, NULL, m0, 0});
-        if (w1) map(rows, count, depth, w1, (struct target){out1 + first * m1, NULL, m1, 0});
-        if (w2) map(rows, count, depth, w2, (struct target){out2 + first * m2, NULL, m2, 0});
+        if (gain) {
+            fastblt_rms_norm(rows, some, depth, gain, eps, scratch);
+            rows = scratch;
+        }
+        for (const struct linear *to = maps; to < maps + count; to++)
+            linear_map(rows, some, depth, to->weights,
+                       (struct target){.out = to->out + first * to->outputs, .size = to->outputs});
     }
     free(scratch);
     return 0;
 }
 
-/* out = x W + times * residual. */
-int fastblt_project_add(const float *x, int64_t n, int64_t depth, const float *w, int64_t size, const float *residual,
-                        int64_t times, float *out) {
+EXPORT void fastblt_project_add(const float *x, int64_t n, int64_t depth, const float *w, int64_t size,
+                                const float *residual, int64_t times, float *out) {
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t count = n - first < BLOCK ? n - first : BLOCK;
-        map(x + first * depth, count, depth, w,
-            (struct target){out + first * size, residual + first * size, size, times});
+        struct target to = {.out = out + first * size, .residual = residual + first * size, .size = size, .times = times};
+        linear_map(x + first * depth, count, depth, w, to);
     }
-    return 0;
 }
 
-/* out = x + down(silu(gate(norm(x))) * up(norm(x))). Returns 0, or 1 when memory ran out. */
-int fastblt_feed_forward(const float *x, int64_t n, int64_t depth, const float *gain, float eps, const float *gate,
-                         const float *up, int64_t inner, const float *down, float *out) {
+EXPORT int fastblt_feed_forward(const float *x, int64_t n, int64_t depth, const float *gain, float eps,
+                                const float *gate, const float *up, int64_t inner, const float *down, float *out) {
     int64_t rows = n < BLOCK ? n : BLOCK;
     float *normed = malloc(sizeof(float) * rows * (depth + 2 * inner));
     if (!normed) return 1;
     float *gates = normed + rows * depth, *ups = gates + rows * inner;
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t count = n - first < BLOCK ? n - first : BLOCK;
-        norm(x + first * depth, count, depth, gain, eps, normed);
-        map(normed, count, depth, gate, (struct target){gates, NULL, inner, 0});
-        map(normed, count, depth, up, (struct target){ups, NULL, inner, 0});
+        struct target to = {.out = out + first * depth, .residual = x + first * depth, .size = depth, .times = 1};
+        fastblt_rms_norm(x + first * depth, count, depth, gain, eps, normed);
+        linear_map(normed, count, depth, gate, (struct target){.out = gates, .size = inner});
+        linear_map(normed, count, depth, up, (struct target){.out = ups, .size = inner});
         gated(gates, ups, count * inner);
-        map(gates, count, inner, down, (struct target){out + first * depth, x + first * depth, depth, 1});
+        linear_map(gates, count, inner, down, to);
     }
     free(normed);
     return 0;

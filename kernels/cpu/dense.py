@@ -1,7 +1,7 @@
 """The dense part of a transformer layer over N rows: norm, linear maps, and the sums around them.
 
     rms_norm      gain * (x / sqrt(mean(x^2) + eps))
-    project       up to three linear maps of the same rows, normed before where a norm is given
+    project       linear maps of the same rows, normed before where a norm is given
     project_add   x W^T + times * residual, for times of 0, 1 or 2
     feed_forward  x + down(silu(gate(norm(x))) * up(norm(x)))
 
@@ -14,18 +14,16 @@ Shapes: x [N, d] fp32, weights [out, in] as in `nn.Linear`; results are new tens
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.native import require
+from fastblt.kernels.cpu.structs import Linear
 
-#: Outputs that lie together; PANEL in dense.c.
+#: Outputs that lie together; PANEL in dense.h.
 PANEL = 16
 
 
@@ -48,11 +46,6 @@ class Norm:
     pointer: int
 
 
-def available() -> bool:
-    """Whether the C code is there."""
-    return _entries() is not None
-
-
 def pack(weight: Tensor) -> Packed:
     """A copy of fp32 CPU weights [outputs, inputs] for the functions here."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
@@ -70,86 +63,49 @@ def pack_norm(gain: Tensor, eps: float) -> Norm:
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """gain * (x / sqrt(mean(x^2) + eps)), [N, d]."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _native().rms_norm(x.data_ptr(), x.shape[0], x.shape[1], norm.pointer, norm.eps, out.data_ptr())
+    require().fastblt_rms_norm(x.data_ptr(), *x.shape, norm.pointer, norm.eps, out.data_ptr())
     return out
 
 
 def project(x: Tensor, norm: Norm | None, maps: tuple[Packed, ...]) -> list[Tensor]:
-    """The results of one to three maps [N, outputs of each]."""
+    """The results of maps of the same rows, normed before where there is a norm: [N, outputs] of each.
+
+    Raises MemoryError.
+    """
     x = x.contiguous()
-    n = x.shape[0]
-    outs = [torch.empty(n, one.outputs) for one in maps]
-    where: list[int | None] = []
-    for one, out in zip(maps, outs, strict=True):
-        where += one.pointer, one.outputs, out.data_ptr()
-    where += [None, 0, None] * (3 - len(maps))
+    outs = [torch.empty(x.shape[0], one.outputs) for one in maps]
+    linears = (Linear * len(maps))(
+        *(Linear(one.pointer, one.outputs, out.data_ptr()) for one, out in zip(maps, outs, strict=True))
+    )
     gain, eps = (norm.pointer, norm.eps) if norm is not None else (None, 0.0)
-    _check(_native().project(x.data_ptr(), n, x.shape[1], gain, eps, *where))
+    _check(require().fastblt_project(x.data_ptr(), *x.shape, gain, eps, linears, len(maps)))
     return outs
 
 
 def project_add(x: Tensor, one: Packed, residual: Tensor, times: int = 1) -> Tensor:
+    """x W^T + times * residual, [N, outputs]. Raises ValueError for `times` other than 0, 1 and 2."""
     if times not in (0, 1, 2):
         raise ValueError(f"a residual is added up to twice, not {times} times")
     x, residual = x.contiguous(), residual.contiguous()
     out = torch.empty_like(residual)
-    _native().project_add(
+    require().fastblt_project_add(
         x.data_ptr(), x.shape[0], one.inputs, one.pointer, one.outputs, residual.data_ptr(), times, out.data_ptr()
     )
     return out
 
 
 def feed_forward(x: Tensor, norm: Norm, gate: Packed, up: Packed, down: Packed) -> Tensor:
+    """x + down(silu(gate(norm(x))) * up(norm(x))), [N, d]. Raises MemoryError."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    native = _native()
-    _check(
-        native.feed_forward(
-            x.data_ptr(), x.shape[0], gate.inputs, norm.pointer, norm.eps, gate.pointer, up.pointer, gate.outputs,
-            down.pointer, out.data_ptr(),
-        )
-    )  # fmt: skip
+    weights = (norm.pointer, norm.eps, gate.pointer, up.pointer, gate.outputs, down.pointer)
+    _check(require().fastblt_feed_forward(x.data_ptr(), x.shape[0], gate.inputs, *weights, out.data_ptr()))
     return out
 
 
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("a layer could not allocate its scratch space")
-
-
-@dataclass(frozen=True)
-class _Entries:
-    rms_norm: Callable[..., int]
-    project: Callable[..., int]
-    project_add: Callable[..., int]
-    feed_forward: Callable[..., int]
-
-
-@cache
-def _entries() -> _Entries | None:
-    """The C functions, with their argument types said once."""
-    native = library("dense")
-    if native is None:
-        return None
-    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    signatures = {
-        "rms_norm": [pointer, integer, integer, pointer, real, pointer],
-        "project": [pointer, integer, integer, pointer, real, *[pointer, integer, pointer] * 3],
-        "project_add": [pointer, integer, integer, pointer, integer, pointer, integer, pointer],
-        "feed_forward": [pointer, integer, integer, pointer, real, pointer, pointer, integer, pointer, pointer],
-    }
-    functions: dict[str, Callable[..., int]] = {}
-    for name, arguments in signatures.items():
-        function = getattr(native, f"fastblt_{name}")
-        function.argtypes, function.restype = arguments, ctypes.c_int
-        functions[name] = function
-    return _Entries(**functions)
-
-
-def _native() -> _Entries:
-    entries = _entries()
-    if entries is None:
-        raise RuntimeError("this machine has no C compiler for the fused layers; ask `available` first")
-    return entries

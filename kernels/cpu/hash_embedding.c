@@ -1,15 +1,9 @@
-/* Byte plus hashed n-gram embeddings on a CPU, fp32. The mathematics and the shapes stand in hash_embedding.py. */
-#include <stdint.h>
-#include <string.h>
+/* Byte embeddings plus hashed n-gram embeddings on a CPU, fp32. */
+#include "hash_embedding.h"
 
-struct tables {
-    const int64_t *powers;
-    int64_t width, count, vocab;
-    const float *bytes, *hashed;
-    int64_t size;
-};
+#include "export.h"
 
-static void embed(const int64_t *window, const struct tables *of, float *restrict out) {
+void embed(const int64_t *window, const struct tables *of, float *restrict out) {
     for (int64_t i = 0; i < of->size; i++) out[i] = 0.0f;
     for (int64_t t = 0; t < of->count; t++) {
         /* Wrapping products are unsigned ones; what they wrap to is signed, and its remainder is not negative. */
@@ -24,6 +18,6 @@ static void embed(const int64_t *window, const struct tables *of, float *restric
     for (int64_t i = 0; i < of->size; i++) out[i] += own[i];
 }
 
-void fastblt_hash_embedding(const int64_t *windows, int64_t n, const struct tables *of, float *out) {
+EXPORT void fastblt_hash_embedding(const int64_t *windows, int64_t n, const struct tables *of, float *out) {
     for (int64_t row = 0; row < n; row++) embed(windows + row * of->width, of, out + row * of->size);
 }

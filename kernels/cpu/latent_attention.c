@@ -1,13 +1,17 @@
-/* The decoder's cross-attention on a CPU, fp32: every row over the few keys of the one latent it reads, in place. The
- * mathematics and the shapes stand in latent_attention.py. Rows are computed alone. */
-#include <math.h>
-#include <stdint.h>
+/* The decoder's cross-attention on a CPU, fp32: every row reads the few keys of its latent where they lie, and is computed
+ * alone. */
+#include "latent_attention.h"
 
+#include <math.h>
+
+#include "export.h"
+
+/* As in latent_attention.py. */
 #define MOST_KEYS 64
 
-/* Returns 0, or 1 where a latent has more keys than this was written for. */
-int fastblt_latent_attention(const float *q, const float *store, const int32_t *slots, int64_t slot_size, int64_t n,
-                             int64_t heads, int64_t kv_heads, int64_t dim, int64_t keys, int64_t threads, float *out) {
+EXPORT int fastblt_latent_attention(const float *q, const float *store, const int32_t *slots, int64_t slot_size,
+                                    int64_t n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t keys,
+                                    int64_t threads, float *out) {
     if (keys > MOST_KEYS) return 1;
     int64_t groups = heads / kv_heads, stride = kv_heads * dim;
     float scale = 1.0f / sqrtf((float)dim);

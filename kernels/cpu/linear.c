@@ -6,6 +6,7 @@
  */
 #include <stdint.h>
 
+#include "export.h"
 #include "vector.h"
 
 static inline float sum_of(v8 a) {
@@ -50,7 +51,8 @@ static inline __attribute__((always_inline)) void outputs(const float *x, int64_
     }
 }
 
-void fastblt_linear(const float *x, int64_t n, int64_t depth, const float *w, int64_t size, int64_t threads, float *y) {
+EXPORT void fastblt_linear(const float *x, int64_t n, int64_t depth, const float *w, int64_t size, int64_t threads,
+                           float *y) {
     /* One row has the registers for more outputs, and needs them to hide the latency of its sums. */
     int64_t each = n == 1 ? 8 : 3, groups = size / each;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

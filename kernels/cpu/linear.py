@@ -8,45 +8,22 @@ Shapes: x [N, inputs] fp32, W [outputs, inputs] fp32 as in `nn.Linear`, contiguo
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from fastblt.kernels.cpu.native import library, threads
+from fastblt.kernels.cpu.native import require
+from fastblt.kernels.cpu.threads import threads
 
 #: Most rows of a pass for which models use it; torch's product may be faster beyond.
 FEW = 64
-
-
-def available() -> bool:
-    """Whether the C code is there."""
-    return _entry() is not None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See the module. Raises ValueError for weights that are not fp32, contiguous and on a CPU."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.is_contiguous():
         raise ValueError(f"weights must be contiguous fp32 on a CPU, not {weight.dtype} on {weight.device}")
-    function = _entry()
-    assert function is not None
     x = x.contiguous()
     outputs, inputs = weight.shape
     out = torch.empty(x.shape[0], outputs)
-    function(x.data_ptr(), x.shape[0], inputs, weight.data_ptr(), outputs, threads(), out.data_ptr())
+    require().fastblt_linear(x.data_ptr(), x.shape[0], inputs, weight.data_ptr(), outputs, threads(), out.data_ptr())
     return out
-
-
-@cache
-def _entry() -> Callable[..., None] | None:
-    """The C function, with its argument types said once."""
-    native = library("linear")
-    if native is None:
-        return None
-    function = native.fastblt_linear
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, integer, integer, pointer, integer, integer, pointer]
-    function.restype = None
-    return function

@@ -18,19 +18,18 @@ to be encoded): int32 [N], the rows of one array.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from torch import Tensor
 
-from fastblt.kernels.cpu import choice
-from fastblt.kernels.cpu.choice import Choices, ChoiceStruct, Draws
+from fastblt.kernels.cpu import structs
+from fastblt.kernels.cpu.choice import Choices, Draws
 from fastblt.kernels.cpu.dense import Packed
-from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.cpu.stack import LatentsStruct, ModuleStruct, PackedStack, Sink, SinkStruct, Source, SourceStruct
-from fastblt.kernels.paged_attention import Places
+from fastblt.kernels.cpu.native import require
+from fastblt.kernels.cpu.stack import PackedStack, Sink, Source, latents_of
+from fastblt.kernels.cpu.structs import Places, Spent
+from fastblt.kernels.cpu.threads import threads
 from fastblt.kernels.request_ids import RequestIds
 
 #: The columns of a call's array.
@@ -53,13 +52,6 @@ class Part:
 Parts = tuple[Part, Part, Part]
 
 
-class Spent(ctypes.Structure):
-    """Seconds as one thread's, in entropy model, encoder and decoder, and altogether. Rows of the passes beside the
-    steps: first ones encoded, new ones scanned, and these encoded."""
-
-    _fields_ = [("seconds", ctypes.c_double * 4), ("rows", ctypes.c_int64 * 3)]
-
-
 @dataclass(frozen=True)
 class Steps:
     """What became of the requests: int32 [N] how many bytes each was given and how many rows were scanned; ids int64
@@ -74,8 +66,8 @@ class Steps:
 
 
 class MultiStep:
-    """The call for a model and its caches, all of which must outlive it. Without `fed` drafted rows begin as ids, and
-    are not encoded."""
+    """The call for a model and its caches, all of which must outlive it. Without `encoder_input` drafted rows begin as
+    ids, and are not encoded."""
 
     def __init__(
         self,
@@ -85,16 +77,16 @@ class MultiStep:
         latents: Tensor,
         draws: Draws,
         *,
-        fed: bool,
+        encoder_input: bool,
     ) -> None:
         # What pointers point to must live.
         self._own = (parts, latents)
-        self._parts = PartStruct.all_of(parts)
-        self._latents = LatentsStruct.of(latents)
-        self._call = _entry()
+        self._parts = parts_of(parts)
+        self._latents = latents_of(latents)
+        self._call = require().fastblt_multi_step
         self._choices = Choices(draws, head, ids)
         #: Whether drafted rows begin as encoder states.
-        self.fed = fed
+        self.encoder_input = encoder_input
 
     def __call__(
         self, columns: np.ndarray, threshold: float, longest: int | None, *, sampled: bool, truncated: bool
@@ -110,13 +102,12 @@ class MultiStep:
         spent = Spent()
         given = [columns[at].ctypes.data for at in range(len(COLUMNS))]
         results = [one.ctypes.data for one in (made, scanned, ids, entropies, bad)]
-        assert self._call is not None
         if self._call(
             self._parts,
-            _Requests(*given, *results, count, most),
+            structs.Requests(*given, *results, count, most),
             self._latents,
             self._choices.of(sampled=sampled, truncated=truncated),
-            _Rule(threshold, longest or 0, self.fed),
+            structs.Rule(threshold, longest or 0, self.encoder_input),
             threads(),
             spent,
         ):
@@ -124,58 +115,16 @@ class MultiStep:
         return Steps(made, scanned, ids, entropies, bad.view(bool), spent)
 
 
-def available() -> bool:
-    """Whether the C code is there."""
-    return choice.available() and _entry() is not None
-
-
-class PartStruct(ctypes.Structure):
-    """A module, as the C code takes it."""
-
-    _fields_ = [
-        ("module", ctypes.POINTER(ModuleStruct)),
-        ("caches", ctypes.c_void_p),
-        ("at", ctypes.POINTER(Places)),
-        ("source", ctypes.POINTER(SourceStruct)),
-        ("sink", ctypes.POINTER(SinkStruct)),
-    ]
-
-    @classmethod
-    def all_of(cls, parts: Parts) -> ctypes.Array[PartStruct]:
-        """The parts must outlive them."""
-        return (cls * len(parts))(
-            *(
-                cls(
-                    ctypes.pointer(part.stack.module),
-                    ctypes.cast(part.caches, ctypes.c_void_p),
-                    ctypes.pointer(part.places),
-                    ctypes.pointer(part.source.struct()),
-                    ctypes.pointer(part.sink.struct()),
-                )
-                for part in parts
-            )
+def parts_of(parts: Parts) -> ctypes.Array[structs.Part]:
+    """The modules as the C code takes them; they must outlive it."""
+    made = (
+        structs.Part(
+            ctypes.pointer(part.stack.module),
+            part.caches,
+            ctypes.pointer(part.places),
+            ctypes.pointer(part.source.struct()),
+            ctypes.pointer(part.sink.struct()),
         )
-
-
-class _Requests(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*COLUMNS, "made", "scanned", "ids", "entropies", "bad")),
-        *((name, ctypes.c_int64) for name in ("count", "most")),
-    ]
-
-
-class _Rule(ctypes.Structure):
-    _fields_ = [("threshold", ctypes.c_double), ("longest", ctypes.c_int64), ("fed", ctypes.c_int64)]
-
-
-@cache
-def _entry() -> Callable[..., int] | None:
-    """The C function, with its argument types said once."""
-    native = library("multi_step")
-    if native is None:
-        return None
-    function = native.fastblt_multi_step
-    structs = (ctypes.POINTER(kind) for kind in (PartStruct, _Requests, LatentsStruct, ChoiceStruct, _Rule))
-    function.argtypes = [*structs, ctypes.c_int64, ctypes.POINTER(Spent)]
-    function.restype = ctypes.c_int
-    return function
+        for part in parts
+    )
+    return (structs.Part * len(parts))(*made)

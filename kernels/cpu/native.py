@@ -1,92 +1,128 @@
-"""C code of the CPU path: compiled once per machine with the system's compiler, loaded with ctypes.
+"""The C code of the CPU path as one library, with the types of its functions.
 
-Where there is no compiler, the torch paths serve; they are slower and otherwise equal.
+`library()` compiles it once per machine (`build.py`) and loads it; where that cannot be done it is None, and the torch
+versions serve: several times slower, otherwise equal. `status()` says which of these it was, and why.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import logging
 import os
-import platform
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
+import threading
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+from fastblt.kernels.cpu import build, structs
 
-_SOURCES = Path(__file__).resolve().parent
-# Sums are reordered only where the source says so; NaN and infinity survive.
-_FLAGS = ["-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11"]
+_logger = logging.getLogger(__name__)
+
+_STEPS = (POINTER(structs.Latents), POINTER(structs.Choice))
+
+#: What a function returns, and what it takes.
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "fastblt_rms_norm": (None, (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p)),
+    "fastblt_project": (
+        c_int, (c_void_p, c_int64, c_int64, c_void_p, c_float, POINTER(structs.Linear), c_int64),
+    ),
+    "fastblt_project_add": (
+        None, (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
+    ),
+    "fastblt_feed_forward": (
+        c_int,
+        (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    ),
+    "fastblt_linear": (None, (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
+    "fastblt_hash_embedding": (None, (c_void_p, c_int64, POINTER(structs.Tables), c_void_p)),
+    "fastblt_latent_attention": (c_int, (*[c_void_p] * 3, *[c_int64] * 7, c_void_p)),
+    "fastblt_paged_attention": (
+        c_int, (*[c_void_p] * 3, POINTER(structs.Places), c_void_p, *[c_int64] * 5, c_void_p),
+    ),
+    "fastblt_stack": (
+        c_int,
+        (
+            POINTER(structs.Module), POINTER(c_void_p), POINTER(structs.Places), POINTER(structs.Latents),
+            POINTER(structs.Source), POINTER(structs.Sink), c_int64, c_int64, c_void_p,
+        ),
+    ),
+    "fastblt_pool": (c_int, (POINTER(structs.Pooling), POINTER(structs.Patches), c_int64, c_int64, c_void_p)),
+    "fastblt_store_latents": (c_int, (POINTER(structs.Reading), c_void_p, c_int64, c_int64, c_int64)),
+    "fastblt_select": (None, (POINTER(structs.Columns), POINTER(structs.Selection), c_int64, c_int64)),
+    "fastblt_rough_gumbel": (None, (c_void_p, c_int64, c_void_p)),
+    "fastblt_pick": (None, (c_int32, c_float, c_void_p, c_void_p, c_int64, c_void_p)),
+    "fastblt_verify": (None, (*[c_void_p] * 3, c_int64, c_int64, c_void_p, c_void_p)),
+    "fastblt_read_ids": (None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
+    "fastblt_write_ids": (None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
+    "fastblt_multi_step": (
+        c_int,
+        (POINTER(structs.Part), POINTER(structs.Requests), *_STEPS, POINTER(structs.Rule), c_int64,
+         POINTER(structs.Spent)),
+    ),
+    "fastblt_decoder_steps": (
+        c_int, (POINTER(structs.Part), POINTER(structs.Call), *_STEPS, c_int64, POINTER(structs.Spent)),
+    ),
+    "fastblt_size_of": (c_int64, (ctypes.c_char_p,)),
+}  # fmt: skip
 
 
-def _cpu_flags() -> list[str]:
-    if platform.machine() in ("x86_64", "AMD64"):
-        try:
-            known = set(Path("/proc/cpuinfo").read_text().split())
-        except OSError:
-            return []
-        return ["-mavx2", "-mfma"] if {"avx2", "fma"} <= known else []
-    return []
+class LayoutError(RuntimeError):
+    """Python and C do not agree on a struct: structs.py was changed without its header, or the header without it."""
 
 
-#: Where a container finds how much of a processor it may use: microseconds, or max, and of how many.
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-_threads: int | None = None
-
-
-def cores(quota: Path = _QUOTA) -> int:
-    """Cores for this process: what torch found, or was told by OMP_NUM_THREADS, within the container's quota."""
-    found = torch.get_num_threads()
-    try:
-        most, period = quota.read_text().split()
-        return found if most == "max" else max(1, min(found, -(-int(most) // int(period))))
-    except (OSError, ValueError):
-        return found
+@dataclass(frozen=True)
+class _Loaded:
+    library: ctypes.CDLL | None
+    status: str
 
 
-def set_threads(count: int | None) -> None:
-    """How many threads C code may use from now on; None: as many as torch's operations."""
-    global _threads
-    _threads = count
+_lock = threading.Lock()
+_loaded: _Loaded | None = None
 
 
-def threads() -> int:
-    """How many threads C code may use."""
-    return torch.get_num_threads() if _threads is None else _threads
+def library() -> ctypes.CDLL | None:
+    """The library with its functions' types, or None where C code cannot serve. `FASTBLT_NATIVE=0` turns it off.
 
-
-@cache
-def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
-    """The library made from kernels/<name>.c, or None where it cannot be compiled or loaded.
-
-    `FASTBLT_NATIVE=0` turns native code off. The result is kept under the user's cache folder, keyed by the sources and
-    the flags, to which `more_flags` are added.
+    The first call compiles and loads; it may take some seconds. Raises LayoutError.
     """
-    if os.environ.get("FASTBLT_NATIVE") == "0":
-        return None
-    source = _SOURCES / f"{name}.c"
-    flags = [*_FLAGS, *_cpu_flags(), *more_flags]
-    code = b"".join(path.read_bytes() for path in (source, *sorted(_SOURCES.glob("*.[ch]"))))
-    digest = hashlib.sha256(code + " ".join([*flags, platform.machine()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastblt"
-    target = folder / f"{name}-{digest}.so"
-    try:
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            # Compiled beside and moved into place: two processes that start together never see half a file.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / target.name
-                compiler = os.environ.get("CC", "cc")
-                subprocess.run(
-                    [compiler, *flags, "-o", str(built), str(source), "-lm"],
-                    check=True,
-                    capture_output=True,
-                    timeout=120,
-                )
-                built.replace(target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return (_loaded or _load()).library
+
+
+def status() -> str:
+    """Which code serves the CPU, and why, in words for a log."""
+    return (_loaded or _load()).status
+
+
+def require() -> ctypes.CDLL:
+    """`library()` for callers that have asked whether it is there. Raises RuntimeError where it is not."""
+    found = library()
+    if found is None:
+        raise RuntimeError(f"there is no C code here ({status()}): ask `library` first")
+    return found
+
+
+def _load() -> _Loaded:
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            if os.environ.get("FASTBLT_NATIVE") == "0":
+                _loaded = _Loaded(None, "torch, several times slower than C code, because FASTBLT_NATIVE is 0")
+            else:
+                found = build.load()
+                if found.library is not None:
+                    declare(found.library)
+                _loaded = _Loaded(found.library, found.status)
+            _logger.log(logging.WARNING if _loaded.library is None else logging.INFO, "CPU kernels: %s", _loaded.status)
+        return _loaded
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Give a library's functions their types, and compare the sizes of structs. Raises LayoutError."""
+    for name, (result, arguments) in PROTOTYPES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    for kind in structs.ALL:
+        name, size = structs.c_name(kind), ctypes.sizeof(kind)
+        actual = library.fastblt_size_of(name.encode())
+        if actual != size:
+            raise LayoutError(f"struct {name} has {actual} bytes in C and {size} in kernels/cpu/structs.py")

@@ -1,15 +1,17 @@
-/* Paged attention of ragged rows on a CPU, fp32. The mathematics and the shapes stand in paged_attention.py.
+/* Paged attention of ragged rows on a CPU, fp32.
  *
  * Rows of one request read a tile of its keys and values together. Still each row's sums are those that it has alone,
  * over its keys in order, tile by tile, so its result cannot depend on the rest of the batch, on how a prompt was cut
  * into chunks, or on where its pages lie.
  */
+#include "paged_attention.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "exp_below.h"
+#include "export.h"
 #include "vector.h"
 
 #define TILE 64
@@ -25,10 +27,6 @@ static void turn(const float *restrict x, const float *restrict turns, float *re
         out[2 * i + 1] = (a * s + b * c) * scale;
     }
 }
-
-struct layout {
-    int64_t heads, kv_heads, dim, page;
-};
 
 /* The sums of eight vectors as one: pairs, then fours, then halves. */
 static inline v8 sums(const v8 *a) {
@@ -233,25 +231,8 @@ static void attend_tile(const struct block *b, const struct scratch *s, const st
     attend(b, s, tile, at, at.dim, from, to);
 }
 
-/* Where rows stand: as paged_attention.py says. A window of 0 is none. */
-struct places {
-    const float *turns;
-    const int32_t *table, *rows, *positions, *firsts, *highs;
-    int64_t window, table_stride, page;
-};
-
-static inline int64_t low_of(const struct places *where, int64_t row) {
-    int64_t low = where->firsts[row] - where->window + 1;
-    return where->window && low > 0 ? low : 0;
-}
-
-static inline struct layout layout_of(const struct places *where, int64_t heads, int64_t kv_heads, int64_t dim) {
-    return (struct layout){heads, kv_heads, dim, where->page};
-}
-
-/* Writes the keys, rotated, and values of rows [first, first + n); k and v begin with the first of them. */
-static void write_rows(const float *k, const float *v, const struct places *where, struct layout at, int64_t first,
-                       int64_t n, float *cache) {
+void write_rows(const float *k, const float *v, const struct places *where, struct layout at, int64_t first, int64_t n,
+                float *cache) {
     int64_t size = at.kv_heads * at.dim;
     for (int64_t i = first; i < first + n; i++, k += size, v += size) {
         int64_t p = where->positions[i], page = where->table[where->rows[i] * where->table_stride + p / at.page];
@@ -326,14 +307,15 @@ static int attend_heads(const float *q, const float *cache, const struct places 
     return 0;
 }
 
-static int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
-                       int64_t n, float *out) {
+int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
+                int64_t n, float *out) {
     return attend_heads(q, cache, where, at, first, n, 0, at.heads, out);
 }
 
 /* All keys and values are written before any row attends. Returns 0, or 1 when memory ran out. */
-int fastblt_paged_attention(const float *q, const float *k, const float *v, const struct places *where, float *cache,
-                            int64_t n, int64_t heads, int64_t kv_heads, int64_t dim, int64_t threads, float *out) {
+EXPORT int fastblt_paged_attention(const float *q, const float *k, const float *v, const struct places *where,
+                                   float *cache, int64_t n, int64_t heads, int64_t kv_heads, int64_t dim,
+                                   int64_t threads, float *out) {
     struct layout at = layout_of(where, heads, kv_heads, dim);
     int64_t work = 0;
     write_rows(k, v, where, at, 0, n, cache);

@@ -1,4 +1,4 @@
-/* Selection on a CPU, fp32: every row alone, in one pass. The mathematics stands in selection.py, the noise in noise.py.
+/* Selection on a CPU, fp32: every row alone, in one pass. noise.py has the noise.
  *
  * Scores are made by the operations of the torch path, one rounding each (so this file is compiled without fused
  * multiply-adds): greedy ids are the same. Sums over a row are float64 in a fixed order. Truncation keeps a prefix of the
@@ -7,7 +7,13 @@
  * A drawn id has score + noise above all others. A rough logarithm tells nearly all of them that they have not, and the
  * few that are left are compared by the exact noise: so float64 logarithms are taken for one id or two, not for 260.
  */
+#include "selection.h"
+
+#include <math.h>
+#include <string.h>
+
 #include "exp_below.h"
+#include "export.h"
 
 #define V 260
 #define BLOCKS 65
@@ -22,26 +28,12 @@
 /* More than twice the error of `fastblt_rough_gumbel` and of a sum with it: 1e-5 each. */
 #define DOUBT 1e-4f
 
-struct columns {
-    const float *logits;
-    int64_t stride;
-    const float *temperature;
-    const int64_t *top_k;
-    const float *top_p, *min_p;
-    const int64_t *seeds, *positions;
-    const uint8_t *forbid_eos;
-    const float *repetition, *presence, *frequency;
-    const int32_t *counts;
-    const uint8_t *prompt_seen;
-    const float *bias;
-    const uint8_t *allowed;
-};
-
 /* ln x of a positive normal number, to 1e-7 of its value even near 1. */
 static inline float rough_log(float x) {
     int32_t bits, exponent;
     memcpy(&bits, &x, sizeof bits);
     exponent = (bits - 0x3f3504f3) >> 23;
+    /* A negative number may be multiplied and not shifted. */
     bits -= exponent * (1 << 23);
     float f, e = (float)exponent, y = 7.0376836292e-2f;
     memcpy(&f, &bits, sizeof f);
@@ -59,7 +51,7 @@ static inline float rough_log(float x) {
 }
 
 /* The Gumbel noise of `count` words, to 1e-5. */
-void fastblt_rough_gumbel(const uint32_t *words, int64_t count, float *noise) {
+EXPORT void fastblt_rough_gumbel(const uint32_t *words, int64_t count, float *noise) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
         float u = (float)(int32_t)((words[i] >> 9) * 2 + 1) * 0x1p-24f;
@@ -278,19 +270,11 @@ static void select_row(const struct columns *of, int64_t row, int64_t *id, float
     *logprob = (float)((double)scores[chosen] - highest - log(weigh(scores, highest, weights)));
 }
 
-/* A column that no row needs is NULL; without `confidences` there are no statistics. */
-void fastblt_select(const float *logits, int64_t stride, const float *temperature, const int64_t *top_k,
-                    const float *top_p, const float *min_p, const int64_t *seeds, const int64_t *positions,
-                    const uint8_t *forbid_eos, const float *repetition, const float *presence, const float *frequency,
-                    const int32_t *counts, const uint8_t *prompt_seen, const float *bias, const uint8_t *allowed,
-                    int64_t *ids, float *logprobs, float *confidences, float *entropies, uint8_t *bads, int64_t n,
-                    int64_t threads) {
-    struct columns of = {logits,     stride,     temperature, top_k,     top_p,  min_p,       seeds, positions,
-                         forbid_eos, repetition, presence,    frequency, counts, prompt_seen, bias,  allowed};
+EXPORT void fastblt_select(const struct columns *of, const struct selection *to, int64_t n, int64_t threads) {
     /* Waking a second thread costs more than a few rows. */
     int many = threads > 1 && n > 64;
 #pragma omp parallel for num_threads(threads) if (many)
     for (int64_t row = 0; row < n; row++)
-        select_row(&of, row, ids + row, logprobs + row, confidences ? confidences + row : NULL,
-                   entropies ? entropies + row : NULL, bads + row);
+        select_row(of, row, to->ids + row, to->logprobs + row, to->confidences ? to->confidences + row : NULL,
+                   to->entropies ? to->entropies + row : NULL, to->bad + row);
 }

@@ -1,20 +1,24 @@
-/* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers, and what becomes of them.
- * What a layer computes stands in models/layers.py; its parts are the functions of the included files.
+/* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers (models/layers.py), and what
+ * becomes of the rows. stack.py has the shapes.
  *
  * Threads share the rows. Rows of different requests have nothing to do with each other, so where a pass is small and
  * requests can be shared out evenly each thread takes its own through all layers. Otherwise the threads wait for each other
  * at every layer, so that all keys and values are there, and share out each layer's rows anew, as they come to be free.
  * Every row is computed as if it were alone, so none of this changes a result.
  */
+#include "stack.h"
+
+#include <math.h>
 #include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
 
-#include "dense.c"
-#include "hash_embedding.c"
-#include "latent_attention.c"
-#include "paged_attention.c"
-#include "paged_rows.h"
+#include "dense.h"
+#include "exp_below.h"
+#include "export.h"
+#include "latent_attention.h"
 
-#define MOST_THREADS 64
 /* Work of a pass for which the threads wait at every layer, however even their shares are. */
 #define LARGE 60000
 /* Rows that go from one layer's keys and values to the next layer's together. */
@@ -23,49 +27,6 @@
  * in the same unit, to be worth its waking. */
 #define ROW 160
 #define LEAST 2000
-
-/* Weights as dense.py packs them. The first three are of a cross-attention before the layer, or NULL. */
-struct layer {
-    const float *cross_gain, *cross_queries, *cross_out;
-    const float *gain, *queries, *keys, *values, *out;
-    const float *inner_gain, *gate, *up, *down;
-    float cross_eps, eps, inner_eps;
-};
-
-struct module {
-    const struct layer *layers;
-    int64_t count, size, inner, heads, kv_heads, dim;
-};
-
-/* The latents that cross-attentions read: a slot of so many floats for each row, and in it so many for each layer. */
-struct latents {
-    const float *store;
-    const int32_t *slots;
-    int64_t slot_size, layer_size, keys;
-};
-
-/* What rows begin as: where `block` has an id, that row of `block_table`; else, of the request's ids (`pad` of them before
- * its first), the hashed windows or the rows of a table; or kept states. */
-struct source {
-    const int32_t *block;
-    const float *block_table;
-    const int64_t *ids;
-    int64_t stride, pad;
-    const struct tables *hashed;
-    const float *table, *states;
-    struct pages pages;
-};
-
-/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL. Of
- * rows that are not `read`, where that is given, nothing is wanted but the keys and values that later rows attend to. */
-struct sink {
-    const uint8_t *read;
-    const float *gain, *head;
-    float *entropies, *states;
-    struct pages pages;
-    int64_t vocabulary;
-    float eps;
-};
 
 static void begin(const struct source *from, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
     for (int64_t i = first; i < first + n; i++) {
@@ -100,7 +61,7 @@ static float entropy_of(const float *z, int64_t count) {
 /* Returns 0, or 1 when memory ran out. */
 static int end(const struct sink *to, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
     float *rows = x + first * size;
-    if (to->gain) norm(rows, n, size, to->gain, to->eps, rows);
+    if (to->gain) fastblt_rms_norm(rows, n, size, to->gain, to->eps, rows);
     if (to->states)
         for (int64_t i = first; i < first + n; i++) {
             int64_t slot = slot_of(&to->pages, at->rows[i], at->positions[i]);
@@ -111,7 +72,8 @@ static int end(const struct sink *to, const struct places *at, int64_t first, in
     if (!logits) return 1;
     for (int64_t done = 0; done < n; done += BLOCK) {
         int64_t count = n - done < BLOCK ? n - done : BLOCK;
-        map(rows + done * size, count, size, to->head, (struct target){logits, NULL, to->vocabulary, 0});
+        linear_map(rows + done * size, count, size, to->head,
+                   (struct target){.out = logits, .size = to->vocabulary});
         for (int64_t i = 0; i < count; i++)
             to->entropies[first + done + i] = entropy_of(logits + i * to->vocabulary, to->vocabulary);
     }
@@ -161,17 +123,6 @@ static int finish(const struct module *m, const struct layer *w, const float *ca
            fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
 }
 
-/* A pass: rows x [.., size] through the layers of a module, in place. */
-struct pass {
-    const struct module *module;
-    float *const *caches;
-    const struct places *at;
-    const struct latents *latents;
-    const struct source *from;
-    const struct sink *to;
-    float *x, *queries;
-};
-
 /* Step i of rows [first, first + n), at most SPAN: behind the keys and values of layer i - 1, up to those of layer i. What
  * a row needs of others is done when all rows have made the step before. `scratch` has room for what is attended, keys and
  * values of the rows. Returns 0, or 1 when memory ran out. */
@@ -194,15 +145,15 @@ static int advance(const struct pass *p, int64_t i, int64_t first, int64_t n, fl
     const struct layer *w = m->layers + i;
     const struct latents *latents = p->latents;
     if (w->cross_queries) {
-        failed |= fastblt_project(x, n, m->size, w->cross_gain, w->cross_eps, w->cross_queries, wide, q, NULL, 0, NULL,
-                                  NULL, 0, NULL);
+        struct linear queries[] = {{w->cross_queries, wide, q}};
+        failed |= fastblt_project(x, n, m->size, w->cross_gain, w->cross_eps, queries, 1);
         failed |= fastblt_latent_attention(q, latents->store + i * latents->layer_size, latents->slots + first,
                                            latents->slot_size, n, m->heads, m->kv_heads, m->dim, latents->keys, 1,
                                            attended);
         fastblt_project_add(attended, n, wide, w->cross_out, m->size, x, 2, x);
     }
-    failed |= fastblt_project(x, n, m->size, w->gain, w->eps, w->queries, wide, q, w->keys, narrow, k, w->values,
-                              narrow, v);
+    struct linear maps[] = {{w->queries, wide, q}, {w->keys, narrow, k}, {w->values, narrow, v}};
+    failed |= fastblt_project(x, n, m->size, w->gain, w->eps, maps, 3);
     write_rows(k, v, at, layout_of(at, m->heads, m->kv_heads, m->dim), first, n, p->caches[i]);
     return failed;
 }
@@ -215,23 +166,20 @@ static int advance_all(const struct pass *p, int64_t i, int64_t first, int64_t n
     return failed;
 }
 
-/* Rows that need no others, to the end. */
-static int go_through(const struct pass *p, int64_t first, int64_t n, float *scratch) {
+int go_through(const struct pass *p, int64_t first, int64_t n, float *scratch) {
     int failed = 0;
     for (int64_t i = 0; i <= p->module->count; i++) failed |= advance_all(p, i, first, n, scratch);
     return failed;
 }
 
-/* Floats that a pass of so many rows needs beside them: queries of all, and for each thread what `advance` needs. */
-static int64_t floats_of(const struct module *m, int64_t n, int64_t threads) {
+/* Queries of all rows, and for each thread what `advance` needs. */
+int64_t floats_of(const struct module *m, int64_t n, int64_t threads) {
     return n * m->heads * m->dim + threads * (n < SPAN ? n : SPAN) * (m->heads + 2 * m->kv_heads) * m->dim;
 }
 
-/* Rows x [n, size] through the module, in place, with a cache for each layer. Where there is a source, what x holds before
- * does not matter. Returns 0, or 1 when memory ran out. */
-int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
-                  const struct latents *latents, const struct source *from, const struct sink *to, int64_t n,
-                  int64_t threads, float *x) {
+EXPORT int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
+                         const struct latents *latents, const struct source *from, const struct sink *to, int64_t n,
+                         int64_t threads, float *x) {
     int64_t total = 0;
     for (int64_t i = 0; i < n; i++) total += work_of(at, i);
     int64_t parts = total / LEAST < threads ? total / LEAST : threads;
@@ -243,7 +191,16 @@ int fastblt_stack(const struct module *module, float *const *caches, const struc
         free(scratch), free(starts);
         return 1;
     }
-    struct pass p = {module, caches, at, latents, from, to, x, scratch};
+    struct pass p = {
+        .module = module,
+        .caches = caches,
+        .at = at,
+        .latents = latents,
+        .from = from,
+        .to = to,
+        .x = x,
+        .queries = scratch,
+    };
     int failed = 0;
     if (parts < 2) {
         failed = go_through(&p, 0, n, scratch + floats_of(module, n, 0));
@@ -269,5 +226,36 @@ int fastblt_stack(const struct module *module, float *const *caches, const struc
         }
     }
     free(scratch), free(starts);
+    return failed;
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void add_stretch(struct stretch *rows, int32_t owner, int32_t from, int32_t until) {
+    for (int32_t p = from; p < until; p++) {
+        rows->owners[rows->n] = owner;
+        rows->positions[rows->n] = p;
+        rows->highs[rows->n++] = p + 1;
+    }
+}
+
+int pass_along(const struct part *parts, int module, const struct stretch *rows, int beside, int64_t threads, float *x,
+               float *entropies, struct spent *spent) {
+    const struct part *part = parts + module;
+    struct places at = *part->at;
+    struct sink to = *part->to;
+    double began = seconds();
+    int failed = 0;
+    at.rows = rows->owners;
+    at.positions = at.firsts = rows->positions;
+    at.highs = rows->highs;
+    to.entropies = entropies;
+    if (rows->n) failed = fastblt_stack(part->module, part->caches, &at, NULL, part->from, &to, rows->n, threads, x);
+    spent->seconds[module] += seconds() - began;
+    spent->rows[beside] += rows->n;
     return failed;
 }

@@ -11,19 +11,19 @@ Shapes: x [N, d] fp32; the rows and their caches as in `fastblt.kernels.paged_at
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fastblt.kernels.cpu import structs
 from fastblt.kernels.cpu.dense import Norm, Packed
-from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.hash_embedding import Tables
+from fastblt.kernels.cpu.native import library, require
+from fastblt.kernels.cpu.threads import threads
 from fastblt.kernels.latent_attention import StoredLatents
-from fastblt.kernels.paged_attention import PagedAttention, Places
-from fastblt.kernels.paged_rows import PagedRows, Pages
+from fastblt.kernels.paged_attention import PagedAttention, places_of
+from fastblt.kernels.paged_rows import PagedRows
 from fastblt.kernels.request_ids import RequestIds
 
 
@@ -59,9 +59,9 @@ class PackedStack:
         one = layers[0]
         # What the pointers point to must live.
         self._weights = layers
-        self._layers = (_Layer * len(layers))(*map(_as_struct, layers))
+        self._layers = (structs.Layer * len(layers))(*map(_as_struct, layers))
         heads, kv_heads = one.queries.outputs // dim, one.keys.outputs // dim
-        self.module = ModuleStruct(
+        self.module = structs.Module(
             self._layers, len(layers), one.queries.inputs, one.gate.outputs, heads, kv_heads, dim
         )
 
@@ -73,14 +73,14 @@ class Source:
 
     states: PagedRows | None = None
     ids: RequestIds | None = None
-    hashed: Tables | None = None
+    hashed: structs.Tables | None = None
     table: Tensor | None = None
     block: Tensor | None = None
     block_table: Tensor | None = None
 
-    def struct(self) -> SourceStruct:
+    def struct(self) -> structs.Source:
         """For the C code; the tensors must outlive it."""
-        made = SourceStruct(
+        made = structs.Source(
             block=_pointer(self.block), block_table=_pointer(self.block_table), table=_pointer(self.table)
         )  # fmt: skip
         if self.ids is not None:
@@ -88,7 +88,7 @@ class Source:
         if self.hashed is not None:
             made.hashed = ctypes.pointer(self.hashed)
         if self.states is not None:
-            made.states, made.pages = self.states.store.data_ptr(), _pages(self.states)
+            made.states, made.pages = self.states.store.data_ptr(), self.states.pages()
         return made
 
 
@@ -103,13 +103,13 @@ class Sink:
     states: PagedRows | None = None
     head: Packed | None = None
 
-    def struct(self) -> SinkStruct:
+    def struct(self) -> structs.Sink:
         """For the C code; the tensors must outlive it, and where there is a head it wants a place for entropies."""
-        made = SinkStruct(read=_pointer(self.read))
+        made = structs.Sink(read=_pointer(self.read))
         if self.norm is not None:
             made.gain, made.eps = self.norm.pointer, self.norm.eps
         if self.states is not None:
-            made.states, made.pages = self.states.store.data_ptr(), _pages(self.states)
+            made.states, made.pages = self.states.store.data_ptr(), self.states.pages()
         if self.head is not None:
             made.head, made.vocabulary = self.head.pointer, self.head.outputs
         return made
@@ -142,18 +142,18 @@ def _call(
     stack: PackedStack,
     attend: PagedAttention,
     latents: StoredLatents | None,
-    source: SourceStruct | None,
-    sink: SinkStruct | None,
+    source: structs.Source | None,
+    sink: structs.Sink | None,
     x: Tensor,
 ) -> None:
-    function = _entry()
-    assert function is not None
     read = None
     if latents is not None:
-        read = LatentsStruct.of(latents.store)
+        read = latents_of(latents.store)
         read.slots = latents.slots.data_ptr()
-    places = Places.of(attend.turns, attend.at)
-    if function(stack.module, attend.pointers, places, read, source, sink, x.shape[0], threads(), x.data_ptr()):
+    places = places_of(attend.turns, attend.at)
+    if require().fastblt_stack(
+        stack.module, attend.pointers, places, read, source, sink, x.shape[0], threads(), x.data_ptr()
+    ):
         raise MemoryError("a module could not allocate its scratch space")
 
 
@@ -161,86 +161,23 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _pages(rows: PagedRows) -> Pages:
-    return Pages.of(rows.table, rows.page_size)
-
-
 def fits(attend: object, latents: object = None) -> bool:
     """Whether `run` can take this attention and these latents."""
-    if not isinstance(attend, PagedAttention) or not attend.native or _entry() is None:
+    if not isinstance(attend, PagedAttention) or not attend.native or library() is None:
         return False
     return latents is None or (isinstance(latents, StoredLatents) and latents.native)
 
 
-_POINTERS = (
-    *("cross_gain", "cross_queries", "cross_out", "gain", "queries", "keys", "values", "out"),
-    *("inner_gain", "gate", "up", "down"),
-)
+def latents_of(store: Tensor) -> structs.Latents:
+    """A store of latents as the C code takes it, without slots; it must outlive it."""
+    keys, kv_heads, dim = store.shape[3:]
+    return structs.Latents(store.data_ptr(), None, store.stride(0), 2 * keys * kv_heads * dim, keys)
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [
-        (name, ctypes.c_float) for name in ("cross_eps", "eps", "inner_eps")
-    ]
-
-
-class ModuleStruct(ctypes.Structure):
-    _fields_ = [("layers", ctypes.POINTER(_Layer))] + [
-        (name, ctypes.c_int64) for name in ("count", "size", "inner", "heads", "kv_heads", "dim")
-    ]
-
-
-class LatentsStruct(ctypes.Structure):
-    _fields_ = [("store", ctypes.c_void_p), ("slots", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("slot_size", "layer_size", "keys")
-    ]
-
-    @classmethod
-    def of(cls, store: Tensor) -> LatentsStruct:
-        """A store of latents, without slots."""
-        _, _, _, keys, kv_heads, dim = store.shape
-        return cls(store.data_ptr(), None, store.stride(0), 2 * keys * kv_heads * dim, keys)
-
-
-class SourceStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("block", "block_table", "ids")),
-        *((name, ctypes.c_int64) for name in ("stride", "pad")),
-        ("hashed", ctypes.POINTER(Tables)),
-        *((name, ctypes.c_void_p) for name in ("table", "states")),
-        ("pages", Pages),
-    ]
-
-
-class SinkStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("read", "gain", "head", "entropies", "states")),
-        ("pages", Pages),
-        ("vocabulary", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-    ]
-
-
-def _as_struct(layer: LayerWeights) -> _Layer:
+def _as_struct(layer: LayerWeights) -> structs.Layer:
     cross = layer.cross
     before = (None, None, None) if cross is None else (cross.norm.pointer, cross.queries.pointer, cross.out.pointer)
     maps = [one.pointer for one in (layer.queries, layer.keys, layer.values, layer.out)]
     inner = [one.pointer for one in (layer.gate, layer.up, layer.down)]
     eps = (0.0 if cross is None else cross.norm.eps, layer.norm.eps, layer.inner_norm.eps)
-    return _Layer(*before, layer.norm.pointer, *maps, layer.inner_norm.pointer, *inner, *eps)
-
-
-@cache
-def _entry() -> Callable[..., int] | None:
-    """The C function, with its argument types said once."""
-    native = library("stack")
-    if native is None:
-        return None
-    function = native.fastblt_stack
-    module, *structs = (
-        ctypes.POINTER(kind) for kind in (ModuleStruct, Places, LatentsStruct, SourceStruct, SinkStruct)
-    )
-    caches = ctypes.POINTER(ctypes.c_void_p)
-    function.argtypes = [module, caches, *structs, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+    return structs.Layer(*before, layer.norm.pointer, *maps, layer.inner_norm.pointer, *inner, *eps)

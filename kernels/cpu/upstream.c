@@ -1,26 +1,19 @@
-/* What goes into the global transformer and what comes out of it, on a CPU, fp32: closed patches are pooled to vectors,
- * and decoder rows' keys and values of its latents are stored. The mathematics and the shapes stand in upstream.py.
+/* Before and behind the global transformer on a CPU, fp32: closed patches are pooled to vectors, and the keys and values
+ * that decoder rows read of its latents are stored. upstream.py has the mathematics and the shapes.
  *
  * Threads share the patches. Every patch is computed alone, so no result depends on the patches beside it.
  */
-#include "dense.c"
-#include "paged_rows.h"
+#include "upstream.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dense.h"
+#include "export.h"
 
 /* Byte states that a thread must have to pool, or latents to store, to be worth its waking. */
 #define LEAST 24
-
-struct pooling {
-    const float *projection, *query_gain, *queries, *key_gain, *keys, *values, *out;
-    float query_eps, key_eps;
-    int64_t k, size, heads, kv_heads, dim;
-};
-
-/* Bytes [starts[i], ends[i]] of a request each, and where their states are. */
-struct patches {
-    const float *states;
-    struct pages pages;
-    const int32_t *owners, *starts, *ends;
-};
 
 /* One query over the keys and values [count, kv_heads * dim] of its patch. `weights` has room for `count`. */
 static void attend_patch(const float *query, const float *keys, const float *values, int64_t count,
@@ -64,11 +57,11 @@ static int pool(const struct pooling *m, const struct patches *p, int64_t first,
         }
     }
     peaks -= n * size;
-    int failed = fastblt_project(states, bytes, size, m->key_gain, m->key_eps, m->keys, narrow, keys, m->values, narrow,
-                                 values, NULL, 0, NULL);
-    failed |= fastblt_project(peaks, n, size, NULL, 0, m->projection, m->k * size, residual, NULL, 0, NULL, NULL, 0, NULL);
-    failed |= fastblt_project(residual, asked, size, m->query_gain, m->query_eps, m->queries, wide, queries, NULL, 0, NULL,
-                              NULL, 0, NULL);
+    struct linear of_bytes[] = {{m->keys, narrow, keys}, {m->values, narrow, values}};
+    struct linear of_peaks[] = {{m->projection, m->k * size, residual}}, of_queries[] = {{m->queries, wide, queries}};
+    int failed = fastblt_project(states, bytes, size, m->key_gain, m->key_eps, of_bytes, 2);
+    failed |= fastblt_project(peaks, n, size, NULL, 0, of_peaks, 1);
+    failed |= fastblt_project(residual, asked, size, m->query_gain, m->query_eps, of_queries, 1);
     int64_t done = 0;
     for (int64_t i = 0; i < n; i++) {
         int64_t count = p->ends[first + i] - p->starts[first + i] + 1;
@@ -89,7 +82,7 @@ static int64_t bytes_of(const struct patches *p, int64_t first, int64_t last) {
 }
 
 /* Vectors out [n, k * size] of n patches. Returns 0, or 1 when memory ran out. */
-int fastblt_pool(const struct pooling *m, const struct patches *p, int64_t n, int64_t threads, float *out) {
+EXPORT int fastblt_pool(const struct pooling *m, const struct patches *p, int64_t n, int64_t threads, float *out) {
     int64_t bytes = bytes_of(p, 0, n), parts = bytes / LEAST < threads ? bytes / LEAST : threads;
     if (parts < 2) return pool(m, p, 0, n, bytes, out);
     int failed = 0;
@@ -101,34 +94,18 @@ int fastblt_pool(const struct pooling *m, const struct patches *p, int64_t n, in
     return failed;
 }
 
-/* Of a cross-attention of the decoder. */
-struct reader {
-    const float *gain, *keys, *values;
-    float eps;
-};
-
-/* Where keys and values of latents go: slots of the store [slots, count, 2, k, narrow]. `projection` makes k rows of `size`
- * numbers of a latent. */
-struct reading {
-    const float *projection;
-    const struct reader *readers;
-    int64_t k, size, count, narrow;
-    const int32_t *slots;
-    float *store;
-};
-
 /* Latents [first, first + n) of [.., width]. Returns 0, or 1 when memory ran out. */
 static int store_latents(const struct reading *to, const float *latents, int64_t width, int64_t first, int64_t n) {
     int64_t rows = n * to->k, one = to->k * to->narrow, size = to->size;
     float *source = malloc(sizeof(float) * rows * (size + 2 * to->narrow));
     if (!source) return 1;
     float *keys = source + rows * size, *values = keys + rows * to->narrow;
-    int failed = fastblt_project(latents + first * width, n, width, NULL, 0, to->projection, to->k * size, source, NULL, 0,
-                                 NULL, NULL, 0, NULL);
+    struct linear of_latents[] = {{to->projection, to->k * size, source}};
+    int failed = fastblt_project(latents + first * width, n, width, NULL, 0, of_latents, 1);
     for (int64_t layer = 0; layer < to->count; layer++) {
         const struct reader *r = to->readers + layer;
-        failed |= fastblt_project(source, rows, size, r->gain, r->eps, r->keys, to->narrow, keys, r->values, to->narrow,
-                                  values, NULL, 0, NULL);
+        struct linear of_source[] = {{r->keys, to->narrow, keys}, {r->values, to->narrow, values}};
+        failed |= fastblt_project(source, rows, size, r->gain, r->eps, of_source, 2);
         for (int64_t i = 0; i < n; i++) {
             float *slot = to->store + (to->slots[first + i] * to->count + layer) * 2 * one;
             memcpy(slot, keys + i * one, sizeof(float) * one);
@@ -140,17 +117,15 @@ static int store_latents(const struct reading *to, const float *latents, int64_t
 }
 
 /* Keys and values of n latents [n, width] to their slots. Returns 0, or 1 when memory ran out. */
-int fastblt_store_latents(const float *latents, int64_t n, int64_t width, const float *projection, int64_t k,
-                          int64_t size, const struct reader *readers, int64_t count, int64_t narrow,
-                          const int32_t *slots, int64_t threads, float *store) {
-    struct reading to = {projection, readers, k, size, count, narrow, slots, store};
+EXPORT int fastblt_store_latents(const struct reading *to, const float *latents, int64_t n, int64_t width,
+                                 int64_t threads) {
     int64_t parts = n / LEAST < threads ? n / LEAST : threads;
-    if (parts < 2) return store_latents(&to, latents, width, 0, n);
+    if (parts < 2) return store_latents(to, latents, width, 0, n);
     int failed = 0;
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
     for (int64_t part = 0; part < parts; part++) {
         int64_t first = n * part / parts;
-        failed |= store_latents(&to, latents, width, first, n * (part + 1) / parts - first);
+        failed |= store_latents(to, latents, width, first, n * (part + 1) / parts - first);
     }
     return failed;
 }

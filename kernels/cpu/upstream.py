@@ -9,17 +9,17 @@ Shapes: patches int32 [P] owners, starts and ends (their last bytes), states in 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fastblt.kernels.cpu import structs
 from fastblt.kernels.cpu.dense import Norm, Packed
-from fastblt.kernels.cpu.native import library, threads
-from fastblt.kernels.paged_rows import PagedRows, Pages
+from fastblt.kernels.cpu.native import require
+from fastblt.kernels.cpu.threads import threads
+from fastblt.kernels.paged_rows import PagedRows
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PackedPooling:
         self._weights = (projection, query, key, value, out)
         self.size, self.width = projection.inputs, projection.outputs
         maps = (projection.pointer, query[0].pointer, query[1].pointer, key[0].pointer, key[1].pointer)
-        self.struct = _Pooling(
+        self.struct = structs.Pooling(
             *maps, value.pointer, out.pointer, query[0].eps, key[0].eps, self.width // self.size, self.size,
             query[1].outputs // dim, key[1].outputs // dim, dim,
         )  # fmt: skip
@@ -69,13 +69,10 @@ class PackedReaders:
         self._weights = (projection, layers)
         self.projection, self.size, self.k = projection, size, projection.outputs // size
         self.narrow = layers[0][1].outputs
-        readers = [_Reader(norm.pointer, keys.pointer, values.pointer, norm.eps) for norm, keys, values in layers]
-        self.readers = (_Reader * len(readers))(*readers)
-
-
-def available() -> bool:
-    """Whether the C code is there."""
-    return _entries() is not None
+        readers = [
+            structs.Reader(norm.pointer, keys.pointer, values.pointer, norm.eps) for norm, keys, values in layers
+        ]
+        self.readers = (structs.Reader * len(readers))(*readers)
 
 
 def pool(weights: PackedPooling, patches: StoredPatches) -> Tensor:
@@ -83,9 +80,9 @@ def pool(weights: PackedPooling, patches: StoredPatches) -> Tensor:
     states = patches.states
     columns = [column.contiguous() for column in (patches.owners, patches.starts, patches.ends)]
     pointers = (column.data_ptr() for column in columns)
-    where = _Patches(states.store.data_ptr(), Pages.of(states.table, states.page_size), *pointers)
+    where = structs.Patches(states.store.data_ptr(), states.pages(), *pointers)
     vectors = states.store.new_empty(len(columns[0]), weights.width)
-    if _native()[0](weights.struct, where, len(vectors), threads(), vectors.data_ptr()):
+    if require().fastblt_pool(weights.struct, where, len(vectors), threads(), vectors.data_ptr()):
         raise MemoryError("pooling could not allocate its scratch space")
     return vectors
 
@@ -93,55 +90,15 @@ def pool(weights: PackedPooling, patches: StoredPatches) -> Tensor:
 def store_latents(weights: PackedReaders, latents: Tensor, store: Tensor, slots: Tensor) -> None:
     """Write keys and values of latents to their slots. Raises MemoryError."""
     latents, slots = latents.contiguous(), slots.contiguous()
-    failed = _native()[1](
-        latents.data_ptr(), *latents.shape, weights.projection.pointer, weights.k, weights.size, weights.readers,
-        len(weights.readers), weights.narrow, slots.data_ptr(), threads(), store.data_ptr(),
-    )  # fmt: skip
-    if failed:
+    to = structs.Reading(
+        projection=weights.projection.pointer,
+        readers=weights.readers,
+        k=weights.k,
+        size=weights.size,
+        count=len(weights.readers),
+        narrow=weights.narrow,
+        slots=slots.data_ptr(),
+        store=store.data_ptr(),
+    )
+    if require().fastblt_store_latents(to, latents.data_ptr(), *latents.shape, threads()):
         raise MemoryError("the latents' keys and values could not allocate their scratch space")
-
-
-_POINTERS = ("projection", "query_gain", "queries", "key_gain", "keys", "values", "out")
-
-
-class _Pooling(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_float) for name in ("query_eps", "key_eps")),
-        *((name, ctypes.c_int64) for name in ("k", "size", "heads", "kv_heads", "dim")),
-    ]
-
-
-class _Patches(ctypes.Structure):
-    _fields_ = [
-        ("states", ctypes.c_void_p),
-        ("pages", Pages),
-        *((name, ctypes.c_void_p) for name in ("owners", "starts", "ends")),
-    ]
-
-
-class _Reader(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("gain", "keys", "values")), ("eps", ctypes.c_float)]
-
-
-@cache
-def _entries() -> tuple[Callable[..., int], Callable[..., int]] | None:
-    """The C functions, with their argument types said once."""
-    native = library("upstream")
-    if native is None:
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    structs = [ctypes.POINTER(kind) for kind in (_Pooling, _Patches, _Reader)]
-    native.fastblt_pool.argtypes = [structs[0], structs[1], integer, integer, pointer]
-    native.fastblt_store_latents.argtypes = [
-        pointer, integer, integer, pointer, integer, integer, structs[2], integer, integer, pointer, integer, pointer
-    ]  # fmt: skip
-    native.fastblt_pool.restype = native.fastblt_store_latents.restype = ctypes.c_int
-    return native.fastblt_pool, native.fastblt_store_latents
-
-
-def _native() -> tuple[Callable[..., int], Callable[..., int]]:
-    entries = _entries()
-    if entries is None:
-        raise RuntimeError("this machine has no C compiler for the upstream pass; ask `available` first")
-    return entries

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastblt.kernels.cpu.native import cores, set_threads
+from fastblt.kernels.cpu.threads import cores, set_threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint

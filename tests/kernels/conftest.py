@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which CPU path `select` takes in the test."""
     if request.param == "torch":
-        monkeypatch.setattr(fastblt.kernels.selection, "entry", lambda: None)
-    elif fastblt.kernels.selection.entry() is None:
+        monkeypatch.setattr(fastblt.kernels.selection, "library", lambda: None)
+    elif fastblt.kernels.selection.library() is None:
         pytest.skip("there is no C compiler here")
     return request.param

@@ -15,9 +15,9 @@ from fastblt.kernels.request_ids import RequestIds
 @pytest.fixture(params=["native", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(request_ids, "_entries", lambda: None)
+        monkeypatch.setattr(request_ids, "library", lambda: None)
     else:
-        assert library("request_ids") is not None
+        assert library() is not None
 
 
 @pytest.mark.usefixtures("path")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -385,11 +384,9 @@ def test_the_rough_noise_is_never_further_off_than_the_exact_one_is_looked_for()
     """All 2^23 values, against the doubt of 1e-4 that the C code allows two ids together."""
     words = torch.arange(2**23, dtype=torch.int32) << 9
     rough = torch.full((2**23,), float("nan"))
-    native = library("selection", "-ffp-contract=off")
+    native = library()
     assert native is not None
-    native.fastblt_rough_gumbel(
-        ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(len(words)), ctypes.c_void_p(rough.data_ptr())
-    )
+    native.fastblt_rough_gumbel(words.data_ptr(), len(words), rough.data_ptr())
     uniform = torch.arange(2**23, dtype=torch.float64).add_(0.5).mul_(2.0**-23)
     error = uniform.log_().neg_().log_().neg_().sub_(rough).abs_().max().item()
     # A sum with a score within 20 of the best adds half a unit of 2^-19.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastblt.kernels.cpu.dense import available
 from fastblt.kernels.cpu.linear import linear
+from fastblt.kernels.cpu.native import library
 from fastblt.kernels.latent_attention import StoredLatents
 from fastblt.kernels.paged_attention import PagedAttention, has_native
 from fastblt.kernels.types import RaggedRows
@@ -16,7 +16,7 @@ from fastblt.models.fused import fuse, is_fused, stream
 from fastblt.models.layers import Rope
 from tests.models.training.toys import toy_config
 
-pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 
 def make(decoder_input: str) -> Blt:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastblt.kernels.cpu import decoder_steps, multi_step
+from fastblt.kernels.cpu import native
 from fastblt.kernels.cpu.choice import Draws
 from fastblt.kernels.cpu.decoder_steps import Decoded, DecoderSteps, Plans
 from fastblt.kernels.cpu.multi_step import MultiStep, Part, Parts, Steps
 from fastblt.kernels.cpu.stack import PackedStack, Sink, Source
+from fastblt.kernels.cpu.structs import Places
 from fastblt.kernels.cpu.upstream import StoredPatches
 from fastblt.kernels.latent_attention import StoredLatents
-from fastblt.kernels.paged_attention import PagedAttention, Places, has_native, pointers_of
+from fastblt.kernels.paged_attention import PagedAttention, has_native, pointers_of
 from fastblt.kernels.paged_rows import PagedRows
 from fastblt.kernels.request_ids import RequestIds
 from fastblt.kernels.types import RaggedRows
@@ -131,17 +132,19 @@ class ModuleForward:
     def multi_step(self, draws: Draws) -> MultiStep | None:
         """Several bytes of each request in one call, chosen by `draws`; None where only single passes can be had."""
         local = local_modules(self._model)
-        if local is None or not self._native or not multi_step.available():
+        if local is None or not self._native or native.library() is None:
             return None
-        return MultiStep(self._parts(local), local.head, self.ids, self._caches.latents, draws, fed=self._encoder_input)
+        latents = self._caches.latents
+        parts = self._parts(local)
+        return MultiStep(parts, local.head, self.ids, latents, draws, encoder_input=self._encoder_input)
 
     def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
         """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
         local = local_modules(self._model)
-        if local is None or not self._native or not decoder_steps.available():
+        if local is None or not self._native or native.library() is None:
             return None
-        latents, fed = self._caches.latents, self._encoder_input
-        return DecoderSteps(self._parts(local), local.head, self.ids, latents, draws, mask=MASK_ID, fed=fed)
+        parts, latents, begins = self._parts(local), self._caches.latents, self._encoder_input
+        return DecoderSteps(parts, local.head, self.ids, latents, draws, mask=MASK_ID, encoder_input=begins)
 
     def _parts(self, local: LocalModules) -> Parts:
         hashed, states = replace(local.encoder[1], ids=self.ids), Sink(states=self._states)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastblt.kernels.cpu.decoder_steps import SINGLE_ROWS, DecoderSteps, Made, Plans
-from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Spent
+from fastblt.kernels.cpu.multi_step import OPENED, MultiStep
+from fastblt.kernels.cpu.structs import Spent
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.patching import PatchRule
 from fastblt.models.vocabulary import MASK_ID
@@ -49,7 +50,7 @@ class FusedSteps:
         self._ledger = ledger
         self._work = work
         #: Whether drafted rows begin as encoder states.
-        self._encoder_input = steps.fed
+        self._encoder_input = steps.encoder_input
 
     def time(self, columns: np.ndarray, rule: PatchRule) -> None:
         """Steps of single rows, columns as in `fastblt.kernels.cpu.multi_step`, whose results nobody wants."""

@@ -3,35 +3,24 @@ tests/server/engine/test_decoder_steps.py."""
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastblt.kernels.cpu.dense import available
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX
 from tests.oracles import selection_oracle as oracle
 
 # Asked of another file: code that a compiler refuses must fail here, not skip.
-pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 NAN = float("nan")
 
 
 def pick(rule: int, bound: float, confidences: list[float], entropies: list[float]) -> list[int]:
-    native = library("decoder_steps")
+    native = library()
     assert native is not None
-    native.fastblt_pick.argtypes = [
-        ctypes.c_int32,
-        ctypes.c_float,
-        *[ctypes.c_void_p] * 2,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    native.fastblt_pick.restype = None
     first, second = np.array(confidences, dtype=np.float32), np.array(entropies, dtype=np.float32)
     picked = np.full(len(first), 7, dtype=np.uint8)
     native.fastblt_pick(rule, bound, first.ctypes.data, second.ctypes.data, len(first), picked.ctypes.data)

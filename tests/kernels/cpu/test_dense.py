@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastblt.kernels.cpu.dense import available, feed_forward, pack, pack_norm, project, project_add, rms_norm
+from fastblt.kernels.cpu.dense import feed_forward, pack, pack_norm, project, project_add, rms_norm
+from fastblt.kernels.cpu.native import library
 
-pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 ROWS = st.integers(1, 60)
 SIZES = st.sampled_from([1, 8, 15, 16, 40, 129])

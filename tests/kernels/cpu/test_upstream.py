@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastblt.kernels.cpu import upstream
 from fastblt.kernels.cpu.dense import pack, pack_norm
-from fastblt.kernels.cpu.native import set_threads
-from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, store_latents
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.threads import set_threads
+from fastblt.kernels.cpu.upstream import PackedPooling, PackedReaders, StoredPatches, pool, store_latents
 from fastblt.kernels.paged_rows import PagedRows
 
-pytestmark = pytest.mark.skipif(not upstream.available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 SIZE, DIM, PAGE, EPS = 24, 8, 4, 1e-5
 #: Heads, key heads and rows a patch.
@@ -96,30 +96,30 @@ def some(patches: StoredPatches, which: Tensor) -> StoredPatches:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pooling_is_the_definition(shape: tuple[int, int, int]) -> None:
     world = World(*shape)
-    vectors = upstream.pool(world.weights, world.patches)
+    vectors = pool(world.weights, world.patches)
     for patch, vector in enumerate(vectors):
         np.testing.assert_allclose(vector.double().numpy(), world.expected(patch), atol=2e-5)
 
 
 def test_a_patch_depends_on_no_other_and_on_no_threads() -> None:
     world = World(*SHAPES[0])
-    whole = upstream.pool(world.weights, world.patches)
+    whole = pool(world.weights, world.patches)
     try:
         for threads in (1, 2, 3):
             set_threads(threads)
-            assert torch.equal(upstream.pool(world.weights, world.patches), whole)
+            assert torch.equal(pool(world.weights, world.patches), whole)
             for which in (torch.arange(1), torch.arange(39, 40), torch.arange(5, 17), torch.arange(40).flip(0)):
-                assert torch.equal(upstream.pool(world.weights, some(world.patches, which)), whole[which])
+                assert torch.equal(pool(world.weights, some(world.patches, which)), whole[which])
     finally:
         set_threads(None)
 
 
 def test_nan_stays_in_its_patch() -> None:
     world = World(*SHAPES[1])
-    clean = upstream.pool(world.weights, world.patches)
+    clean = pool(world.weights, world.patches)
     patches = world.patches
     world.states.write(patches.owners[7:8], patches.ends[7:8], torch.full((1, SIZE), float("nan")))
-    vectors = upstream.pool(world.weights, patches)
+    vectors = pool(world.weights, patches)
     assert vectors[7].isnan().all()
     others = torch.arange(len(vectors)) != 7
     assert torch.equal(vectors[others], clean[others])

@@ -13,8 +13,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastblt.kernels.cpu.dense import available
-from fastblt.kernels.cpu.native import set_threads
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.threads import set_threads
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.vocabulary import BYTE_OFFSET
 from fastblt.server.decoding.method import Plan
@@ -24,7 +24,7 @@ from fastblt.server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
 
 # Asked of another file: code that a compiler refuses must fail here, not skip.
-pytestmark = pytest.mark.skipif(not available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
 METHODS = (DecodingMethod.BLT, DecodingMethod.BLT_S, DecodingMethod.AUTO)
 

@@ -10,8 +10,8 @@ import torch
 
 from fastblt.benchmarks.held_out import held_out_prompts
 from fastblt.benchmarks.savings.methods import batch_settings, diffusion, run, speculation
-from fastblt.kernels.cpu.dense import available
-from fastblt.kernels.cpu.native import cores, set_threads, threads
+from fastblt.kernels.cpu.native import library
+from fastblt.kernels.cpu.threads import cores, set_threads, threads
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
@@ -39,7 +39,7 @@ def test_cores_within_a_quota(tmp_path: Path, quota: str, expected: int) -> None
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not available(), reason="no C compiler")
+@pytest.mark.skipif(library() is None, reason="no C compiler")
 def test_bytes_do_not_depend_on_threads() -> None:
     model = load_checkpoint(str(PRETRAINED))
     prompts = held_out_prompts(24, 200)
