@@ -112,7 +112,7 @@ class MultiStep:
             spent,
         ):
             raise MemoryError("a module could not allocate its scratch space")
-        return Steps(made, scanned, ids, entropies, bad.view(bool), spent)
+        return Steps(made, scanned, ids, entropies, bad, spent)
 
 
 def parts_of(parts: Parts) -> ctypes.Array[structs.Part]:
