@@ -13,11 +13,12 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test compat lint format gpu-check clean
+.PHONY: help install serve quick test compat lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
-	@echo "make test       lint and test"
+	@echo "make quick      lint, types, and all tests but those in the places that tests/conftest.py calls slow"
+	@echo "make test       lint, types, and all tests"
 	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
@@ -39,8 +40,14 @@ $(STAMP): pyproject.toml
 serve: $(STAMP)
 	$(VENV)/bin/fastblt serve --host $(HOST) --port $(PORT) $(ARGS)
 
+# Each test process takes its share in order, so that most servers are started for one of them only.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+quick: lint
+	$(PYTEST) -m "not slow" $(ARGS)
+
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 compat: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'

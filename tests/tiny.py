@@ -76,6 +76,14 @@ def tiny_model(seed: int, *, bytes_per_patch: float = 3.2, **overrides: Any) -> 
     return model
 
 
+def shallow_model(seed: int, **overrides: Any) -> Blt:
+    """A `tiny_model` with one layer in each stack, for Triton's interpreter, under which a pass takes seconds."""
+    config = tiny_config(seed, block_sizes=(4, 8), **overrides)
+    fields = {name: getattr(config, name) for name in vars(config)}
+    shallow = {name: replace(stack, num_layers=1) for name, stack in fields.items() if isinstance(stack, StackConfig)}
+    return tiny_model(seed, **(fields | shallow))
+
+
 def random_ids(seed: int, length: int) -> list[int]:
     """BOS and length - 1 random byte ids."""
     rng = random.Random(seed)

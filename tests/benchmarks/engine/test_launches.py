@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastblt.models.checkpoint import save_checkpoint
+from tests.tiny import shallow_model
 
-def test_one_copy_back_a_pass(checkpoint: str, tmp_path: Path) -> None:
+
+def test_one_copy_back_a_pass(tmp_path: Path) -> None:
+    save_checkpoint(shallow_model(3), tmp_path / "model")
     file = tmp_path / "launches.json"
     few = ["--passes", "4", "--requests", "1", "--json", str(file)]
-    command = [sys.executable, "-m", "fastblt.benchmarks.engine.launches", "--model", checkpoint, *few]
+    command = [sys.executable, "-m", "fastblt.benchmarks.engine.launches", "--model", str(tmp_path / "model"), *few]
     environment = os.environ | {"FASTBLT_KERNELS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     methods = json.loads(file.read_text())["methods"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from fastblt.models.blt import Blt
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams, Request, SamplingParams, Unmasking
 from tests.server.harness import run, settings
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import shallow_model
 
 BYTES = 24
 METHODS = {
@@ -27,16 +26,6 @@ METHODS = {
     "blt-dv": DecodingParams(DecodingMethod.BLT_DV, block_size=8, unmasking=Unmasking.ENTROPY, entropy_bound=8.0),
 }
 OPTIONS = ({"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0}, {"temperature": 1.0, "repetition_penalty": 1.2})
-
-
-def shallow_model(seed: int) -> Blt:
-    """A tiny model with one layer in each stack."""
-    config = tiny_config(seed, block_sizes=(4, 8), decoder_input="encoder", window=16)
-    names = ("patcher", "encoder", "global_", "decoder")
-    return tiny_model(seed, **{
-        **{name: getattr(config, name) for name in vars(config)},
-        **{name: replace(getattr(config, name), num_layers=1) for name in names},
-    })  # fmt: skip
 
 
 def outputs(model: Blt) -> dict[str, list[int]]:
@@ -52,7 +41,7 @@ def outputs(model: Blt) -> dict[str, list[int]]:
 
 
 def test_every_method_gives_the_torch_path_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shallow_model(3)
+    model = shallow_model(3, decoder_input="encoder", window=16)
     monkeypatch.setattr(fastblt.kernels.backend, "_FORCED", "torch")
     expected = outputs(model)
     assert all(len(ids) == BYTES for ids in expected.values())
