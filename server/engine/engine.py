@@ -27,13 +27,14 @@ from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar import Grammars
+from fastblt.server.engine.context import EngineContext
 from fastblt.server.engine.device.ranks import RankLostError, leader_of, spread
 from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.planner import Planner
 from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
 from fastblt.server.engine.runner.model_runner import ModelRunner
 from fastblt.server.engine.scheduler import Scheduler
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.engine.stats import EngineStats
 from fastblt.server.request import (
     MAX_BLOCK_SIZE,
@@ -90,28 +91,27 @@ class Engine:
         self.config = config
         self.settings = settings
         self._check_defaults()
-        self._parameters = _parameters(config)
-        rule = PatchRule(config.patching_threshold, config.max_patch_length)
         leader = leader_of(model)
         self._caches = KvCaches(model, leader.share(config) if leader else config, settings, device, dtype)
         self._runner = ModelRunner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
-        self._planner = Planner(self._scheduler, self._runner, rule, config, settings)
         self._grammars = Grammars()
-        self._controller: DraftController | None = None
         self._sequences: dict[str, Sequence] = {}
-        self._postprocessor = Postprocessor(
-            self._caches,
-            self._scheduler,
-            self._prefix,
-            self._runner,
-            self._sequences,
-            rule,
-            self._parameters,
-            dtype.itemsize,
-            lambda: self._controller,
+        self._context = EngineContext(
+            config=config,
+            settings=settings,
+            rule=PatchRule(config.patching_threshold, config.max_patch_length),
+            parameters=_parameters(config),
+            bytes_per_weight=dtype.itemsize,
+            caches=self._caches,
+            prefix=self._prefix,
+            scheduler=self._scheduler,
+            runner=self._runner,
+            sequences=self._sequences,
         )
+        self._planner = Planner(self._context)
+        self._postprocessor = Postprocessor(self._context)
         # One for all steps: making it costs more than entering it.
         self._inference = torch.inference_mode()
         self._aborted: list[str] = []
@@ -169,7 +169,7 @@ class Engine:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         if decoding.method == DecodingMethod.AUTO:
             self.calibrate()
-        method = make_method(decoding, self._controller.next if self._controller else None)
+        method = make_method(decoding, controller.next if (controller := self._context.controller) else None)
         sequence = Sequence(request, decoding, method, seed, constraint)
         self._scheduler.enqueue(sequence)
         self._sequences[request.request_id] = sequence
@@ -184,9 +184,10 @@ class Engine:
 
         Ends without effect once it was done.
         """
-        if self._controller is None:
-            context = min(_COST_CONTEXT, self._caches.max_length - 1)
-            self._controller = DraftController(self.config, self._runner.costs(context, context // 4, _COST_ROWS))
+        if self._context.controller is None:
+            position = min(_COST_CONTEXT, self._caches.max_length - 1)
+            costs = self._runner.costs(position, position // 4, _COST_ROWS)
+            self._context.controller = DraftController(self.config, costs)
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -197,10 +198,10 @@ class Engine:
         self._runner.work.clear()
         with self._inference:
             deltas = self._step()
-        if self._controller is not None and self._runner.work:
+        if (controller := self._context.controller) is not None and self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
             seconds = time.perf_counter() - began
-            self._controller.step_ended(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
+            controller.step_ended(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:
@@ -224,13 +225,13 @@ class Engine:
             batch = list(running)
             self._planner.prepare(self._planner.plan())
             waiting = [s for s in running if s.plan is not None and not s.ready]
-            ready = [s for s in running if s.ready]
+            ready = _ready(running)
             if waiting and (not ready or self._upstream_due(waiting)):
                 batch = waiting
                 self._runner.upstream(waiting)
                 for sequence in waiting:
                     sequence.ready = True
-                ready = [s for s in running if s.ready]
+                ready = _ready(running)
                 self._beats += 1
                 self._passes_in_beat = 0
                 self._held_since = None
@@ -238,11 +239,12 @@ class Engine:
                 self._holds += len(waiting)
                 if not waiting:
                     self._held_since = None
-            batch = self._scheduler.fit(ready)
+            planned = self._scheduler.fit(ready)
+            batch = [sequence for sequence, _ in planned]
             if not batch:
                 return deltas
             before = self._runner.ledger.decoder
-            results = self._runner.decode(batch)
+            results = self._runner.decode(planned)
             made = self._runner.ledger.decoder - before
         except RankLostError:
             raise
@@ -252,10 +254,10 @@ class Engine:
             self._scheduler.grow()
         self._passes += made
         self._passes_in_beat += made
-        for sequence, result in zip(batch, results, strict=True):
+        for (sequence, plan), result in zip(planned, results, strict=True):
             sequence.last_pass = self._passes
             try:
-                if (delta := self._postprocessor.process(sequence, result)) is not None:
+                if (delta := self._postprocessor.process(sequence, plan, result)) is not None:
                     deltas.append(delta)
                 # Its row is gone if the text has ended.
                 draft = result.next_draft if sequence.state_index else None
@@ -353,6 +355,11 @@ class Engine:
                 sequence.starved_at = sequence.known
                 self._scheduler.preempt(sequence)
         return deltas
+
+
+def _ready(running: list[Sequence]) -> list[Planned]:
+    """Those whose plan only waits for a decoder pass, oldest first."""
+    return [(sequence, plan) for sequence in running if sequence.ready and (plan := sequence.plan) is not None]
 
 
 def _parameters(config: BltConfig) -> ModuleParameters:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from fastblt.models.config import BltConfig
-from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.method import Plan
-from fastblt.server.engine.runner.model_runner import ModelRunner
-from fastblt.server.engine.scheduler import Scheduler
-from fastblt.server.engine.sequence import Patch, Sequence
-from fastblt.server.settings import EngineSettings
+from fastblt.server.engine.context import EngineContext
+from fastblt.server.engine.sequence import Patch, Planned
 
 #: How many bytes may follow each other in one call where patches have no longest.
 _MOST_STEPS = 16
 
 
 class Planner:
-    """Plans for the engine, whose scheduler and runner it is given; `rule` closes patches."""
+    """Makes the plans of running sequences, and the passes of the small modules that they need first."""
 
-    def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, rule: PatchRule, config: BltConfig, settings: EngineSettings
-    ) -> None:
-        self._scheduler = scheduler
+    def __init__(self, context: EngineContext) -> None:
+        config, settings, runner = context.config, context.settings, context.runner
+        self._scheduler = context.scheduler
         self._runner = runner
-        self._rule = rule
+        self._rule = context.rule
+        #: Whether the decoder's rows begin as the encoder's states (else as embeddings).
         self._encoder_input = config.decoder_input == "encoder"
         #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
         #: longer than asked.
         most = settings.max_passes_per_beat if runner.fused_steps is not None and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
 
-    def plan(self) -> list[Sequence]:
+    def plan(self) -> list[Planned]:
         """Give a plan, with pages, to every running sequence that has none; those that got one."""
         scheduler = self._scheduler
-        planned: list[Sequence] = []
+        planned: list[Planned] = []
         budget: int | None = None
         for sequence in list(scheduler.running):
             if sequence.plan is not None or sequence.state_index == 0:
@@ -55,33 +51,30 @@ class Planner:
                     plan.stop_after(most)
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
-                planned.append(sequence)
+                planned.append((sequence, plan))
         # A sequence planned early may have been preempted for a later one.
-        return [s for s in planned if s.plan is not None]
+        return [(sequence, plan) for sequence, plan in planned if sequence.plan is plan]
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, planned: list[Planned]) -> None:
         """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
-        scan, encode = [], []
+        scan: list[Planned] = []
+        encode: list[Planned] = []
         # A draft's rows are encoded because the decoder reads their states: by its own call, where that can.
         encoder_input, fused_steps = self._encoder_input, self._runner.fused_steps is not None
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
+        for sequence, plan in planned:
             if plan.upstream and plan.end > sequence.scanned:
-                scan.append(sequence)
+                scan.append((sequence, plan))
             if plan.end > sequence.encoded and (
                 plan.upstream or (encoder_input and not (fused_steps and sequence.fusable))
             ):
-                encode.append(sequence)
+                encode.append((sequence, plan))
         if scan:
-            ends = [s.plan.end for s in scan if s.plan is not None]
-            for sequence, entropy in zip(scan, self._runner.scan(scan, ends), strict=True):
+            entropies = self._runner.scan([sequence for sequence, _ in scan], [plan.end for _, plan in scan])
+            for (sequence, _), entropy in zip(scan, entropies, strict=True):
                 sequence.take_entropies(entropy, self._rule)
         if encode:
-            self._runner.encode(encode, [s.plan.end for s in encode if s.plan is not None])
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
+            self._runner.encode([sequence for sequence, _ in encode], [plan.end for _, plan in encode])
+        for sequence, plan in planned:
             if not plan.upstream:
                 sequence.ready = True
                 continue

@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import abc
-from collections.abc import Callable
 
 from fastblt.kernels.types import NOT_FINITE
-from fastblt.models.accounting import ModuleParameters, gb, gb_paper
-from fastblt.models.patching import PatchRule
+from fastblt.models.accounting import gb, gb_paper
 from fastblt.server.decoding.auto import Auto
 from fastblt.server.decoding.method import NEXT_DRAFT, Plan, Progress
-from fastblt.server.engine.cache.kv_caches import KvCaches
-from fastblt.server.engine.cache.prefix_cache import PrefixCache
-from fastblt.server.engine.draft_controller import DraftController
-from fastblt.server.engine.runner.model_runner import ModelRunner
+from fastblt.server.engine.context import EngineContext
 from fastblt.server.engine.runner.samples import DraftResult, Result
-from fastblt.server.engine.scheduler import Scheduler
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
 
@@ -26,30 +20,16 @@ DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
 
 class Postprocessor:
-    """Settles passes for the engine, whose parts and running `sequences`, by request id, it is given. Weights of these
-    `parameters` have so many bytes each; `controller` is asked for that of `auto`, which may come later."""
+    """Applies the results of passes to the sequences they were for, and ends sequences."""
 
-    def __init__(
-        self,
-        caches: KvCaches,
-        scheduler: Scheduler,
-        prefix: PrefixCache,
-        runner: ModelRunner,
-        sequences: dict[str, Sequence],
-        rule: PatchRule,
-        parameters: ModuleParameters,
-        bytes_per_weight: int,
-        controller: Callable[[], DraftController | None],
-    ) -> None:
-        self._caches = caches
-        self._scheduler = scheduler
-        self._prefix = prefix
-        self._runner = runner
-        self._sequences = sequences
-        self._rule = rule
-        self._parameters = parameters
-        self._bytes_per_weight = bytes_per_weight
-        self._controller = controller
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        self._caches = context.caches
+        self._scheduler = context.scheduler
+        self._prefix = context.prefix
+        self._runner = context.runner
+        self._sequences = context.sequences
+        self._rule = context.rule
         self.bytes_generated = 0
         #: Verified drafts by their length, and by how much of it was accepted.
         self.drafts = [0] * (MAX_DRAFT_LENGTH + 1)
@@ -57,13 +37,11 @@ class Postprocessor:
 
     def add_traffic(self, ledger: Ledger) -> None:
         """Gigabytes that its passes read, by the paper's accounting and by ours."""
-        ledger.gb_paper = gb_paper(self._parameters, ledger.decoder, ledger.global_)
-        ledger.gb = gb(self._parameters, ledger, self._bytes_per_weight)
+        ledger.gb_paper = gb_paper(self._context.parameters, ledger.decoder, ledger.global_)
+        ledger.gb = gb(self._context.parameters, ledger, self._context.bytes_per_weight)
 
-    def process(self, sequence: Sequence, result: Result) -> Delta | None:
+    def process(self, sequence: Sequence, plan: Plan, result: Result) -> Delta | None:
         """Apply what a pass gave one sequence; the news of it, if any."""
-        plan = sequence.plan
-        assert plan is not None
         sequence.plan, sequence.ready = None, False
         if result.scores is not None:
             sequence.score(result.scores)
@@ -145,7 +123,7 @@ class Postprocessor:
             ledger.accepted += progress.accepted
             self.drafts[progress.drafted] += 1
             self.accepted[progress.accepted] += 1
-            if (controller := self._controller()) is not None and isinstance(sequence.method, Auto):
+            if (controller := self._context.controller) is not None and isinstance(sequence.method, Auto):
                 controller.round_ended(sequence.method.draft, progress.drafted, progress.accepted)
 
     def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:

@@ -10,7 +10,7 @@ from collections import deque
 from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.request import QueueFullError
 from fastblt.server.settings import EngineSettings
 
@@ -130,18 +130,17 @@ class Scheduler:
         closed = self._closed + sum(s.closed for s in self.running)
         return (closed + 1) / (scanned + 1) if scanned else 0.5
 
-    def fit(self, ready: list[Sequence]) -> list[Sequence]:
+    def fit(self, ready: list[Planned]) -> list[Planned]:
         """The plans of one pass, within the row budget; whoever waited longest goes first."""
-        if sum(s.plan.rows for s in ready if s.plan) <= self._settings.max_pass_rows:
+        if sum(plan.rows for _, plan in ready) <= self._settings.max_pass_rows:
             return ready
-        batch: list[Sequence] = []
+        batch: list[Planned] = []
         rows = 0
-        for sequence in sorted(ready, key=lambda s: s.last_pass):
-            assert sequence.plan is not None
-            if batch and rows + sequence.plan.rows > self._settings.max_pass_rows:
+        for sequence, plan in sorted(ready, key=lambda planned: planned[0].last_pass):
+            if batch and rows + plan.rows > self._settings.max_pass_rows:
                 continue
-            rows += sequence.plan.rows
-            batch.append(sequence)
+            rows += plan.rows
+            batch.append((sequence, plan))
         return batch
 
     def prefill_budget(self) -> int:

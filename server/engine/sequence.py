@@ -212,3 +212,7 @@ class Sequence:
         while len(self.patches) > 1 and self.patches[1].end <= self.decoded:
             freed.append(self.patches.popleft().slot)
         return freed
+
+
+#: A sequence, and the plan that a pass carries out for it.
+Planned = tuple[Sequence, Plan]

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from fastblt.server.decoding.method import Plan
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 
 #: A position that no request reaches.
 _NEVER = 2**31 - 1
@@ -87,7 +87,7 @@ def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, i
     return newest, runs
 
 
-def build_batch(sequences: list[Sequence], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
+def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
     """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
     # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
     # the run, latent, what `first` is at most and `high` at least, and the position from which on rows are picked.
@@ -99,9 +99,7 @@ def build_batch(sequences: list[Sequence], allocate: Callable[[str, int, int], n
     total = samples = 0
     firsts: list[int] = []
     sample_counts: list[int] = []
-    for at, sequence in enumerate(sequences):
-        plan = sequence.plan
-        assert plan is not None
+    for at, (sequence, plan) in enumerate(planned):
         state_index, shift, end = sequence.state_index, plan.start - total, plan.end
         newest, reads = latent_slots(sequence, plan)
         done = plan.start

@@ -17,7 +17,7 @@ from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.runner.batch import latent_slots
 from fastblt.server.engine.runner.sampler import Result, Sampler
 from fastblt.server.engine.runner.samples import DraftResult
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned
 from fastblt.server.request import Ledger
 
 #: Of a plan without a block, and of one behind which single rows are drafted.
@@ -56,13 +56,11 @@ class FusedSteps:
         """Steps of single rows, columns as in `fastblt.kernels.cpu.multi_step`, whose results nobody wants."""
         self._forward.steps(self._steps, columns, rule, sampled=False, truncated=False)
 
-    def run_rows(self, sequences: list[Sequence]) -> list[Result]:
+    def run_rows(self, planned: list[Planned]) -> list[Result]:
         """The passes of single rows, one after another, over the bytes that they give."""
         numbers: list[int] = []
         encoder_input = self._encoder_input
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
+        for sequence, plan in planned:
             latent, _ = latent_slots(sequence, plan)
             if plan.draft:
                 scans = max(plan.scan_to - sequence.scanned, 0)
@@ -78,16 +76,15 @@ class FusedSteps:
                     sequence.open_start,
                     0,
                 )
-        sampled, truncated, _ = self._sampler.needs(sequences)
-        columns = _columns(numbers, len(sequences))
+        sampled, truncated, _ = self._sampler.needs(planned)
+        columns = _columns(numbers, len(planned))
         steps = self._forward.steps(self._steps, columns, self._rule, sampled=sampled, truncated=truncated)
         ids, entropies = steps.ids.tolist(), steps.entropies.tolist()
         results: list[Result] = []
-        for at, (sequence, made, scanned) in enumerate(
-            zip(sequences, steps.made.tolist(), steps.scanned.tolist(), strict=True)
+        for at, ((sequence, plan), made, scanned) in enumerate(
+            zip(planned, steps.made.tolist(), steps.scanned.tolist(), strict=True)
         ):
-            plan, ledger = sequence.plan, sequence.ledger
-            assert plan is not None
+            ledger = sequence.ledger
             ledger.decoder += made
             if plan.draft:
                 ledger.patcher += scanned > 0
@@ -105,7 +102,7 @@ class FusedSteps:
         self._beside(steps.spent)
         return results
 
-    def decode(self, sequences: list[Sequence]) -> list[Result]:
+    def decode(self, planned: list[Planned]) -> list[Result]:
         """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
         rows: list[tuple[int, ...]] = []
         bounds: list[float] = []
@@ -113,9 +110,7 @@ class FusedSteps:
         block_ids: list[int] = []
         sizes: list[int] = []
         total = 0
-        for sequence in sequences:
-            plan = sequence.plan
-            assert plan is not None
+        for sequence, plan in planned:
             newest, own = latent_slots(sequence, plan)
             reads += own
             block_ids += plan.block_ids
@@ -132,16 +127,15 @@ class FusedSteps:
                 )
             )
             sequence.ledger.decoder += 1
-        sampled, truncated, _ = self._sampler.needs(sequences)
+        sampled, truncated, _ = self._sampler.needs(planned)
         asked = Plans(rows, bounds, reads, block_ids)
         decoded = self._forward.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
         made, encoder_input = decoded.made, self._encoder_input
         results: list[Result] = []
-        for sequence, size, chosen, accepted, steps, block, entropies in zip(
-            sequences, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
+        for (sequence, plan), size, chosen, accepted, steps, block, entropies in zip(
+            planned, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
         ):
-            plan, ledger = sequence.plan, sequence.ledger
-            assert plan is not None
+            ledger = sequence.ledger
             result = Result(steps=steps)
             if plan.samples:
                 result.accepted = accepted
@@ -165,18 +159,17 @@ class FusedSteps:
                 result.bad = bad
         self._block_steps(total, sizes, made.steps)
         if decoded.drafts.steps:
-            self._drafts(sequences, results, decoded.lines, decoded.drafts)
+            self._drafts(planned, results, decoded.lines, decoded.drafts)
         self._beside(decoded.spent)
         return results
 
-    def _drafts(self, sequences: list[Sequence], results: list[Result], lines: list[int], drafts: Made) -> None:
+    def _drafts(self, planned: list[Planned], results: list[Result], lines: list[int], drafts: Made) -> None:
         """Behind the results of verifications those of the drafts with which the call went on."""
         sizes, singles = [0] * len(drafts.steps), [0] * len(drafts.steps)
-        for sequence, result, line in zip(sequences, results, lines, strict=True):
+        for (sequence, plan), result, line in zip(planned, results, lines, strict=True):
             if line < 0:
                 continue
-            plan, ledger, taken, steps = sequence.plan, sequence.ledger, len(result.ids), drafts.steps[line]
-            assert plan is not None
+            ledger, taken, steps = sequence.ledger, len(result.ids), drafts.steps[line]
             size, start = min(plan.next_length, sequence.left - taken - 1), plan.end - plan.samples + taken
             ledger.decoder += steps
             ids = drafts.ids[line]

@@ -14,7 +14,7 @@ from fastblt.kernels.types import SelectionParams, Unmasked
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.engine.constraints.constraint import Constraint, Mask
 from fastblt.server.engine.runner.samples import BlockSamples, CausalSamples
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned
 
 
 @dataclass
@@ -37,12 +37,12 @@ class Masks:
     through those that are filled; what one step fills is held against itself afterwards, by `mend`.
     """
 
-    def __init__(self, sequences: list[Sequence], causal: CausalSamples, blocks: BlockSamples, total: int) -> None:
+    def __init__(self, planned: list[Planned], causal: CausalSamples, blocks: BlockSamples, total: int) -> None:
         self._table = np.ones((total, VOCAB_SIZE), dtype=bool)
         self._blocks: list[_Block] = []
-        for at, sequence in enumerate(sequences):
-            plan, constraint = sequence.plan, sequence.constraint
-            if plan is None or constraint is None:
+        for at, (sequence, plan) in enumerate(planned):
+            constraint = sequence.constraint
+            if constraint is None:
                 continue
             if plan.samples:
                 self._write(causal.first_samples[at], constraint.along(sequence.draft)[-plan.samples :])

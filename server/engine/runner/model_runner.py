@@ -22,6 +22,7 @@ from fastblt.kernels.attention import TILE
 from fastblt.kernels.backend import use_triton
 from fastblt.models.blt import Blt
 from fastblt.models.patching import PatchRule
+from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
 from fastblt.server.engine.device.cuda_graphs import CudaGraphs
@@ -32,7 +33,7 @@ from fastblt.server.engine.runner.batch import bucket, build_batch, split, with_
 from fastblt.server.engine.runner.fused_steps import FusedSteps
 from fastblt.server.engine.runner.prompt_logprobs import ScoredRows
 from fastblt.server.engine.runner.sampler import Result, Sampler
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
 from fastblt.server.settings import EngineSettings
 
@@ -156,25 +157,23 @@ class ModelRunner:
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
-    def decode(self, sequences: list[Sequence]) -> list[Result]:
+    def decode(self, planned: list[Planned]) -> list[Result]:
         """One decoder pass over the plans of ready sequences, and the choice of their bytes; of those that go on by
         themselves, all passes.
 
         At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
         """
-        calls = [self._call_for(sequence) for sequence in sequences]
+        calls = [self._call_for(sequence, plan) for sequence, plan in planned]
         first = calls[0]
         if all(call == first for call in calls):
-            return first(sequences)
+            return first(planned)
         results: dict[int, Result] = {}
         for call in dict.fromkeys(calls):
             own = [at for at, other in enumerate(calls) if other == call]
-            results |= zip(own, call([sequences[at] for at in own]), strict=True)
-        return [results[at] for at in range(len(sequences))]
+            results |= zip(own, call([planned[at] for at in own]), strict=True)
+        return [results[at] for at in range(len(planned))]
 
-    def _call_for(self, sequence: Sequence) -> Callable[[list[Sequence]], list[Result]]:
-        plan = sequence.plan
-        assert plan is not None
+    def _call_for(self, sequence: Sequence, plan: Plan) -> Callable[[list[Planned]], list[Result]]:
         if self.fused_steps is not None:
             if plan.repeat > 1 and not plan.block_ids and not plan.next_length:
                 return self.fused_steps.run_rows
@@ -182,12 +181,12 @@ class ModelRunner:
                 return self.fused_steps.decode
         return self._decode
 
-    def _decode(self, sequences: list[Sequence]) -> list[Result]:
+    def _decode(self, planned: list[Planned]) -> list[Result]:
         """One decoder pass over the plans, each once."""
-        batch = build_batch(sequences, self._columns)
+        batch = build_batch(planned, self._columns)
         spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
-        ids_only = all(sequence.ids_only for sequence in sequences)
-        scored = None if ids_only else ScoredRows.of(sequences, batch.spans)
+        ids_only = all(sequence.ids_only for sequence, _ in planned)
+        scored = None if ids_only else ScoredRows.of(planned, batch.spans)
         # A captured graph computes all of its rows.
         asked = None if self._static else batch.needed_rows(scored.rows if scored is not None else [])
         read = None if asked is None else torch.from_numpy(asked)
@@ -200,24 +199,24 @@ class ModelRunner:
         states = self._launch("decode", run, spans, with_blocks)
         self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
-        staged = self._sampler.stage(sequences, batch, ids_only)
+        staged = self._sampler.stage(planned, batch, ids_only)
         tensors = self._sampler.choose(states, staged)
         scores = self._score(states, scored) if scored is not None else []
-        ahead = [sequences[at] for at in batch.ahead]
+        ahead = [planned[at] for at in batch.ahead]
         if not ahead:
             fetched = self._fetch(*scores, *tensors) if scores or staged.total else []
             results = staged.results(fetched[len(scores) :])
         else:
-            begins, ends = [s.scanned for s in ahead], [s.plan.scan_to for s in ahead if s.plan]
-            tail, entropies = self._causal("tail", self._forward.entropies, ahead, begins, ends)
+            begins, ends = [s.scanned for s, _ in ahead], [plan.scan_to for _, plan in ahead]
+            tail, entropies = self._causal("tail", self._forward.entropies, [s for s, _ in ahead], begins, ends)
             *fetched, flat = self._fetch(*scores, *tensors, entropies)
             self.ledger.patcher += 1
             results = staged.results(fetched[len(scores) :])
             for at, values in zip(batch.ahead, split(flat, tail), strict=True):
                 results[at].entropies = values
-                sequences[at].ledger.patcher += 1
+                planned[at][0].ledger.patcher += 1
         if scored is not None:
-            for at, own in scored.take(fetched[: len(scores)], sequences).items():
+            for at, own in scored.take(fetched[: len(scores)], planned).items():
                 results[at].scores = own
         return results
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned
 from fastblt.server.request import ByteLogprobs
 
 
@@ -30,12 +30,12 @@ class ScoredRows:
     top: int
 
     @classmethod
-    def of(cls, sequences: list[Sequence], spans: list[tuple[int, int]]) -> ScoredRows | None:
+    def of(cls, planned: list[Planned], spans: list[tuple[int, int]]) -> ScoredRows | None:
         """None where no row is to be scored. `spans` are the (first row, count) of the sequences."""
         scored = cls([], [], [], 0)
-        for at, sequence in enumerate(sequences):
-            top, plan = sequence.params.prompt_logprobs, sequence.plan
-            if top is None or plan is None:
+        for at, (sequence, plan) in enumerate(planned):
+            top = sequence.params.prompt_logprobs
+            if top is None:
                 continue
             # Rows that are computed again after a preemption have been scored.
             begin, end = max(plan.start, sequence.scored), min(plan.end, sequence.prompt_length - 1)
@@ -57,13 +57,13 @@ class ScoredRows:
         best = torch.topk(logprobs, self.top, -1)
         return [own.view(-1), ranks, best.indices, best.values]
 
-    def take(self, arrays: list[np.ndarray], sequences: list[Sequence]) -> dict[int, list[ByteLogprobs]]:
+    def take(self, arrays: list[np.ndarray], planned: list[Planned]) -> dict[int, list[ByteLogprobs]]:
         """What was fetched, by the sequences' places in the batch."""
         own, ranks, ids, values = (array.tolist() for array in arrays)
         result: dict[int, list[ByteLogprobs]] = {}
         row = 0
         for at, count in self.parts:
-            top = sequences[at].params.prompt_logprobs
+            top = planned[at][0].params.prompt_logprobs
             result[at] = [
                 ByteLogprobs(own[i], list(zip(ids[i][:top], values[i][:top], strict=True)), ranks[i])
                 for i in range(row, row + count)

@@ -22,7 +22,7 @@ from fastblt.server.engine.device.staging import Staging
 from fastblt.server.engine.runner.batch import Batch
 from fastblt.server.engine.runner.masks import Masks, part
 from fastblt.server.engine.runner.samples import BlockSamples, CausalSamples, Result
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 
 #: A position that no request reaches.
 _NEVER = 2**62
@@ -99,14 +99,14 @@ class Sampler:
         """How bytes without penalties are chosen, by state row."""
         return Draws(self._values, self._integers, torch.from_numpy(self._eos_from))
 
-    def needs(self, sequences: list[Sequence]) -> tuple[bool, ...]:
+    def needs(self, planned: list[Planned]) -> tuple[bool, ...]:
         """Whether one of them draws, whether one truncates, and whether one has penalties."""
-        state_indexes = [sequence.state_index for sequence in sequences]
+        state_indexes = [sequence.state_index for sequence, _ in planned]
         return tuple(bool(needing) and not needing.isdisjoint(state_indexes) for needing in self._needs)
 
-    def stage(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> StagedSamples:
+    def stage(self, planned: list[Planned], batch: Batch, ids_only: bool) -> StagedSamples:
         """Lay out what the sequences pick from; `ids_only` where all of them are."""
-        causal, blocks = CausalSamples(sequences, batch, ids_only), BlockSamples(sequences, batch, ids_only)
+        causal, blocks = CausalSamples(planned, batch, ids_only), BlockSamples(planned, batch, ids_only)
         index = np.concatenate((batch.sampled_rows, blocks.rows.reshape(-1))) if blocks.count else batch.sampled_rows
         count, total = len(batch.sampled_rows), len(index)
         columns = self._allocate("samples", 6, total)
@@ -129,7 +129,7 @@ class Sampler:
             samples, lengths = causal.drafts
             drafts = self._allocate("drafts", 1 + samples.shape[1], len(lengths))[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, samples.T
-        draws, truncates, penalizes = self.needs(sequences)
+        draws, truncates, penalizes = self.needs(planned)
         return StagedSamples(
             causal,
             blocks,
@@ -139,9 +139,9 @@ class Sampler:
             sampled=draws,
             truncated=truncates,
             penalized=penalizes,
-            extra=self._drafted(sequences, causal, blocks) if penalizes else [],
-            masks=Masks(sequences, causal, blocks, total)
-            if not ids_only and any(s.constraint for s in sequences)
+            extra=self._drafted(planned, causal, blocks) if penalizes else [],
+            masks=Masks(planned, causal, blocks, total)
+            if not ids_only and any(sequence.constraint for sequence, _ in planned)
             else None,
         )
 
@@ -195,13 +195,11 @@ class Sampler:
         return verify(targets[rows], self._forward.ids.read(owners[drafted], positions[drafted]), lengths)[0]
 
     def _drafted(
-        self, sequences: list[Sequence], causal: CausalSamples, blocks: BlockSamples
+        self, planned: list[Planned], causal: CausalSamples, blocks: BlockSamples
     ) -> list[tuple[int, abc.Sequence[int]]]:
         """(pick, ids) where penalties count more than the committed ids: the drafted and filled bytes before it."""
         extra: list[tuple[int, abc.Sequence[int]]] = []
-        for at, sequence in enumerate(sequences):
-            plan = sequence.plan
-            assert plan is not None
+        for at, (sequence, plan) in enumerate(planned):
             if not sequence.params.penalizes:
                 continue
             if plan.samples and sequence.draft:

@@ -18,7 +18,7 @@ from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.method import Outcome
 from fastblt.server.engine.runner.batch import Batch
-from fastblt.server.engine.sequence import Sequence
+from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.request import ByteLogprobs
 
 
@@ -61,8 +61,8 @@ class CausalSamples:
     `ids_only`: nobody asks for log-probabilities.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> None:
-        self._sequences = sequences
+    def __init__(self, planned: list[Planned], batch: Batch, ids_only: bool) -> None:
+        self._sequences = [sequence for sequence, _ in planned]
         self._plain = ids_only
         self.first_samples = batch.first_samples
         self.drafts: tuple[np.ndarray, np.ndarray] | None = None
@@ -73,7 +73,7 @@ class CausalSamples:
             firsts = np.array([self.first_samples[at] for at in self._verifying])
             lengths = np.array([sample_counts[at] - 1 for at in self._verifying])
             self.drafts = (firsts[:, None] + np.minimum(np.arange(max(sample_counts)), lengths[:, None]), lengths)
-        self._values = _Values([] if ids_only else sequences)
+        self._values = _Values([] if ids_only else self._sequences)
 
     def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
         """What is to be fetched."""
@@ -108,15 +108,15 @@ class BlockSamples:
     `inside` bool says which are not there to fill up a shorter block.
     """
 
-    def __init__(self, sequences: list[Sequence], batch: Batch, ids_only: bool) -> None:
+    def __init__(self, planned: list[Planned], batch: Batch, ids_only: bool) -> None:
         self.count = 0
         self.rows = np.empty((0, 0), dtype=np.int64)
         if batch.in_block is None:
             return
         self._offset = len(batch.sampled_rows)
-        self._owners = [at for at, s in enumerate(sequences) if s.plan is not None and s.plan.block_ids]
-        self._sequences = [sequences[owner] for owner in self._owners]
-        self._plans = [sequence.plan for sequence in self._sequences if sequence.plan is not None]
+        self._owners = [at for at, (_, plan) in enumerate(planned) if plan.block_ids]
+        self._sequences = [planned[owner][0] for owner in self._owners]
+        self._plans = [planned[owner][1] for owner in self._owners]
         self._sizes = [len(plan.block_ids) for plan in self._plans]
         self.count = len(self._sizes)
         rows, width = np.flatnonzero(batch.in_block), max(self._sizes)

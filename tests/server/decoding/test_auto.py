@@ -42,7 +42,7 @@ def fickle_engine(which: int, seed: int, **changes: object) -> tuple[Engine, Fic
     drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in (1, 3, 16))]
     drafts += [Draft(DecodingMethod.BLT_DV, size) for size in model(which).config.block_sizes]
     controller = Fickle(drafts, random.Random(seed))
-    engine._controller = controller
+    engine._context.controller = controller
     return engine, controller
 
 

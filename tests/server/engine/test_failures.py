@@ -67,7 +67,7 @@ def test_who_never_fits_ends_and_the_others_go_on(monkeypatch: pytest.MonkeyPatc
     error = torch.OutOfMemoryError("CUDA out of memory")
 
     def greedy(number: int, batch: list[Any]) -> bool:
-        return any(sequence.request.request_id == "r1" for sequence in batch)
+        return any(sequence.request.request_id == "r1" for sequence, _ in batch)
 
     monkeypatch.setattr(engine._runner, "decode", failing(engine._runner.decode, error, greedy))
     results = run(engine, asked)
@@ -86,10 +86,10 @@ def test_a_failure_with_the_outcome_of_one_request_is_its_own(monkeypatch: pytes
     engine = Engine(model(0), settings())
     real = engine._postprocessor.process
 
-    def process(sequence: Any, result: Any) -> Any:
+    def process(sequence: Any, plan: Any, result: Any) -> Any:
         if sequence.request.request_id == "r2" and len(sequence.output.ids) > 5:
             raise KeyError("a secret detail")
-        return real(sequence, result)
+        return real(sequence, plan, result)
 
     monkeypatch.setattr(engine._postprocessor, "process", process)
     results = run(engine, asked)

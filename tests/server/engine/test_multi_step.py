@@ -17,8 +17,9 @@ from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.threads import set_threads
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.vocabulary import BYTE_OFFSET
-from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.engine import Engine
+from fastblt.server.engine.runner.samples import Result
+from fastblt.server.engine.sequence import Planned
 from fastblt.server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams
 from fastblt.server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
@@ -97,10 +98,9 @@ def test_a_draft_is_one_call_and_a_patch_is_one(which: int) -> None:
     plans: list[tuple[bool, int]] = []
     decode = engine._runner.decode
 
-    def watched(sequences: list) -> list:
-        results = decode(sequences)
-        for sequence, result in zip(sequences, results, strict=True):
-            plan: Plan = sequence.plan
+    def watched(planned: list[Planned]) -> list[Result]:
+        results = decode(planned)
+        for (_, plan), result in zip(planned, results, strict=True):
             plans.append((plan.draft, len(result.ids)))
             # A verification goes on with the next draft.
             if result.next_draft is not None:

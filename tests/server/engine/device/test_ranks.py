@@ -89,7 +89,7 @@ def test_two_ranks_give_the_bytes_of_one(name: str, deterministic: bool) -> None
         engine = Engine(model, how)
         assert engine._caches.groups["global"].layers[0].shape[2] * 2 == model.config.global_.num_kv_heads
         split = sum(weight.numel() for weight in leader.transformer.parameters())
-        assert split < 0.7 * engine._parameters.global_
+        assert split < 0.7 * engine._context.parameters.global_
         two = run(engine, requests(), arrivals)
     assert engine.stats().prefix_hits > 0
     assert {key: done.ids for key, done in two.items()} == {key: done.ids for key, done in one.items()}
