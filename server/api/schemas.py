@@ -33,8 +33,9 @@ from fastblt.server.request import (
 )
 
 MAX_N = 16
-#: Log-probabilities of prompts that one call may ask for, alternatives included.
-MAX_PROMPT_LOGPROBS = 2**18
+#: Log-probabilities that one call may ask for, alternatives included: those of prompts, and, of an answer that is not
+#: streamed, those of all of its bytes. They are written in one go.
+MAX_LOGPROBS_PER_CALL = 2**18
 MAX_SALT = 256
 #: Of either sign.
 MAX_PRIORITY = 1000
@@ -174,14 +175,16 @@ class CompletionRequest(BaseModel):
             raise InvalidRequestError(
                 f"the prompts of all choices have {ids} ids; {MAX_PROMPT_IDS} are allowed in one call", "prompt"
             )
-        if (top := self.scores_prompt) is not None:
-            values = ids * (1 + top)
-            if values > MAX_PROMPT_LOGPROBS:
-                raise InvalidRequestError(
-                    f"logprobs of {values} ids were asked for, those of prompts and alternatives; at most "
-                    f"{MAX_PROMPT_LOGPROBS} are allowed in one call",
-                    "logprobs" if self.prompt_logprobs is None else "prompt_logprobs",
-                )
+        values = 0 if self.scores_prompt is None else ids * (1 + self.scores_prompt)
+        if self.logprobs is not None and not self.stream:
+            values += self.max_tokens * len(prompts) * self.n * (1 + self.logprobs)
+        if values > MAX_LOGPROBS_PER_CALL:
+            raise InvalidRequestError(
+                f"logprobs of up to {values} ids were asked for, those of alternatives and prompts included; at most "
+                f"{MAX_LOGPROBS_PER_CALL} are allowed in one answer: stream it, or ask for fewer choices, alternatives "
+                "or max_tokens",
+                "logprobs" if self.prompt_logprobs is None else "prompt_logprobs",
+            )
         return prompts
 
     def requests(self, completion_id: str, prompts: list[Prompt], arrival: float) -> list[Request]:

@@ -27,7 +27,8 @@ class Output:
         #: Whether only EOS and the length can end it.
         self._simple = not params.stop and not self._stop_ids and constraint is None and params.logprobs is None
         self.ids: list[int] = []
-        self.logprobs: list[ByteLogprobs] = []
+        #: Of the bytes that have not left.
+        self._logprobs: list[ByteLogprobs] = []
         self._released = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -71,7 +72,7 @@ class Output:
                 # Of stops that end here the longest began first.
                 if not params.include_stop_str_in_output:
                     del self.ids[-len(stop) :]
-                    del self.logprobs[-len(stop) :]
+                    del self._logprobs[-len(stop) :]
                 return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
         if self._constraint is not None and (end := self._constraint.commit(token)) is not None:
             return self._finish(end, None)
@@ -85,12 +86,14 @@ class Output:
         if self.finish_reason is None and self._stops is not None and not self._params.include_stop_str_in_output:
             until -= self._stops.begun(self._state)
         start, self._released = self._released, max(self._released, until)
-        return self.ids[start : self._released], self.logprobs[start : self._released]
+        count = self._released - start
+        values, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+        return self.ids[start : self._released], values
 
     def _push(self, token: int, logprob: ByteLogprobs | None) -> None:
         self.ids.append(token)
         if logprob is not None:
-            self.logprobs.append(logprob)
+            self._logprobs.append(logprob)
 
     def _end_at(self, token: int, logprob: ByteLogprobs | None) -> None:
         if logprob is not None:

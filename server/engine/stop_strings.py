@@ -10,6 +10,7 @@ Corasick) costs as little on average, but has to be built first, and one byte ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -26,14 +27,11 @@ class StopStrings:
         self._strings = strings = tuple(dict.fromkeys(strings))
         self._count = count = len(strings)
         self._masks: list[int | None] = [None] * 256
-        longest = max(map(len, strings))
-        # int16 [longest, count]: the strings as columns, with what no byte is behind their ends.
-        self._bytes = np.full((longest, count), -1, dtype=np.int16)
+        self._longest = longest = max(map(len, strings))
         #: The strings' first bytes, their last ones, and all but these.
         self._first = (1 << count) - 1
         self._last = 0
         for i, string in enumerate(strings):
-            self._bytes[: len(string), i] = np.frombuffer(string, dtype=np.uint8)
             self._last |= 1 << ((len(string) - 1) * count + i)
         self._inner = (1 << longest * count) - 1 & ~self._last
 
@@ -53,6 +51,14 @@ class StopStrings:
         """How many bytes at the end of the text may become a string: the longest beginning, short of a whole one."""
         begun = state & self._inner
         return (begun.bit_length() - 1) // self._count + 1 if begun else 0
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        """int16 [longest, count]: the strings as columns, with what no byte is behind their ends."""
+        columns = np.full((self._longest, self._count), -1, dtype=np.int16)
+        for i, string in enumerate(self._strings):
+            columns[: len(string), i] = np.frombuffer(string, dtype=np.uint8)
+        return columns
 
     def _mask(self, byte: int) -> int:
         return int.from_bytes(np.packbits(self._bytes == byte, bitorder="little").tobytes(), "little")

@@ -15,6 +15,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
+from weakref import WeakSet
 
 from fastblt.models.config import BltConfig
 from fastblt.server.engine.stats import EngineStats
@@ -28,6 +29,9 @@ from fastblt.server.request import Delta, ErrorCode, FinishReason, InvalidReques
 from fastblt.server.settings import EngineSettings, ServiceSettings
 
 logger = logging.getLogger("fastblt.engine")
+
+#: Memory for the log-probabilities of all requests until somebody reads them.
+MAX_LOGPROB_BYTES = 256 * 2**20
 
 #: Seconds that a stopping engine has to tell what came of the requests that were aborted.
 LAST_WORDS_SECONDS = 5.0
@@ -90,6 +94,7 @@ class EngineClient:
         #: How many of them have not started.
         self._queued = 0
         self._pending_adds: dict[int, _PendingAdd] = {}
+        self._streams: WeakSet[DeltaStream] = WeakSet()
         self._numbers = itertools.count()
         self._stopping = asyncio.Lock()
         self._grammars = GrammarProbe()
@@ -190,7 +195,9 @@ class EngineClient:
         # The engine has the last word; at overload nobody has to wait for it.
         if self._queued + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
+        self._check_memory(requests)
         stream = DeltaStream(self.abort, requests, whole=whole)
+        self._streams.add(stream)
         number = next(self._numbers)
         pending = _PendingAdd(requests, asyncio.get_running_loop().create_future())
         self._pending_adds[number] = pending
@@ -200,7 +207,7 @@ class EngineClient:
         self._supervisor.send(Add(number, list(requests)))
         try:
             await pending.future
-        except asyncio.CancelledError:
+        except BaseException:
             stream.close()
             raise
         return stream
@@ -290,6 +297,20 @@ class EngineClient:
             self._decide(number, EngineUnavailableError(self.state, reason))
         code = ErrorCode.ENGINE_DIED if finish is FinishReason.ERROR else None
         self._deliver([Delta(i, finish_reason=finish, error=reason, error_code=code) for i in self._live])
+
+    def _check_memory(self, requests: Sequence[Request]) -> None:
+        """Raises InvalidRequestError or QueueFullError for more log-probabilities than may be kept for readers."""
+        asked = sum(request.logprob_bytes for request in requests)
+        if not asked:
+            return
+        if asked > MAX_LOGPROB_BYTES:
+            raise InvalidRequestError(
+                f"logprobs of up to {asked >> 20} MiB were asked for; this server keeps {MAX_LOGPROB_BYTES >> 20} MiB: "
+                "ask for fewer choices, alternatives or max_tokens",
+                "logprobs",
+            )
+        if asked + sum(stream.logprob_bytes for stream in self._streams) > MAX_LOGPROB_BYTES:
+            raise QueueFullError("the logprobs of running requests may fill this server's memory for them")
 
     # --- deadlines --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class DeltaStream:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._failed = False
+        self._logprob_bytes = sum(request.logprob_bytes for request in requests)
 
     def __aiter__(self) -> DeltaStream:
         return self
@@ -69,6 +70,11 @@ class DeltaStream:
     def ended(self) -> bool:
         """Whether nothing is left to take, and nothing will be."""
         return self._closed or not (self._open or self._pending)
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Memory that log-probabilities may come to take here until they are read."""
+        return 0 if self.ended else self._logprob_bytes
 
     @property
     def _held(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE, encode, with_bos
 from fastblt.server.request.checks import InvalidRequestError
+from fastblt.server.request.results import BYTE_LOGPROBS_SIZE
 from fastblt.server.request.sampling import SamplingParams
 
 
@@ -25,6 +26,13 @@ class Request:
     choice: int = 0
     cache_salt: str | None = None
     priority: int = 0
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Memory that its log-probabilities take at most where they are kept until somebody reads them."""
+        params = self.params
+        asked = ((params.logprobs, params.max_tokens), (params.prompt_logprobs, len(self.prompt_ids)))
+        return sum(count * (BYTE_LOGPROBS_SIZE + 6 * top) for top, count in asked if top is not None)
 
 
 _ANY_ID = frozenset(range(VOCAB_SIZE))

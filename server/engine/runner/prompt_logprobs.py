@@ -59,13 +59,14 @@ class ScoredRows:
 
     def take(self, arrays: list[np.ndarray], planned: list[Planned]) -> dict[int, list[ByteLogprobs]]:
         """What was fetched, by the sequences' places in the batch."""
-        own, ranks, ids, values = (array.tolist() for array in arrays)
+        own, ranks = arrays[0].tolist(), arrays[1].tolist()
+        ids, values = arrays[2].astype(np.uint16), arrays[3].astype(np.float32)
         result: dict[int, list[ByteLogprobs]] = {}
         row = 0
         for at, count in self.parts:
             top = planned[at][0].params.prompt_logprobs
             result[at] = [
-                ByteLogprobs(own[i], list(zip(ids[i][:top], values[i][:top], strict=True)), ranks[i])
+                ByteLogprobs(own[i], ids[i, :top].tobytes(), values[i, :top].tobytes(), ranks[i])
                 for i in range(row, row + count)
             ]
             row += count

@@ -177,8 +177,8 @@ class _Values:
         self._asked = bool(asked)
         self._most = max(asked, default=0)
         self._own: list[float] = []
-        self._ids: list[list[int]] = []
-        self._best: list[list[float]] = []
+        self._ids = np.empty((0, 0), dtype=np.uint16)
+        self._best = np.empty((0, 0), dtype=np.float32)
 
     def tensors(self, own: Tensor, logits: Tensor) -> list[Tensor]:
         """To be fetched: the chosen ids' values fp32 [picks], and the best ids of all and theirs."""
@@ -193,10 +193,11 @@ class _Values:
         if self._asked:
             self._own = next(arrays).tolist()
         if self._most:
-            self._ids, self._best = next(arrays).tolist(), next(arrays).tolist()
+            self._ids, self._best = next(arrays).astype(np.uint16), next(arrays).astype(np.float32)
         return self
 
     def at(self, pick: int, top: int) -> ByteLogprobs:
         """The value of one pick, with its `top` best alternatives."""
-        pairs = list(zip(self._ids[pick][:top], self._best[pick][:top], strict=True)) if top else []
-        return ByteLogprobs(self._own[pick], pairs)
+        if not top:
+            return ByteLogprobs(self._own[pick])
+        return ByteLogprobs(self._own[pick], self._ids[pick, :top].tobytes(), self._best[pick, :top].tobytes())

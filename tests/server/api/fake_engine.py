@@ -91,7 +91,7 @@ class FakeEngine:
             else:
                 delta.ids = [REPEATED]
                 if request.params.logprobs is not None:
-                    delta.logprobs = [ByteLogprobs(float("-inf"), [(REPEATED, -0.5)])]
+                    delta.logprobs = [ByteLogprobs.of(float("-inf"), [(REPEATED, -0.5)])]
                 if count + 1 == request.params.max_tokens:
                     delta.finish_reason = FinishReason.LENGTH
             if delta.finish_reason is not None:

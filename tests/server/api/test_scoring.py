@@ -12,7 +12,7 @@ import torch
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.vocabulary import EOS_ID, encode
 from fastblt.server.api.names import TOKEN_NAMES
-from fastblt.server.api.schemas import MAX_PROMPT_LOGPROBS
+from fastblt.server.api.schemas import MAX_LOGPROBS_PER_CALL
 from tests.server.api.running import RunningServer
 from tests.server.api.test_bad_requests import assert_error
 
@@ -142,8 +142,9 @@ def test_what_ended_a_completion_has_its_logprob(server: RunningServer) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
         ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
-        ({"prompt": ["x" * (MAX_PROMPT_LOGPROBS // 21 // 8)] * 9, "prompt_logprobs": 20}, "prompt_logprobs"),
-        ({"prompt": ["x" * (MAX_PROMPT_LOGPROBS // 21 // 8)] * 9, "echo": True, "logprobs": 20}, "logprobs"),
+        ({"prompt": ["x" * (MAX_LOGPROBS_PER_CALL // 21 // 8)] * 9, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"prompt": ["x" * (MAX_LOGPROBS_PER_CALL // 21 // 8)] * 9, "echo": True, "logprobs": 20}, "logprobs"),
+        ({"max_tokens": 300, "n": 16, "logprobs": 20, "prompt": ["x"] * 4}, "logprobs"),
     ],
 )
 def test_what_cannot_be_scored(server: RunningServer, fields: dict[str, Any], param: str) -> None:

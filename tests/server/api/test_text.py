@@ -80,7 +80,7 @@ def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt
     text, tokens, offsets = choice.feed(echoed, values, final=False), [], []
     for part in [*split(data, cuts), b""]:
         ids = encode(part)
-        values = [ByteLogprobs(-1.0, []) for _ in ids]
+        values = [ByteLogprobs(-1.0) for _ in ids]
         new = choice.feed(ids, values, final=not part)
         text += new
         if new:
@@ -100,7 +100,7 @@ def test_choice_text_with_echo_and_logprobs(data: bytes, cuts: list[int], prompt
 def test_offsets_count_characters(text: str) -> None:
     choice = ChoiceText(logprobs=1)
     ids = encode(text.encode("utf-8", "replace"))
-    choice.feed(ids, [ByteLogprobs(-1.0, []) for _ in ids], final=True)
+    choice.feed(ids, [ByteLogprobs(-1.0) for _ in ids], final=True)
     taken = choice.take_logprobs()
     assert taken is not None
     expected = [at for at, char in enumerate(text) for _ in char.encode("utf-8", "replace")]
@@ -110,7 +110,7 @@ def test_offsets_count_characters(text: str) -> None:
 def test_offsets_of_broken_text_point_at_the_byte_s_own_character() -> None:
     choice = ChoiceText(logprobs=1)
     ids = [*encode(b"\xffa\xe2\x82b\xc3"), EOS_ID]
-    assert choice.feed(ids, [ByteLogprobs(-1.0, []) for _ in ids], final=True) == "\ufffda\ufffdb\ufffd"
+    assert choice.feed(ids, [ByteLogprobs(-1.0) for _ in ids], final=True) == "\ufffda\ufffdb\ufffd"
     taken = choice.take_logprobs()
     assert taken is not None
     assert taken["text_offset"] == [0, 1, 2, 2, 3, 4, 4]
@@ -131,7 +131,7 @@ def test_token_names_are_distinct_and_undoable() -> None:
 
 def test_logprobs_always_hold_the_chosen_byte_and_stay_finite() -> None:
     choice = ChoiceText(logprobs=2)
-    choice.feed([69], [ByteLogprobs(float("-inf"), [(70, -0.25), (71, float("-inf"))])], final=True)
+    choice.feed([69], [ByteLogprobs.of(float("-inf"), [(70, -0.25), (71, float("-inf"))])], final=True)
     taken = choice.take_logprobs()
     assert taken is not None
     assert taken["token_logprobs"] == [MIN_LOGPROB]

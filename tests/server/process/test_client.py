@@ -220,12 +220,36 @@ async def test_whole_outputs_come_at_their_end_or_at_the_first_failure() -> None
 
 async def test_merging_keeps_logprobs() -> None:
     stream = DeltaStream(lambda *_: None, [request("a")])
-    one, two = ByteLogprobs(-1.0, []), ByteLogprobs(-2.0, [])
+    one, two = ByteLogprobs(-1.0), ByteLogprobs(-2.0)
     stream.push(Delta("a"))
     stream.push(Delta("a", [5], [one]))
     stream.push(Delta("a", [6], [two], FinishReason.STOP, stop_reason="x"))
     [delta] = await anext(stream)
     assert (delta.ids, delta.logprobs, delta.stop_reason) == ([5, 6], [one, two], "x")
+
+
+async def test_logprobs_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asking(name: str, max_tokens: int) -> Request:
+        return Request(name, [1, 5], SamplingParams(max_tokens=max_tokens, logprobs=20), time.monotonic())
+
+    assert asking("a", 1000).logprob_bytes == 1000 * (208 + 6 * 20)
+    monkeypatch.setattr("fastblt.server.process.client.MAX_LOGPROB_BYTES", 1000 * (208 + 6 * 20))
+    async with running(pause=0.005) as client:
+        with pytest.raises(InvalidRequestError, match="logprobs of up to") as refused:
+            await client.submit(asking("a", 600), asking("b", 600))
+        assert refused.value.param == "logprobs"
+        first, second = await client.submit(asking("a", 600)), await client.submit(asking("b", 400))
+        with pytest.raises(QueueFullError, match="logprobs"):
+            await client.submit(asking("c", 1))
+        # Others are not concerned, and what was read or given up is free again.
+        await read(await client.submit(request("d")))
+        second.close()
+        third = await client.submit(asking("e", 400))
+        for stream in (first, third):
+            stream.close()
+        assert sum(stream.logprob_bytes for stream in client._streams) == 0
+        assert len((await read(await client.submit(asking("f", 5))))["f"].ids) == 5
+        await client.submit(asking("g", 1000))
 
 
 async def test_items_keep_their_distance_but_for_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
