@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.gpu.conftest import NEEDS_GPU
-from tests.kernels.test_triton_kernels import run
+from tests.kernels.gpu.test_cases import run
 
 
 @NEEDS_GPU

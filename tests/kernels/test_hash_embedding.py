@@ -1,4 +1,4 @@
-"""Hashed n-gram embeddings against the oracle; `triton_cases` runs the same under the interpreter."""
+"""Hashed n-gram embeddings against the oracle; `gpu/cases` runs the same under the interpreter."""
 
 from __future__ import annotations
 

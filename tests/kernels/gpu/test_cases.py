@@ -1,6 +1,6 @@
 """The Triton kernels under their interpreter, in processes of their own: it must be chosen before triton is imported.
 
-By hand: FASTBLT_KERNELS=triton python -m pytest tests/kernels/triton_cases/selection_cases.py
+By hand: FASTBLT_KERNELS=triton python -m pytest tests/kernels/gpu/cases/selection_cases.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "triton_cases"
-ROOT = Path(__file__).parents[2]
+CASES = Path(__file__).parent / "cases"
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 

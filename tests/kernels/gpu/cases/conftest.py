@@ -17,7 +17,7 @@ DEVICE = torch.device(os.environ.get("FASTBLT_TEST_DEVICE", "cpu"))
 
 @pytest.fixture(autouse=True)
 def compiled_or_interpreted() -> None:
-    assert use_triton(DEVICE) and interpreted() == (DEVICE.type == "cpu"), "run by tests/kernels/test_triton_kernels.py"
+    assert use_triton(DEVICE) and interpreted() == (DEVICE.type == "cpu"), "run by tests/kernels/gpu/test_cases.py"
     # numpy speaks up where a GPU would not.
     warnings.simplefilter("ignore", RuntimeWarning)
 
