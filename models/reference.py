@@ -30,7 +30,7 @@ ENTROPY_RULES = ("inclusive", "exclusive_max")
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """A method and its settings, under the names that users type (design §8)."""
+    """A method and its settings, under the names that users type (docs/decoding.md)."""
 
     method: str = "blt"
     block_size: int = 8

@@ -22,7 +22,7 @@ SLOW = (
     "compat",
     "deploy/test_monitoring.py",
     "deploy/ray/test_app.py",
-    "docs/test_contributing.py",
+    "docs/test_examples.py",
     "faults",
     "gpu",
     "kernels/gpu/test_cases.py",

@@ -92,16 +92,6 @@ def _in_all(run: dict[str, Any]) -> float:
     return float(milliseconds) / 1000
 
 
-def launches(results: Results) -> str:
-    """What a decoder pass gives a GPU to do."""
-    rows = [
-        [name, *(f"{run['all'].get(kind, 0):.2f}" for kind in ("triton", "torch", "to device", "to host"))]
-        for name, run in _only(results)["methods"].items()
-    ]
-    columns = ("method", "Triton launches", "torch launches", "copies to the device", "copies back")
-    return table(columns, rows)
-
-
 def lossless(results: Results) -> str:
     """Outputs that differ from BLT's."""
     rows = []

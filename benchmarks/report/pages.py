@@ -31,6 +31,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "o
 
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _ALL = "fastblt bench all --traces FOLDER"
+_CONSTRAINTS = "python -m fastblt.benchmarks.checks.constraints --outputs 100 --utf8 500"
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,15 @@ TABLES = {
     ),
     "holding": Table("python -m fastblt.benchmarks.engine.holding", ("holding.json",), engine_tables.holding),
     "hold-time": Table("python -m fastblt.benchmarks.engine.hold_sweep", ("hold_sweep.json",), engine_tables.hold_time),
-    "launches": Table("python -m fastblt.benchmarks.engine.launches", ("launches.json",), engine_tables.launches),
     "lossless": Table(
         "python -m fastblt.benchmarks.checks.lossless --processes 2", ("lossless.json",), engine_tables.lossless
     ),
     "modes": Table(
         "python -m fastblt.benchmarks.engine.speed modes --rounds 2", ("modes.json",), engine_tables.default_mode
     ),
-    "schemas": Table("python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.schemas),
-    "utf8": Table("python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.utf8),
-    "constraint-cost": Table(
-        "python -m fastblt.benchmarks.checks.constraints", ("constraints.json",), engine_tables.constraint_cost
-    ),
+    "schemas": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.schemas),
+    "utf8": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.utf8),
+    "constraint-cost": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.constraint_cost),
 }
 
 

@@ -33,7 +33,7 @@ class EntropyRule(StrEnum):
 
 @dataclass(frozen=True)
 class DecodingParams:
-    """How to decode (design §8). None leaves a field to the server's default, and that to the method's.
+    """How to decode (docs/decoding.md). None leaves a field to the server's default, and that to the method's.
 
     `confidence_threshold` is a probability, `entropy_bound` is in nats, `block_size` and `draft_length` in bytes.
     """
