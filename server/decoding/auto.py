@@ -1,4 +1,4 @@
-"""`auto`: every round drafts as a controller says, in any lossless way; bytes do not depend on it."""
+"""`auto`: a controller chooses each round's lossless draft (BLT, BLT-S or BLT-DV); the bytes do not depend on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastblt.server.decoding.blt_s import BltS
 from fastblt.server.decoding.method import NEXT_DRAFT, Method, Outcome, Plan, Progress, Unmask
 from fastblt.server.request import DecodingMethod
 
-#: How BLT-DV drafts here.
+#: How BLT-DV fills its blocks under `auto`.
 _ONE_STEP = Unmask(ONE_STEP, 0.0)
 
 
@@ -25,16 +25,19 @@ class Draft:
 
 
 class Auto:
-    """Between rounds a request's state is a function of its bytes alone (design §3), so each may draft differently."""
+    """Asks `choose` for the draft of every round, and lets that method make it.
+
+    Between rounds a request's state is a function of its bytes alone (design §3), so rounds may draft differently.
+    """
 
     def __init__(self, choose: Callable[[], Draft]) -> None:
         self._choose = choose
         self._inner: Method = Blt()
         self._between = True
         self._begun = False
-        #: Of the next round, where that was asked for already.
+        #: The draft of the next round, where it was asked for already.
         self._next: Draft | None = None
-        #: Of the round that is under way, or was the last.
+        #: The draft of the present round, or of the last one.
         self.draft = Draft()
 
     def plan(self, known: int, computed: int, left: int) -> Plan:

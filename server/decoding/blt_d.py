@@ -10,8 +10,11 @@ from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
 class BltD:
-    """A block a round: the previous block's bytes run causally, the open patch is closed for the new block, whose masks
-    are then filled in a few decoder passes. With `align_blocks`, causal bytes finish the open patch first."""
+    """One block a round. Its first pass runs the previous block's bytes causally and closes the open patch, whose
+    latent the new block reads; the block's masks are then filled in a few decoder passes.
+
+    With `align_blocks` single causal bytes finish the open patch before a block begins.
+    """
 
     def __init__(self, block_size: int, unmask: Unmask, max_steps: int | None, align_blocks: bool = False) -> None:
         self._align = align_blocks
@@ -20,16 +23,16 @@ class BltD:
         self._max_steps = max_steps
         self._block: Sequence[int] = ()
         self._steps = 0
-        #: The step that fixed each byte of the block; 0 where it is still masked.
+        #: The step, from 1, that filled each position of the block; 0 where it is still masked.
         self._fixed = [0] * block_size
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         step = self._unmask
         if self._max_steps is not None:
             step = replace(step, left=self._max_steps - self._steps)
-        # The block's bytes run causally in the next round, if there is one.
+        # If there is a next round, it runs the block's bytes causally and needs their entropies.
         scan_to = known + self._size if left > self._size else 0
-        # Every step fixes a byte.
+        # Every step fills a position at least.
         repeat = 1 if step.fills else self._size
         if not self._block:
             rows = known - computed

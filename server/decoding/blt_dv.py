@@ -11,8 +11,11 @@ from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
 
 
 class BltDV:
-    """Draft: the pending byte as a tentative row, whose own byte opens the draft for free, and a block of masks after
-    it for the rest. Verify as BLT-S does. `begun`: the request has had its first pass."""
+    """Drafts a block and verifies it as BLT-S does.
+
+    The draft's first pass has a causal row for the newest byte, whose own byte opens the draft at no extra cost, and a
+    block of masks behind it. `begun`: the request has had its first pass, which drafts nothing.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class BltDV:
         if self._max_steps is not None:
             # A verification goes on with the next draft, which begins to count anew.
             step = replace(step, left=self._max_steps - (0 if self._drafted else self._steps))
-        # Every step fixes a byte.
+        # Every step fills a position at least.
         repeat = 1 if step.fills else self._size
         if self._drafted:
             plan = verify(self._block, known, computed, paper=self._paper)

@@ -9,16 +9,18 @@ from fastblt.server.decoding.method import Outcome, Plan, Progress
 
 
 def verify(draft: Sequence[int], known: int, computed: int, *, paper: bool = False) -> Plan:
-    """All modules over the rows still to compute and the draft: the newest byte and every drafted one give a byte.
+    """The plan that verifies a draft: all modules run over the rows still to compute and over the drafted bytes.
 
-    Under the paper's accounting the global transformer takes part even where no patch closed.
+    The newest byte and every drafted one give a byte. With `paper`, the global transformer runs even where no patch
+    closed, as in the paper's accounting.
     """
     rows = known - computed + len(draft)
     return Plan(computed, rows, samples=len(draft) + 1, provisional=paper and bool(draft))
 
 
 def finish_round(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress:
-    """Accepted bytes and the one after them; rows up to the last accepted stay (design §3, rollback)."""
+    """The end of a round: the accepted bytes and the one after them are final; rows up to the last accepted byte stay
+    computed (design §3, rollback)."""
     return Progress(
         commit=outcome.ids,
         keep=plan.end - len(draft) + outcome.accepted,
@@ -29,14 +31,17 @@ def finish_round(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress
 
 
 class BltS:
-    """`paper_accounting` drafts on the open patch's latent, at the price of an upstream pass of its own (design §2.8),
-    and does not shorten the last draft. `begun`: the request has had its first pass."""
+    """Drafts `draft_length` bytes row by row, then verifies them in one pass.
+
+    `paper_accounting` drafts on the open patch's latent, at the price of an upstream pass of its own (design §2.8), and
+    does not shorten the last draft. `begun`: the request has had its first pass, which drafts nothing.
+    """
 
     def __init__(self, draft_length: int, paper_accounting: bool = False, *, begun: bool = False) -> None:
         self._length = draft_length
         self._paper = paper_accounting
         self._draft: list[int] = []
-        #: The first pass gives the first byte at once: it drafts nothing, however little is left to compute.
+        #: Whether drafts may be made: the first pass gives the first byte at once, whatever is left to compute.
         self._begun = begun
 
     def plan(self, known: int, computed: int, left: int) -> Plan:

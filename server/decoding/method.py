@@ -1,4 +1,4 @@
-"""What a decoding method says: the rows a request wants next, and what their results mean. It knows no tensors."""
+"""What a decoding method is: it plans the rows a request wants next, and takes what they gave. It knows no tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from fastblt.kernels.unmasking import ONE_STEP
 
 @dataclass(frozen=True)
 class Unmask:
-    """How the masked positions of a block are chosen (design §2.7). `bound` is a probability or nats, by rule; the last
-    of the steps that are `left`, if they are counted, fills everything."""
+    """One denoising step: which masked positions of a block it fills (arXiv 2605.08044 §3.1.2; design §2.7)."""
 
+    #: CONFIDENCE, ENTROPY, EXCLUSIVE_MAX or ONE_STEP of `kernels.unmasking`.
     rule: int
+    #: A probability for CONFIDENCE, nats for the entropy rules; ONE_STEP has none.
     bound: float
+    #: Steps that the block may still take, this one included: the last fills everything. None: no limit.
     left: int | None = None
 
     @property
@@ -30,39 +32,45 @@ class Unmask:
 
 @dataclass(slots=True)
 class Plan:
-    """Decoder rows of one pass, taken whole or not at all.
+    """Decoder rows that one request wants in the next pass. They are taken whole or not at all.
 
-    `causal` rows stand at [start, start + causal) over known or drafted bytes; the last `samples` of them each give a
-    byte, and more than one verify the draft that they stand on. With `upstream` they first pass entropy model, encoder
-    and, where patches close, the global transformer. Each then reads its own latent and stays computed; with `draft`
-    all read the newest one and none does. Then come bidirectional rows for `block_ids`, on the newest latent; where a
-    plan has both a selected row and a block, that row's byte is the block's first. With `provisional` the newest latent
-    is that of the open patch, closed for the occasion. Where the patch is still open behind the causal rows, `if_open`
-    is the plan instead. The next plan is sure to need the entropies of the rows below `scan_to`, over bytes that this
-    one gives: if it leaves nothing masked.
+    Causal rows come first, then the rows of a block. Where a plan has both, the byte of the last causal row is the
+    block's first byte.
 
-    A plan of a single row may go on by itself up to `repeat` rows, each over the byte that the one before it gave: with
-    `draft` so far, else until a byte closes a patch or ends the text. The outcome then has the bytes of all these rows.
-    A plan with a block may go on up to `repeat` steps, until nothing is masked. A verification behind which the method
-    would draft up to `next_length` bytes, over the byte it gives as a causal row, a block as its `unmask` says or
-    without one single rows, may go on with that draft, up to `repeat` passes with its own: the draft's outcome then
-    comes with the plan `NEXT_DRAFT`, for which the method was not asked. Whoever runs the plan may stop it after any
-    row or step.
+    Some plans may go on by themselves, several passes in one call, as long as the host has nothing to decide (`repeat`,
+    `next_length`). Whoever runs the plan may stop it after any row or step.
     """
 
+    #: Position of the first causal row.
     start: int
+    #: Number of causal rows: positions [start, start + causal), over known or drafted bytes.
     causal: int
+    #: Whether the rows first pass entropy model and encoder and, where patches close, the global transformer. They then
+    #: read each its own latent and stay computed.
     upstream: bool = True
+    #: Whether the bytes given are a draft: all rows read the newest latent, and none stays computed.
     draft: bool = False
+    #: How many causal rows, the last ones, each give a byte. More than one verify the draft that they stand on.
     samples: int = 0
+    #: The block's ids, MASK_ID where it is to be filled. Its rows are bidirectional and read the newest latent.
     block_ids: Sequence[int] = ()
+    #: Whether the newest latent is that of the open patch, which is closed for this pass only.
     provisional: bool = False
+    #: How the block is filled; for a verification, how the block drafted behind it is.
     unmask: Unmask | None = None
+    #: The next plan needs the entropies of all rows below this position, over bytes that this plan gives: the entropy
+    #: model may run in the same pass, if nothing is left masked. 0: not known to be needed.
     scan_to: int = 0
+    #: The plan to take instead where the patch is still open behind the causal rows.
     if_open: Plan | None = None
+    #: A plan of one row may go on for up to so many rows, each over the byte before: a draft always, other rows until
+    #: a byte closes a patch or ends the text. A plan with a block may go on for so many steps, until nothing is masked.
     repeat: int = 1
+    #: A verification may go on with the next draft of up to so many bytes, from the byte that it gives: a block where
+    #: there is `unmask`, else single rows. `repeat` then counts 1 and the draft's passes, and its outcome comes with
+    #: the plan NEXT_DRAFT.
     next_length: int = 0
-    #: How many rows there are, and the position after the last causal one; every pass asks several times.
+    #: Rows in all, and the position behind the last causal one: every pass asks several times.
     rows: int = field(init=False)
     end: int = field(init=False)
 
@@ -71,72 +79,79 @@ class Plan:
         self.end = self.start + self.causal
 
     def draft_next(self, length: int, unmask: Unmask | None, passes: int) -> None:
-        """Let a verification go on with a draft of up to so many bytes, in so many passes."""
+        """Let a verification go on with the next draft: up to `length` bytes in up to `passes` passes."""
         self.next_length, self.unmask, self.repeat = length, unmask, 1 + passes
 
     def stop_after(self, repeat: int) -> None:
-        """Go on by itself no further than `repeat` rows, or steps."""
+        """Let the plan go on by itself for no more than `repeat` rows or steps."""
         if repeat < self.repeat:
             self.repeat = repeat
             if repeat == 1:
                 self.next_length = 0
             if self.draft and not self.block_ids:
-                # Its last byte will not be there.
+                # Its last byte, which `scan_to` counts on, may then be missing.
                 self.scan_to = 0
 
 
-#: Stands for the plan of a draft with which a verification went on.
+#: The plan of a draft that was made in the verification's own call (`Plan.next_length`): nobody asked the method for
+#: it.
 NEXT_DRAFT = Plan(0, 0, upstream=False, draft=True)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What the rows gave: the byte of the selected causal row (where several verify a draft, its first `accepted` bytes
-    and the one after them), and the block after its `steps`. Where somebody wants to know, `block_steps` are the steps
-    that fixed its bytes (0: none of them)."""
+    """What the rows of a plan gave."""
 
+    #: The byte of every causal row that gives one; of a verification, the accepted bytes and the one after them.
     ids: Sequence[int] = ()
+    #: How many bytes of the draft were accepted.
     accepted: int = 0
+    #: The block after its steps, MASK_ID where a position is still masked.
     block_ids: Sequence[int] = ()
+    #: For every position of the block the step, from 1, that filled it; 0: none of these. Empty where nobody asks.
     block_steps: Sequence[int] = ()
+    #: Whether nothing is masked any more.
     block_done: bool = False
+    #: Denoising steps that were taken.
     steps: int = 1
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a pass settled. `commit` are bytes now fixed; `draft` stands after them, to be taken back or verified.
+    """What a pass means for a request: bytes that are now final, and what drafting did."""
 
-    `commit_steps` are the denoising steps, from 1, that fixed them (empty: causal rows did). `keep` is how many rows
-    stay computed (positions 0..keep-1); None keeps all.
-    """
-
+    #: Bytes that are final.
     commit: Sequence[int] = ()
+    #: The denoising step, from 1, that filled each of them; empty where causal rows gave them.
     commit_steps: Sequence[int] = ()
+    #: Bytes after them that the next plan stands on, and that may be taken back.
     draft: Sequence[int] = ()
+    #: How many rows stay computed: positions 0..keep - 1. None: all.
     keep: int | None = None
+    #: Bytes of a draft that was verified, and how many of them were accepted.
     drafted: int = 0
     accepted: int = 0
+    #: Denoising steps taken, and rounds completed.
     steps: int = 0
     rounds: int = 0
 
 
 class Method(Protocol):
-    """One request's decoding method.
-
-    `known` counts the request's fixed bytes, BOS included, of which the rows 0..computed-1 have been through all
-    modules; `left` is how many bytes it may still produce. The rows from `computed` on are at first the end of the
-    prompt, later what stands between rounds.
-    """
+    """One request's decoding method."""
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
-        """The rows wanted next. Called once after each `advance`."""
+        """The rows wanted next. Called once after each `advance`.
+
+        `known` counts the request's final bytes, BOS included. Rows 0..computed - 1 of them have been through all
+        modules; the others are at first the end of the prompt, later the newest byte. `left` is how many bytes the
+        request may still produce.
+        """
         ...
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
-        """What the outcome of `plan` settles."""
+        """Take the outcome of `plan`."""
         ...
 
     def reset(self) -> None:
-        """Forget drafts: the request was preempted."""
+        """Forget drafts: the request was preempted and will be computed again."""
         ...
