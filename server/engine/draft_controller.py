@@ -27,7 +27,7 @@ _CLEARLY = 1.05
 _REVIEW = 16
 #: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
-#: Passes of the decoder, by what they are called in `work`.
+#: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means.
 _NEWEST = 0.05
@@ -36,9 +36,9 @@ _UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
 
 
 class Acceptance:
-    """How often a draft's bytes are right, by position, given that all before them were; `prior` to begin with.
+    """How often a draft's bytes are accepted, by position, given that all before them were; `prior` to begin with.
 
-    What is known of a position is, for want of more, taken to hold of the next one.
+    Where a position has few trials, the estimate of the one before it is used.
     """
 
     def __init__(self, length: int, prior: float) -> None:
@@ -65,7 +65,7 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Load:
-    """What runs now: decoding requests, patches a byte of their text, and the engine's seconds for a pass beside it."""
+    """Running means: decoding requests, patches a byte of their text, and the engine's own seconds for each pass."""
 
     requests: float
     patches_per_byte: float
@@ -73,7 +73,7 @@ class Load:
 
 
 class DraftController:
-    """The drafts of all requests that run `auto`. `costs` are the modules' curves (seconds by rows)."""
+    """Chooses the drafts of all requests that run `auto`. `costs` are the modules' curves (seconds by rows)."""
 
     def __init__(self, config: BltConfig, costs: Costs) -> None:
         self._costs = costs
@@ -99,15 +99,15 @@ class DraftController:
         return next(self._probes) if self._rounds % _PROBE == 0 else self.best
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
-        """A round ended. One that was cut short by its request's end says nothing."""
+        """Count a round's acceptance, unless its draft was cut short by the request's end."""
         if drafted == draft.length:
             self._acceptance[draft.method].count(drafted, accepted)
 
     def step_ended(
         self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
     ) -> None:
-        """A step of the engine ended: `seconds` for the `work`, passes by module and rows, of which `requests` could
-        have been part. `patches_per_byte` is asked now and then."""
+        """Count a step of the engine: it took `seconds` for the `work`, passes as (module, rows), while `requests` were
+        decoding. `patches_per_byte` is called now and then."""
         load = self._load
         overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         # A step may make many passes of the decoder.

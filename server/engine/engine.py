@@ -1,7 +1,7 @@
 """The engine: continuous batching in beats (design §3).
 
-A beat is one upstream pass over every patch that closed, then decoder passes in which every request that can go on
-takes part. `step` does one decoder pass, with the upstream pass before it where one is due.
+A beat is one upstream pass (pooling and global transformer) over every patch that closed, then decoder passes of every
+request that can go on without another. `step` does one decoder pass, with the upstream pass before it where one is due.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ from fastblt.server.settings import PRETRAINED, EngineSettings
 
 logger = logging.getLogger(__name__)
 
-#: Weights below which one thread serves best, and fused layers do, which copy them.
+#: Models of fewer weights run fused layers, which copy their weights, and one thread of torch.
 _SMALL = 50_000_000
 
-#: Passes without trouble after which one more request may run, where memory had run out.
+#: After so many passes without trouble one more request may run, where memory had run out.
 _GROW_PASSES = 64
 
-#: Positions past the longest completion that a block or a draft may touch.
+#: How many positions past the end of a completion a block or a draft may touch.
 _OVERSHOOT = MAX_BLOCK_SIZE + 1
 
-#: Where and at how many rows the controller of `auto` has the modules' costs measured.
+#: The position and the row counts at which the costs of passes are measured for `auto`.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-#: Before any engine changes what torch found.
+#: Counted before an engine changes what torch found.
 _CORES = cores()
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Engine:
-    """Runs requests to their end. Confined to one thread, but for `stats`."""
+    """Runs requests to their end. To be used from one thread, but for `stats`."""
 
     def __init__(self, model: Blt, settings: EngineSettings, name: str = "blt") -> None:
         config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
@@ -118,7 +118,7 @@ class Engine:
         #: Ids of the requests that the last step took from the queue for the first time.
         self.started: list[str] = []
         self._passes = self._beats = self._holds = self._passes_in_beat = 0
-        #: Since when somebody waits for the next upstream pass.
+        #: Monotonic seconds since when a request waits for the next upstream pass; None: none does.
         self._held_since: float | None = None
         self._bytes_prompt = 0
 
@@ -193,7 +193,7 @@ class Engine:
         return bool(self._sequences)
 
     def step(self) -> list[Delta]:
-        """One decoder pass, and the upstream pass before it if it is due; what came of it, request by request."""
+        """One decoder pass, with the upstream pass before it if one is due. Returns what requests got from it."""
         began = time.perf_counter()
         self._runner.work.clear()
         with self._inference:
@@ -259,7 +259,7 @@ class Engine:
             try:
                 if (delta := self._postprocessor.process(sequence, plan, result)) is not None:
                     deltas.append(delta)
-                # Its row is gone if the text has ended.
+                # Its state is gone if the text has ended.
                 draft = result.next_draft if sequence.state_index else None
                 if draft is not None and (delta := self._postprocessor.process_next_draft(sequence, draft)) is not None:
                     deltas.append(delta)
@@ -295,7 +295,7 @@ class Engine:
         )
 
     def balanced(self) -> bool:
-        """Whether every page, latent and state row is free or cached: true whenever nothing runs (contract 3)."""
+        """Whether every page, latent and state index is free or cached: true whenever nothing runs (contract 3)."""
         return self._caches.balanced()
 
     def _resolve(self, asked: DecodingParams, *, structured: bool = False) -> DecodingParams:
@@ -314,7 +314,8 @@ class Engine:
     # Before a pass
 
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
-        """Whether the beat ends here although some requests could go on. A request's first global pass never waits."""
+        """Whether the beat ends here although some requests could go on. A request's first upstream pass never
+        waits."""
         longest, now = self.settings.max_hold_ms, time.monotonic()
         if self._held_since is None:
             self._held_since = now
@@ -325,7 +326,7 @@ class Engine:
     # After a pass
 
     def _fail(self, batch: list[Sequence], error: Exception) -> list[Delta]:
-        """Whatever went wrong belongs to the requests of this pass; the others go on."""
+        """A pass failed: its requests end with an error; the others go on."""
         logger.error("a pass failed; its %d requests end with an error", len(batch), exc_info=error)
         # What the exception says is for the log.
         text = f"a forward pass failed: {type(error).__name__}"
@@ -338,7 +339,7 @@ class Engine:
     def _retry(self, batch: list[Sequence]) -> list[Delta]:
         """Memory ran out: the requests of the pass go back to the queue, and fewer run at once from now on.
 
-        Who was alone and has not had a byte since it happened before ends with an error.
+        A request that ran alone, and has had no byte since this happened to it before, ends with an error.
         """
         logger.warning("memory ran out in a pass of %d requests", len(batch))
         if torch.cuda.is_available():
@@ -363,7 +364,7 @@ def _ready(running: list[Sequence]) -> list[Planned]:
 
 
 def _parameters(config: BltConfig) -> ModuleParameters:
-    """Of the whole model, wherever its weights are."""
+    """Weights of the whole model by module, also where other ranks have a share of them."""
     with torch.device("meta"):
         return ModuleParameters.of(Blt(config))
 
@@ -374,7 +375,7 @@ def _small(config: BltConfig) -> bool:
 
 
 def _threads(settings: EngineSettings) -> int:
-    """Threads for this process; if the settings do not say, the processor's cores, which the ranks share."""
+    """Threads of this process: the settings', or an equal share of the cores for every rank."""
     return settings.threads or max(1, _CORES // settings.tensor_parallel_size)
 
 
@@ -384,5 +385,5 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _suffix_sums(counts: list[int]) -> list[int]:
-    """From counts of lengths 0, 1, ...: how many have a position 0, a position 1, ..."""
+    """Suffix sums: entry i counts the drafts longer than i bytes, from how many have 0, 1, ... bytes."""
     return list(accumulate(reversed(counts[1:])))[::-1]

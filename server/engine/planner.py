@@ -1,4 +1,4 @@
-"""Before a pass: a plan for everyone who has none, with its pages, and what the small modules must do for it first."""
+"""Before a pass: plans for the sequences that have none, their pages, and the entropy model and encoder over them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.context import EngineContext
 from fastblt.server.engine.sequence import Patch, Planned
 
-#: How many bytes may follow each other in one call where patches have no longest.
+#: Most bytes of one fused call where patches have no maximum length.
 _MOST_STEPS = 16
 
 
@@ -20,13 +20,13 @@ class Planner:
         self._rule = context.rule
         #: Whether the decoder's rows begin as the encoder's states (else as embeddings).
         self._encoder_input = config.decoder_input == "encoder"
-        #: How many rows a plan that keeps their bytes may go on for, and how many rows or steps another: nobody waits
-        #: longer than asked.
+        #: Most rows of a fused call whose bytes stay (they end with their patch), and most rows or steps of a draft or
+        #: a block. 1 where requests must not wait for each other.
         most = settings.max_passes_per_beat if runner.fused_steps is not None and settings.max_hold_ms != 0 else 1
         self._most_steps = (min(most, config.max_patch_length or _MOST_STEPS), most)
 
     def plan(self) -> list[Planned]:
-        """Give a plan, with pages, to every running sequence that has none; those that got one."""
+        """Give a plan and its pages to every running sequence that has none. Returns the new plans."""
         scheduler = self._scheduler
         planned: list[Planned] = []
         budget: int | None = None
@@ -52,14 +52,14 @@ class Planner:
             if scheduler.reserve(sequence, plan):
                 sequence.plan = plan
                 planned.append((sequence, plan))
-        # A sequence planned early may have been preempted for a later one.
+        # A later sequence may have preempted an earlier one to get its pages.
         return [(sequence, plan) for sequence, plan in planned if sequence.plan is plan]
 
     def prepare(self, planned: list[Planned]) -> None:
-        """Entropy model and encoder over the bytes that the new plans need; then it is known who needs upstream."""
+        """Run entropy model and encoder as far as the new plans need; mark those ready that need no upstream pass."""
         scan: list[Planned] = []
         encode: list[Planned] = []
-        # A draft's rows are encoded because the decoder reads their states: by its own call, where that can.
+        # Rows of a draft are encoded where the decoder reads encoder states. Fused steps do that themselves.
         encoder_input, fused_steps = self._encoder_input, self._runner.fused_steps is not None
         for sequence, plan in planned:
             if plan.upstream and plan.end > sequence.scanned:

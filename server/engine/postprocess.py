@@ -1,4 +1,4 @@
-"""After a pass: what it gave a request, what is news of it, and how a request ends."""
+"""After a pass: its results go to the sequences, final bytes to their outputs, and requests end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastblt.server.engine.runner.samples import DraftResult, Result
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
 
-#: What drafts add to the ledgers; the engine's own has those of ended requests, until it is asked.
+#: Counts of drafting. The engine's ledger has them of ended requests; `Engine.stats` adds the running ones.
 DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
 
 
@@ -36,12 +36,12 @@ class Postprocessor:
         self.accepted = [0] * (MAX_DRAFT_LENGTH + 1)
 
     def add_traffic(self, ledger: Ledger) -> None:
-        """Gigabytes that its passes read, by the paper's accounting and by ours."""
+        """Set the gigabytes that the ledger's passes read, by the paper's accounting and by ours."""
         ledger.gb_paper = gb_paper(self._context.parameters, ledger.decoder, ledger.global_)
         ledger.gb = gb(self._context.parameters, ledger, self._context.bytes_per_weight)
 
     def process(self, sequence: Sequence, plan: Plan, result: Result) -> Delta | None:
-        """Apply what a pass gave one sequence; the news of it, if any."""
+        """Apply the result of a plan to its sequence. Returns what the request gets, if anything."""
         sequence.plan, sequence.ready = None, False
         if result.scores is not None:
             sequence.score(result.scores)
@@ -50,7 +50,7 @@ class Postprocessor:
         if result.bad:
             return self._failed(sequence, result.bad)
         if plan.draft and sequence.ids_only and not plan.upstream:
-            # Nothing stays computed, no page is done with, and nobody has news.
+            # A step of a draft: no row stays computed, no page is filled, and the request gets nothing.
             progress = sequence.method.advance(plan, result)
             sequence.ledger.steps += progress.steps
             sequence.draft = progress.draft
@@ -59,7 +59,7 @@ class Postprocessor:
             return None
         if plan.upstream and not plan.draft:
             sequence.decoded = plan.end + result.extra_rows
-        # A chunk of the prompt gives nothing that the method would know of.
+        # The method does not know of the chunks of a prompt before the last.
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
         if progress.keep is not None and (freed := sequence.cut(progress.keep)):
             self._scheduler.free_latents(freed)
@@ -83,7 +83,7 @@ class Postprocessor:
             if sequence.provisional is not None:
                 self._scheduler.drop_provisional(sequence)
         elif not plan.upstream:
-            # A draft's step: nothing stays computed, and no page is done with.
+            # A step of a draft or block: no row stays computed, and no page is filled.
             return None
         self._prefix.insert(sequence)
         if len(sequence.patches) > 1:
@@ -93,7 +93,8 @@ class Postprocessor:
         return delta
 
     def process_next_draft(self, sequence: Sequence, draft: DraftResult) -> Delta | None:
-        """Apply what the draft behind a verification gave, once that has been settled; the news of it, if any."""
+        """Apply the draft that was made behind a verification, after that. Returns what the request gets, if
+        anything."""
         if draft.bad:
             return self._failed(sequence, draft.bad)
         progress = sequence.method.advance(NEXT_DRAFT, draft)
@@ -114,7 +115,7 @@ class Postprocessor:
         return self.finish(sequence, FinishReason.ERROR, text, ErrorCode.NOTHING_LEFT)
 
     def _count(self, sequence: Sequence, progress: Progress) -> None:
-        """What drafting did, into the ledgers, and to the controller of `auto`."""
+        """Count what drafting did, and tell the controller of `auto`."""
         ledger = sequence.ledger
         ledger.steps += progress.steps
         ledger.rounds += progress.rounds
@@ -127,7 +128,7 @@ class Postprocessor:
                 controller.round_ended(sequence.method.draft, progress.drafted, progress.accepted)
 
     def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
-        """Of the committed bytes: those of their causal rows, or of the steps that filled them."""
+        """Log-probabilities of the committed bytes, from their causal rows or from the steps that filled them."""
         if result.block_logprobs is not None and not plan.draft:
             for at, value in enumerate(result.block_logprobs):
                 if value is not None:
@@ -142,7 +143,7 @@ class Postprocessor:
     def _commit(
         self, sequence: Sequence, ids: abc.Sequence[int], accepted: int, logprobs: list[ByteLogprobs] | None
     ) -> Delta | None:
-        """Append fixed bytes, of which the first `accepted` were drafted; cut at the first end among them."""
+        """Append final bytes, of which the first `accepted` were drafted; the text may end within them."""
         if sequence.timings.first_byte is None:
             sequence.timings.first_byte = time.monotonic()
         output, ledger = sequence.output, sequence.ledger

@@ -1,4 +1,4 @@
-"""Who runs: the waiting queue, admission by pages, preemption by recompute, and the row budget of a pass.
+"""The scheduler: the waiting queue, admission by pages, preemption by recompute, and the row budget of a pass.
 
 The scheduler knows rows, pages and ages; it knows no methods (design §3).
 """
@@ -31,7 +31,8 @@ class Scheduler:
         self.limit = settings.max_running
         self._scanned = 0
         self._closed = 0
-        # The last sequence that was looked up because it did not fit, beside how many others, and what it would share.
+        # The sequence that was last looked up in the prefix cache because it did not fit, how many others ran then, and
+        # how many pages in use it would share.
         self._looked_up: tuple[Sequence | None, int] = (None, 0)
         self._shared = 0
 
@@ -42,11 +43,11 @@ class Scheduler:
         self._wait(sequence, before_equals=False)
 
     def admit(self) -> list[Sequence]:
-        """Move waiting sequences to running, in order, while rows and pages are likely to suffice."""
+        """Move waiting sequences to running, in order, while state indexes and pages are likely to suffice."""
         admitted: list[Sequence] = []
         while self.waiting and len(self.running) < self.limit:
             sequence = self.waiting[0]
-            # One alone always fits; the others only where nobody is likely to be preempted for them at once.
+            # One alone always fits; another only where nobody is likely to be preempted for it at once.
             if self.running and not self._likely_fits(sequence):
                 break
             state_index = self._caches.take_state_index()
@@ -60,7 +61,7 @@ class Scheduler:
         return admitted
 
     def reserve(self, sequence: Sequence, plan: Plan) -> bool:
-        """Pages for a plan, preempting others if need be, the youngest first of those that matter least.
+        """Take pages for a plan, preempting others if need be: of the lowest priority, the youngest first.
 
         False: the sequence itself was preempted.
         """
@@ -75,10 +76,10 @@ class Scheduler:
             further = plan.end + (1 + plan.next_length if plan.next_length else plan.repeat)
             if self._caches.reserve(sequence.state_index, further if further > length else length, patches):
                 return True
-            # Nobody is preempted for what a later pass can do.
+            # Nobody is preempted for rows that a later pass can compute.
             plan.stop_after(1)
         while not self._caches.reserve(sequence.state_index, length, patches):
-            # The youngest of those that matter least.
+            # The highest value is the lowest priority; the last of equals is the youngest.
             victim = max(reversed(self.running), key=lambda s: s.request.priority)
             self.preempt(victim)
             if victim is sequence:
@@ -93,11 +94,11 @@ class Scheduler:
         self.preemptions += 1
 
     def shrink(self) -> None:
-        """Memory ran out: half as many from now on."""
+        """Memory ran out: half as many requests run from now on."""
         self.limit = max(len(self.running) // 2, 1)
 
     def grow(self) -> None:
-        """Memory sufficed for a while: one more than before."""
+        """Memory sufficed for a while: one more request may run."""
         self.limit = min(self.limit + 1, self._settings.max_running)
 
     def remove(self, sequence: Sequence) -> None:
@@ -119,19 +120,19 @@ class Scheduler:
                 self._caches.latent_pool.give_back(slot)
 
     def drop_provisional(self, sequence: Sequence) -> None:
-        """The latent of a patch that was closed for the occasion."""
+        """Free the latent of a patch that was closed for one pass only."""
         if sequence.provisional is not None:
             self.free_latents([sequence.provisional.slot])
             sequence.provisional = None
 
     def patches_per_byte(self) -> float:
-        """Of all text so far; 0.5 before there is any."""
+        """Mean over all text so far; 0.5 before there is any."""
         scanned = self._scanned + sum(s.scanned for s in self.running)
         closed = self._closed + sum(s.closed for s in self.running)
         return (closed + 1) / (scanned + 1) if scanned else 0.5
 
     def fit(self, ready: list[Planned]) -> list[Planned]:
-        """The plans of one pass, within the row budget; whoever waited longest goes first."""
+        """The plans of one pass within the row budget; those that waited longest go first."""
         if sum(plan.rows for _, plan in ready) <= self._settings.max_pass_rows:
             return ready
         batch: list[Planned] = []
@@ -144,13 +145,13 @@ class Scheduler:
         return batch
 
     def prefill_budget(self) -> int:
-        """Prompt rows that the next pass may take beside the decoding ones; a quarter of it is always theirs."""
+        """Rows of prompts in the next pass: what decoding requests leave of it, and a quarter of it at least."""
         total = self._settings.max_pass_rows
         decoding = sum(s.plan.rows if s.plan else 1 for s in self.running)
         return max(total - decoding, total // 4, 1)
 
     def _wait(self, sequence: Sequence, *, before_equals: bool) -> None:
-        """Into the queue, behind whoever has a lower priority value, before or behind those of the same."""
+        """Insert into the queue, behind lower priority values, and before or behind equal ones."""
         bound = sequence.request.priority - before_equals
         at = len(self.waiting)
         while at and self.waiting[at - 1].request.priority > bound:
@@ -158,7 +159,7 @@ class Scheduler:
         self.waiting.insert(at, sequence)
 
     def _likely_fits(self, sequence: Sequence) -> bool:
-        """Whether the free pages should do for it and for what the running prompts are still to take."""
+        """Whether the available pages should suffice for it and for the rest of the running prompts."""
         per_byte = (self._closed + 1) / (self._scanned + 1) if self._scanned else 0.5
         arriving = [sequence, *(s for s in self.running if s.prefilling)]
         for group in self._caches.groups.values():
@@ -176,7 +177,7 @@ class Scheduler:
         return True
 
     def _shared_by(self, sequence: Sequence) -> int:
-        """Global pages that it would share. This may be asked in every pass, so it is looked up for news only."""
+        """Global pages in use that it would share. Asked in every pass, so looked up only when something changed."""
         if self._looked_up != (sequence, len(self.running)):
             self._looked_up = (sequence, len(self.running))
             self._shared = self._prefix.shared_pages(sequence)

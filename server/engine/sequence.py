@@ -24,10 +24,11 @@ class Patch:
 
 
 class Sequence:
-    """State of one admitted request.
+    """State of one accepted request.
 
     Between rounds it is a function of `ids` and `decoded` alone: what drafts left behind is cut off (design §3).
     `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
+    `state_index` is its row in everything that is kept by request; 0 while it waits.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.constraint = constraint
         self.output = Output(request.params, constraint)
-        #: Whether a pass has nothing to say of it but ids.
+        #: Whether passes return nothing but ids for it: no log-probabilities, patches or constraints.
         self.ids_only = (
             constraint is None
             and self.params.logprobs is None
@@ -55,11 +56,11 @@ class Sequence:
             and not self.params.return_patches
         )
         self.penalizes = self.params.penalizes
-        #: Whether nothing need be done between its passes but to go on: then one call may make several.
+        #: Whether one call may make several of its passes: the host has nothing to do between them (`FusedSteps`).
         self.fusable = self.ids_only and not self.penalizes
         #: The denoising step of every produced byte, where patches are asked for.
         self.steps: list[int] = []
-        #: How many of the prompt's rows were scored, and their scores until they leave.
+        #: How many rows of the prompt were scored; `_scores` has those that have not been returned yet.
         self.scored = 0
         self._scores: list[ByteLogprobs] = []
         self.ledger = Ledger()
@@ -69,38 +70,39 @@ class Sequence:
         self.last_pass = 0
         #: How many bytes were known when memory ran out in one of its passes.
         self.starved_at: int | None = None
-        #: Bytes of the prompt that another request had computed when it was first admitted; None before.
+        #: Bytes of the prompt that were cached when it was first admitted; None before that.
         self.cached: int | None = None
         self.decoded = 0
         #: Positions behind the prompt that start a patch; some may be those of drafted bytes.
         self.starts: list[int] = []
-        #: Of the rows from the prompt's last on, where patches are asked for.
+        #: Entropies of the rows from the prompt's last on, where patches are asked for.
         self.entropies: list[float] = []
         self.restart()
 
     def restart(self) -> None:
-        """Nothing is computed any more: new, or preempted. What is known of the output's patches outlives it."""
+        """Begin again with nothing computed: at the start, or when preempted. Reported patches stay known."""
         self._cut_report(self.decoded)
-        #: Rows whose patches are known: they need not be computed again if they are cached.
+        #: Rows whose patches are known for the report: if these rows are cached they need not be computed again.
         self.reached = self.decoded
         self.scanned = self.encoded = self.decoded = 0
-        #: Until its method takes over, rows are computed in chunks.
+        #: Whether the prompt is computed in chunks; with its last rows the method takes over.
         self.prefilling = True
         self.open_start = 0
         self.closed = 0
-        #: Newest closed patches, oldest first: those that rows not yet decoded may read.
+        #: The newest closed patches, oldest first: those that rows not yet decoded may cross-attend to.
         self.patches: deque[Patch] = deque()
         self.provisional: Patch | None = None
-        #: Bytes after the known ones that may be taken back.
+        #: Drafted bytes behind `ids`.
         self.draft: abc.Sequence[int] = ()
         self.plan: Plan | None = None
         self.ready = False
-        #: Of the block being filled, by offset.
+        #: Log-probabilities of the block being filled, by offset.
         self.block_logprobs: dict[int, ByteLogprobs] = {}
         self.method.reset()
 
     def resume(self, at: int, patch: Patch | None) -> None:
-        """Newly admitted, with the rows before `at` computed; a patch begins there, behind the closed one `patch`."""
+        """Go on at position `at`, whose earlier rows are cached; a patch begins there, behind the closed one
+        `patch`."""
         self.scanned = self.encoded = self.decoded = self.open_start = at
         if patch is not None:
             self.closed = patch.index + 1
@@ -130,13 +132,13 @@ class Sequence:
 
     @property
     def pending(self) -> bool:
-        """Whether there are `pending_patches`: patches get their latents in order."""
+        """Whether there are `pending_patches`. The newest tells: patches get their latents in order."""
         patches, provisional = self.patches, self.provisional
         return bool(patches and patches[-1].slot == 0) or (provisional is not None and provisional.slot == 0)
 
     @property
     def unpooled(self) -> int:
-        """The position from which on encoder states are still to be pooled."""
+        """The first position whose encoder state is still to be pooled into a latent."""
         if not self.pending:
             return self.open_start
         return min(patch.start for patch in self.pending_patches())
@@ -149,12 +151,12 @@ class Sequence:
         return waiting
 
     def score(self, scores: list[ByteLogprobs]) -> None:
-        """Take the scores of the next rows of the prompt."""
+        """Append the scores of the next rows of the prompt."""
         self._scores += scores
         self.scored += len(scores)
 
     def take_scores(self) -> list[ByteLogprobs] | None:
-        """The scores that have not left yet."""
+        """The scores that have not been returned yet; None if there are none."""
         scores, self._scores = self._scores, []
         return scores or None
 
@@ -181,13 +183,13 @@ class Sequence:
         return freed
 
     def _cut_report(self, keep: int) -> None:
-        """Forget what rows from `keep` on said about patches."""
+        """Forget the patches that rows from `keep` on reported."""
         while self.starts and self.starts[-1] > keep:
             self.starts.pop()
         del self.entropies[max(keep - self.prompt_length + 1, 0) :]
 
     def count_patches(self) -> None:
-        """Bytes and patches of the output into the ledger. What a draft left behind the output is not counted."""
+        """Count bytes and patches of the output in the ledger, without what drafts left behind it."""
         ledger, end = self.ledger, self.prompt_length + len(self.output.ids)
         ledger.bytes = len(self.output.ids)
         # Whether a byte starts a patch is known once the row before it is scanned.

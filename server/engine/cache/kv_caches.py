@@ -1,7 +1,7 @@
 """The paged caches of an engine: four groups of keys and values, and two small stores (design §4).
 
-Every running request owns one *state row*: a row of each page table. State row 0 is the null row; its table points to
-the null page of every group.
+Every running request owns one *state index*: its row in each page table, and in every other array that is kept by
+request. State 0 belongs to the null request, to which padding rows belong: its tables point to the null page.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class CacheGroup:
         shape = (num_states, -(-max_length // page_size))
         self.host_table = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.table: np.ndarray = self.host_table.numpy()
-        #: What the device reads, int32 [state rows, pages], at an address that stays; on a CPU the memory of `table`.
+        #: What the device reads, int32 [states, pages], at an address that stays; on a CPU the memory of `table`.
         self.device_table = (
             self.host_table if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
         )
         #: Told of every copy of a page: source, target, and how many positions.
         self.on_copy: Callable[[int, int, int], None] | None = None
         self._first = [0] * num_states
-        #: Of every state row, the page behind its last one.
+        #: By state index: the page behind its last one.
         self.last = [0] * num_states
 
     def send_table(self) -> None:
@@ -65,15 +65,15 @@ class CacheGroup:
         self.device_table.copy_(self.host_table, non_blocking=True)
 
     def first_page(self, position: int) -> int:
-        """Of the pages that a row at `position` reads."""
+        """The first page that a row at `position` attends to."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     def missing(self, state_index: int, length: int) -> int:
-        """Pages that covering positions below `length` would still take."""
+        """Pages still needed to cover the positions below `length`."""
         return max(0, -(-length // self.page_size) - self.last[state_index])
 
     def extend(self, state_index: int, length: int) -> None:
-        """Cover positions below `length`; `missing` pages must be available."""
+        """Take pages until the positions below `length` are covered; so many must be available (`missing`)."""
         for index in range(self.last[state_index], -(-length // self.page_size)):
             self.table[state_index, index] = self.pool.take()
             self.last[state_index] = index + 1
@@ -95,21 +95,21 @@ class CacheGroup:
         self._first[state_index] = max(self._first[state_index], until)
 
     def clear(self, state_index: int) -> None:
-        """Give back every page of a state row."""
+        """Give back every page of a request."""
         # The last first: of kept pages, those that others build on go longest unevicted.
         for index in reversed(range(self._first[state_index], self.last[state_index])):
             self._drop(state_index, index)
         self._first[state_index] = self.last[state_index] = 0
 
     def attach(self, state_index: int, first: int, pages: list[int]) -> None:
-        """Let a state row that has no pages begin with these, shared, at page `first` of its positions."""
+        """Let a request without pages share these, from page `first` of its positions on."""
         for page in pages:
             self.pool.share(page)
         self._first[state_index], self.last[state_index] = first, first + len(pages)
         self.table[state_index, first : first + len(pages)] = pages
 
     def copy_last(self, state_index: int, count: int) -> None:
-        """Put a page of its own, with the first `count` positions copied, in place of a row's last, shared one."""
+        """Put a page of its own, with the first `count` positions copied, in place of a request's last, shared one."""
         index = self.last[state_index] - 1
         shared, own = int(self.table[state_index, index]), self.pool.take()
         self.copy(shared, own, count)
@@ -125,7 +125,7 @@ class CacheGroup:
             self.on_copy(source, target, count)
 
     def swap(self, state_index: int, index: int, page: int) -> None:
-        """Put a page of the same content in place of a row's own."""
+        """Share a page of the same content in place of the request's own."""
         own = int(self.table[state_index, index])
         if own != page:
             self.pool.share(page)
@@ -133,7 +133,7 @@ class CacheGroup:
             self.pool.give_back(own)
 
     def slots(self, num_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """int64 slots of positions; `num_states` broadcasts against them."""
+        """int64 slots of positions; state indexes and positions broadcast against each other."""
         return self.table[num_states, positions // self.page_size].astype(np.int64) * self.page_size + (
             positions % self.page_size
         )
@@ -195,7 +195,7 @@ class KvCaches:
         self._num_states = num_states - 1
 
     def take_state_index(self) -> int | None:
-        """A free state row, or None."""
+        """A free state index, or None."""
         return self._free_states.pop() if self._free_states else None
 
     def reserve(self, state_index: int, length: int, patches: int) -> bool:
@@ -212,7 +212,10 @@ class KvCaches:
         return True
 
     def free_unread(self, state_index: int, computed: int, patches: int, unpooled: int) -> None:
-        """Give back what rows at and after `computed` can never read, and global pages past `patches`."""
+        """Give back the pages that no row from `computed` on reads, and global pages past `patches`.
+
+        Encoder states are needed from position `unpooled` on.
+        """
         page = self.page_size
         if patches <= (self._global.last[state_index] - 1) * page:
             self._global.free_from(state_index, patches)
@@ -228,7 +231,7 @@ class KvCaches:
                 group.free_before(state_index, computed - group.window + 1)
 
     def release(self, state_index: int) -> None:
-        """Give back a state row with every page it owns."""
+        """Give back a state index with every page of its request."""
         for group in self.groups.values():
             group.clear(state_index)
         self._reached[state_index] = (0, 0)

@@ -1,4 +1,4 @@
-"""A fixed number of cache pages: handed out, shared, taken back, and kept for whoever may want them again."""
+"""A fixed number of cache pages, with reference counts, and with an LRU of pages kept for prefix caching."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PagePool:
         self._cached.pop(page, None)
 
     def give_back(self, page: int) -> None:
-        """One user less."""
+        """One user fewer; without any the page is cached if it is kept, else free."""
         self._users[page] -= 1
         if self._users[page] == 0:
             if self._kept[page]:
@@ -68,7 +68,7 @@ class PagePool:
         self._kept[page] = 1
 
     def drop(self, page: int) -> None:
-        """Keep it no longer."""
+        """Stop keeping the content of a page."""
         self._kept[page] = 0
         if self._users[page] == 0:
             del self._cached[page]

@@ -18,12 +18,12 @@ from fastblt.kernels.cpu.multi_step import COLUMNS, LIMITS, OPENED, SCANS, START
 from fastblt.models.patching import PatchRule
 from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
 
-#: Is told where the rows of an upstream pass stand: int32 [3, rows], owners, positions and highs; and their spans.
+#: Called before an upstream pass, with its rows: int32 [3, rows], owners, positions and highs; and their spans.
 Announce = Callable[[np.ndarray, list[tuple[int, int]]], None]
 
 #: Modules, as the runner names their passes.
 MODULES = ("patcher", "encoder", "global", "decoder")
-#: What steps in one call are made of, where there is such a call: the rows of drafts, and of bytes that stay.
+#: Kinds of fused steps: of drafts, and of bytes that stay.
 DRAFT, STEP = "draft", "step"
 
 #: Bytes of the patches that a measured upstream pass pools.
@@ -81,7 +81,7 @@ def measure(
 
 
 def _curve(counts: Sequence[int], seconds: list[float]) -> CostCurve:
-    """The curve of what the first of these row counts took."""
+    """A curve through the seconds of the first row counts."""
     # A pass of more rows that came out faster was noise in the smaller one.
     for at in range(len(seconds) - 2, -1, -1):
         seconds[at] = min(seconds[at], seconds[at + 1])
@@ -91,9 +91,10 @@ def _curve(counts: Sequence[int], seconds: list[float]) -> CostCurve:
 def measure_steps(
     run: Callable[[np.ndarray, PatchRule], object], context: int, counts: Sequence[int], length: int = 8
 ) -> Costs:
-    """Seconds of a step of so many requests in one call of `length` steps, for drafts and for bytes that stay.
+    """Seconds of one fused step by the number of requests, for drafts and for bytes that stay.
 
-    `run` takes the columns of `kernels.cpu.multi_step`. The requests are the null request, at position `context`.
+    `run` makes `length` steps from the columns of `kernels.cpu.multi_step`. All requests are the null request, at
+    position `context`.
     """
     calls: dict[str, list[Callable[[], object]]] = {DRAFT: [], STEP: []}
     rule = PatchRule(math.inf)
@@ -136,7 +137,7 @@ def make_calls(
     """A pass of every module over `count` single rows, at position `context` and patch `patches`.
 
     They are rows of the null request, and what they write goes to null pages, which nothing reads; or of the requests
-    in the state rows `owners`, one for each row. `announce` is told of upstream passes.
+    with the state indexes `owners`, one row each. `announce` is called before upstream passes.
     """
 
     def column(value: int) -> Tensor:

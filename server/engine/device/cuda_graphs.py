@@ -25,7 +25,7 @@ class _Captured:
 
 
 class CudaGraphs:
-    """Functions of staged columns, each a graph per key (on a device without graphs, the same calls one by one).
+    """Functions of staged columns, captured once per key. On a device without graphs the same calls run one by one.
 
     A function given under a key must do the same for every call: what it reads besides its columns lies at addresses
     that stay, and the shapes of all it makes follow from the key. All graphs share their memory: a result is good until

@@ -1,4 +1,5 @@
-"""A rank that follows rank 0: `python -m fastblt.server.engine.device.follower`, with its channel as standard input.
+"""The process of a rank other than 0: `python -m fastblt.server.engine.device.follower`, with its channel as standard
+input.
 
 It runs its share of the global transformer in every pass that rank 0 announces, until rank 0 is gone.
 """

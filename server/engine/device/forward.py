@@ -1,7 +1,8 @@
-"""The device's side of a pass: what the modules compute from staged integers, with caches, ids and latents in place.
+"""The modules' forward passes over paged caches: the device's side of a pass.
 
-Nothing here reads a result on the host or loops over requests, and the shapes depend on the number of (padded) rows
-alone: this is the part that a GPU replays from a captured graph.
+Inputs are integer columns that the host has staged; ids, caches and latents are read and written in place. Nothing here
+reads a result on the host or loops over requests, and shapes depend on the number of (padded) rows alone, so a GPU can
+replay a pass from a captured graph.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from fastblt.server.engine.cache.kv_caches import CacheGroup, KvCaches
 class Rows:
     """Rows of a pass, padding last, int32 [N] on the device.
 
-    `owners` are state rows, `positions` where the rows stand. A row sees [max(0, first - window + 1), high): for a
-    causal row `first` is its own position, for a block row its block's start. `spans` are the (first row, count) of the
-    requests, padding one by one.
+    `owners` are the state indexes of their requests. A row attends to positions [max(0, first - window + 1), high): for
+    a causal row `first` is its own position and `high` the next, for a block row `first` is where its block starts.
+    `spans` are (first row, count) of each request, and of each padding row.
     """
 
     owners: Tensor
@@ -51,7 +52,10 @@ class Rows:
 
 @dataclass
 class Patches:
-    """Patches of an upstream pass, padding last: int32 [P]. `rows` are their rows of the global transformer."""
+    """Closed patches of an upstream pass, padding last: int32 [P], byte positions [start, end] and latent slots.
+
+    `rows` are their rows of the global transformer. `longest` is a bound of their lengths in bytes.
+    """
 
     rows: Rows
     starts: Tensor
@@ -61,7 +65,7 @@ class Patches:
 
 
 class ModuleForward:
-    """The modules over paged caches. `tokens` [state rows, ids] holds every running request's ids, drafted ones too."""
+    """The modules over paged caches. `tokens` int64 [states, ids] has every running request's ids, drafted ones too."""
 
     def __init__(self, model: Blt, caches: KvCaches, state_rows: int, device: torch.device, tiled: bool) -> None:
         self._model = model
@@ -84,17 +88,17 @@ class ModuleForward:
         # The first hash windows read zeros before the ids.
         self._pad = model.hash_window - 1
         self.tokens = torch.zeros(state_rows, self._pad + caches.max_length + 1, dtype=torch.int64, device=device)
-        #: The same, as kernels take them.
+        #: `tokens` as kernels take them.
         self.ids = RequestIds(self.tokens, self._pad)
 
     @property
     def row_invariant(self) -> bool:
-        """Whether no row's result depends on how many others its pass has: then nothing need be padded for that."""
+        """Whether a row's result never depends on the other rows of its pass: then no padding is needed for that."""
         return self._native and is_fused(self._model)
 
     @property
     def _native(self) -> bool:
-        """Whether C code may take all that is stored as it lies."""
+        """Whether C code can read all caches in place."""
         latents = StoredLatents(self._caches.latents, self._caches.latents.new_empty(0, dtype=torch.int32))
         return all(group.native for group in self._groups.values()) and self._states.native and latents.native
 
@@ -103,7 +107,7 @@ class ModuleForward:
         return self.tokens.device
 
     def write_prompt(self, state_index: int, ids: list[int]) -> None:
-        """Known ids of a newly admitted request."""
+        """Store the known ids of a newly admitted request."""
         self.tokens[state_index, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
 
     def entropies(self, rows: Rows) -> Tensor:
@@ -111,11 +115,11 @@ class ModuleForward:
         return self._model.patcher.stored_entropies(self.ids, self._groups["patcher"].attend(rows))
 
     def encode(self, rows: Rows) -> Tensor:
-        """Encoder over rows: the states [N, d], which also go to their store."""
+        """Encoder over rows: the states [N, d], which are also cached."""
         return self._model.encode_stored(self.ids, self._states, self._groups["encoder"].attend(rows))
 
     def upstream(self, patches: Patches) -> None:
-        """Pooling and global transformer over closed patches; keys and values of their latents go to the store."""
+        """Pooling and global transformer over closed patches; caches the decoder's keys and values of their latents."""
         rows = patches.rows
         stored = StoredPatches(self._states, rows.owners, patches.starts, patches.ends, patches.longest)
         vectors = self._model.local_encoder.pool_stored(stored, tiled=self.tiled)
@@ -123,14 +127,17 @@ class ModuleForward:
         self._model.local_decoder.store_latents(latents, self._caches.latents, patches.latents)
 
     def decode(self, rows: Rows, latents: Tensor, block: Tensor | None, read: Tensor | None = None) -> Tensor:
-        """Decoder states [N, d] of rows that read the latents int32 [N]; `block` int32 [N] has ids where not -1. Where
-        `read`, bool [N], is given, states of other rows are undefined."""
+        """Decoder states [N, d] of rows that cross-attend to the latent slots int32 [N].
+
+        `block` int32 [N] has the ids of block rows, -1 elsewhere; None: there are none. Where `read` bool [N] is given,
+        states of the other rows are undefined.
+        """
         stored = StoredLatents(self._caches.latents, latents)
         known = self._states if self._encoder_input else self.ids
         return self._model.local_decoder.stored_states(known, block, self._groups["decoder"].attend(rows), stored, read)
 
     def multi_step(self, draws: Draws) -> MultiStep | None:
-        """Several bytes of each request in one call, chosen by `draws`; None where only single passes can be had."""
+        """The C call for several bytes of each request, drawn by `draws`; None where it cannot run."""
         local = local_modules(self._model)
         if local is None or not self._native or native.library() is None:
             return None
@@ -139,7 +146,7 @@ class ModuleForward:
         return MultiStep(parts, local.head, self.ids, latents, draws, encoder_input=self._encoder_input)
 
     def decoder_steps(self, draws: Draws) -> DecoderSteps | None:
-        """A pass of the decoder with the choice of bytes, and all steps of blocks, in one call, likewise."""
+        """The C call for a decoder pass with the choice of bytes, and all steps of blocks; None where it cannot run."""
         local = local_modules(self._model)
         if local is None or not self._native or native.library() is None:
             return None
@@ -169,12 +176,12 @@ class ModuleForward:
         return call(plans, sampled=sampled, truncated=truncated)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
-        """fp32 [n, 260] of the states at int32 `index`, or of all."""
+        """Logits fp32 [n, 260] of the states at `index` int32 [n], or of all."""
         return self._model.lm_head(states if index is None else states[index]).float()
 
 
 class GroupAttention:
-    """A cache group seen by the layers of its module."""
+    """The self-attention of one module's layers over its cache group."""
 
     def __init__(
         self, cache: CacheGroup, stack: StackConfig, max_length: int, device: torch.device, tiled: bool
@@ -188,7 +195,7 @@ class GroupAttention:
 
     @property
     def places(self) -> Places:
-        """Where rows may stand, for C code that says itself where they do."""
+        """Page table and window, for C code that lays out its rows itself."""
         table, cache = self._cache.device_table, self._cache
         return Places(
             turns=self._turns.data_ptr(),

@@ -80,8 +80,10 @@ class Copy(Message):
 
 
 class Run(Message):
-    """Follow a pass. `columns` are int32 [3, rows]: owners, positions, highs, as in `forward.Rows`; `table` int32
-    [owners, pages] has what `owners`, int32, of the page table read."""
+    """Run a pass of the global transformer. `columns` int32 [3, rows]: owners, positions, highs, as in `forward.Rows`.
+
+    `owners` int32 are the state indexes that occur, `table` int32 [owners, pages] their rows of the page table.
+    """
 
     columns: bytes
     spans: list[tuple[int, int]]
@@ -93,7 +95,7 @@ Order = Join | Prepare | Copy | Run
 
 
 class Collectives:
-    """The exchange of a process group's ranks."""
+    """All-reduce and all-gather over the ranks of the process group."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,4 +1,4 @@
-"""What crosses between host and device in a pass: one copy there with all its integers, one copy back with its results.
+"""What crosses between host and device in a pass: one copy there with its integers, one copy back with its results.
 
 On a GPU the host's side is pinned memory, so that the copy there needs no wait; on a CPU the device reads the very
 memory that the host wrote.
@@ -42,7 +42,7 @@ class Staging:
         return self._sent if self._here else self._sent.to(self._device, non_blocking=True)
 
     def send_each(self) -> Columns:
-        """The same, one by one."""
+        """The columns on the device, one tensor [size] each."""
         return self._each if self._here else self.send().unbind()
 
     def _allocate(self, words: int) -> None:

@@ -1,4 +1,4 @@
-"""Where the rows of a pass stand: from plans to staged integers."""
+"""The rows of a decoder pass: from plans to the integer columns that the device gets."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def bucket(count: int) -> int:
 
 
 def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, int]]]:
-    """The slot of the latent that a plan's block, its draft, or what goes on behind its rows reads; and those of its
-    causal rows, each with the position before which it is read."""
+    """Latent slots a plan cross-attends to: one for its block or draft rows (and the rows that may follow in the same
+    call), and (end position, slot) runs for its causal rows, in order."""
     patches, end = sequence.patches, plan.end
     newest = latent = patches[-1].slot if patches else 0
     if plan.provisional and sequence.provisional is not None:
@@ -88,9 +88,14 @@ def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, i
 
 
 def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
-    """The rows of the sequences' plans, into columns: owner, position, first, high, latent, and block id or -1."""
-    # Of every run of adjacent rows that read the same latent: state row, position of the pass's row 0 if it belonged to
-    # the run, latent, what `first` is at most and `high` at least, and the position from which on rows are picked.
+    """Lay out the rows of all plans in the order of the batch.
+
+    The columns are int32 [6, rows]: state index of the owner, position, `first` and `high` (a row attends to
+    [max(0, first - window + 1), high)), latent slot, and id of a block row or -1. `allocate(kind, columns, rows)` gives
+    the buffer, padded. Counts a decoder pass in each request's ledger.
+    """
+    # For every run of adjacent rows that read the same latent: state index, position that the pass's row 0 would have
+    # in this run, latent, upper bound of `first`, lower bound of `high`, position from which on rows are sampled.
     runs: list[tuple[int, ...]] = []
     sizes: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -133,7 +138,7 @@ def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.n
         block[in_block] = block_ids
     np.minimum(first, position, out=first)
     np.maximum(high, position + 1, out=high)
-    # Padding sees the null row's first position.
+    # A padding row attends to the first position of the null request.
     columns[3, total:] = 1
     sampled_rows = np.flatnonzero(position >= selected)
     return Batch(
@@ -153,11 +158,11 @@ def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.n
 
 
 def with_padding(spans: list[tuple[int, int]], total: int, padded: int) -> list[tuple[int, int]]:
-    """The spans, and those of the rows that pad them, one by one."""
+    """The spans of the requests, and one for each padding row."""
     return spans + [(i, 1) for i in range(total, padded)] if padded > total else spans
 
 
 def split(flat: np.ndarray, spans: list[tuple[int, int]]) -> list[list[float]]:
-    """The values of every span."""
+    """The values of each span, as lists."""
     values: list[float] = flat.tolist()
     return [values[first : first + count] for first, count in spans]

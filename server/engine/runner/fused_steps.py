@@ -1,5 +1,9 @@
-"""Plans of which nothing is wanted but ids, in one call each for all requests: drafts and patches row after row, blocks
-step after step, verifications with the choice of their bytes. On a CPU, for models whose local modules are C."""
+"""Fused steps: several passes of the decoder, with the choice of bytes between them, in one C call.
+
+On a CPU, for models whose local modules are C, and for requests that want nothing but ids (`Sequence.fusable`). Drafts
+of BLT-S and the bytes of BLT go row after row (`run_rows`); blocks step after step, and verifications with the choice
+of their bytes (`run_plans`).
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,17 @@ from fastblt.server.engine.runner.samples import DraftResult
 from fastblt.server.engine.sequence import Planned
 from fastblt.server.request import Ledger
 
-#: Of a plan without a block, and of one behind which single rows are drafted.
+#: Stand for the denoising step of a plan without a block, and of one behind which single rows are drafted.
 _NO_STEP, _SINGLE_ROWS = Unmask(ONE_STEP, 0.0), Unmask(SINGLE_ROWS, 0.0)
 
 
 def _columns(numbers: list[int], count: int) -> np.ndarray:
-    """The numbers of requests, one behind another, as columns int32 [.., requests]."""
+    """Columns int32 [n, requests] of the requests' numbers, n for each, in a row."""
     return np.ascontiguousarray(np.array(numbers, dtype=np.int32).reshape(count, -1).T)
 
 
 class FusedSteps:
-    """Passes are counted in `ledger` and `work`, which are the runner's."""
+    """Carries out plans by C calls, and counts their passes in the runner's `ledger` and `work`."""
 
     def __init__(
         self,
@@ -49,15 +53,15 @@ class FusedSteps:
         self._rule = rule
         self._ledger = ledger
         self._work = work
-        #: Whether drafted rows begin as encoder states.
+        #: Whether the decoder's rows begin as the encoder's states (else as embeddings).
         self._encoder_input = steps.encoder_input
 
     def time(self, columns: np.ndarray, rule: PatchRule) -> None:
-        """Steps of single rows, columns as in `fastblt.kernels.cpu.multi_step`, whose results nobody wants."""
+        """Steps of single rows, to be timed; columns as in `fastblt.kernels.cpu.multi_step`."""
         self._forward.steps(self._steps, columns, rule, sampled=False, truncated=False)
 
     def run_rows(self, planned: list[Planned]) -> list[Result]:
-        """The passes of single rows, one after another, over the bytes that they give."""
+        """Plans of one row that go on over the bytes they give: all rows of all requests."""
         numbers: list[int] = []
         encoder_input = self._encoder_input
         for sequence, plan in planned:
@@ -99,11 +103,11 @@ class FusedSteps:
                 result.entropies = entropies[at][:scanned]
             results.append(result)
         self._steps_taken(steps.made, steps.scanned, columns[OPENED] >= 0)
-        self._beside(steps.spent)
+        self._count_other_passes(steps.spent)
         return results
 
-    def decode(self, planned: list[Planned]) -> list[Result]:
-        """The plans of sequences of which there is nothing to say but ids, in one call; of blocks, all steps."""
+    def run_plans(self, planned: list[Planned]) -> list[Result]:
+        """Verifications with the drafts behind them, and blocks with all their steps."""
         rows: list[tuple[int, ...]] = []
         bounds: list[float] = []
         reads: list[tuple[int, int]] = []
@@ -143,7 +147,7 @@ class FusedSteps:
             if size:
                 result.block_ids = block = block[:size]
                 result.block_done = MASK_ID not in block
-                # Its first pass is counted above.
+                # The block's first pass is counted above.
                 ledger.decoder += steps - 1
             if encoder_input and sequence.encoded < plan.end:
                 ledger.encoder += 1
@@ -160,11 +164,11 @@ class FusedSteps:
         self._block_steps(total, sizes, made.steps)
         if decoded.drafts.steps:
             self._drafts(planned, results, decoded.lines, decoded.drafts)
-        self._beside(decoded.spent)
+        self._count_other_passes(decoded.spent)
         return results
 
     def _drafts(self, planned: list[Planned], results: list[Result], lines: list[int], drafts: Made) -> None:
-        """Behind the results of verifications those of the drafts with which the call went on."""
+        """Add the drafts that the call made behind verifications to the results of these."""
         sizes, singles = [0] * len(drafts.steps), [0] * len(drafts.steps)
         for (sequence, plan), result, line in zip(planned, results, lines, strict=True):
             if line < 0:
@@ -195,7 +199,7 @@ class FusedSteps:
             self._steps_taken(taken_steps, taken_steps, np.zeros(len(singles), dtype=np.bool_))
 
     def _block_steps(self, rows: int, sizes: list[int], steps: list[int]) -> None:
-        """The decoder's passes into ledger and work: one of all rows, and for blocks, of such sizes, further ones."""
+        """Count decoder passes: a first one of `rows` rows, and more for blocks of these sizes, by their steps."""
         most = max(steps)
         if not most:
             return
@@ -206,7 +210,7 @@ class FusedSteps:
             self._work += [("decoder", int(own[taken > step].sum())) for step in range(1, most)]
 
     def _steps_taken(self, made: np.ndarray, scanned: np.ndarray, stays: np.ndarray) -> None:
-        """The passes of single rows into ledger and work: of each step those who took part in it."""
+        """Count passes of single rows: step i has a row of every request that took so many."""
         encoded = made - 1 if self._encoder_input else np.where(stays, made - 1, 0)
         for module, each in (("decoder", made), ("patcher", scanned[stays]), ("encoder", encoded)):
             setattr(self._ledger, module, getattr(self._ledger, module) + int(each.max(initial=0)))
@@ -215,8 +219,8 @@ class FusedSteps:
                 (kind, rows) for rows in (each > np.arange(int(each.max(initial=0)))[:, None]).sum(1).tolist()
             ]
 
-    def _beside(self, spent: Spent) -> None:
-        """The passes beside the steps."""
+    def _count_other_passes(self, spent: Spent) -> None:
+        """Count the passes of encoder and entropy model that the call made apart from the steps."""
         for module, rows in zip(("encoder", "patcher", "encoder"), spent.rows, strict=True):
             if rows:
                 setattr(self._ledger, module, getattr(self._ledger, module) + 1)

@@ -1,4 +1,4 @@
-"""What the constraints of a pass's requests forbid its picks: masks for the selection kernels."""
+"""Masks for the selection kernels: which ids the constraints of a pass's requests allow at its samples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastblt.server.engine.sequence import Planned
 
 @dataclass
 class _Block:
-    """A constrained request's block: its ids before the step, and the pick where it begins.
+    """A constrained request's block: its ids before the step, and the sample where it begins.
 
-    `opening` is the pick of the causal row that gives its first byte, if one does.
+    `opening` is the sample of the causal row that gives the block's first byte, if one does.
     """
 
     constraint: Constraint
@@ -31,10 +31,11 @@ class _Block:
 
 
 class Masks:
-    """Masks of a pass's picks.
+    """Allowed ids for every sample of a pass.
 
-    A row behind drafted bytes may hold what can follow them. Open positions of a block may hold what lies on a path
-    through those that are filled; what one step fills is held against itself afterwards, by `mend`.
+    A causal row behind drafted bytes may give what can follow them. An open position of a block may hold what lies on
+    a path through the filled ones. Positions that one step fills together may contradict each other: `mend` then
+    chooses again.
     """
 
     def __init__(self, planned: list[Planned], causal: CausalSamples, blocks: BlockSamples, total: int) -> None:
@@ -58,13 +59,14 @@ class Masks:
                 self._write(first, masks)
 
     def allowed(self, device: torch.device) -> Tensor:
-        """bool [picks, 260]."""
+        """The mask on the device, bool [samples, 260]."""
         return torch.from_numpy(self._table).to(device)
 
     def mend(self, step: Unmasked, opening: Tensor | None, logits: Tensor, params: SelectionParams) -> None:
-        """Choose again, from left to right, what a step filled in against what it filled to the left of it; in `step`.
+        """Choose again, from left to right, bytes of a step that contradict those it filled to the left of them.
 
-        `opening` int64 are the ids of the causal picks; `logits` and `params` belong to all picks.
+        Changes `step` in place. `opening` int64 are the ids of the causal samples; `logits` and `params` are those of
+        all samples.
         """
         if not self._blocks:
             return
@@ -81,10 +83,10 @@ class Masks:
                 mask = walk.allowed()
                 new = ids[offset] if token == MASK_ID else MASK_ID
                 if new != MASK_ID and mask is not None and not mask[new]:
-                    pick = block.first + offset
-                    own = part(params, slice(pick, pick + 1))
+                    sample = block.first + offset
+                    own = part(params, slice(sample, sample + 1))
                     own.allowed = torch.tensor(mask, device=logits.device)[None]
-                    again = select(logits[pick : pick + 1], own, need_statistics=False)
+                    again = select(logits[sample : sample + 1], own, need_statistics=False)
                     ids[offset] = int(again.ids)
                     step.ids[row, offset] = again.ids[0]
                     step.logprobs[row, offset] = again.logprobs[0]
@@ -97,7 +99,7 @@ class Masks:
 
 
 def part(params: SelectionParams, rows: slice) -> SelectionParams:
-    """The parameters of some rows; what no row reads stays as it is."""
+    """The parameters of some samples. What no kernel of this pass reads stays as it is."""
     names = ["forbid_eos", "allowed"]
     if params.sampled:
         names += ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")

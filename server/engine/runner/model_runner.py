@@ -1,11 +1,11 @@
-"""From plans to staged integers, and from fetched results to outcomes (design §3).
+"""Runs the modules for a batch: stages its rows, launches the passes and returns the results (design §3).
 
-The runner knows rows, patches and latents of sequences; it knows no methods, no HTTP and no scheduling, and leaves
-tensors to `forward`. Every public call takes sequences in batch order, under `torch.inference_mode`. Rows are laid out
-with array operations over the whole batch; what loops over requests takes a few integers from each.
+The runner knows rows, patches and latents of sequences. It knows no methods and no scheduling, and leaves tensors to
+`ModuleForward`. Every public call is made under `torch.inference_mode`. Rows are laid out with array operations over
+the whole batch; a loop over requests takes only a few integers from each.
 
 Rows are padded where shapes must be few (`bucket`) and, in deterministic mode, to whole groups of 8: with at least 8
-rows a linear map of torch's gives a row a result that does not depend on the others. Our own maps always do.
+rows a linear map of torch's gives a row a result that does not depend on the others. Our own C maps always do.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
 from fastblt.server.settings import EngineSettings
 
-#: Causal rows up to which a block's steps are one call: a prompt's are better shared out among the threads.
+#: Most causal rows of a plan that takes part in fused steps: the rows of a prompt are better shared among threads.
 _FEW = 40
 
-#: Requests up to which it is measured what steps of theirs cost; beyond, that goes on as a line.
+#: Most requests for which the cost of fused steps is measured; beyond, the curve goes on as a straight line.
 MOST_STEPPING = 64
 
-#: Passes of more rows are long enough to hide their launches.
+#: Most rows of a pass that is captured as a CUDA graph; larger passes hide their launches.
 MOST_CAPTURED = 256
 
 
@@ -64,9 +64,9 @@ class ModelRunner:
         self._fetch = Fetch()
         self._sampler = Sampler(state_rows, self._forward, self._columns, self._staging, device)
         self.ledger = Ledger()
-        #: Passes since they were last taken away: module and rows, padding included. Steps in one call count as such.
+        #: Passes since the engine last cleared it: (module, rows with padding). Fused steps have kinds of their own.
         self.work: list[tuple[str, int]] = []
-        #: Calls that do without torch and make several passes, where they can be had.
+        #: C calls that make several passes each; None where the model or the device has none.
         self.fused_steps: FusedSteps | None = None
         draws = self._sampler.draws
         steps, decoder_steps = self._forward.multi_step(draws), self._forward.decoder_steps(draws)
@@ -84,7 +84,7 @@ class ModelRunner:
             announce = partial(self._leader.announce, group=self._caches.groups["global"])
         costs = measure(self._forward, context, patches, counts, announce=announce)
         if self.fused_steps is not None:
-            # What they write lies within the longest request.
+            # The measured steps write behind `context`, which must stay within the longest request.
             context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
             costs |= measure_steps(
                 self.fused_steps.time, context, [count for count in counts if count <= MOST_STEPPING]
@@ -97,16 +97,16 @@ class ModelRunner:
         return self._fetch.copies
 
     def admit(self, sequence: Sequence) -> None:
-        """Take a sequence that was given a state row."""
+        """Take a newly admitted sequence: its ids and its sampling parameters."""
         self._forward.write_prompt(sequence.state_index, sequence.ids)
         self._sampler.admit(sequence)
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
-        """Count fixed ids for penalties."""
+        """Count final ids, for penalties."""
         self._sampler.commit(sequence, ids)
 
     def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
-        """Entropy model over rows [scanned, until): the entropies in nats, a list a sequence."""
+        """Entropy model over rows [scanned, until) of each sequence: a list of entropies (nats) for each."""
         spans, entropies = self._causal(
             "scan", self._forward.entropies, sequences, [s.scanned for s in sequences], until
         )
@@ -117,7 +117,7 @@ class ModelRunner:
         return split(flat, spans)
 
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
-        """Encoder over rows [encoded, until); the states go to their store."""
+        """Encoder over rows [encoded, until) of each sequence; the states stay in the cache."""
         self._causal("encode", self._forward.encode, sequences, [s.encoded for s in sequences], until)
         self.ledger.encoder += 1
         for sequence, end in zip(sequences, until, strict=True):
@@ -125,7 +125,7 @@ class ModelRunner:
             sequence.encoded = end
 
     def upstream(self, sequences: list[Sequence]) -> None:
-        """Pooling and global transformer over every pending patch; latents go to fresh slots of their store."""
+        """Pooling and global transformer over every pending patch; each gets a fresh latent slot."""
         numbers: list[tuple[int, ...]] = []
         longest = 0
         spans: list[tuple[int, int]] = []
@@ -141,7 +141,7 @@ class ModelRunner:
         total = len(numbers)
         columns = self._columns("upstream", 6, total)
         columns[:, :total] = list(zip(*numbers, strict=True))
-        # Padding sees the null row's first position.
+        # A padding row attends to the first position of the null request.
         columns[5, total:] = 1
         if self._padded:
             longest = -(-longest // TILE) * TILE
@@ -158,10 +158,10 @@ class ModelRunner:
         self.ledger.global_ += 1
 
     def decode(self, planned: list[Planned]) -> list[Result]:
-        """One decoder pass over the plans of ready sequences, and the choice of their bytes; of those that go on by
-        themselves, all passes.
+        """Carry out the plans of one decoder pass, and choose its bytes. Results are in the order of the batch.
 
-        At its tail the entropy model runs over those of the new bytes that the next plans are sure to need.
+        Plans that may go on by themselves take all their passes here (`FusedSteps`). Where the next plans are sure to
+        need the entropies of the new bytes, the entropy model runs too.
         """
         calls = [self._call_for(sequence, plan) for sequence, plan in planned]
         first = calls[0]
@@ -178,11 +178,11 @@ class ModelRunner:
             if plan.repeat > 1 and not plan.block_ids and not plan.next_length:
                 return self.fused_steps.run_rows
             if sequence.fusable and plan.causal <= _FEW:
-                return self.fused_steps.decode
+                return self.fused_steps.run_plans
         return self._decode
 
     def _decode(self, planned: list[Planned]) -> list[Result]:
-        """One decoder pass over the plans, each once."""
+        """One decoder pass, each plan once."""
         batch = build_batch(planned, self._columns)
         spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
         ids_only = all(sequence.ids_only for sequence, _ in planned)
@@ -221,7 +221,7 @@ class ModelRunner:
         return results
 
     def _score(self, states: torch.Tensor, scored: ScoredRows) -> list[torch.Tensor]:
-        """What is to be fetched for the scores of a prompt's rows in a pass."""
+        """Tensors to fetch for the scores of prompts' rows in a pass."""
         count = len(scored.rows)
         columns = self._columns("score", 2, count)
         columns[0, :count], columns[1, :count] = scored.rows, scored.targets
@@ -238,7 +238,8 @@ class ModelRunner:
         begins: list[int],
         ends: list[int],
     ) -> tuple[list[tuple[int, int]], Tensor]:
-        """A pass over causal rows [begin, end) of every sequence: their spans in it, and its result."""
+        """A pass of one module over causal rows [begin, end) of every sequence: the spans of their rows, and its
+        result."""
         rows: list[int] = []
         positions: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -268,7 +269,7 @@ class ModelRunner:
     def _launch(
         self, kind: str, run: Callable[[Columns], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
     ) -> Tensor:
-        """Run a function of the staged columns, replaying its graph where shapes are few and launches many."""
+        """Run a function of the staged columns, as a captured graph where the device has such."""
         self._caches.send_tables()
         staging = self._staging[kind]
         if self._graphs is None:
@@ -282,7 +283,7 @@ class ModelRunner:
         return self._graphs.run(key, columns, lambda sent: run(sent.unbind()))
 
     def _columns(self, kind: str, count: int, size: int) -> np.ndarray:
-        """Staged int32 columns [count, size and padding]; what pads them names the null row, page and latent."""
+        """A buffer of int32 columns [count, size with padding]. Padding is 0: the null state, page and latent."""
         padded = size
         if self._static:
             padded = bucket(size)

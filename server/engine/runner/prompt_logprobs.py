@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: what the rows of a prompt say of the bytes behind them.
+"""Log-probabilities of prompts: what each row of a prompt says of the byte after it.
 
 A prompt is scored as its rows come through the decoder, chunk by chunk, so a pass holds the logits of no more than its
 own rows. The last row of a prompt gives the first byte of the completion and is no part of this.
@@ -18,10 +18,10 @@ from fastblt.server.request import ByteLogprobs
 
 @dataclass
 class ScoredRows:
-    """Rows of a decoder pass that are scored: `rows` are their places in it, `targets` the ids behind them.
+    """Rows of a decoder pass that are scored.
 
-    `parts` are (place of the sequence in the batch, how many of the rows are its own), in order; `top` is the largest
-    number of alternatives that any of them asks for.
+    `rows` are their indexes in the pass, `targets` the ids after them. `parts` are (index in the batch, number of rows)
+    of the sequences that they belong to, in order. `top` is the most alternatives that any of these asks for.
     """
 
     rows: list[int]
@@ -31,7 +31,7 @@ class ScoredRows:
 
     @classmethod
     def of(cls, planned: list[Planned], spans: list[tuple[int, int]]) -> ScoredRows | None:
-        """None where no row is to be scored. `spans` are the (first row, count) of the sequences."""
+        """None where no row is scored. `spans` are (first row, count) of the sequences in the pass."""
         scored = cls([], [], [], 0)
         for at, (sequence, plan) in enumerate(planned):
             top = sequence.params.prompt_logprobs
@@ -49,8 +49,8 @@ class ScoredRows:
         return scored if scored.rows else None
 
     def tensors(self, logits: Tensor, targets: Tensor) -> list[Tensor]:
-        """What is to be fetched, from fp32 logits [n, 260] and the ids int64 [n]: values and ranks of the ids, and the
-        best alternatives with theirs."""
+        """Tensors to fetch, from fp32 logits [n, 260] and the targets int64 [n]: their log-probabilities and ranks, and
+        the best alternatives with theirs."""
         logprobs = torch.log_softmax(logits, -1)
         own = logprobs.gather(1, targets[:, None])
         ranks = (logprobs > own).sum(-1) + 1
@@ -58,7 +58,7 @@ class ScoredRows:
         return [own.view(-1), ranks, best.indices, best.values]
 
     def take(self, arrays: list[np.ndarray], planned: list[Planned]) -> dict[int, list[ByteLogprobs]]:
-        """What was fetched, by the sequences' places in the batch."""
+        """The scores of each sequence, by its index in the batch."""
         own, ranks = arrays[0].tolist(), arrays[1].tolist()
         ids, values = arrays[2].astype(np.uint16), arrays[3].astype(np.float32)
         result: dict[int, list[ByteLogprobs]] = {}

@@ -1,4 +1,4 @@
-"""From decoder states to bytes: each request's parameters for the selection kernels, and what they chose."""
+"""From decoder states to bytes: the requests' sampling parameters, and a pass's calls of the selection kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NEVER = 2**62
 
 
 class Sampler:
-    """Selection parameters of every state row, on the device, and the passes' choices."""
+    """Sampling parameters of every running request, on the device by state index; chooses the bytes of passes."""
 
     def __init__(
         self,
@@ -51,15 +51,15 @@ class Sampler:
         self._bias = torch.zeros(num_states, VOCAB_SIZE, device=device)
         self._counts = torch.zeros(num_states, VOCAB_SIZE, dtype=torch.int32, device=device)
         self._prompt_seen = torch.zeros(num_states, VOCAB_SIZE, dtype=torch.bool, device=device)
-        # What a pass must know of its rows without asking every request: which of them need which work (drawing,
-        # truncation, penalties), and from which position on EOS may stand.
+        # So that a pass need not ask every request: state indexes that draw, truncate and have penalties, and the
+        # position from which on EOS may stand.
         self._needs: tuple[set[int], set[int], set[int]] = (set(), set(), set())
         self._eos_from = np.zeros(num_states, dtype=np.int64)
         # The null request, whose steps are measured, never ends.
         self._eos_from[0] = _NEVER
 
     def admit(self, sequence: Sequence) -> None:
-        """Note the parameters of a sequence, and the bytes it has already produced."""
+        """Store the parameters of a sequence, and count the bytes it has already produced."""
         state_index, params = sequence.state_index, sequence.params
         for states, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
             (states.add if needed else states.discard)(state_index)
@@ -77,7 +77,7 @@ class Sampler:
         )
         seed = mix_seed(sequence.seed, sequence.request.choice)
         self._integers[:, state_index] = torch.tensor([params.top_k, seed], device=self._device)
-        # Also for a sequence without penalties: another row of its pass may have some, and the row's last owner had.
+        # Also without penalties: the state's last owner may have had some, and another request of a pass may.
         self._bias[state_index] = 0.0
         self._counts[state_index] = 0
         self._prompt_seen[state_index] = False
@@ -89,36 +89,36 @@ class Sampler:
             self.commit(sequence, sequence.ids[sequence.prompt_length :])
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
-        """Count produced ids."""
+        """Count produced ids, for penalties."""
         if sequence.params.penalizes and ids:
             counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
             self._counts[sequence.state_index] += torch.from_numpy(counts).to(self._device)
 
     @property
     def draws(self) -> Draws:
-        """How bytes without penalties are chosen, by state row."""
+        """How bytes without penalties are drawn, by state index: what the fused steps need."""
         return Draws(self._values, self._integers, torch.from_numpy(self._eos_from))
 
     def needs(self, planned: list[Planned]) -> tuple[bool, ...]:
-        """Whether one of them draws, whether one truncates, and whether one has penalties."""
+        """Whether one of the sequences draws, whether one truncates, whether one has penalties."""
         state_indexes = [sequence.state_index for sequence, _ in planned]
         return tuple(bool(needing) and not needing.isdisjoint(state_indexes) for needing in self._needs)
 
     def stage(self, planned: list[Planned], batch: Batch, ids_only: bool) -> StagedSamples:
-        """Lay out what the sequences pick from; `ids_only` where all of them are."""
+        """Stage the samples of a pass. `ids_only`: every sequence is (`Sequence.ids_only`)."""
         causal, blocks = CausalSamples(planned, batch, ids_only), BlockSamples(planned, batch, ids_only)
         index = np.concatenate((batch.sampled_rows, blocks.rows.reshape(-1))) if blocks.count else batch.sampled_rows
         count, total = len(batch.sampled_rows), len(index)
         columns = self._allocate("samples", 6, total)
         at, owners, positions, forbid_eos, masked, ids = columns[:, :total]
         at[:], owners[:], positions[:] = index, batch.owners[index], batch.positions[index]
-        # A causal row's byte stands behind it, a block row's on it.
+        # A causal row gives the byte after it, a block row its own.
         positions[:count] += 1
         np.less(positions, self._eos_from[owners], out=forbid_eos, casting="unsafe")
         if blocks.count:
             ids[count:] = batch.block[index[count:]]
             masked[count:] = blocks.masked(ids[count:])
-            # What fills up shorter blocks belongs to nobody.
+            # Padding of shorter blocks belongs to the null request.
             if not blocks.even:
                 columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
             rules = self._allocate("blocks", 3, blocks.count)[:, : blocks.count]
@@ -146,8 +146,10 @@ class Sampler:
         )
 
     def choose(self, states: Tensor, staged: StagedSamples) -> list[Tensor]:
-        """Choose a byte for every picked row of decoder states [rows, d], fill the blocks, and store the ids. What is
-        to be fetched of it."""
+        """Choose the bytes of causal rows, fill blocks, and store the ids for the next pass. Returns what to fetch.
+
+        `states` are the decoder's, [rows with padding, d].
+        """
         causal, blocks, count, total = staged.causal, staged.blocks, staged.count, staged.total
         if not total:
             return []
@@ -177,7 +179,7 @@ class Sampler:
         return tensors
 
     def _fill(self, blocks: BlockSamples, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
-        """One unmasking step of every block; `sent` are the columns of what is masked and of the ids."""
+        """One denoising step of every block; `sent` int32 [2, samples]: whether masked, and the ids."""
         shape = blocks.rows.shape
         rules, bounds, last = self._staging["blocks"].send()[:, : blocks.count].unbind()
         rules, bounds, last = rules.long(), bounds.view(torch.float32), last.bool()
@@ -197,7 +199,7 @@ class Sampler:
     def _drafted(
         self, planned: list[Planned], causal: CausalSamples, blocks: BlockSamples
     ) -> list[tuple[int, abc.Sequence[int]]]:
-        """(pick, ids) where penalties count more than the committed ids: the drafted and filled bytes before it."""
+        """(sample, ids) where penalties count more than the final ids: drafted and filled bytes before it."""
         extra: list[tuple[int, abc.Sequence[int]]] = []
         for at, (sequence, plan) in enumerate(planned):
             if not sequence.params.penalizes:
@@ -213,7 +215,7 @@ class Sampler:
         return extra
 
     def _placeholders(self, count: int) -> tuple[Tensor, ...]:
-        """Parameters of a greedy pass, which reads none: the null row's stand for all."""
+        """Placeholders for an all-greedy pass: no kernel reads them, so those of state 0 are broadcast."""
         columns = self._null.get(count)
         if columns is None:
             tables = (table[:, :1].expand(-1, count) for table in (self._values, self._integers))
@@ -232,7 +234,7 @@ class Sampler:
         if penalized:
             counts, prompt_seen, bias = self._counts[rows], self._prompt_seen[rows], self._bias[rows]
             if staged.extra:
-                pairs = [(pick, token) for pick, tokens in staged.extra for token in tokens]
+                pairs = [(sample, token) for sample, tokens in staged.extra for token in tokens]
                 at = torch.tensor(pairs, device=self._device).view(-1, 2)
                 ones = torch.ones(len(pairs), dtype=torch.int32, device=self._device)
                 counts.index_put_((at[:, 0], at[:, 1]), ones, accumulate=True)
@@ -258,10 +260,10 @@ class Sampler:
 
 @dataclass
 class StagedSamples:
-    """A pass's picks, first those of all causal rows, `count`, then those of all blocks, `total` together.
+    """The samples of a pass, on their way to the device: `count` of causal rows, then those of blocks; `total` in all.
 
-    `whole`: they are all of the pass's rows, in order. `extra` has (pick, ids) where penalties count more than the
-    committed ids.
+    `whole`: they are all of the pass's rows, in order. `sampled`, `truncated`, `penalized`: whether any request draws,
+    truncates, has penalties. `extra` has (sample, ids) where penalties count more than the final ids.
     """
 
     causal: CausalSamples
@@ -276,7 +278,7 @@ class StagedSamples:
     masks: Masks | None
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
-        """The results of all sequences from what was fetched."""
+        """The results of all sequences, from the fetched arrays of `Sampler.choose`."""
         results = [Result() for _ in self.causal.first_samples]
         arrays = iter(fetched)
         if self.blocks.count:

@@ -76,12 +76,12 @@ class CausalSamples:
         self._values = _Values([] if ids_only else self._sequences)
 
     def results_of(self, chosen: Selection, accepted: Tensor | None, logits: Tensor) -> list[Tensor]:
-        """What is to be fetched."""
+        """Tensors to fetch for `take`."""
         tensors = [chosen.ids, chosen.bad, *self._values.tensors(chosen.logprobs, logits)]
         return tensors if accepted is None else [*tensors, accepted]
 
     def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
-        """Give every result what its rows chose: of a verification what was accepted, and the byte after it."""
+        """Put the chosen bytes into the results; of a verification, the accepted ones and the byte after them."""
         ids, bad = next(arrays).tolist(), next(arrays)
         values = self._values.take(arrays)
         if self._verifying:
@@ -103,9 +103,10 @@ class CausalSamples:
 
 
 class BlockSamples:
-    """Picks of block rows: `rows` int [blocks, longest], the row in the pass for every position of every block.
+    """The samples of block rows.
 
-    `inside` bool says which are not there to fill up a shorter block.
+    `rows` int [blocks, longest] is the row in the pass for every position of every block; shorter blocks are padded
+    with their last row, where `inside` bool is False.
     """
 
     def __init__(self, planned: list[Planned], batch: Batch, ids_only: bool) -> None:
@@ -120,7 +121,7 @@ class BlockSamples:
         self._sizes = [len(plan.block_ids) for plan in self._plans]
         self.count = len(self._sizes)
         rows, width = np.flatnonzero(batch.in_block), max(self._sizes)
-        #: Whether all blocks have the same size.
+        #: Whether all blocks have the same size: then there is no padding.
         self.even = len(rows) == self.count * width
         if self.even:
             self.rows = rows.reshape(self.count, width)
@@ -129,17 +130,17 @@ class BlockSamples:
             sizes, offsets = np.array(self._sizes)[:, None], np.arange(width)
             self.inside = offsets < sizes
             self.rows = rows[(sizes.cumsum() - sizes[:, 0])[:, None] + np.minimum(offsets, sizes - 1)]
-        #: Of every block.
+        #: The denoising step of every block.
         self.steps = steps = [plan.unmask for plan in self._plans if plan.unmask is not None]
         self.everything = all(step.last_step or step.rule == ONE_STEP for step in steps)
         self._values = _Values([] if ids_only else self._sequences)
 
     def first(self, sequence: int) -> int:
-        """The first pick of the sequence at this place in the batch."""
+        """The first sample of the sequence at this place in the batch."""
         return self._offset + self._owners.index(sequence) * self.rows.shape[1]
 
     def masked(self, ids: np.ndarray) -> np.ndarray:
-        """Which picks are to be filled, given all of their ids; a causal row before a block gives its first byte."""
+        """Which samples a step may fill, given their ids: masked ones, but for a first byte that a causal row gives."""
         self._masked: np.ndarray = self.inside & (ids.reshape(self.rows.shape) == MASK_ID)
         behind = [plan.samples > 0 for plan in self._plans]
         if any(behind):
@@ -147,11 +148,11 @@ class BlockSamples:
         return self._masked.reshape(-1)
 
     def results_of(self, step: Unmasked, logits: Tensor) -> list[Tensor]:
-        """What is to be fetched."""
+        """Tensors to fetch for `take`."""
         return [step.ids, step.done, step.bad, *self._values.tensors(step.logprobs.view(-1), logits)]
 
     def take(self, arrays: Iterator[np.ndarray], results: list[Result]) -> None:
-        """Give every result its block after the step. What is still masked has kept its id, [MASK]."""
+        """Put the blocks after the step into the results. A position that is still masked has MASK_ID."""
         filled, done, bad = next(arrays), next(arrays).tolist(), next(arrays).tolist()
         values = self._values.take(arrays)
         width = self.rows.shape[1]
@@ -170,7 +171,7 @@ class BlockSamples:
 
 
 class _Values:
-    """Log-probabilities of picks, where any of the sequences asks for them."""
+    """Log-probabilities of samples, where any of the sequences asks for them."""
 
     def __init__(self, sequences: list[Sequence]) -> None:
         asked = [s.params.logprobs for s in sequences if s.params.logprobs is not None]
@@ -181,7 +182,7 @@ class _Values:
         self._best = np.empty((0, 0), dtype=np.float32)
 
     def tensors(self, own: Tensor, logits: Tensor) -> list[Tensor]:
-        """To be fetched: the chosen ids' values fp32 [picks], and the best ids of all and theirs."""
+        """Tensors to fetch: the chosen ids' values fp32 [samples], and the best ids with theirs."""
         if not self._asked:
             return []
         if not self._most:
@@ -196,8 +197,8 @@ class _Values:
             self._ids, self._best = next(arrays).astype(np.uint16), next(arrays).astype(np.float32)
         return self
 
-    def at(self, pick: int, top: int) -> ByteLogprobs:
-        """The value of one pick, with its `top` best alternatives."""
+    def at(self, sample: int, top: int) -> ByteLogprobs:
+        """The value of one sample, with its `top` best alternatives."""
         if not top:
-            return ByteLogprobs(self._own[pick])
-        return ByteLogprobs(self._own[pick], self._ids[pick, :top].tobytes(), self._best[pick, :top].tobytes())
+            return ByteLogprobs(self._own[sample])
+        return ByteLogprobs(self._own[sample], self._ids[sample, :top].tobytes(), self._best[sample, :top].tobytes())
