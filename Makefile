@@ -66,7 +66,7 @@ gpu-check: $(STAMP)
 	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "gpu-check needs a GPU, and a build of torch that sees it" >&2; exit 1; }
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
-	$(VENV)/bin/python -m fastblt.benchmarks.kernels.run --gpu
+	$(VENV)/bin/python -m fastblt.benchmarks.kernels.run gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info

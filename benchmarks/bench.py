@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fastblt.benchmarks.command import clean_errors
 from fastblt.benchmarks.load.names import Dataset, Ramp
+from fastblt.benchmarks.machine import measured_with, write_json
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED
 
@@ -104,7 +106,7 @@ def serve(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Load a server, and tell its latencies, throughput and goodput, in bytes."""
-    with _clean_errors():
+    with clean_errors("bench"):
         from fastblt.benchmarks.load.serve import Load, run, table
 
         load = Load(
@@ -217,9 +219,9 @@ def methods(
 ) -> None:
     """The paper's tables with seconds beside them: what each method saves, by its passes, by prediction, in time."""
     with _engine_errors():
-        from fastblt.benchmarks.held_out import held_out_prompts
-        from fastblt.benchmarks.machine import measured_with
-        from fastblt.benchmarks.savings.methods import chosen_settings, measure
+        from fastblt.benchmarks.prompts import held_out_prompts
+        from fastblt.benchmarks.savings.methods import measure
+        from fastblt.benchmarks.settings import chosen
         from fastblt.models.checkpoint import load_checkpoint
         from fastblt.models.widen import paper_shape, widen
 
@@ -234,7 +236,7 @@ def methods(
                 held_out_prompts(max(num_prompts, size), input_len),
                 output_len,
                 temperature,
-                chosen_settings(blt.config.block_sizes, settings),
+                chosen(blt.config.block_sizes, settings),
                 batch=size,
                 rounds=rounds,
                 threads=threads,
@@ -272,7 +274,7 @@ def report(
     ),
 ) -> None:
     """Make one page of HTML, and its charts, from the results."""
-    with _clean_errors():
+    with clean_errors("bench"):
         _report(folder)
 
 
@@ -294,31 +296,12 @@ def _object(text: str) -> dict[str, Any]:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """What a user can cause ends in one line."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except ImportError as error:
-        _fail(f"{error}; install fastblt[bench]")
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(str(error) or type(error).__name__)
+        write_json(path, result)
 
 
 @contextmanager
 def _engine_errors() -> Iterator[None]:
     # Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with _clean_errors():
+    with clean_errors("bench"):
         yield
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"fastblt: {message}", err=True)
-    raise typer.Exit(1)

@@ -1,11 +1,13 @@
-"""What a figure was measured with: the machine, the versions, the checkpoint. It stands in every JSON file."""
+"""What a figure was measured with, which stands in every JSON file: the machine, the versions, the checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ def measured_with(checkpoint: str | Path | None = None) -> dict[str, Any]:
     return result
 
 
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, making the folder where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def checkpoint_digest(folder: Path) -> str:
     """The first 16 digits of the SHA-256 of a checkpoint's weights: it changes when the checkpoint does."""
     digest = hashlib.sha256()
@@ -40,6 +48,36 @@ def checkpoint_digest(folder: Path) -> str:
             while block := file.read(2**24):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def machine_limits(threads: int, device: str = "cpu") -> dict[str, float]:
+    """What no pass can beat here: `read_gb_s`, reading memory far larger than any cache, and `gflop_s`, fp32 products.
+
+    On the device, and with as many CPU threads as the passes have.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        block = torch.ones(2**26, device=device)
+        square = torch.ones(1024, 1024, device=device)
+        # The sum comes to the host, so a device is waited for.
+        read = fastest(lambda: float(block.sum()), 6)
+        product = fastest(lambda: float((square @ square)[0, 0]), 6)
+    finally:
+        torch.set_num_threads(before)
+    return {"read_gb_s": block.nbytes / read / 1e9, "gflop_s": 2 * 1024**3 / product / 1e9}
+
+
+def fastest(call: Callable[[], object], rounds: int = 20) -> float:
+    """Least seconds of one call: what it takes where nothing comes between."""
+    times = []
+    for _ in range(rounds):
+        clock = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - clock)
+    return min(times)
 
 
 def _cpu() -> str:

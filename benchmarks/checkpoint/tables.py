@@ -1,8 +1,7 @@
 """Everything there is to know about a checkpoint, in one table each: prediction, drafts, decoding, text.
 
     python -m fastblt.benchmarks.checkpoint.tables                 the shipped checkpoint
-    python -m fastblt.benchmarks.checkpoint.tables FOLDER --write
-        and put the tables into its README.md, acceptance into config.json
+    python -m fastblt.benchmarks.checkpoint.tables FOLDER --write  of another, into its README.md and config.json
 
 Minutes on one core. "Along held-out text" drafts at positions of a given text (`benchmarks.checkpoint.teacher_forced`);
 "decoding" is the engine's, on the model's own text, whose loops flatter every figure: the share of texts that end in
@@ -11,22 +10,28 @@ one (the last 64 bytes have a period of at most 32) and the share of distinct ru
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 
 from fastblt.benchmarks.checkpoint.card import card
 from fastblt.benchmarks.checkpoint.teacher_forced import Drafter, Rounds, blocks, know
-from fastblt.benchmarks.evaluation.python_lines import first_line, humaneval_texts, parses
-from fastblt.benchmarks.held_out import held_out_prompts, held_out_sources
-from fastblt.benchmarks.savings.methods import batch_settings, figures, paper_settings, run
+from fastblt.benchmarks.command import command
+from fastblt.benchmarks.evaluation.python_lines import first_line, parses
+from fastblt.benchmarks.harness import complete, whole_length
+from fastblt.benchmarks.markdown import percent, table
+from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources, humaneval_texts
+from fastblt.benchmarks.savings.batches import engine_of
+from fastblt.benchmarks.savings.methods import figures
+from fastblt.benchmarks.settings import decoding as decoding_of
+from fastblt.benchmarks.settings import papers
 from fastblt.benchmarks.text_statistics import distinct4, loops
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
@@ -39,9 +44,7 @@ from fastblt.models.training.evaluate import evaluate, leak_check
 from fastblt.models.training.layout import Start
 from fastblt.models.training.loop import write_atomically
 from fastblt.models.vocabulary import decode, encode, with_bos
-from fastblt.server.engine.engine import Engine
-from fastblt.server.request import SamplingParams
-from fastblt.server.settings import PRETRAINED, EngineSettings
+from fastblt.server.settings import PRETRAINED
 
 TEMPERATURE = 0.8
 #: Bytes of a held-out sequence, as in training, and from where on drafts are made along it.
@@ -56,7 +59,7 @@ SAMPLES = (
     "def read_lines(path):\n    with open(path) as",
 )
 
-Table = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 
 def held_out_chunks() -> NDArray[np.uint16]:
@@ -83,7 +86,7 @@ def drafters(sizes: Iterable[int]) -> list[Drafter]:
     return [Drafter(method, length, paper) for method, length in lengths for paper in (False, True)]
 
 
-def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Table:
+def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Rows:
     """Rows of drafts along held-out sequences, and of BLT-D's blocks."""
     parameters = ModuleParameters.of(model)
     rounds = {drafter: Rounds() for drafter in drafters(model.config.block_sizes)}
@@ -97,7 +100,7 @@ def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Tabl
             made = blocks(model, known, size, places, BLT_D_THRESHOLD)
             wanted = known.choices.numpy()[places[:, None] + np.arange(size)]
             shares.append(float((made == wanted).mean()))
-    rows: Table = [
+    rows: Rows = [
         {
             "draft": drafter.name,
             "acceptance": total.acceptance,
@@ -113,30 +116,25 @@ def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Tabl
     return rows
 
 
-def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature: float) -> Table:
+def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature: float) -> Rows:
     """Rows of the engine's decoding of the model's own text."""
     wanted = {"blt"} | {drafter.name for drafter in drafters(model.config.block_sizes)}
     wanted |= {f"blt-d-{size} a{BLT_D_THRESHOLD}" for size in model.config.block_sizes}
-    rows: Table = []
+    rows: Rows = []
     plain = None
-    for name, params in paper_settings(model.config.block_sizes).items():
-        if name not in wanted:
-            continue
-        sampling = [
-            SamplingParams(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=params)
-            for seed in range(len(prompts))
-        ]
-        batch = run(Engine(model, batch_settings(prompts, length)), prompts, sampling)
-        plain = plain or batch
-        rows.append({"setting": name, **figures(batch, plain)})
+    for name in papers(model.config.block_sizes):
+        if name in wanted:
+            params = [whole_length(decoding_of(name), length, temperature, seed) for seed in range(len(prompts))]
+            outputs = complete(engine_of(model, prompts, length), prompts, params)
+            plain = plain or outputs
+            rows.append({"setting": name, **figures(outputs, plain)})
     return rows
 
 
 def greedy(model: Blt, prompts: Sequence[list[int]], length: int) -> list[bytes]:
     """Plain greedy text after each prompt."""
-    params = [SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True) for _ in prompts]
-    settings: EngineSettings = batch_settings(prompts, length)
-    return [decode(output.ids) for output in run(Engine(model, settings), prompts, params).outputs]
+    params = [whole_length(decoding_of("blt"), length)] * len(prompts)
+    return [decode(output.ids) for output in complete(engine_of(model, prompts, length), prompts, params)]
 
 
 def lines(model: Blt, together: int = 41, context: int = 900, length: int = 96) -> dict[str, int]:
@@ -183,66 +181,68 @@ def measure(model: Blt, *, sequences: int, prompts: int, length: int) -> dict[st
 
 def prediction_table(result: dict[str, Any]) -> str:
     figures = result["prediction"]
-    head = [
-        "| held-out text | |",
-        "|---|---|",
-        f"| bits per byte, causal head | {figures['bits_per_byte']:.3f} |",
-        f"| most likely byte right | {figures['top1']:.1%} |",
-        f"| bits per byte, entropy model | {figures['patcher_bits_per_byte']:.3f} |",
-        f"| threshold, nats; longest patch | {result['threshold']}; {result['max_patch_length']} |",
-        f"| bytes per patch | {figures['bytes_per_patch']:.2f} |",
-    ]
+    head = (
+        ("bits per byte, causal head", f"{figures['bits_per_byte']:.3f}"),
+        ("most likely byte right", f"{figures['top1']:.1%}"),
+        ("bits per byte, entropy model", f"{figures['patcher_bits_per_byte']:.3f}"),
+        ("threshold, nats; longest patch", f"{result['threshold']}; {result['max_patch_length']}"),
+        ("bytes per patch", f"{figures['bytes_per_patch']:.2f}"),
+    )
     levels = list(next(iter(figures["masked_accuracy"]["patch"].values())))
-    head += [
-        "",
-        "Masked bytes predicted right by share t masked, and leading right bytes of a fully masked block:",
-        "",
-        f"| start, block | {' | '.join(levels)} | leading | by position at t = 1 |",
-        f"|{'---|' * (len(levels) + 3)}",
-    ]
+    masked = []
     for kind, sizes in figures["masked_accuracy"].items():
         for size, row in sizes.items():
             by_position = " ".join(f"{value:.2f}".lstrip("0") for value in figures["by_position"][kind][size])
-            cells = " | ".join(f"{value:.3f}" for value in row.values())
-            head.append(f"| {kind}, {size} | {cells} | {figures['leading_correct'][kind][size]:.2f} | {by_position} |")
-    worst = max(leak["largest"] for leak in figures["leak"].values())
-    asked = sum(leak["asked"] for leak in figures["leak"].values())
-    differ = max(abs(leak["trained"] - leak["served"]) / leak["asked"] for leak in figures["leak"].values())
-    head += [
-        "",
-        f"Leak check, {asked} masked bytes over all starts and blocks: logits in training and in decoding differ by at "
-        f"most {worst:.0e}, accuracy by {100 * differ:.1f} points.",
-    ]
-    return "\n".join(head)
+            cells = [f"{value:.3f}" for value in row.values()]
+            masked.append([f"{kind}, {size}", *cells, f"{figures['leading_correct'][kind][size]:.2f}", by_position])
+    leaks = figures["leak"].values()
+    worst = max(leak["largest"] for leak in leaks)
+    differ = max(abs(leak["trained"] - leak["served"]) / leak["asked"] for leak in leaks)
+    return "\n\n".join(
+        [
+            table(("held-out text", ""), head),
+            "Masked bytes predicted right by share t masked, and leading right bytes of a fully masked block:",
+            table(("start, block", *levels, "leading", "by position at t = 1"), masked),
+            f"Leak check, {sum(leak['asked'] for leak in leaks)} masked bytes over all starts and blocks: logits in "
+            f"training and in decoding differ by at most {worst:.0e}, accuracy by {100 * differ:.1f} points.",
+        ]
+    )
 
 
-def along_table(rows: Table) -> str:
-    lines = [
-        "| draft | acceptance % | bytes a round | weights a byte, of BLT's | agreement % |",
-        "|---|---|---|---|---|",
-    ]
+def along_table(rows: Rows) -> str:
+    cells = []
     for row in rows:
         if "agreement" in row:
-            lines.append(f"| {row['draft']} | | | | {100 * row['agreement']:.1f} |")
+            cells.append([row["draft"], "", "", "", percent(row["agreement"], 1)])
         else:
-            cells = f"{100 * row['acceptance']:.1f} | {row['bytes_a_round']:.2f} | {row['weights']:.2f}"
-            lines.append(f"| {row['draft']} | {cells} | |")
-    return "\n".join(lines)
+            figures = (percent(row["acceptance"], 1), f"{row['bytes_a_round']:.2f}", f"{row['weights']:.2f}")
+            cells.append([row["draft"], *figures, ""])
+    return table(("draft", "acceptance %", "bytes a round", "weights a byte, of BLT's", "agreement %"), cells)
 
 
-def decoding_table(rows: Table) -> str:
-    lines = [
-        "| setting | acceptance % | bytes a round | bytes a patch | weights a byte, of BLT's | equal to BLT % "
-        "| loops % | distinct |",
-        f"|{'---|' * 8}",
+def decoding_table(rows: Rows) -> str:
+    columns = (
+        "setting",
+        "acceptance %",
+        "bytes a round",
+        "bytes a patch",
+        "weights a byte, of BLT's",
+        "equal to BLT %",
+    )
+    cells = [
+        [
+            row["setting"],
+            percent(row["acceptance"], 1),
+            "" if row["acceptance"] is None else f"{row['bytes_a_round']:.2f}",
+            "" if row["bytes_per_patch"] is None else f"{row['bytes_per_patch']:.2f}",
+            f"{1 - row['gb_saved']:.2f}",
+            percent(row["equal_positions"], 1),
+            percent(row["loops"]),
+            f"{row['distinct4']:.2f}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        drafted = row["acceptance"] is not None
-        cells = f"{100 * row['acceptance']:.1f} | {row['bytes_a_round']:.2f}" if drafted else " | "
-        patch = "" if row["bytes_per_patch"] is None else f"{row['bytes_per_patch']:.2f}"
-        rest = f"{100 * row['equal_positions']:.1f} | {100 * row['loops']:.0f} | {row['distinct4']:.2f}"
-        lines.append(f"| {row['setting']} | {cells} | {patch} | {1 - row['gb_saved']:.2f} | {rest} |")
-    return "\n".join(lines)
+    return table((*columns, "loops %", "distinct"), cells)
 
 
 def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
@@ -265,22 +265,23 @@ def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
     write_atomically(folder / CONFIG_FILE, lambda to: to.write_text(config))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, default=PRETRAINED)
-    parser.add_argument("--sequences", type=int, default=12, help="held-out sequences that drafts are made along")
-    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts to decode from")
-    parser.add_argument("--bytes", type=int, default=128, help="bytes to decode after each")
-    parser.add_argument("--write", action="store_true", help="into the checkpoint's README.md and config.json")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    model = load_checkpoint(args.model)
-    result = measure(model, sequences=args.sequences, prompts=args.prompts, length=args.bytes)
-    if args.write:
-        write(args.model, model, result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint.")] = PRETRAINED,
+    *,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences that drafts are made along.")] = 12,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode from.")] = 12,
+    length: Annotated[int, typer.Option(help="Bytes to decode after each.")] = 128,
+    into_folder: Annotated[bool, typer.Option("--write", help="Into the folder's README.md and config.json.")] = False,
+) -> dict[str, Any]:
+    """Measure a checkpoint."""
+    model = load_checkpoint(folder)
+    result = measure(model, sequences=sequences, prompts=prompts, length=length)
+    if into_folder:
+        write(folder, model, result)
+    return result
 
+
+app = command(main)
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,13 +1,15 @@
 """Replicas on Ray Serve under load: throughput of one and of two, and what a killed replica costs.
 
-`python -m fastblt.benchmarks.checks.replicas` starts a Ray of its own on this machine; it needs the extras `bench` and
-`ray`. 200 streamed requests with 16 clients, against one replica, two, two of which one is killed (SIGKILL, its engine
-with it) when half of the requests have ended, two that are replaced by others then, and one that may become two.
+    python -m fastblt.benchmarks.checks.replicas                  all phases: one, two, killed, upgraded, growing
+    python -m fastblt.benchmarks.checks.replicas --phases killed  one of them
+
+Starts a Ray of its own on this machine; needs the extras `bench` and `ray`. 200 streamed requests with 16 clients,
+against one replica, two, two of which one is killed (SIGKILL, its engine with it) when half of the requests have ended,
+two that are replaced by others then, and one that may become two.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,15 +19,17 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import ray
 from ray import serve
 
+from fastblt.benchmarks.command import command
 from fastblt.deploy.ray.app import Options, build
 from fastblt.server.child_process import child_environment
 
@@ -188,59 +192,54 @@ class Upgrade:
         return len(self.before & replica_pids())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--model", help="checkpoint folder; the shipped one by default")
-    phases = ["one", "two", "killed", "upgraded", "growing"]
-    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
-    asked = parser.parse_args(arguments)
+PHASES = ("one", "two", "killed", "upgraded", "growing")
+
+
+def check(
+    *,
+    requests: int = 200,
+    clients: int = 16,
+    max_tokens: int = 128,
+    model: str | None = None,
+    phases: Sequence[str] = PHASES,
+) -> dict[str, Any]:
+    """The load in each of these phases, with the shipped checkpoint or that of a folder."""
     engine = {"cache_bytes": 256 << 20, "max_running": 16, "threads": 1}
-    options = Options(replicas=1, model=asked.model, engine=engine)
-    if "one" in asked.phases:
+    options = Options(replicas=1, model=model, engine=engine)
+    result: dict[str, Any] = {}
+
+    def measure(what: str, url: str, half: Callable[[], None] | None = None) -> None:
+        result[what] = asyncio.run(load(url, requests, clients, max_tokens, half)).report()
+        print(f"{what}: {json.dumps(result[what])}", flush=True)
+
+    if "one" in phases:
         with serving(options, cpus=2) as url:
             asyncio.run(load(url, 8, 8, 16))  # What compiles, compiles now.
-            _show("1 replica", _measure(url, asked))
-    if {"two", "killed", "upgraded"} & set(asked.phases):
+            measure("1 replica", url)
+    if {"two", "killed", "upgraded"} & set(phases):
         with serving(options.model_copy(update={"replicas": 2}), cpus=2) as url:
             asyncio.run(load(url, 16, 8, 16))
-            _two(url, asked, options.model_copy(update={"replicas": 2, "engine": engine | {"max_running": 12}}))
-    if "growing" in asked.phases:
-        _grow(asked, engine)
-
-
-def _two(url: str, asked: argparse.Namespace, changed: Options) -> None:
-    if "two" in asked.phases:
-        _show("2 replicas", _measure(url, asked))
-    if "killed" in asked.phases:
-        killed = Kill()
-        _show("2 replicas, 1 killed", _measure(url, asked, killed))
-        print(f"2 healthy replicas again {killed.await_return(2):.1f} s after the kill", flush=True)
-    if "upgraded" in asked.phases:
-        upgrade = Upgrade(changed)
-        _show("2 replicas, upgraded meanwhile", _measure(url, asked, upgrade))
-        print(f"{upgrade.finish()} of the replicas before the upgrade are left", flush=True)
-
-
-def _grow(asked: argparse.Namespace, engine: dict[str, int]) -> None:
-    bounds = {"replicas": 1, "max_replicas": 2, "target_requests": 4, "upscale_delay": 2, "downscale_delay": 5}
-    with serving(Options.model_validate({**bounds, "model": asked.model, "engine": engine}), cpus=2) as url:
-        _show("1 replica that may become 2", _measure(url, asked))
-        print(f"{len(replica_pids())} replicas at its end", flush=True)
-        began = time.monotonic()
-        while len(replica_pids()) > 1 and time.monotonic() - began < 120:
-            time.sleep(0.5)
-        print(f"{len(replica_pids())} replica {time.monotonic() - began:.1f} s later", flush=True)
-
-
-def _show(what: str, result: Load) -> None:
-    print(f"{what}: {json.dumps(result.report())}", flush=True)
-
-
-def _measure(url: str, asked: argparse.Namespace, half: Callable[[], None] | None = None) -> Load:
-    return asyncio.run(load(url, asked.requests, asked.clients, asked.max_tokens, half))
+            if "two" in phases:
+                measure("2 replicas", url)
+            if "killed" in phases:
+                killed = Kill()
+                measure("2 replicas, 1 killed", url, killed)
+                print(f"2 healthy replicas again {killed.await_return(2):.1f} s after the kill", flush=True)
+            if "upgraded" in phases:
+                changed = {"replicas": 2, "engine": engine | {"max_running": 12}}
+                upgrade = Upgrade(options.model_copy(update=changed))
+                measure("2 replicas, upgraded meanwhile", url, upgrade)
+                print(f"{upgrade.finish()} of the replicas before the upgrade are left", flush=True)
+    if "growing" in phases:
+        bounds = {"max_replicas": 2, "target_requests": 4.0, "upscale_delay": 2.0, "downscale_delay": 5.0}
+        with serving(options.model_copy(update=bounds), cpus=2) as url:
+            measure("1 replica that may become 2", url)
+            print(f"{len(replica_pids())} replicas at its end", flush=True)
+            began = time.monotonic()
+            while len(replica_pids()) > 1 and time.monotonic() - began < 120:
+                time.sleep(0.5)
+            print(f"{len(replica_pids())} replica {time.monotonic() - began:.1f} s later", flush=True)
+    return result
 
 
 def _children(pid: int) -> list[int]:
@@ -253,17 +252,19 @@ def _failed(outcome: Outcome, body: dict[str, dict[str, str]], response: httpx.R
     return outcome
 
 
-def _take(outcome: Outcome, event: dict[str, object], since: float) -> None:
+def _take(outcome: Outcome, event: dict[str, Any], since: float) -> None:
     if isinstance(error := event.get("error"), dict):
         outcome.end = error["code"]
         outcome.retryable = error["code"] == "replica_lost" and "send it again" in error["message"]
         return
-    for choice in event.get("choices") or []:  # type: ignore[attr-defined]
+    for choice in event.get("choices") or []:
         ids = choice.get("token_ids") or []
         if ids and not outcome.bytes:
             outcome.first = since
         outcome.bytes += len(ids)
 
 
+app = command(check)
+
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,7 +1,7 @@
 """A server under more load than it can carry, for a while: does anything slow down, leak, hang or get lost?
 
-    python -m fastblt.benchmarks.checks.soak  ten minutes; the report is JSON, the status 0 if every criterion holds
-    python -m fastblt.benchmarks.checks.soak --seconds 60  a shorter one
+    python -m fastblt.benchmarks.checks.soak                ten minutes; the exit status is 0 if every criterion holds
+    python -m fastblt.benchmarks.checks.soak --seconds 60   a shorter one
 
 More clients than the server has places ask at once: every method, greedy and sampled, streamed and whole, with
 logprobs, several choices, stop strings; a share of them leaves midway, another sends what can never be served, and
@@ -16,26 +16,22 @@ counted; no answer was a 5xx; no client was told of its end other than once.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
 import re
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
+from fastblt.benchmarks.command import command
+from fastblt.benchmarks.load.serving import Server, serving
 from fastblt.benchmarks.prompts import library_text
 from fastblt.server.settings import PRETRAINED
 
@@ -87,70 +83,32 @@ class Sample:
     engine_cpu: float
 
 
-class Server:
-    """`fastblt serve` in a process, on a free port."""
-
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        self.process = process
-        self.port = port
-        self.log = log
-
-    def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return answer.read()
-
-    def metrics(self) -> dict[str, float]:
-        lines = self.get("/metrics").decode().splitlines()
-        return {name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))}
-
-    def sample(self, seconds: float) -> Sample:
-        values = self.metrics()
-        pid = self.process.pid
-        [engine] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return Sample(
-            seconds,
-            values["fastblt_generation_tokens_total"],
-            private_memory(pid),
-            private_memory(int(engine)),
-            values["fastblt_num_requests_running"],
-            values["fastblt_num_requests_waiting"],
-            values["fastblt_engine_process_cpu_seconds_total"],
-        )
+def sample(server: Server, seconds: float) -> Sample:
+    """What the server and its engine say and have now."""
+    values, pid = server.metrics(), server.process.pid
+    [engine] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return Sample(
+        seconds,
+        values["fastblt_generation_tokens_total"],
+        private_memory(pid),
+        private_memory(int(engine)),
+        values["fastblt_num_requests_running"],
+        values["fastblt_num_requests_waiting"],
+        values["fastblt_engine_process_cpu_seconds_total"],
+    )
 
 
-@contextmanager
-def serving(model: str, options: list[str]) -> Iterator[Server]:
-    """A server that is ready. Its log goes to a file, which stays if the server fails."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "fastblt.server.cli", "serve", model, "--port", str(port), *options]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
-        server = Server(process, port, log)
-        try:
-            deadline = time.monotonic() + 120
-            while not _ready(server):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
-                time.sleep(0.1)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def private_memory(pid: int) -> int:
+    """Bytes that a process has for itself."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text)) * 1024
 
 
 class Client:
     """Asks again and again until `until`; draws what it asks from its own seed."""
 
-    def __init__(self, port: int, seed: int, text: str, tally: Tally, until: float) -> None:
-        self._port = port
+    def __init__(self, session: aiohttp.ClientSession, seed: int, text: str, tally: Tally, until: float) -> None:
+        self._session = session
         self._rng = random.Random(seed)
         self._text = text
         self._tally = tally
@@ -207,35 +165,25 @@ class Client:
 
     async def _leave(self, body: dict[str, Any]) -> None:
         """Ask, and close the connection after a moment, whatever has come by then."""
-        with suppress(OSError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-            writer.write(_request(json.dumps(body).encode()))
-            head = b""
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._rng.uniform(0.2, 1.5)):
-                    head = await reader.read(32)
-                    await reader.read()
-            if head:
-                self._tally.statuses[int(head.split(b" ")[1])] += 1
-            else:
-                # It may have been refused just then; nobody read it.
-                self._tally.left += 1
-            writer.transport.abort()
+        status = None
+        with suppress(TimeoutError, aiohttp.ClientError):
+            async with (
+                asyncio.timeout(self._rng.uniform(0.2, 1.5)),
+                self._session.post("/v1/completions", json=body) as answer,
+            ):
+                status = answer.status
+                await answer.read()
+        if status is not None:
+            self._tally.statuses[status] += 1
+        else:
+            # It may have been refused just then; nobody read it.
+            self._tally.left += 1
 
-    async def _ask(self, body: bytes) -> tuple[int, bytes, bytes]:
+    async def _ask(self, body: bytes) -> tuple[int, str, bytes]:
         """Status, content type and content of the answer to one request."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        try:
-            writer.write(_request(body))
-            answer = await reader.read()
-        finally:
-            writer.transport.abort()
-        head, _, content = answer.partition(b"\r\n\r\n")
-        head = head.lower()
-        kind = re.search(rb"content-type: ([^\r;]+)", head)
-        if b"transfer-encoding: chunked" in head:
-            content = _joined(content)
-        return int(head.split(b" ")[1]), kind[1] if kind else b"", content
+        headers = {"content-type": "application/json"}
+        async with self._session.post("/v1/completions", data=body, headers=headers) as answer:
+            return answer.status, answer.content_type, await answer.read()
 
 
 async def load(server: Server, seconds: float, clients: int) -> tuple[Tally, list[Sample]]:
@@ -243,12 +191,17 @@ async def load(server: Server, seconds: float, clients: int) -> tuple[Tally, lis
     start = time.monotonic()
     tally, samples = Tally(), []
     text = library_text().decode("utf-8", "replace")
-    work = asyncio.gather(*(Client(server.port, seed, text, tally, start + seconds).run() for seed in range(clients)))
-    while not work.done():
-        samples.append(await asyncio.to_thread(server.sample, time.monotonic() - start))
-        await asyncio.sleep(SAMPLE_SECONDS)
-    await work
-    return tally, [sample for sample in samples if sample.seconds <= seconds]
+    # Every request has a connection of its own, as of clients that come once.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as session:
+        asking = [Client(session, seed, text, tally, start + seconds).run() for seed in range(clients)]
+        work = asyncio.gather(*asking)
+        while not work.done():
+            samples.append(await asyncio.to_thread(sample, server, time.monotonic() - start))
+            await asyncio.sleep(SAMPLE_SECONDS)
+        await work
+    return tally, [one for one in samples if one.seconds <= seconds]
 
 
 def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[str, Any]:
@@ -322,12 +275,6 @@ def settle(server: Server) -> dict[str, float]:
     return server.metrics()
 
 
-def private_memory(pid: int) -> int:
-    """Bytes that a process has for itself."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text)) * 1024
-
-
 def _rate(samples: list[Sample]) -> float:
     return (samples[-1].bytes - samples[0].bytes) / (samples[-1].seconds - samples[0].seconds)
 
@@ -344,33 +291,9 @@ def _balanced(final: dict[str, float]) -> bool:
     return bool(groups) and all(free[name] + cached[name] == final[name] for name in groups)
 
 
-def _ready(server: Server) -> bool:
-    try:
-        server.get("/ready")
-    except (urllib.error.URLError, ConnectionError):
-        return False
-    return True
-
-
-def _request(body: bytes) -> bytes:
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
-
-
-def _joined(content: bytes) -> bytes:
-    """The content of a chunked body."""
-    parts = []
-    while content:
-        size, _, rest = content.partition(b"\r\n")
-        length = int(size, 16)
-        parts.append(rest[:length])
-        content = rest[length + 2 :]
-    return b"".join(parts)
-
-
-def _reasons(kind: bytes, content: bytes) -> list[str]:
+def _reasons(kind: str, content: bytes) -> list[str]:
     """How the choices of an answer ended; nothing at all if the answer is not whole."""
-    if kind == b"application/json":
+    if kind == "application/json":
         return [choice["finish_reason"] for choice in json.loads(content)["choices"]]
     if not content.endswith(b"\n\ndata: [DONE]\n\n"):
         return []
@@ -381,26 +304,25 @@ def _reasons(kind: bytes, content: bytes) -> list[str]:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED))
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--max-running", type=int, default=16)
-    parser.add_argument("--max-waiting", type=int, default=16)
-    parser.add_argument("--output", type=Path, help="file for the report, too")
-    args = parser.parse_args()
-    options = ["--max-running", str(args.max_running), "--max-waiting", str(args.max_waiting), "--cache-size", "48MiB"]
-    with serving(args.model, [*options, "--max-model-len", "4096", "--log-level", "warning"]) as server:
-        tally, samples = asyncio.run(load(server, args.seconds, args.clients))
+def check(
+    *,
+    model: str = str(PRETRAINED),
+    seconds: float = 600.0,
+    clients: int = 64,
+    max_running: int = 16,
+    max_waiting: int = 16,
+) -> dict[str, Any]:
+    """Load a server for so many seconds, then judge."""
+    options = ["--max-running", str(max_running), "--max-waiting", str(max_waiting), "--cache-size", "48MiB"]
+    with serving(model, [*options, "--max-model-len", "4096", "--log-level", "warning"]) as server:
+        tally, samples = asyncio.run(load(server, seconds, clients))
         report = judge(tally, samples, settle(server))
         report["log"] = server.log.read_text()[-2000:]
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n")
-    return 0 if report["passed"] else 1
+    print(json.dumps(report, indent=1))
+    return report
 
+
+app = command(check)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -6,6 +6,8 @@ streams. What the engine loses against it is the price of serving.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,9 @@ from fastblt.models.blt import Blt, LatentRows
 from fastblt.models.config import StackConfig
 from fastblt.models.layers import Rope, rotate
 from fastblt.models.patching import PatchRule, entropies
+
+#: (layer, queries, keys, values) -> what attention makes of them.
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Dense:
@@ -27,7 +32,7 @@ class _Dense:
         self.groups = stack.num_heads // stack.num_kv_heads
         self.turns = Rope(stack.head_dim, stack.rope_theta).table(length)
 
-    def at(self, position: int):  # type: ignore[no-untyped-def]
+    def at(self, position: int) -> Attention:
         """Attention of one row a sequence, all at the same position."""
         low = 0 if self.window is None else max(0, position + 1 - self.window)
         turns = self.turns[position]
@@ -41,7 +46,7 @@ class _Dense:
 
         return attend
 
-    def ragged(self, rows: Tensor, positions: Tensor):  # type: ignore[no-untyped-def]
+    def ragged(self, rows: Tensor, positions: Tensor) -> Attention:
         """Attention of one row each of some sequences, at positions of their own."""
         longest = int(positions.max()) + 1
         mask = (torch.arange(longest) <= positions[:, None])[:, None, None]

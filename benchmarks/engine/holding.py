@@ -1,170 +1,220 @@
-"""What aligning the requests of a batch saves: weights read and bytes per second, with and without holding.
+"""What holding requests for one another saves and costs: weights read, bytes per second, latency.
 
-    python -m fastblt.benchmarks.engine.holding
-        BLT, BLT-S k = 8 and BLT-DV-8 at 32 requests, at most 1, 8 and 64 passes a beat
+    python -m fastblt.benchmarks.engine.holding weights   at most 1, 8 and 64 passes a beat, 32 requests
+    python -m fastblt.benchmarks.engine.holding latency   --max-hold-ms 0, 300 and none at the 1B shape
 
 A request that needs the global transformer is held until the others can go no further either, for at most so many
-decoder passes: 1 never holds. Requests start one pass after another and are measured while all of them run; the engines
-of one method take turns. Passes are those of the engine's ledger, where one counts once however many requests share it.
-"Weights read" are millions of parameters per byte *of each request*: with this checkpoint's modules, entropy model
-included, and with decoder, encoder and global transformer of the paper's 1B model in their place. Beside the latter
-stands what it would be by the requests' own passes: `apart` where every decoder pass comes with an upstream pass,
-`together` where all requests are in step. With the paper's acceptance and patches the model of design §3 says 1572 and
-332 for BLT-S, 375 and 208 for BLT-DV, and 1462 for BLT apart.
+decoder passes or milliseconds: 1 pass, or 0 ms, never holds. Requests start one pass after another.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any
 
-from fastblt.benchmarks.held_out import held_out_prompts
-from fastblt.benchmarks.savings.methods import BLT, diffusion, speculation
+import numpy as np
+import typer
+
+from fastblt.benchmarks.command import command
+from fastblt.benchmarks.harness import begin, endless, in_turns, start, stretch, submit, whole_length
+from fastblt.benchmarks.markdown import Table
+from fastblt.benchmarks.prompts import held_out_prompts
+from fastblt.benchmarks.settings import LOSSLESS, decoding
 from fastblt.kernels.cpu.threads import threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.widen import paper_shape, widen
 from fastblt.server.engine.engine import Engine
-from fastblt.server.request import DecodingMethod, DecodingParams, Ledger, Request, SamplingParams
-from fastblt.server.settings import PRETRAINED, EngineSettings
+from fastblt.server.request import FinishReason, Ledger
+from fastblt.server.settings import PRETRAINED
 
-METHODS: dict[str, DecodingParams] = {
-    "blt": BLT,
-    "blt-s k8": speculation(8),
-    "blt-dv-8 1step": diffusion(DecodingMethod.BLT_DV, 8, "1step"),
-}
-
-#: The paper's 1B model, whose accounting has no entropy model (arXiv 2605.08044 §4.2); encoder and global transformer
-#: in one.
+#: The paper's 1B model, whose accounting has no entropy model (arXiv 2605.08044 §4.2); encoder and global
+#: transformer in one.
 PAPER_1B = ModuleParameters(patcher=0, encoder=0, global_=1_304_014_848, decoder=157_852_672)
+_MODULES = tuple(asdict(PAPER_1B))
+
+#: Passes of each module, and the bytes that they made.
+Counts = dict[str, int]
 
 
-def start_apart(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
-    """Submit requests one pass after another; return when all of them decode."""
-    waiting = {str(index) for index in range(len(prompts))}
-    for index, (ids, one) in enumerate(zip(prompts, params, strict=True)):
-        engine.add(Request(str(index), ids, one, time.monotonic()))
-        waiting -= {delta.request_id for delta in engine.step()}
-    while waiting:
-        waiting -= {delta.request_id for delta in engine.step()}
+class Run:
+    """An engine in full swing, and what its stretches have come to: passes of the engine's ledger, where one counts
+    once however many requests share it, and of the requests' own."""
 
-
-def endless(decoding: DecodingParams, count: int, temperature: float) -> list[SamplingParams]:
-    """Parameters of `count` requests that outlast a measurement."""
-    return [
-        SamplingParams(max_tokens=16000, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding)
-        for seed in range(count)
-    ]
-
-
-class _Run:
-    """An engine in full swing, and what its stretches have come to."""
-
-    def __init__(self, model: Blt, hold: int, prompts: list[list[int]], params: list[SamplingParams]) -> None:
-        self.engine = Engine(model, EngineSettings(max_running=len(prompts), max_passes_per_beat=hold))
-        self.speeds: list[float] = []
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.bytes = 0
-        self.shared, self.own = Ledger(), Ledger()
-        start_apart(self.engine, prompts, params)
+        self.shared: Counts = dict.fromkeys(_MODULES, 0)
+        self.own: Counts = dict.fromkeys(_MODULES, 0)
 
-    def stretch(self, count: int) -> None:
-        """Run until `count` more bytes are there."""
-        engine = self.engine
-        before, shared, own = engine.stats().bytes_generated, _sum([engine.stats().ledger]), self._requests()
-        clock = time.perf_counter()
-        while (made := engine.stats().bytes_generated - before) < count:
-            engine.step()
-        self.speeds.append(made / (time.perf_counter() - clock))
-        self.bytes += made
-        self.shared = _sum([self.shared, engine.stats().ledger], minus=shared)
-        self.own = _sum([self.own, self._requests()], minus=own)
+    def stretch(self, count: int) -> float:
+        """Run until `count` more bytes are there: bytes a second."""
+        before, shared, own = self._engine.stats().bytes_generated, self._engines(), self._requests()
+        speed = stretch(self._engine, count)
+        self.bytes += self._engine.stats().bytes_generated - before
+        for total, now, then in ((self.shared, self._engines(), shared), (self.own, self._requests(), own)):
+            for name in _MODULES:
+                total[name] += now[name] - then[name]
+        return speed
 
-    def _requests(self) -> Ledger:
-        return _sum([sequence.ledger for sequence in self.engine._sequences.values()])
+    def _engines(self) -> Counts:
+        return _counts([self._engine.stats().ledger])
 
-
-def _sum(ledgers: list[Ledger], minus: Ledger | None = None) -> Ledger:
-    """Numbers of ledgers added up."""
-    names = [field.name for field in fields(Ledger) if isinstance(getattr(ledgers[0], field.name), int)]
-    less = minus or Ledger()
-    return Ledger(**{n: sum(getattr(one, n) for one in ledgers) - getattr(less, n) for n in names})
+    def _requests(self) -> Counts:
+        return _counts([sequence.ledger for sequence in self._engine._sequences.values()])
 
 
-def figures(run: _Run, requests: int, own: ModuleParameters) -> dict[str, float]:
-    """What a run read and made."""
-    passes, each = run.shared, run.own
+def _counts(ledgers: Sequence[Ledger]) -> Counts:
+    return {name: sum(getattr(ledger, name) for ledger in ledgers) for name in _MODULES}
+
+
+def figures(run: Run, requests: int, own: ModuleParameters) -> dict[str, float]:
+    """What a run read. Weights are in millions a byte of each request."""
     upstream = PAPER_1B.encoder + PAPER_1B.global_
 
-    def weights(parameters: ModuleParameters, ledger: Ledger) -> float:
-        counts = asdict(parameters)
-        return sum(getattr(ledger, name) * counts[name] for name in counts) / run.bytes / 1e6
+    def weights(parameters: ModuleParameters, passes: Counts) -> float:
+        return sum(passes[name] * count for name, count in asdict(parameters).items()) / run.bytes / 1e6
 
     return {
-        "decoder_passes_per_byte": passes.decoder / run.bytes,
-        "global_passes_per_byte": passes.global_ / run.bytes,
-        "weights_read": requests * weights(own, passes),
-        "weights_read_1b": requests * weights(PAPER_1B, passes),
-        "apart_1b": each.decoder / run.bytes * (PAPER_1B.decoder + upstream) / 1e6,
-        "together_1b": weights(PAPER_1B, each),
-        "bytes_per_second": statistics.median(run.speeds),
+        "decoder_passes_per_byte": run.shared["decoder"] / run.bytes,
+        "global_passes_per_byte": run.shared["global_"] / run.bytes,
+        "weights_read": requests * weights(own, run.shared),
+        "weights_read_1b": requests * weights(PAPER_1B, run.shared),
+        "apart_1b": run.own["decoder"] / run.bytes * (PAPER_1B.decoder + upstream) / 1e6,
+        "together_1b": weights(PAPER_1B, run.own),
     }
 
 
-def measure(
-    model: Blt,
-    prompts: list[list[int]],
+def weights(
+    *,
+    model: str = str(PRETRAINED),
+    requests: int = 32,
     holds: Sequence[int] = (1, 8, 64),
     length: int = 128,
     rounds: int = 5,
     temperature: float = 0.0,
-    methods: dict[str, DecodingParams] = METHODS,
+) -> dict[str, Any]:
+    """Weights read a byte, by method and most passes a beat.
+
+    They are millions of parameters per byte *of each request*: with this checkpoint's modules, entropy model included,
+    and with decoder, encoder and global transformer of the paper's 1B model in their place. Beside the latter stands
+    what it would be by the requests' own passes: `apart` where every decoder pass comes with an upstream pass,
+    `together` where all requests are in step. With the paper's acceptance and patches the model of design §3 says 1572
+    and 332 for BLT-S, 375 and 208 for BLT-DV, and 1462 for BLT apart.
+    """
+    blt = load_checkpoint(model)
+    rows = compare_weights(blt, held_out_prompts(requests, 256), holds, length, rounds, temperature)
+    return {"requests": requests, "threads": threads(), "runs": rows}
+
+
+def compare_weights(
+    model: Blt, prompts: list[list[int]], holds: Sequence[int], length: int, rounds: int, temperature: float = 0.0
 ) -> dict[str, dict[str, float]]:
-    """Figures by method and most passes a beat, printed as a table. `length` is bytes a request and stretch."""
+    """Print and return a row for each method and most passes a beat. `length` is bytes a request and stretch."""
     own = ModuleParameters.of(model)
     rows: dict[str, dict[str, float]] = {}
-    print(
-        "| method | passes a beat | decoder/byte | global/byte | weights read, M | as 1B, M | apart | together "
-        "| bytes/s |"
-    )
-    print("|" + "---|" * 9)
-    for name, decoding in methods.items():
-        params = endless(decoding, len(prompts), temperature)
-        runs = {hold: _Run(model, hold, prompts, params) for hold in holds}
-        for _ in range(rounds):
-            for run in runs.values():
-                run.stretch(length * len(prompts))
+    columns = ("decoder/byte", "global/byte", "weights read, M", "as 1B, M", "apart", "together", "bytes/s")
+    table = Table("method", "passes a beat", *columns)
+    for name in LOSSLESS:
+        runs: dict[str, Run] = {}
+        for passes in holds:
+            engine = start(model, len(prompts), max_passes_per_beat=passes)
+            begin(engine, prompts, endless(decoding(name), len(prompts), temperature))
+            runs[str(passes)] = Run(engine)
+        speeds = in_turns(rounds, {hold: partial(run.stretch, length * len(prompts)) for hold, run in runs.items()})
         for hold, run in runs.items():
-            row = rows[f"{name}, {hold} passes a beat"] = figures(run, len(prompts), own)
-            print(
-                f"| {name} | {hold} | {row['decoder_passes_per_byte']:.4f} | {row['global_passes_per_byte']:.4f} "
-                f"| {row['weights_read']:.2f} | {row['weights_read_1b']:.0f} | {row['apart_1b']:.0f} "
-                f"| {row['together_1b']:.0f} | {row['bytes_per_second']:.0f} |",
-                flush=True,
-            )
+            row = figures(run, len(prompts), own) | {"bytes_per_second": statistics.median(speeds[hold])}
+            rows[f"{name}, {hold} passes a beat"] = row
+            passes_a_byte, read, *rest = list(row.values())[:2], *list(row.values())[2:]
+            cells = [*(f"{value:.4f}" for value in passes_a_byte), f"{read:.2f}", *(f"{value:.0f}" for value in rest)]
+            table.row(name, hold, *cells)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED))
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--holds", type=int, nargs="+", default=[1, 8, 64], help="most decoder passes of a beat")
-    parser.add_argument("--bytes", type=int, default=128, help="bytes of each request in a stretch")
-    parser.add_argument("--rounds", type=int, default=5, help="stretches of each engine")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    prompts = held_out_prompts(args.requests, 256)
-    rows = measure(load_checkpoint(args.model), prompts, args.holds, args.bytes, args.rounds, args.temperature)
-    if args.json:
-        result = {"requests": args.requests, "threads": threads(), "runs": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+Shape = Annotated[str | None, typer.Option(help="Widen to 1b or 3b first, in memory.")]
 
+
+def latency(
+    *,
+    model: str = str(PRETRAINED),
+    shape: Shape = "1b",
+    requests: Sequence[int] = (8, 32),
+    length: int = 32,
+    rounds: int = 1,
+) -> dict[str, Any]:
+    """Bytes a second and latency by `--max-hold-ms`: 0, 300, and none, which the engine ends after 64 passes.
+
+    Gaps are between the pieces of one request's text, `in all` from its submission to its end.
+    """
+    blt = load_checkpoint(model)
+    if shape is not None:
+        blt = widen(blt, paper_shape(shape))
+    rows = compare_latency(blt, held_out_prompts(max(requests), 64), requests, length, rounds)
+    return {"shape": shape, "bytes": length, "threads": threads(), "runs": rows}
+
+
+#: Longest waits in milliseconds; None: as many passes as a beat may have.
+HOLDS: tuple[float | None, ...] = (0.0, 300.0, None)
+
+
+def compare_latency(
+    model: Blt, prompts: Sequence[list[int]], counts: Sequence[int], length: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Print and return medians over the rounds."""
+    rows: list[dict[str, Any]] = []
+    table = Table("method", "requests", "hold, ms", "bytes/s", "global/byte", "gap p50, ms", "gap p99", "in all p99, s")
+    for name in LOSSLESS[1:]:
+        for count in counts:
+            kinds = {str(hold): partial(to_the_end, model, prompts[:count], name, hold, length) for hold in HOLDS}
+            for hold, own in zip(HOLDS, in_turns(rounds, kinds).values(), strict=True):
+                row = {key: float(np.median([one[key] for one in own])) for key in own[0]}
+                rows.append({"method": name, "requests": count, "max_hold_ms": hold, **row})
+                speed, passes, half, most, whole = row.values()
+                cells = (f"{speed:.1f}", f"{passes:.4f}", f"{half:.0f}", f"{most:.0f}", f"{whole / 1e3:.1f}")
+                table.row(name, str(count), "none" if hold is None else f"{hold:.0f}", *cells)
+    return rows
+
+
+def to_the_end(
+    model: Blt, prompts: Sequence[list[int]], setting: str, hold: float | None, length: int
+) -> dict[str, float]:
+    """Figures of one run of all prompts to their ends."""
+    engine = start(model, len(prompts), max_hold_ms=hold, max_model_len=2048, prefix_cache=False)
+    params = whole_length(decoding(setting), length)
+    waiting = list(prompts)
+    submitted: dict[str, float] = {}
+    last: dict[str, float] = {}
+    gaps: list[float] = []
+    whole: list[float] = []
+    began = time.perf_counter()
+    while waiting or engine.has_work():
+        if waiting:
+            submitted[submit(engine, waiting.pop(0), params)] = time.perf_counter()
+        deltas, now = engine.step(), time.perf_counter()
+        for delta in deltas:
+            if delta.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(delta.error)
+            if delta.request_id in last:
+                gaps.append(now - last[delta.request_id])
+            last[delta.request_id] = now
+            if delta.finish_reason is not None:
+                whole.append(now - submitted[delta.request_id])
+    stats = engine.stats()
+    return {
+        "bytes_per_second": stats.bytes_generated / (time.perf_counter() - began),
+        "global_passes_per_byte": stats.ledger.global_ / stats.bytes_generated,
+        "p50_gap_ms": 1e3 * float(np.percentile(gaps, 50)),
+        "p99_gap_ms": 1e3 * float(np.percentile(gaps, 99)),
+        "p99_in_all_ms": 1e3 * float(np.percentile(whole, 99)),
+    }
+
+
+app = command(weights, latency)
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -11,13 +11,11 @@ what comes before and behind it; the parts are those of `server/engine/device/fo
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 # Before triton is imported.
@@ -26,20 +24,20 @@ os.environ.setdefault("FASTBLT_KERNELS", "triton")
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastblt.benchmarks.engine.holding import METHODS, endless
-from fastblt.benchmarks.held_out import held_out_prompts
-from fastblt.benchmarks.savings.methods import diffusion
+from fastblt.benchmarks.command import command
+from fastblt.benchmarks.harness import replaced, start, submit, whole_length
+from fastblt.benchmarks.markdown import Table
+from fastblt.benchmarks.prompts import held_out_prompts
+from fastblt.benchmarks.settings import decoding, with_diffusion
 from fastblt.kernels.backend import interpreted
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.device.staging import Fetch, Staging
-from fastblt.server.engine.engine import Engine
 from fastblt.server.engine.runner.sampler import Sampler
-from fastblt.server.request import DecodingMethod, DecodingParams, Request
-from fastblt.server.settings import PRETRAINED, EngineSettings
+from fastblt.server.settings import PRETRAINED
 
-#: Operators that only describe or allocate memory.
+#: Operators of torch that only describe or allocate memory.
 _NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::detach", "aten::alias", "prim::device")
 _READS = ("aten::_local_scalar_dense", "aten::nonzero")
 
@@ -53,8 +51,11 @@ PARTS: list[tuple[Any, str]] = [
 ]
 
 
+KINDS = ("triton", "torch", "to device", "to host")
+
+
 class Counts(TorchDispatchMode):
-    """Counts by part of the pass: (part, "triton" | "torch" | "to device" | "to host")."""
+    """Counts by part of the pass and kind, one of `KINDS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,38 +109,28 @@ class Counts(TorchDispatchMode):
 def counting() -> Iterator[Counts]:
     """Count what the engine's passes do."""
     counts = Counts()
-    places: list[tuple[Any, str, Callable[..., Any]]] = [
-        (place, name, counts.within(name, getattr(place, name))) for place, name in PARTS
-    ]
-    places.append((Staging, "send", counts.counted("to device", Staging.send)))
-    places.append((Fetch, "__call__", counts.counted("to host", Fetch.__call__)))
+    parts = [(place, name, partial(counts.within, name)) for place, name in PARTS]
     if interpreted():
         from triton.runtime.interpreter import GridExecutor
 
-        places.append((GridExecutor, "__call__", counts.launch(GridExecutor.__call__)))
+        launches = (GridExecutor, "__call__", counts.launch)
     else:
         from triton.runtime.jit import JITFunction
 
-        places.append((JITFunction, "run", counts.launch(JITFunction.run)))
-    originals = [(place, name, getattr(place, name)) for place, name, _ in places]
-    for place, name, changed in places:
-        setattr(place, name, changed)
-    try:
-        with counts:
-            yield counts
-    finally:
-        for place, name, original in originals:
-            setattr(place, name, original)
+        launches = (JITFunction, "run", counts.launch)
+    copies = [
+        (Staging, "send", partial(counts.counted, "to device")),
+        (Fetch, "__call__", partial(counts.counted, "to host")),
+    ]
+    with replaced(*parts, *copies, launches), counts:
+        yield counts
 
 
-def count(
-    model: Blt, prompts: list[list[int]], decoding: DecodingParams, passes: int, device: str
-) -> dict[str, dict[str, float]]:
+def count(model: Blt, prompts: list[list[int]], setting: str, passes: int, device: str) -> dict[str, dict[str, float]]:
     """Counts per decoder pass, by part and kind, once the prompts are read; "calls" says how often a part ran."""
-    settings = EngineSettings(max_running=len(prompts), max_model_len=1024, device=device)
-    engine = Engine(model, settings)
-    for index, (ids, params) in enumerate(zip(prompts, endless(decoding, len(prompts), 0.0), strict=True)):
-        engine.add(Request(str(index), ids, params.__class__(**{**vars(params), "max_tokens": 256}), 0.0))
+    engine = start(model, len(prompts), max_model_len=384, device=device)
+    for seed, ids in enumerate(prompts):
+        submit(engine, ids, whole_length(decoding(setting), 256, seed=seed))
     for _ in range(len(prompts) + 1):
         engine.step()
     with counting() as counts:
@@ -151,38 +142,31 @@ def count(
     for part, number in counts.calls.items():
         rows.setdefault(part, {})["calls"] = number / passes
     rows["all"] = {
-        kind: sum(number for (_, k), number in counts.counts.items() if k == kind) / passes
-        for kind in ("triton", "torch", "to device", "to host")
+        kind: sum(number for (_, k), number in counts.counts.items() if k == kind) / passes for kind in KINDS
     }
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--requests", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
-    model = load_checkpoint(args.model, device=args.device)
-    methods = dict(METHODS)
-    if model.config.has_diffusion:
-        methods["blt-d-8 a0.7"] = diffusion(DecodingMethod.BLT_D, 8, "a0.7")
-    prompts = held_out_prompts(args.requests, 24)
+def measure(
+    *,
+    model: str = str(PRETRAINED),
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    requests: int = 2,
+    passes: int = 20,
+) -> dict[str, Any]:
+    """Launches and copies of every method, by part of the pass."""
+    blt = load_checkpoint(model, device=device)
+    prompts = held_out_prompts(requests, 24)
     result = {}
-    print("| method | part | runs a pass | Triton launches | torch launches | to device | to host |")
-    print("|" + "---|" * 7)
-    for name, decoding in methods.items():
-        rows = result[name] = count(model, prompts, decoding, args.passes, args.device)
-        for part, row in rows.items():
-            figures = [f"{row.get(kind, 0.0):.2f}" for kind in ("calls", "triton", "torch", "to device", "to host")]
-            print(f"| {name} | {part} | {' | '.join(figures)} |", flush=True)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"passes": args.passes, "requests": args.requests, "methods": result}, indent=1) + "\n"
-        )
+    table = Table("method", "part", "runs a pass", "Triton launches", "torch launches", "to device", "to host")
+    for name in with_diffusion(blt.config.block_sizes):
+        result[name] = count(blt, prompts, name, passes, device)
+        for part, row in result[name].items():
+            table.row(name, part, *(f"{row.get(kind, 0.0):.2f}" for kind in ("calls", *KINDS)))
+    return {"passes": passes, "requests": requests, "methods": result}
 
+
+app = command(measure)
 
 if __name__ == "__main__":
-    main()
+    app()

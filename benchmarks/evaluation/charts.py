@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastblt.benchmarks.evaluation.journal import Record
-from fastblt.benchmarks.evaluation.settings import family
+from fastblt.benchmarks.settings import family
 
 _COLORS = {
     "blt": "black",

@@ -11,7 +11,7 @@ from fastblt.benchmarks.evaluation.endpoint import Target
 from fastblt.benchmarks.evaluation.journal import Journal, Record
 from fastblt.benchmarks.evaluation.judging import judge, run_programs, score
 from fastblt.benchmarks.evaluation.sandbox import Sandbox
-from fastblt.benchmarks.evaluation.settings import every_method
+from fastblt.benchmarks.settings import every_method
 
 
 class Solved(Protocol):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, together
 from fastblt.benchmarks.evaluation.journal import Journal, Record, busy_seconds
-from fastblt.benchmarks.evaluation.settings import decoding
+from fastblt.benchmarks.settings import body
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ async def complete_all(endpoint: Endpoint, journal: Journal, settings: Sequence[
             task = progress.add_task(setting, total=len(jobs), completed=len(jobs) - len(left))
 
             async def one(job: Job, setting: str = setting, task: Any = task) -> None:
-                body = job.body | {"decoding": decoding(setting)}
-                journal.add(key(setting, job.name), record(await endpoint.complete(job.prompt, **body)))
+                fields = job.body | {"decoding": body(setting)}
+                journal.add(key(setting, job.name), record(await endpoint.complete(job.prompt, **fields)))
                 progress.advance(task)
 
             await together(map(one, left))

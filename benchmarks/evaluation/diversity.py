@@ -15,7 +15,7 @@ from typing import TypeVar
 from fastblt.benchmarks.evaluation.completions import bar
 from fastblt.benchmarks.evaluation.endpoint import Endpoint, Target, together
 from fastblt.benchmarks.evaluation.journal import Journal, Record
-from fastblt.benchmarks.evaluation.settings import decoding
+from fastblt.benchmarks.settings import body
 from fastblt.benchmarks.text_statistics import distinct4, loops
 
 BOUNDS = (0.5, 0.8, 1.0, 1.2)
@@ -41,7 +41,7 @@ async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, l
             top_p=top_p,
             seed=seed,
             ignore_eos=True,
-            decoding=decoding(setting),
+            decoding=body(setting),
         )
         for seed in range(samples)
     )

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from fastblt.benchmarks.checks.soak import serving
+from fastblt.benchmarks.load.serving import serving
 
 #: Seconds between tries at a server that is full or not ready, where it does not say when to come back.
 _PAUSE = 1.0
@@ -198,7 +198,7 @@ class Target:
         # Pages are for so many running requests: half of them for those, half for what the prefix cache keeps.
         options = ["--max-running", str(2 * self.concurrency), "--log-level", "warning"]
         with _in_order(), serving(self.model, options) as server:
-            yield f"http://127.0.0.1:{server.port}"
+            yield server.url
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastblt.benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
 from fastblt.benchmarks.evaluation.endpoint import Target
 from fastblt.benchmarks.evaluation.journal import Journal, Record
-from fastblt.benchmarks.evaluation.settings import every_method
+from fastblt.benchmarks.settings import every_method
 
 SHOTS = 4
 MAX_TOKENS = 512

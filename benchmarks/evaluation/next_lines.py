@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 from fastblt.benchmarks.evaluation.python_lines import parses
-from fastblt.benchmarks.held_out import held_out_sources
+from fastblt.benchmarks.prompts import held_out_sources
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastblt.benchmarks import command
 from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.machine import write_json
 from fastblt.server.settings import PRETRAINED
 
 _SERVER = "Server"
@@ -43,26 +43,11 @@ DEFAULT_MODEL = str(PRETRAINED)
 DEFAULT_OUTPUT = Path("evaluation")
 
 
-@contextmanager
-def clean_errors() -> Iterator[None]:
+def clean_errors() -> AbstractContextManager[None]:
     """What a user can cause ends in one line."""
-    try:
-        yield
-    except ImportError as error:
-        _fail(f"{error}; install fastblt[eval]")
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("fastblt: interrupted; the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    return command.clean_errors("eval", "interrupted; the same command goes on")
 
 
 def write(folder: Path, name: str, result: Record) -> None:
     """Put a result into the folder as `name`.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"fastblt: {message}", err=True)
-    raise typer.Exit(1)
+    write_json(folder / f"{name}.json", result)

@@ -28,7 +28,7 @@ from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
 from fastblt.benchmarks.evaluation.options import write
 from fastblt.benchmarks.evaluation.report import page
 from fastblt.benchmarks.evaluation.sandbox import Sandbox
-from fastblt.benchmarks.held_out import held_out_sources
+from fastblt.benchmarks.prompts import held_out_sources
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.settings import PRETRAINED
 

@@ -21,7 +21,7 @@ from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, Target,
 from fastblt.benchmarks.evaluation.journal import Journal, Record
 from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
 from fastblt.benchmarks.evaluation.python_lines import first_line, parses, parses_strictly
-from fastblt.benchmarks.evaluation.settings import decoding, trade
+from fastblt.benchmarks.settings import body, trade
 from fastblt.benchmarks.text_statistics import leading_equal
 
 #: Requests in a group that is completed one at a time.
@@ -30,8 +30,8 @@ _ALONE = 8
 
 async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> list[Completion]:
     """Greedy completions of `length` bytes, as many at a time as the endpoint allows."""
-    body = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": decoding(setting)}
-    return await together(endpoint.complete(cut.prompt, **body) for cut in chosen)
+    fields = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": body(setting)}
+    return await together(endpoint.complete(cut.prompt, **fields) for cut in chosen)
 
 
 async def timed(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> Record:

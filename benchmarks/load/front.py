@@ -2,79 +2,150 @@
 
     python -m fastblt.benchmarks.load.front    32 streams, 96 prompts of 256 bytes, 128 bytes each
 
-The server's client runs on the same cores, and its time counts as the front's: it reads and does nothing else
-(`benchmarks/load/lean_client.py`).
+The server's client runs on the same cores, and its time counts as the front's. So it reads and does as little else as
+can be: what arrives is neither parsed nor timed. An answer must begin with status 200 and end with `[DONE]`, after a
+chunk that says how many tokens there were.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
+import selectors
+import socket
 import statistics
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any
 
-from fastblt.benchmarks.checks.soak import serving
-from fastblt.benchmarks.load.lean_client import stream_all
+from fastblt.benchmarks.command import command
 from fastblt.benchmarks.load.names import Dataset
 from fastblt.benchmarks.load.offline import throughput
+from fastblt.benchmarks.load.serving import serving
 from fastblt.benchmarks.load.workload import prompts
-from fastblt.benchmarks.machine import measured_with
 from fastblt.server.llm import LLM
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED
 
+#: Bytes at an answer's end that hold its last chunks.
+_TAIL = 4096
+#: No text can look like this: its quotes are escaped.
+_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+#: The last event, and the end of a chunked body.
+_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
-def measure(model: str, streams: int, count: int, length: int, rounds: int, method: DecodingMethod) -> dict[str, Any]:
+#: Seconds in which something must arrive.
+PATIENCE = 60.0
+
+
+class _Answer:
+    """A connection of its own for one streamed completion."""
+
+    def __init__(self, port: int, body: dict[str, Any]) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port))
+        content = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
+        self.sock.sendall(head.encode() + b"content-type: application/json\r\nconnection: close\r\n\r\n" + content)
+        self.sock.setblocking(False)
+        self._first = b""
+        self._tail = b""
+
+    def read(self) -> bool:
+        """Take what has arrived; False at its end."""
+        data = self.sock.recv(1 << 16)
+        self._first = self._first or data
+        self._tail = (self._tail + data)[-_TAIL:]
+        return bool(data)
+
+    def tokens(self) -> int:
+        """Raises RuntimeError unless the answer is complete."""
+        counts = _TOKENS.findall(self._tail)
+        if not self._first.startswith(b"HTTP/1.1 200 ") or not self._tail.endswith(_END) or not counts:
+            raise RuntimeError(f"no complete answer: {self._first[:500]!r} ... {self._tail[-500:]!r}")
+        return int(counts[-1])
+
+
+def stream_all(
+    port: int, bodies: Sequence[dict[str, Any]], concurrency: int, patience: float = PATIENCE
+) -> tuple[float, list[int]]:
+    """Stream completions, so many at once: seconds for all of them, and their tokens in the order of their ends.
+
+    Raises RuntimeError where an answer is no complete stream, or nothing arrives for `patience` seconds, OSError where
+    a connection is refused or reset.
+    """
+    waiting = list(reversed(bodies))
+    tokens: list[int] = []
+    with selectors.DefaultSelector() as selector:
+
+        def start() -> None:
+            answer = _Answer(port, waiting.pop())
+            selector.register(answer.sock, selectors.EVENT_READ, answer)
+
+        began = time.perf_counter()
+        try:
+            for _ in range(min(concurrency, len(waiting))):
+                start()
+            while len(tokens) < len(bodies):
+                ready = selector.select(patience)
+                if not ready:
+                    raise RuntimeError(f"nothing has arrived for {patience:g} s")
+                for key, _ in ready:
+                    answer: _Answer = key.data
+                    if answer.read():
+                        continue
+                    selector.unregister(answer.sock)
+                    answer.sock.close()
+                    tokens.append(answer.tokens())
+                    if waiting:
+                        start()
+            return time.perf_counter() - began, tokens
+        finally:
+            for key in selector.get_map().values():
+                key.data.sock.close()
+
+
+def compare(model: str, streams: int, count: int, length: int, rounds: int, method: str) -> dict[str, Any]:
     """Bytes a second of both in every round, and the median share that the front takes."""
-    decoding = DecodingParams(method)
-    options = ["--max-running", str(streams), "--no-prefix-cache"]
+    decoding = DecodingParams(DecodingMethod(method))
+    asked = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": {"method": method}}
     served: list[float] = []
     alone: list[float] = []
-    with serving(model, options) as server:
+    with serving(model, ["--max-running", str(streams), "--no-prefix-cache"]) as server:
         llm = LLM(model, max_running=streams, prefix_cache=False)
         for seed in range(rounds):
-            texts = [text.encode() for text, _ in prompts(Dataset.HELD_OUT, count, 256, seed)]
-            asked = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": {"method": method.value}}
-            bodies = [{"prompt": text.decode(), **asked} for text in texts]
+            texts = [text for text, _ in prompts(Dataset.HELD_OUT, count, 256, seed)]
+            bodies = [{"prompt": text, **asked} for text in texts]
             stream_all(server.port, bodies[:1], 1)
             seconds, tokens = stream_all(server.port, bodies, streams)
             if set(tokens) != {length}:
                 raise RuntimeError(f"completions of {length} bytes were asked for; {sorted(set(tokens))} came")
             served.append(sum(tokens) / seconds)
-            alone.append(throughput(llm, texts, length, decoding)["output_bytes_per_second"])
-    shares = [1 - one / other for one, other in zip(served, alone, strict=True)]
-    return {
-        "method": method.value,
-        "streams": streams,
-        "served": served,
-        "alone": alone,
-        "front_share": statistics.median(shares),
-    }
+            result = throughput(llm, [text.encode() for text in texts], length, decoding)
+            alone.append(result["output_bytes_per_second"])
+    share = statistics.median(1 - one / other for one, other in zip(served, alone, strict=True))
+    return {"method": method, "streams": streams, "served": served, "alone": alone, "front_share": share}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED))
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--num-prompts", type=int, default=96)
-    parser.add_argument("--bytes", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    result = measured_with(args.model) | {"runs": []}
-    for method in (DecodingMethod.BLT, DecodingMethod.AUTO):
-        row = measure(args.model, args.streams, args.num_prompts, args.bytes, args.rounds, method)
-        result["runs"].append(row)
-        served, alone = (statistics.median(row[name]) for name in ("served", "alone"))
-        print(
-            f"{method.value}: {served:.0f} B/s served, {alone:.0f} alone; the front takes "
-            f"{100 * row['front_share']:.1f} %",
-            flush=True,
-        )
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+def measure(
+    *,
+    model: str = str(PRETRAINED),
+    streams: int = 32,
+    num_prompts: int = 96,
+    length: int = 128,
+    rounds: int = 5,
+    method: Sequence[str] = ("blt", "auto"),
+) -> dict[str, Any]:
+    """What the front takes of the bytes a second, by method."""
+    rows = []
+    for name in method:
+        rows.append(compare(model, streams, num_prompts, length, rounds, name))
+        served, alone = (statistics.median(rows[-1][where]) for where in ("served", "alone"))
+        share = 100 * rows[-1]["front_share"]
+        print(f"{name}: {served:.0f} B/s served, {alone:.0f} alone; the front takes {share:.1f} %", flush=True)
+    return {"runs": rows}
 
+
+app = command(measure)
 
 if __name__ == "__main__":
-    main()
+    app()

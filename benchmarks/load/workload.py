@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastblt.benchmarks.held_out import held_out_sources
 from fastblt.benchmarks.load.names import Dataset
 from fastblt.benchmarks.load.trace import Trace
+from fastblt.benchmarks.prompts import held_out_sources, humaneval_texts
 
 _WORDS = (
     *("self", "return", "value", "index", "name", "data", "result", "error", "state"),
@@ -78,8 +78,6 @@ def prompts(
     """
     length = input_len or 256
     if dataset is Dataset.HUMANEVAL:
-        from fastblt.benchmarks.evaluation.python_lines import humaneval_texts
-
         return [(_tail(text, input_len), None) for text in _cycled(humaneval_texts(), count)]
     if dataset is Dataset.SYNTHETIC:
         return list(_synthetic(count, length, seed, prefix_len, prefixes))

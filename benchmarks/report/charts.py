@@ -11,12 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from fastblt.benchmarks.report.facts import Results, lossless, method_runs, title
 
 _COLORS = ("#2f5d8a", "#d9822b", "#4a9c6d", "#a3477f", "#7a6a53", "#5b5ea6")
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 10,
     "axes.spines.top": False,
@@ -25,7 +26,7 @@ _STYLE = {
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "axes.prop_cycle": matplotlib.cycler(color=_COLORS),
+    "axes.prop_cycle": cycler(color=_COLORS),
 }
 
 
@@ -67,8 +68,8 @@ def throughput(results: Results) -> Figure | None:
         rate = [result["output_byte_throughput"] for _, result in points]
         left.plot(rate, [result["median_tpob_ms"] for _, result in points], marker="o", label=method)
         right.plot(rate, [result["p99_ttft_ms"] for _, result in points], marker="o", label=method)
-        for (streams, result), x in zip(points, rate, strict=True):
-            left.annotate(str(streams), (x, result["median_tpob_ms"]), xytext=(4, 4), textcoords="offset points")
+        for (count, result), x in zip(points, rate, strict=True):
+            left.annotate(str(count), (x, result["median_tpob_ms"]), xytext=(4, 4), textcoords="offset points")
     left.set(xlabel="output bytes/s", ylabel="ms a byte, median", title="Time per byte (streams beside the points)")
     right.set(xlabel="output bytes/s", ylabel="ms, p99", title="Time to the first byte")
     left.legend()

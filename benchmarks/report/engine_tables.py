@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastblt.benchmarks.markdown import number, percent, table
 from fastblt.benchmarks.report.facts import Results
-from fastblt.benchmarks.report.markdown import number, percent, table
 
 
 def _only(results: Results) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from fastblt.benchmarks.markdown import number, percent, table
 from fastblt.benchmarks.report.facts import Results, levels
-from fastblt.benchmarks.report.markdown import number, percent, table
 
 _PLANNED = 0.7
 _COMPLETION = 256

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastblt.benchmarks.markdown import number, percent, table
 from fastblt.benchmarks.report.facts import Results, method_runs, title
-from fastblt.benchmarks.report.markdown import number, percent, table
 from fastblt.benchmarks.savings.methods import MOST_LOOPS
 
 _SHIPPED = {"greedy": "greedy", "sampled": "T = 0.8"}

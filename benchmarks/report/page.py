@@ -91,7 +91,7 @@ def _facts(facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _methods(results: Results) -> str:
-    blocks = []
+    blocks: list[str] = []
     columns = (
         "setting", "accepted %", "decoder/byte", "global/byte", "bytes/patch", "GB, paper's %", "weights %",
         "predicted %", "time %", "row curve", "attention", "engine", "predicted / measured", "equal %", "loops %",

@@ -20,9 +20,9 @@ from functools import cache
 from pathlib import Path
 
 from fastblt.benchmarks.machine import checkpoint_digest
+from fastblt.benchmarks.markdown import day, table
 from fastblt.benchmarks.report import engine_tables, load_tables, method_tables
 from fastblt.benchmarks.report.facts import Results, headline
-from fastblt.benchmarks.report.markdown import day, table
 from fastblt.server.settings import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ TABLES = {
         "python -m fastblt.benchmarks.savings.roofline --rounds 5", ("roofline.json",), method_tables.predicted
     ),
     "predicted-alone": Table(
-        "python -m fastblt.benchmarks.savings.roofline --batch 1 --bytes 512 --rounds 5",
+        "python -m fastblt.benchmarks.savings.roofline --batch 1 --length 512 --rounds 5",
         ("roofline-512.json",),
         method_tables.predicted,
     ),
@@ -71,8 +71,10 @@ TABLES = {
         ("host_time.json",),
         engine_tables.host_time,
     ),
-    "holding": Table("python -m fastblt.benchmarks.engine.holding", ("holding.json",), engine_tables.holding),
-    "hold-time": Table("python -m fastblt.benchmarks.engine.hold_sweep", ("hold_sweep.json",), engine_tables.hold_time),
+    "holding": Table("python -m fastblt.benchmarks.engine.holding weights", ("holding.json",), engine_tables.holding),
+    "hold-time": Table(
+        "python -m fastblt.benchmarks.engine.holding latency", ("hold_sweep.json",), engine_tables.hold_time
+    ),
     "lossless": Table(
         "python -m fastblt.benchmarks.checks.lossless --processes 2", ("lossless.json",), engine_tables.lossless
     ),

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from fastblt.benchmarks.held_out import held_out_prompts, held_out_sources
 from fastblt.benchmarks.machine import measured_with
+from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources
 from fastblt.benchmarks.text_statistics import equal_positions
 from fastblt.models.training.corpus import collect, standard_library
 from fastblt.server.llm import LLM

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastblt.benchmarks.checks.soak import serving
+from fastblt.benchmarks.load.serving import serving
 from fastblt.benchmarks.machine import checkpoint_digest
 from fastblt.benchmarks.report.parts import Part, Plan, load_results, missing
 
@@ -143,7 +143,7 @@ def _server(kind: tuple[str, ...] | None, model: str) -> Iterator[tuple[str, dic
         options = [*kind[1:], "--max-waiting", "4096"]
         with serving(model, options) as server:
             command = f"fastblt serve {' '.join(options)}"
-            yield f"http://127.0.0.1:{server.port}", {"server": "fastblt", "server_command": command}
+            yield server.url, {"server": "fastblt", "server_command": command}
     else:
         from fastblt.benchmarks.report.peers import llama_server, transformers_server
 

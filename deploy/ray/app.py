@@ -32,15 +32,15 @@ class Options(BaseModel):
     requests, running or waiting. `engine` are fields of `server.settings.EngineSettings`, `api_keys` as in `serve`.
     """
 
-    replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1)
-    cpus: float = Field(1.0, gt=0)
-    gpus: float = Field(0.0, ge=0)
-    target_requests: float | None = Field(None, gt=0)
-    upscale_delay: float = Field(10.0, ge=0)
-    downscale_delay: float = Field(300.0, ge=0)
-    shutdown_timeout: float = Field(30.0, ge=0)
-    stall_timeout: float = Field(60.0, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    target_requests: float | None = Field(default=None, gt=0)
+    upscale_delay: float = Field(default=10.0, ge=0)
+    downscale_delay: float = Field(default=300.0, ge=0)
+    shutdown_timeout: float = Field(default=30.0, ge=0)
+    stall_timeout: float = Field(default=60.0, ge=1)
     api_keys: list[str] = Field(default_factory=list, repr=False)
     engine: dict[str, Any] = Field(default_factory=dict)
     #: On the command line, which has no nesting.

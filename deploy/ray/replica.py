@@ -24,7 +24,10 @@ Message = MutableMapping[str, Any]
 class Replica:
     """Started when its engine is loaded; of no use, and replaced, once that is dead or stalled."""
 
-    async def __init__(self, engine: EngineSettings, service: ServiceSettings, http: HttpSettings) -> None:
+    # Ray awaits it.
+    async def __init__(  # type: ignore[misc]
+        self, engine: EngineSettings, service: ServiceSettings, http: HttpSettings
+    ) -> None:
         configure(LogSettings())
         self._client = EngineClient(engine, service)
         self._http = http

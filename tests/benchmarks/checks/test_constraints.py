@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
-from fastblt.benchmarks.checks import constraints
-from fastblt.benchmarks.checks.constraints import SCHEMAS, check_schemas, check_utf8
+from fastblt.benchmarks.checks.constraints import SCHEMAS, app, check_schemas, check_utf8
 from fastblt.models.blt import Blt
 from fastblt.server.engine.constraints.constraint import Constraint
 
@@ -30,11 +30,9 @@ def test_masks_that_are_left_out_are_found_out(model: Blt, monkeypatch: pytest.M
     assert any(tally.decoded < tally.outputs for tally in tallies)
 
 
-def test_the_command(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(checkpoint: str, tmp_path: Path) -> None:
     file = tmp_path / "constraints.json"
     sizes = ["--outputs", "0", "--utf8", "6", "--repeats", "0"]
-    monkeypatch.setattr("sys.argv", ["constraints", "--model", checkpoint, *sizes, "--json", str(file)])
-    with pytest.raises(SystemExit) as end:
-        constraints.main()
-    assert not end.value.code
+    answer = CliRunner().invoke(app, ["--model", checkpoint, *sizes, "--json", str(file)])
+    assert answer.exit_code == 0, answer.output
     assert json.loads(file.read_text())["utf8"]["blt-d"]["decoded"] == 6

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fastblt.benchmarks.checks.soak import Sample, Tally, judge, load, serving, settle
+from fastblt.benchmarks.checks.soak import Sample, Tally, judge, load, settle
+from fastblt.benchmarks.load.serving import serving
 from tests.server.api.running import save_tiny
 
 SMALL = [

@@ -12,7 +12,7 @@ from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
 from fastblt.benchmarks.evaluation.publish import questions
 from fastblt.benchmarks.evaluation.python_lines import parses
 from fastblt.benchmarks.evaluation.quality import judge, speed
-from fastblt.benchmarks.held_out import held_out_sources
+from fastblt.benchmarks.prompts import held_out_sources
 
 
 def answer(text: str) -> Record:

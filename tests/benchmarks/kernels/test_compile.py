@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastblt.benchmarks.kernels.run import TARGETS, compile_all, faults, report_gpu
+from fastblt.benchmarks.kernels.compile import TARGETS, compile_all, faults
+from fastblt.benchmarks.kernels.run import gpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 
@@ -32,19 +33,19 @@ def test_kernels_compile_for_every_target() -> None:
 
 def test_kernels_read_their_arguments_about_once() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fastblt.benchmarks.kernels.run", "--traffic"],
+        [sys.executable, "-m", "fastblt.benchmarks.kernels.run", "traffic"],
         cwd=Path(__file__).parents[3],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 10
 
 
 def test_speed_is_reported_for_every_case() -> None:
-    """The report of `--gpu`, under the interpreter: one call each."""
-    code = "from fastblt.benchmarks.kernels.run import report_speed; report_speed(rounds=1, wait=lambda: None)"
+    """The report of `gpu`, under the interpreter: one call each."""
+    code = "from fastblt.benchmarks.kernels.run import speed; speed(rounds=1, wait=lambda: None)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[3],
@@ -53,10 +54,10 @@ def test_speed_is_reported_for_every_case() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_gpu_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_gpu() == 1
+    assert gpu() == {"passed": False}
     assert "no GPU" in capsys.readouterr().err

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fastblt.benchmarks.checks.soak import Server, serving
 from fastblt.benchmarks.cli import app
 from fastblt.benchmarks.load.client import Record
 from fastblt.benchmarks.load.drive import drive
 from fastblt.benchmarks.load.names import Dataset, Ramp
 from fastblt.benchmarks.load.serve import Load, run, table
+from fastblt.benchmarks.load.serving import Server, serving
 from fastblt.benchmarks.load.workload import Job
 from tests.benchmarks.load.test_trace import TRACE
 
@@ -37,7 +37,8 @@ def test_closed_loop_of_mixed_methods_counts_what_the_server_counts(server: Serv
     result = run(load(server, decoding=decoding, max_concurrency=3, warm_up=0, num_prompts=12), show=False)
     assert (result["completed"], result["failed"], result["errors_by_cause"]) == (12, 0, {})
     made = server.metrics()["fastblt_generation_tokens_total"] - before
-    assert result["total_output_bytes"] == result["total_output_tokens"] == made == 144
+    # A server that seems idle asks its engine for a byte now and then, to see that it answers.
+    assert result["total_output_bytes"] == result["total_output_tokens"] == 144 <= made <= 148
     assert result["max_concurrent_requests"] <= 3 and result["total_input_bytes"] == 480
     assert {part["completed"] for part in result["by_method"].values()} == {4} and len(result["by_method"]) == 3
     assert 0 < result["p50_ttft_ms"] <= result["p99_ttft_ms"] <= result["p99_e2el_ms"]

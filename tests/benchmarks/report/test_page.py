@@ -15,7 +15,8 @@ from fastblt.benchmarks.machine import measured_with
 from fastblt.benchmarks.report.charts import draw_all
 from fastblt.benchmarks.report.facts import best_lossless, headline
 from fastblt.benchmarks.report.page import page, write_report
-from fastblt.benchmarks.savings.methods import MOST_LOOPS, chosen_settings, measure
+from fastblt.benchmarks.savings.methods import MOST_LOOPS, measure
+from fastblt.benchmarks.settings import chosen
 from fastblt.models.blt import Blt
 
 
@@ -35,7 +36,7 @@ def load(streams: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(model: Blt, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
-    run = measure(model, prompts, 16, settings=chosen_settings((4,), "headline"), batch=2)
+    run = measure(model, prompts, 16, settings=chosen((4,), "headline"), batch=2)
     return {
         "methods-greedy-b8": part("methods", batches={"8": run}),
         "sweep-blt-c1": load(1),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from fastblt.benchmarks.machine import machine_limits
 from fastblt.benchmarks.report.parts import NEAR_SATURATION, Part, Plan, load_results
 from fastblt.benchmarks.report.run import fresh, run_parts
-from fastblt.benchmarks.savings.cost_curve import machine_limits
 
 
 def test_plan_has_every_part_once(tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_results_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_limits_of_the_machine_are_sane() -> None:
-    limits = machine_limits(1, torch.device("cpu"))
+    limits = machine_limits(1)
     assert 0.1 < limits["read_gb_s"] < 2000 and 0.1 < limits["gflop_s"] < 1e6
 
 

@@ -8,8 +8,9 @@ import torch
 import transformers
 
 from fastblt.benchmarks.checkpoint.tables import drafters, held_out_chunks
-from fastblt.benchmarks.held_out import held_out_prompts
-from fastblt.benchmarks.savings.methods import batch_settings, run
+from fastblt.benchmarks.harness import complete
+from fastblt.benchmarks.prompts import held_out_prompts
+from fastblt.benchmarks.savings.batches import engine_of
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.patching import PatchRule
@@ -17,7 +18,6 @@ from fastblt.models.training.entropy import measure, patch_starts
 from fastblt.models.training.evaluate import leak_check
 from fastblt.models.training.layout import Start
 from fastblt.models.vocabulary import EOS_ID, NEVER_PRODUCED
-from fastblt.server.engine.engine import Engine
 from fastblt.server.request import SamplingParams
 from fastblt.server.settings import PRETRAINED
 
@@ -40,7 +40,7 @@ def test_transformers_gives_the_same_greedy_bytes(model: Blt) -> None:
     theirs = transformers.BltForCausalLM.from_pretrained(PRETRAINED, dtype=torch.float32).eval()
     prompts = held_out_prompts(PROMPTS, 128)
     params = [SamplingParams(max_tokens=BYTES, temperature=0.0, ignore_eos=True) for _ in prompts]
-    outputs = run(Engine(model, batch_settings(prompts, BYTES)), prompts, params).outputs
+    outputs = complete(engine_of(model, prompts, BYTES), prompts, params)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert len(output.ids) == BYTES
         with torch.no_grad():

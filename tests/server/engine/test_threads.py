@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastblt.benchmarks.held_out import held_out_prompts
-from fastblt.benchmarks.savings.methods import batch_settings, diffusion, run, speculation
+from fastblt.benchmarks.harness import complete
+from fastblt.benchmarks.prompts import held_out_prompts
+from fastblt.benchmarks.savings.batches import engine_of
+from fastblt.benchmarks.settings import decoding
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.threads import cores, set_threads, threads
 from fastblt.models.checkpoint import load_checkpoint
-from fastblt.server.engine.engine import Engine
-from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
+from fastblt.server.request import SamplingParams
 from fastblt.server.settings import PRETRAINED
 
-METHODS = [
-    DecodingParams(DecodingMethod.BLT),
-    speculation(8),
-    diffusion(DecodingMethod.BLT_DV, 8, "1step"),
-    diffusion(DecodingMethod.BLT_D, 8, "a0.7"),
-]
+METHODS = [decoding(name) for name in ("blt", "blt-s k8", "blt-dv-8 1step", "blt-d-8 a0.7")]
 
 
 @pytest.mark.parametrize(
@@ -52,9 +47,9 @@ def test_bytes_do_not_depend_on_threads() -> None:
     texts = {}
     try:
         for count in (1, 2, 5):
-            engine = Engine(model, replace(batch_settings(prompts, 24), threads=count))
+            engine = engine_of(model, prompts, 24, threads=count)
             assert threads() == count and torch.get_num_threads() == 1, "a small model's operations stay whole"
-            texts[count] = [output.ids for output in run(engine, prompts, params).outputs]
+            texts[count] = [output.ids for output in complete(engine, prompts, params)]
     finally:
         set_threads(None)
     assert texts[1] == texts[2] == texts[5]

@@ -10,6 +10,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(_line(row) for row in (columns, ["---"] * len(columns), *rows))
 
 
+class Table:
+    """A table on the output, each row as soon as it is measured."""
+
+    def __init__(self, *columns: str) -> None:
+        print(table(columns, ()), flush=True)
+
+    def row(self, *cells: str) -> None:
+        """Print a row."""
+        print(_line(cells), flush=True)
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 

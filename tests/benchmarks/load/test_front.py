@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastblt.benchmarks.load.lean_client import stream_all
+from fastblt.benchmarks.load.front import stream_all
 from fastblt.server.process.client import EngineClient
 from fastblt.server.settings import EngineSettings
 from tests.server.api import fake_engine

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fastblt.benchmarks.held_out import held_out_prompts, held_out_sources
+from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources, humaneval_texts, library_prompts
 from fastblt.models.vocabulary import BOS_ID, decode
 
 
@@ -33,3 +33,14 @@ def test_prompts_are_held_out_text_of_many_files_and_do_not_overlap() -> None:
 def test_too_many_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="have text for"):
         held_out_prompts(10_000, 256)
+
+
+def test_the_prompts_of_the_package() -> None:
+    texts = humaneval_texts()
+    assert len(texts) == 164 and all("def " in text for text in texts)
+
+
+def test_long_prompts() -> None:
+    prompts = library_prompts(16, 16_000)
+    assert all(ids[0] == BOS_ID and len(ids) == 16_000 for ids in prompts)
+    assert len({tuple(ids) for ids in prompts}) == 16

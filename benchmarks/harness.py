@@ -1,0 +1,159 @@
+"""The harness of everything that measures the engine: start it, keep it busy, time it, change it, compare.
+
+    engines = {name: start(model, requests=8) for name in settings}
+    for name, engine in engines.items():
+        begin(engine, prompts, endless(decoding(name), 8))      # requests run until the measurement is over
+    speeds = in_turns(5, {name: partial(stretch, engine, count=1000) for name, engine in engines.items()})
+    print(ratio(speeds["auto"], speeds["blt"]))
+
+or, where requests are to come to their ends: `complete(start(model, 8), prompts, params)`. What is timed once says
+little on a machine that others use: let alternatives take turns, and compare medians of the ratios of a turn.
+`replaced` puts other functions into the engine for a while. Commands are made by `fastblt.benchmarks.command`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastblt.models.blt import Blt
+from fastblt.server.engine.engine import Engine
+from fastblt.server.request import DecodingParams, Delta, FinishReason, Ledger, Request, SamplingParams
+from fastblt.server.settings import EngineSettings
+
+T = TypeVar("T")
+
+_numbers = itertools.count()
+
+
+def start(model: Blt, requests: int, **settings: Any) -> Engine:
+    """An engine that runs so many requests at once; `settings` are fields of EngineSettings."""
+    return Engine(model, EngineSettings(max_running=requests, **settings))
+
+
+def whole_length(decoding: DecodingParams, length: int, temperature: float = 0.0, seed: int = 0) -> SamplingParams:
+    """Parameters of a request that gives exactly `length` bytes."""
+    return SamplingParams(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding)
+
+
+def endless(decoding: DecodingParams, count: int, temperature: float = 0.0) -> list[SamplingParams]:
+    """Parameters of `count` requests that outlast a measurement, with seeds 0, 1, ..."""
+    return [whole_length(decoding, 16_000, temperature, seed) for seed in range(count)]
+
+
+def submit(engine: Engine, ids: list[int], params: SamplingParams) -> str:
+    """Add a request; its id."""
+    name = f"r{next(_numbers)}"
+    engine.add(Request(name, ids, params, time.monotonic()))
+    return name
+
+
+def begin(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[str]:
+    """Submit requests, one a step, as a server gets them; run until all of them decode. Their ids."""
+    names: list[str] = []
+    waiting: set[str] = set()
+    for ids, one in zip(prompts, params, strict=True):
+        names.append(submit(engine, ids, one))
+        waiting.add(names[-1])
+        waiting -= {delta.request_id for delta in engine.step()}
+    while waiting:
+        waiting -= {delta.request_id for delta in engine.step()}
+    return names
+
+
+def stretch(engine: Engine, count: float = math.inf, seconds: float = math.inf) -> float:
+    """Bytes a second, until `count` more bytes are there or `seconds` have passed."""
+    begun, clock, made, passed = engine.stats().bytes_generated, time.perf_counter(), 0, 0.0
+    while made < count and passed < seconds:
+        engine.step()
+        made, passed = engine.stats().bytes_generated - begun, time.perf_counter() - clock
+    return made / passed
+
+
+def end(engine: Engine, names: Sequence[str]) -> None:
+    """Abort requests, and run until the engine has nothing to do."""
+    for name in names:
+        engine.abort(name)
+    while engine.has_work():
+        engine.step()
+
+
+@dataclass
+class Output:
+    """What one request gave, how it ended, and what it cost on its own."""
+
+    ids: list[int] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    finish_reason: FinishReason | None = None
+    error: object = None
+
+    def take(self, delta: Delta) -> None:
+        """Add a piece of the request's output."""
+        self.ids += delta.ids
+        self.ledger = delta.ledger or self.ledger
+        if delta.finish_reason is not None:
+            self.finish_reason, self.error = delta.finish_reason, delta.error
+
+
+def complete(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    *,
+    after_step: Callable[[list[Output]], None] | None = None,
+    errors: bool = False,
+) -> list[Output]:
+    """Run requests to their ends, all at once; `after_step` sees their outputs as far as they are.
+
+    Raises RuntimeError where one ends in an error, unless `errors` are wanted.
+    """
+    names = [submit(engine, ids, one) for ids, one in zip(prompts, params, strict=True)]
+    outputs = {name: Output() for name in names}
+    while engine.has_work():
+        for delta in engine.step():
+            outputs[delta.request_id].take(delta)
+            if delta.finish_reason is FinishReason.ERROR and not errors:
+                raise RuntimeError(delta.error)
+        if after_step is not None:
+            after_step(list(outputs.values()))
+    return list(outputs.values())
+
+
+def in_turns(rounds: int, measures: Mapping[str, Callable[[], T]], warm_up: int = 0) -> dict[str, list[T]]:
+    """What each measure gives in every round; all have a turn before the next round. `warm_up` rounds do not count."""
+    found: dict[str, list[T]] = {name: [] for name in measures}
+    for turn in range(warm_up + rounds):
+        for name, measure in measures.items():
+            result = measure()
+            if turn >= warm_up:
+                found[name].append(result)
+    return found
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median over turns of one over another of the same turn."""
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
+    """Functions of classes, modules or objects, as `change` makes them of themselves: (place, name, change)."""
+    before = [(place, name, vars(place).get(name)) for place, name, _ in changes]
+    made = [(place, name, change(getattr(place, name))) for place, name, change in changes]
+    try:
+        for place, name, function in made:
+            setattr(place, name, function)
+        yield
+    finally:
+        for place, name, function in reversed(before):
+            if function is None:
+                # An object has it of its class.
+                delattr(place, name)
+            else:
+                setattr(place, name, function)

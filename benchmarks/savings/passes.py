@@ -1,0 +1,166 @@
+"""Which passes an engine on a CPU makes, by module and rows, and how long each takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastblt.benchmarks.harness import replaced
+from fastblt.kernels.cpu.decoder_steps import COLUMNS, SINGLE_ROWS, Decoded, DecoderSteps, Plans
+from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Steps
+from fastblt.kernels.cpu.structs import Spent
+from fastblt.server.engine.engine import Engine
+
+#: Functions of the engine's device side that are a pass of a module each, and `logits`, which is the head.
+MODULES = ("entropies", "encode", "upstream", "decode", "logits")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a module: entropies, encode, upstream, decode, or logits (the head)."""
+
+    module: str
+    rows: int
+    seconds: float
+
+
+class Recorder:
+    """Times every pass of an engine on a CPU while it is on. Whoever starts a clock clears it; what calls stood for is
+    worked out when they are taken, for it would take the clock's time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._calls: list[Callable[[], list[Pass]]] = []
+        self._device = engine._runner._forward
+
+    def clear(self) -> None:
+        """Forget what was timed."""
+        self._calls.clear()
+
+    def take(self) -> list[Pass]:
+        """The passes since it was cleared."""
+        passes = [done for call in self._calls for done in call()]
+        self.clear()
+        return passes
+
+    def on(self) -> AbstractContextManager[None]:
+        """Where passes are timed."""
+        each = [(self._device, module, partial(self._timed, module)) for module in MODULES]
+        steps, decoded = (self._device, "steps", self._taken_apart), (self._device, "decode_steps", self._decoded)
+        return replaced(*each, steps, decoded)
+
+    def _taken_apart(self, call: Callable[..., Steps]) -> Callable[..., Steps]:
+        """A call of many steps as the passes that it stands for: of each step and module those who took part. What the
+        choice of bytes takes is the head's."""
+
+        def timed(step: MultiStep, columns: np.ndarray, *args: Any, **kwargs: Any) -> Steps:
+            clock = time.perf_counter()
+            result = call(step, columns, *args, **kwargs)
+            taken = time.perf_counter() - clock
+            self._calls.append(lambda: _passes_of_steps(columns, result, taken, step.encoder_input))
+            return result
+
+        return timed
+
+    def _decoded(self, call: Callable[..., Decoded]) -> Callable[..., Decoded]:
+        """A call of the decoder's passes likewise: of each step its rows, and those that bytes were chosen from."""
+
+        def timed(step: DecoderSteps, plans: Plans, **kwargs: Any) -> Decoded:
+            clock = time.perf_counter()
+            result = call(step, plans, **kwargs)
+            taken = time.perf_counter() - clock
+            # The next call takes these back.
+            fixed = result.made.fixed.copy(), result.drafts.fixed.copy()
+            self._calls.append(lambda: _passes_of_plans(plans, result, fixed, taken, step.encoder_input))
+            return result
+
+        return timed
+
+    def _timed(self, module: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            clock = time.perf_counter()
+            result = call(*args)
+            taken = time.perf_counter() - clock
+            done = Pass(module, _rows_of(module, args), taken)
+            self._calls.append(lambda: [done])
+            return result
+
+        return timed
+
+
+def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool) -> list[Pass]:
+    """The passes that a call of steps stood for."""
+    stays = columns[OPENED] >= 0
+    encoded = result.made - 1 if fed else np.where(stays, result.made - 1, 0)
+    each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
+    steps = {name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()}
+    return _share(result.spent, taken, steps)
+
+
+def _passes_of_plans(
+    plans: Plans, result: Decoded, fixed: tuple[np.ndarray, np.ndarray], taken: float, fed: bool
+) -> list[Pass]:
+    """The passes that a call of plans stood for, where steps fixed those bytes of the blocks and of the drafts."""
+    asked = {name: np.array(plans.column(name)) for name in COLUMNS}
+    lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
+    behind, encoded = lines >= 0, list[int]()
+    steps_of = np.array(result.made.steps)
+    rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], fixed[0], steps_of)
+    if behind.any():
+        own, singles = np.zeros(len(drafted), dtype=np.int32), np.zeros(len(drafted), dtype=bool)
+        accepted = np.array(result.accepted)[behind]
+        own[lines[behind]] = np.minimum(asked["follows"][behind], asked["lefts"][behind] - accepted - 2)
+        singles[lines[behind]] = asked["rules"][behind] == SINGLE_ROWS
+        if own[~singles].any():
+            ones, sizes = (~singles & (own > 0)).astype(np.int32), np.where(singles, 0, own)
+            further = _of_blocks(ones, ones, sizes, fixed[1], np.where(singles, 0, drafted))
+            rows, chosen = rows + further[0], chosen + further[1]
+        each = np.where(singles, drafted, 0)
+        steps = [int((each > at).sum()) for at in range(int(each.max()))]
+        rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
+    return _share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if fed else []})
+
+
+def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass]:
+    """The seconds of a call among the passes that it stands for, by their rows: the `steps` of the modules, and what
+    went beside them."""
+    passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
+    for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
+        passes.setdefault(name, []).extend([rows] if rows else [])
+    patcher, encoder, decoder, altogether = spent.seconds
+    inside = {"entropies": patcher, "encode": encoder, "decode": decoder}
+    inside["logits"] = max(altogether - sum(inside.values()), 0.0)
+    shared: list[Pass] = []
+    for name, own in passes.items():
+        each = taken * inside[name] / altogether / max(sum(own), 1)
+        shared += [Pass(name, rows, each * rows) for rows in own]
+    return shared
+
+
+def _of_blocks(
+    causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, fixed: np.ndarray, taken: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """Of each step that blocks took, causal rows in the first: its rows, and those that bytes were chosen from."""
+    steps = range(1, int(taken.max()) + 1)
+    rows = [int(sizes[taken >= at].sum()) for at in steps]
+    rows[0] += int(causals.sum())
+    inside = np.arange(fixed.shape[1]) < sizes[:, None]
+    masked = inside & ((fixed == 0) | (fixed >= np.array(steps)[:, None, None]))
+    chosen = (masked & (taken >= np.array(steps)[:, None])[..., None]).sum((1, 2)).tolist()
+    # A selected row's byte opens the block.
+    chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
+    return rows, chosen
+
+
+def _rows_of(module: str, args: tuple[Any, ...]) -> int:
+    if module == "upstream":
+        return len(args[0].starts)
+    if module == "logits":
+        states, index = args
+        return len(states) if index is None else len(index)
+    return len(args[0].owners)
