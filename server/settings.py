@@ -30,35 +30,44 @@ _LONGEST_SECONDS = 3.2e7
 class EngineSettings:
     """Limits and modes of one engine.
 
-    `cache_bytes` is the memory for all page groups together (None: an eighth of the machine's). `max_pass_rows` bounds
-    the byte rows of one pass (prefill is cut into chunks that fit). `max_passes_per_beat` is the design's m: decoder
-    passes after one upstream pass; 1 never holds. `max_hold_ms` bounds how long a request is held (None: to the end of
-    the beat). `deterministic` makes arithmetic independent of batching. `prefix_cache` keeps what
-    requests computed for later ones that begin with the same bytes.
-    `tensor_parallel_size` is the number of processes, and devices, that the global transformer is split over.
-    `decoding` has the fields that requests leave out. `allow_untrained_block_size` is for experiments with the
-    diffusion head. Raises ValueError for a number that no engine can run with.
+    Raises ValueError for a number that no engine can run with.
     """
 
+    #: Checkpoint folder or Hub id; `revision` is a branch, tag or commit of the latter.
     model: str = str(PRETRAINED)
     revision: str | None = None
+    #: cpu, cuda or cuda:N; `dtype` is that of weights and caches.
     device: str = "cpu"
     dtype: str = "float32"
+    #: Memory of all caches together. None: an eighth of the machine's.
     cache_bytes: int | None = None
+    #: Positions (bytes, or patches) of a cache page.
     page_size: int = 64
+    #: Requests that run at once, and requests that may wait.
     max_running: int = 64
     max_waiting: int = 1024
+    #: Bytes of prompt and completion together, BOS included.
     max_model_len: int = 32768
+    #: Rows of one pass; longer prompts are computed in chunks.
     max_pass_rows: int = 2048
+    #: Decoder passes after one upstream pass, at most; 1 never holds a request.
     max_passes_per_beat: int = 64
+    #: Milliseconds that a request is held for the next upstream pass, at most. None: to the end of the beat.
     max_hold_ms: float | None = None
+    #: Entropy in nats above which a patch starts, and the longest patch in bytes. None: the checkpoint's.
     patching_threshold: float | None = None
     max_patch_length: int | None = None
+    #: Whether a row is computed the same way whatever is batched with it.
     deterministic: bool = False
+    #: Whether requests share what earlier ones computed for the same first bytes.
     prefix_cache: bool = True
+    #: Threads of arithmetic on a CPU. None: one a core.
     threads: int | None = None
+    #: Processes, each with a device, that the global transformer is split over.
     tensor_parallel_size: int = 1
+    #: Decoding fields that requests leave out.
     decoding: DecodingParams = field(default_factory=DecodingParams)
+    #: Whether block sizes that were not trained are taken, for experiments with the diffusion head.
     allow_untrained_block_size: bool = False
 
     def __post_init__(self) -> None:
@@ -91,17 +100,16 @@ class FailurePolicy(StrEnum):
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How a server looks after its engine and its requests. All times are in seconds.
+    """How a server looks after its engine and its requests. All times are in seconds."""
 
-    `queue_timeout` is how long a request may wait for its first pass, `request_timeout` how long it may take in all;
-    None is no limit. An engine that makes no progress for `stall_timeout` gets no more requests, and after twice that
-    time it is killed. An engine without requests is tried with one of the server's own every `probe_interval`.
-    """
-
+    #: Until the first pass of a request, and for all of it. None: no limit.
     queue_timeout: float | None = 600.0
     request_timeout: float | None = 3600.0
+    #: An engine without progress for so long gets no more requests; after twice that it is killed.
     stall_timeout: float = 60.0
+    #: An engine without requests is tried so often, with one of the server's own.
     probe_interval: float = 30.0
+    #: What follows when the engine is lost.
     on_engine_failure: FailurePolicy = FailurePolicy.STAY
 
     def __post_init__(self) -> None:
@@ -118,22 +126,23 @@ class SchedulingPolicy(StrEnum):
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """What the HTTP server lets in, and what it tells operators.
+    """What the HTTP server lets in, and what it tells operators."""
 
-    Without `api_keys` everybody is let in. `cors_origins` are those of browsers' pages that may ask; none by default.
-    Under FCFS no request may have a `priority`.
-    `shutdown_timeout` is what running requests have at the end, in seconds. `vllm_metrics` repeats the four gauges that
-    gateways and autoscalers read under vLLM's names. `otlp_endpoint` is where traces are sent, as a URL.
-    """
-
+    #: Keys that let a request in; without any everybody is let in.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    #: Origins whose pages browsers may ask from; none by default.
     cors_origins: tuple[str, ...] = ()
+    #: Under FCFS no request may have a `priority`.
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FCFS
+    #: PEM files; without them the server speaks plain HTTP.
     tls_certificate: str | None = None
     tls_key: str | None = None
+    #: Seconds that running requests get at the end.
     shutdown_timeout: float = 30.0
     access_log: bool = False
+    #: Whether the four gauges that gateways and autoscalers read are repeated under vLLM's names.
     vllm_metrics: bool = False
+    #: URL to send traces to.
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:

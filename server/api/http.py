@@ -105,7 +105,7 @@ class _Transport:
 class HttpProtocol(H11Protocol):
     """HTTP/1.1 with bounds on what a connection may do before it is a request.
 
-    Streams write to it where their news arrives: through ASGI every write would wake a task, and cost as much again.
+    Streams write to it from where deltas arrive: through ASGI every write would wake a task, which costs as much again.
     """
 
     #: Connections at once, if there are files for so many.

@@ -206,7 +206,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": self._events.last(), "more_body": False})
 
     async def _write(self, connection: HttpProtocol) -> None:
-        """Write until the stream's end, from where its news arrives."""
+        """Write until the stream's end, from where deltas arrive (`DeltaStream.listen`)."""
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def pass_on() -> None:

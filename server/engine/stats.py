@@ -9,30 +9,32 @@ from fastblt.server.request import Ledger
 
 @dataclass
 class EngineStats:
-    """A snapshot. `ledger` is the engine ledger: a pass counts once, however many requests share it (design §6.6).
-
-    Its `bytes` and `patches` are those of requests that have ended. `drafted_by_position` and `accepted_by_position`
-    count verified drafts that had, and kept, a byte at each position. `holds` counts a request once for every
-    decoder pass during which it waited for the next beat. `bytes_prompt` is without BOS. `pages_cached` have no user
-    and are as good as free. Of `prefix_queries` bytes of prompts looked up in the prefix cache, `prefix_hits` were
-    there; what preempted requests look up again is not counted.
-    """
+    """A snapshot of an engine's gauges and counters."""
 
     running: int = 0
     waiting: int = 0
+    #: Pages by group. Cached ones have no user and are as good as free.
     pages_total: dict[str, int] = field(default_factory=dict)
     pages_free: dict[str, int] = field(default_factory=dict)
     pages_cached: dict[str, int] = field(default_factory=dict)
+    #: The engine's ledger: a pass counts once, however many requests share it (design §6.6). Its `bytes` and `patches`
+    #: are those of requests that have ended.
     ledger: Ledger = field(default_factory=Ledger)
+    #: Entry i: verified drafts that had, and kept, more than i bytes.
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     drafts: int = 0
+    #: Decoder passes, and upstream passes.
     passes: int = 0
     beats: int = 0
+    #: Counts a request once for every decoder pass during which it waited for the next beat.
     holds: int = 0
     bytes_generated: int = 0
+    #: Without BOS.
     bytes_prompt: int = 0
     preemptions: int = 0
+    #: Bytes of prompts that were looked up in the prefix cache, and how many of them were found. What preempted
+    #: requests look up again is not counted.
     prefix_queries: int = 0
     prefix_hits: int = 0
 

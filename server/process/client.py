@@ -1,7 +1,7 @@
-"""Speaks to the engine process from an event loop, and keeps the requests that are alive in it.
+"""The engine client: the HTTP server's side of the engine, within its event loop.
 
-All state belongs to the loop. Nothing here waits for a pass, and nothing is done for single bytes: what a pass gave
-comes in one frame, and each request's part of it goes to the stream of whoever asked for it.
+All state belongs to the loop. Nothing here waits for a pass or is done byte by byte: what a step gave comes in one
+frame, and each request's part of it goes to the stream of its HTTP handler.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ logger = logging.getLogger("fastblt.engine")
 #: Memory for the log-probabilities of all requests until somebody reads them.
 MAX_LOGPROB_BYTES = 256 * 2**20
 
-#: Seconds that a stopping engine has to tell what came of the requests that were aborted.
+#: Seconds that a stopping engine has to end the requests that were aborted.
 LAST_WORDS_SECONDS = 5.0
 
 
 @dataclass
 class LiveRequest:
-    """What the server knows of a request that the engine has. Times are monotonic seconds, `bytes` those of output.
+    """What the server knows of a request that the engine has. Times are monotonic seconds.
 
-    `latest` is when it last had bytes; its arrival until then.
+    `latest` is when it last got bytes (at first, when it arrived), `started` when it left the queue, `first` when its
+    first byte came; `bytes` counts its output.
     """
 
     request: Request
@@ -50,12 +51,12 @@ class LiveRequest:
     started: float | None = None
     first: float | None = None
     bytes: int = 0
-    #: Deadlines that are still to come.
+    #: Deadlines that have not passed yet.
     queue_timer: asyncio.TimerHandle | None = None
     timer: asyncio.TimerHandle | None = None
-    #: Of whoever asked.
+    #: The context variables of its HTTP handler.
     context: Context = field(default_factory=copy_context)
-    #: Who wanted it to end.
+    #: Why it was aborted, as metrics count it.
     abort_cause: str | None = None
 
     def cancel(self) -> None:
@@ -65,7 +66,7 @@ class LiveRequest:
 
 
 class Observer(Protocol):
-    """Told of every delta, also when its reader has left, before `live` takes account of it."""
+    """Called with every delta, before `live` counts it; also when the reader has left."""
 
     def __call__(self, live: LiveRequest, delta: Delta, now: float) -> None: ...
 
@@ -91,7 +92,7 @@ class EngineClient:
         self.observers = observers
         self._name = name
         self._live: dict[str, LiveRequest] = {}
-        #: How many of them have not started.
+        #: How many of them have not left the queue.
         self._queued = 0
         self._pending_adds: dict[int, _PendingAdd] = {}
         self._streams: WeakSet[DeltaStream] = WeakSet()
@@ -192,7 +193,7 @@ class EngineClient:
         bound = self.settings.max_waiting
         if len(requests) > bound:
             raise InvalidRequestError(f"{len(requests)} completions were asked for; the queue holds {bound}", "n")
-        # The engine has the last word; at overload nobody has to wait for it.
+        # The engine decides; under overload nobody need wait for its answer.
         if self._queued + len(requests) > bound:
             raise QueueFullError(f"the waiting queue holds {bound} requests")
         self._check_memory(requests)
@@ -237,7 +238,7 @@ class EngineClient:
             await self._grammars.close()
             self._end_all(FinishReason.ABORT, "the server has shut down")
 
-    # --- what the engine says ---------------------------------------------------------------------------------------
+    # --- reports of the engine --------------------------------------------------------------------------------------
 
     def _hear(self, report: StepOutput | AddReply) -> None:
         if isinstance(report, AddReply):
@@ -292,7 +293,7 @@ class EngineClient:
             self._supervisor.notify()
 
     def _end_all(self, finish: FinishReason, reason: str) -> None:
-        """Give every request that still waits for the engine its last word."""
+        """End every request that still waits for the engine."""
         for number in list(self._pending_adds):
             self._decide(number, EngineUnavailableError(self.state, reason))
         code = ErrorCode.ENGINE_DIED if finish is FinishReason.ERROR else None
@@ -328,10 +329,10 @@ class EngineClient:
         return live
 
     def _expire(self, request_id: str, number: int, code: ErrorCode, error: str) -> None:
-        """End a request here and now, whatever the engine does."""
+        """End a request now, whatever the engine does."""
         self.abort(request_id)
         self._deliver([Delta(request_id, finish_reason=FinishReason.ERROR, error=error, error_code=code)])
-        # Whoever still waits to hear if it was taken reads of it in the stream.
+        # If its caller still waits to be accepted, the stream then tells of the error.
         self._decide(number, None)
 
     # --- states -----------------------------------------------------------------------------------------------------
@@ -360,7 +361,7 @@ class EngineClient:
 
 @dataclass
 class _PendingAdd:
-    """A submission that the engine has not answered yet."""
+    """An Add that the engine has not answered yet."""
 
     requests: Sequence[Request]
     future: asyncio.Future[None]

@@ -1,6 +1,6 @@
 """The engine process: `python -m fastblt.server.process.engine_main`, with the channel to its server as standard input.
 
-It loads the engine, then carries out commands between passes until it is told to stop or its server is gone.
+It loads the engine, then carries out commands between steps until it is told to stop or its server is gone.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Worker:
             for command in self._channel.read(block=not engine.has_work()):
                 if isinstance(command, Stop):
                     if engine.has_work():
-                        # What was aborted just before has its last news to come.
+                        # Requests that were just aborted end with a step.
                         self._step()
                     return
                 self._obey(command)
@@ -149,7 +149,7 @@ def _problem(error: Exception) -> Problem:
 
 
 def _take_standard_input() -> socket.socket:
-    """The channel, out of the reach of whatever else reads standard input."""
+    """The socket that is standard input, moved away so that nothing else reads from it."""
     sock = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -1,4 +1,4 @@
-"""The server's end of the channel: starts an engine process, and hears when it ends."""
+"""One engine process as the server sees it: starts it, sends commands, receives reports, learns of its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.01
 
 
 class EngineProcess(asyncio.Protocol):
-    """One engine process. Confined to an event loop.
+    """An engine process and the socket to it. To be used within an event loop.
 
     `on_report` gets every message of the process, then `on_end` is called once, with how the process ended.
     """
@@ -74,7 +74,7 @@ class EngineProcess(asyncio.Protocol):
             self._transport.abort()
 
     def check(self) -> None:
-        """To be called from time to time: notices an end that the channel does not tell."""
+        """Called from time to time: notices an end of the process that its socket does not tell."""
         if self._process is not None and self._process.poll() is not None:
             self.kill()
 
@@ -99,7 +99,7 @@ class EngineProcess(asyncio.Protocol):
             for report in self._unpacker.feed(data):
                 self._on_report(report)
         except msgspec.DecodeError:
-            logger.exception("the engine process does not speak our language; it is killed")
+            logger.exception("the engine process sent what is no message; it is killed")
             self.kill()
 
     def connection_lost(self, exc: Exception | None) -> None:

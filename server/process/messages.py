@@ -25,7 +25,7 @@ class Start(Message):
 
 
 class Add(Message):
-    """Take these requests, all or none; answered by a Verdict with the same number."""
+    """Take these requests, all or none; answered by an AddReply with the same number."""
 
     number: int
     requests: list[Request]
@@ -42,7 +42,7 @@ class Ping(Message):
 
 
 class Stop(Message):
-    """Give last news of what was aborted, and exit."""
+    """End what was aborted, and exit."""
 
 
 Command = Start | Add | Abort | Ping | Stop
@@ -75,12 +75,14 @@ class Problem(msgspec.Struct):
 
 
 class AddReply(Message):
+    """Whether the requests of an Add were taken: all of them where there is no problem."""
+
     number: int
     problem: Problem | None = None
 
 
 class StepOutput(Message):
-    """What came of a pass. `started` are the requests that left the queue for it, for the first time. `stats` comes
+    """What a step of the engine gave. `started` are the requests that left the queue for the first time. `stats` comes
     from time to time, and when nothing is left to do.
     """
 

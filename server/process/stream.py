@@ -1,4 +1,4 @@
-"""The news of requests on its way to whoever asked for them."""
+"""Per-request output stream from the engine client to an HTTP handler."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 
 from fastblt.server.request import Delta, FinishReason, Request
 
-#: Seconds between two items of a stream. Each costs its reader a write, whatever is in it, and bytes come much faster
-#: than anybody reads them.
+#: Least seconds between two items of a stream. Each costs a write to a socket, and bytes come faster than anybody
+#: reads.
 ITEM_SECONDS = 0.02
 
-#: What streams hold back is let go at multiples of so many seconds, for many of them at once: a process that wakes for
-#: each costs the engine more than what it then does.
+#: Streams release items at multiples of so many seconds, many of them at once: waking the process for each would take
+#: more time from the engine than the writes do.
 _TICK_SECONDS = 0.005
 
 
 class DeltaStream:
-    """Asynchronous iterator over the news of requests that were submitted together; one reader, which may also `listen`
-    and take the items as they come.
+    """Asynchronous iterator over the deltas of requests that were submitted together. It has one reader, which may
+    also `listen` and take items as they come.
 
     Each item is a list with at most one delta a request: what came since the last item is merged, so a slow reader
     holds no more than the requests' outputs. The first item and the last come at once, the others no closer together
-    than ITEM_SECONDS. With `whole`, news is held back until every request has ended, or one has failed. Whoever
-    stops before the end must `close()`: it aborts what is unfinished.
+    than ITEM_SECONDS. With `whole`, deltas are held back until every request has ended, or one has failed. A reader
+    that stops before the end must `close()`, which aborts what is unfinished.
     """
 
     def __init__(self, abort: Callable[[str, str], None], requests: Sequence[Request], *, whole: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Keeps an engine process: starts it, watches it, and decides what follows when it is lost."""
+"""Supervises the engine process: starts it, watches it, and decides what follows when it is lost."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class EngineUnavailableError(RuntimeError):
 class Supervisor:
     """One engine process at a time. Confined to an event loop.
 
-    `on_report` gets the engine's news and verdicts, `on_loss` why it was lost; `busy` says whether it has requests.
+    `on_report` gets step outputs and replies, `on_loss` the reason when the engine is lost; `busy` says whether it has
+    requests.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Supervisor:
     ) -> None:
         self.state = EngineState.LOADING
         self.reason = "the model is loading"
-        #: What the engine said of itself when it was ready first, and its counters as it last told them.
+        #: What the engine reported when it was first ready, and its latest counters.
         self.facts: Loaded | None = None
         self.stats = EngineStats()
         self.restarts = 0
@@ -206,7 +207,7 @@ class Supervisor:
             self._spawn(self._relaunch())
 
     def _lose(self, reason: str) -> None:
-        """Nothing more is expected of this process."""
+        """Give up this process, and decide whether another follows."""
         if self._lost:
             return
         self._lost = True
@@ -256,7 +257,7 @@ class Supervisor:
             self._ask()
 
     def _ask(self) -> None:
-        """A sign of life; of an engine that had nothing to do for long, a forward pass."""
+        """Ask for a sign of life; from an engine that was idle for long, for a forward pass."""
         if not self._pinged:
             self._pinged = True
             self.send(Ping())

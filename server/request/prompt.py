@@ -12,19 +12,19 @@ from fastblt.server.request.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and one completion. `prompt_ids` are what the model reads: BOS in front (see `with_bos`).
-
-    `choice` numbers the completions of one prompt and is mixed into the seed. `arrival` is `time.monotonic()`. Of
-    the requests that wait, those of the lowest `priority` run first. Cached prefixes are shared by requests of the same
-    `cache_salt` only.
-    """
+    """One prompt and one completion."""
 
     request_id: str
+    #: What the model reads: BOS in front (see `read_prompt`).
     prompt_ids: list[int]
     params: SamplingParams
+    #: `time.monotonic()`.
     arrival: float
+    #: Numbers the completions of one prompt; it is mixed into the seed.
     choice: int = 0
+    #: Cached prefixes are shared by requests of the same salt only.
     cache_salt: str | None = None
+    #: Of the requests that wait, those of the lowest value run first.
     priority: int = 0
 
     @property

@@ -79,28 +79,31 @@ class PatchReport:
 
 @dataclass
 class Ledger:
-    """Network function evaluations by module, and what drafting did. Of one request, or of the engine (design §6.6).
-
-    `rounds` are drafts with their verification, or blocks; `steps` are denoising steps. `drafted` and `accepted` bytes
-    are those of verified drafts; `kept` ones of them are in the output, and `wasted` bytes of any kind were fixed
-    beyond its end. The last five are known when a request has ended: `bytes` of output; `patches` that began among the
-    `patched_bytes` of them of which that is known (all, but for the last block of BLT-D); gigabytes of weights read,
-    by the paper's estimate and by all passes.
+    """Passes by module (network function evaluations), and what drafting did. Of one request, or of the engine (design
+    §6.6).
     """
 
+    #: Passes of the entropy model, the encoder, the global transformer and the decoder.
     patcher: int = 0
     encoder: int = 0
     global_: int = 0
     decoder: int = 0
+    #: Drafts with their verification, or blocks; and denoising steps.
     rounds: int = 0
     steps: int = 0
+    #: Bytes of verified drafts, how many of them were accepted, and how many of these are in the output.
     drafted: int = 0
     accepted: int = 0
     kept: int = 0
+    #: Final bytes of any kind beyond the end of the output.
     wasted: int = 0
+    #: Known when a request has ended: bytes of output; those of which it is known whether they begin a patch (all, but
+    #: for the last block of BLT-D); and how many do.
     bytes: int = 0
     patched_bytes: int = 0
     patches: int = 0
+    #: Known when a request has ended: gigabytes of weights read, by the paper's accounting (arXiv 2605.08044, Eq. 8)
+    #: and by that of all passes.
     gb_paper: float = 0.0
     gb: float = 0.0
 
@@ -127,28 +130,31 @@ class Timings:
 
 @dataclass(slots=True)
 class Delta:
-    """News of one request: bytes that are verified and past every stop string that could still match.
+    """What one request got from a step: bytes that are final and past every stop string that could still match.
 
-    `ids` may be empty; `finish_reason` is set exactly once, on the last delta, which also carries the ledger, the
-    timings, the decoding that really ran (every setting that its method has), and the patches where asked for.
-    `ending`, where logprobs are asked for, is the EOS or stop id that ended the request and is no part of the output.
-    `prompt_logprobs` come with the first delta and are those of the prompt's ids but for its first, BOS.
-    `cached` counts the prompt's bytes that need not be computed, for an earlier request had done so.
-    `stop_reason` is the stop string or id that matched. `error` explains FinishReason.ERROR, and `error_code` is the
-    word for it.
+    The last delta has a `finish_reason`, and with it the ledger, the timings, the decoding and the patches.
     """
 
     request_id: str
+    #: The bytes; may be empty. `logprobs`, where asked for, has one for each.
     ids: list[int] = field(default_factory=list)
     logprobs: list[ByteLogprobs] | None = None
+    #: Set exactly once, on the last delta.
     finish_reason: FinishReason | None = None
+    #: The stop string or id that matched.
     stop_reason: str | int | None = None
+    #: What happened, for FinishReason.ERROR, and the word for it.
     error: str | None = None
     error_code: ErrorCode | None = None
     ledger: Ledger | None = None
     timings: Timings | None = None
+    #: The decoding that really ran: every setting that its method has.
     decoding: DecodingParams | None = None
+    #: Where asked for.
     patches: PatchReport | None = None
+    #: Bytes of the prompt that were not computed, since an earlier request had done so.
     cached: int = 0
+    #: Where asked for, with the first delta: of the prompt's ids but for the first, BOS.
     prompt_logprobs: list[ByteLogprobs] | None = None
+    #: Where logprobs are asked for: the EOS or stop id that ended the request and is no part of the output.
     ending: tuple[int, ByteLogprobs] | None = None

@@ -53,7 +53,7 @@ class PrefixCache:
         if not self._enabled:
             sequence.resume(0, None)
             return
-        # Whoever wants logprobs of the prompt needs every row of it.
+        # A request for logprobs of its prompt needs every row of it.
         asks = sequence.params.prompt_logprobs is None
         path = self._find(sequence) if asks else []
         resume = path[-1].resume if path else None

@@ -115,7 +115,7 @@ class Follower:
 
 
 def _end_with_parent() -> None:
-    """Also when this process cannot hear of it: stopped, or within a pass."""
+    """End this process with its parent, even when it is stopped or within a pass."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
