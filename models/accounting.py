@@ -1,8 +1,7 @@
 """What passes read: parameters by module, and the gigabytes of weights that a decoding's passes touch.
 
-`gb_paper` is the measure of the Fast-BLT paper (arXiv 2605.08044 §4.2, Eq. 8); `gb` counts all four modules.
-Only weights are counted, once a pass however many rows it carries: no caches, no activations, no lookups in the hash
-tables.
+`gb_paper` is the measure of the Fast-BLT paper (arXiv 2605.08044 §4.2, Eq. 8); `gb` counts all four modules. Only
+weights are counted, once a pass however many rows it carries: no caches, no activations, no lookups in the hash tables.
 """
 
 from __future__ import annotations

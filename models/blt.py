@@ -100,7 +100,7 @@ class LocalEncoder(nn.Module):
         return cross(queries, attend, 0).view(patches, self.k * size)
 
     def pool_stored(self, patches: StoredPatches, *, tiled: bool = False) -> Tensor:
-        """Patch vectors [P, k*d] of patches whose states are kept in pages."""
+        """Patch vectors [P, k*d] of patches whose encoder states are cached in pages."""
         return self.pool(*patches.padded(), tiled=tiled)
 
 
@@ -140,10 +140,10 @@ class LocalDecoder(nn.Module):
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
 
     def latent_keys_values(self, latents: Tensor) -> Tensor:
-        """Keys and values that decoder rows read of latents [..., dg]: [..., C, 2, k, Hkv, D], C cross-attentions."""
+        """Keys and values of latents [..., dg] for the decoder: [..., C, 2, k, Hkv, D], for C cross-attentions."""
         source = self.patch_embedding_projection(latents).unflatten(-1, (self.k, -1))
         if latents.dim() == 2:
-            # The engine's: rows of one leading dimension, whose maps are fused.
+            # From the engine: fused maps take rows of one leading dimension.
             source = source.flatten(0, 1)
         layers: list[Tensor] = []
         shape = (*latents.shape[:-1], self.k)
@@ -153,7 +153,7 @@ class LocalDecoder(nn.Module):
         return torch.stack(layers, dim=-5)
 
     def store_latents(self, latents: Tensor, store: Tensor, slots: Tensor) -> None:
-        """Keep these keys and values of latents [P, dg] at int32 `slots` [P] of a store [slots, C, 2, k, Hkv, D]."""
+        """Cache the keys and values of latents [P, dg] at `slots` int32 [P] of `store` [slots, C, 2, k, Hkv, D]."""
         store.index_copy_(0, slots.long(), self.latent_keys_values(latents))
 
     def stored_states(
@@ -164,9 +164,12 @@ class LocalDecoder(nn.Module):
         latents: StoredLatents,
         read: Tensor | None = None,
     ) -> Tensor:
-        """`forward` [N, d] of the attention's rows, which begin as what is known of them: encoder states or ids; where
-        `block`, int32 [N], is not negative, as this id. Where `read`, bool [N], is given, other rows need not be right,
-        though what they store is."""
+        """Final normed states [N, d] of the attention's rows.
+
+        Rows begin as `known` says, as encoder states or as embeddings of ids; block rows, those with an id >= 0 in
+        `block` int32 [N], as embeddings of that id. Where `read` bool [N] is given, the results of other rows are
+        undefined; the keys and values that they cache are right.
+        """
         owners, positions = attend.at.rows, attend.at.positions
         if isinstance(known, PagedRows):
             x = known.read(owners, positions)
@@ -185,7 +188,7 @@ class LocalDecoder(nn.Module):
 
 @dataclass
 class BltOutput:
-    """Of a whole-sequence pass over ids [B, T].
+    """What a whole-sequence pass over ids [B, T] computes.
 
     logits fp32 [B, T, 260]; entropies fp32 nats [B, T]; starts bool [B, T + 1]: starts[b, p] says that position p opens
     a patch (p = T: whether the next byte will); states [B, T, d] of the encoder; latents [B, P, dg], padded.
@@ -199,7 +202,7 @@ class BltOutput:
 
 
 class Blt(nn.Module):
-    """All modules under the names of the published checkpoint (`lm_head` beside the `model.*` ones)."""
+    """All modules, under the names of the published checkpoint: `lm_head`, and the others with `model.` in front."""
 
     _hash_powers: Tensor
     _hash_offsets: Tensor
@@ -230,7 +233,7 @@ class Blt(nn.Module):
         return F.pad(ids, (self.hash_window - 1, 0)).unfold(-1, self.hash_window, 1)
 
     def hash_tables(self) -> structs.Tables:
-        """The tables of `embed`, for C code."""
+        """The embedding tables of `embed`, for C code."""
         tables = self.local_encoder.embed_tokens.weight, self.encoder_hash_tok_embedding.weight
         return tables_of(self._hash_powers, self.config.hash_group_vocab, *tables)
 
@@ -250,7 +253,8 @@ class Blt(nn.Module):
         )
 
     def encode_stored(self, ids: RequestIds, states: PagedRows, attend: PagedAttention) -> Tensor:
-        """Encoder states [N, d] of the attention's rows, which are kept too. `ids` are padded for `hash_window`."""
+        """Encoder states [N, d] of the attention's rows, which are also cached in `states`. `ids` are padded for
+        `hash_window`."""
         owners, positions = attend.at.rows, attend.at.positions
         rows = self.local_encoder(self.embed(ids.windows(owners, positions)), attend)
         states.write(owners, positions, rows)
@@ -336,7 +340,7 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 
 
 def _hash_powers(sizes: tuple[int, ...], functions: int) -> Tensor:
-    """int64 [tables, window] multipliers of a window's ids, oldest first; zero where an n-gram does not reach."""
+    """Multipliers int64 [tables, window] of a window's ids, oldest first; zero for ids before the n-gram."""
     window = max(sizes, default=1)
     table = torch.zeros(functions * len(sizes), window, dtype=torch.int64)
     for f in range(functions):

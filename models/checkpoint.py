@@ -246,7 +246,7 @@ def write_checkpoint(
 ) -> None:
     """Write tensors of `sizes` bytes, fetched by name one shard at a time, and then `config.json`.
 
-    Every file is written beside its place and moved there; weights that an earlier call left under other names go.
+    Every file is written under a temporary name and moved into place; weight files of an earlier call are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

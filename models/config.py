@@ -126,7 +126,7 @@ class BltConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` that `transformers` reads too; our own fields beside its own."""
+        """The `config.json` that `transformers` reads too; its own fields and ours."""
 
         def stack(sub: StackConfig, **more: Any) -> dict[str, Any]:
             return {

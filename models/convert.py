@@ -1,7 +1,7 @@
 """From the official BLT repositories' layout to the one `fastblt.models.checkpoint` reads.
 
 An official folder (facebook/blt-1b, facebook/blt-entropy) holds `config.json` = {"args": {...}} and `model.safetensors`
-with names of its own; beside a model stands `train_args.json`, whose data.patcher_args are the patch rule. Older
+with names of its own; a model also has `train_args.json`, whose data.patcher_args are the patch rule. Older
 releases hold `params.json` with the arguments under `model` or `entropy_model`, and data.patcher_args. Widths of
 feed-forward layers and numbers of key heads are read from the tensors, since the arguments only imply them. Only
 safetensors and JSON are read.

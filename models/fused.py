@@ -1,5 +1,8 @@
-"""A model's fp32 modules on a CPU as C calls, for serving: whole modules of a small model (`fastblt.kernels.cpu.stack`,
-`fastblt.kernels.cpu.dense`), the linear maps of a large one (`fastblt.kernels.cpu.linear`)."""
+"""Replaces a model's fp32 modules on a CPU by C calls, for serving.
+
+`fuse` takes whole modules of a small model (`kernels/cpu/stack.py`, `kernels/cpu/dense.py`), `stream` the linear maps
+of a large one (`kernels/cpu/linear.py`).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from fastblt.kernels.request_ids import RequestIds
 from fastblt.models.blt import Blt, LocalDecoder, LocalEncoder, Patcher
 from fastblt.models.layers import CrossAttend, CrossAttention, Layer, RMSNorm, SelfAttend, Stack
 
-#: Where a model keeps which weights it was fused with, and its local modules.
+#: Attributes of a fused model: the weights that were copied, and its LocalModules.
 _FUSED, _LOCAL = "_fused_weights", "_fused_local"
 
 Pack = Callable[[nn.Module], Packed]
@@ -33,8 +36,11 @@ Pack = Callable[[nn.Module], Packed]
 
 @dataclass(frozen=True)
 class LocalModules:
-    """What takes a byte from its id to the next, as C code: entropy model, encoder and decoder, each layers with what
-    their rows begin as (tables, where these are not kept states) and what becomes of them, and the head."""
+    """The local modules for C code: their packed layers, what rows begin as (`Source`) and what becomes of them
+    (`Sink`).
+
+    `head` maps the decoder's states to logits.
+    """
 
     patcher: tuple[PackedStack, Source, Sink]
     encoder: tuple[PackedStack, Source, Sink]
@@ -43,7 +49,7 @@ class LocalModules:
 
 
 def fuse(model: Blt) -> bool:
-    """Let a model's fp32 modules on the CPU run fused under `torch.inference_mode`; whether they do now.
+    """Let a model's fp32 modules on the CPU run as C under `torch.inference_mode`. Returns whether they do now.
 
     Weights are copied: call it again when they have changed; nothing is done where they have not. Layers that are split
     over ranks stay as they are. Where the model is asked for gradients, or over rows of more than one leading
@@ -59,7 +65,7 @@ def fuse(model: Blt) -> bool:
     local: dict[str, tuple[PackedStack, Source, Sink]] = {}
 
     def packed(linear: nn.Module) -> Packed:
-        """A map's weights, copied once for all that it is part of."""
+        """A map's packed weights; each map is copied once, however many calls use it."""
         weight = cast(Tensor, linear.weight)
         if id(weight) not in copies:
             copies[id(weight)] = pack(weight)
@@ -101,7 +107,7 @@ def fuse(model: Blt) -> bool:
 
 
 def local_modules(model: Blt) -> LocalModules | None:
-    """The local modules as `fuse` left them; None where it did not take them whole."""
+    """The local modules of a fused model; None where `fuse` did not take all of them whole."""
     return vars(model).get(_LOCAL)
 
 
@@ -113,8 +119,8 @@ def is_fused(model: Blt) -> bool:
 
 
 def stream(model: Blt) -> bool:
-    """Let a large model's fp32 maps on the CPU read their weights as fast as memory gives them, under
-    `torch.inference_mode` and for passes of few rows; whether they do now. Nothing is copied.
+    """Let a large model's fp32 maps on the CPU take passes of few rows in C, at the speed of memory, under
+    `torch.inference_mode`. Returns whether they do now. Nothing is copied.
     """
     if library() is None:
         return False
@@ -137,14 +143,14 @@ def _streamed(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _whole(stack: Stack) -> bool:
-    """Whether its layers are on one rank: the parts of split ones are joined by more than a map."""
+    """Whether the layers are on one rank: split ones exchange their parts, which C code cannot."""
     layers = [cast(Layer, layer) for layer in stack]
     maps = [one for layer in layers for one in (*layer.self_attn.children(), *layer.mlp.children())]
     return all(isinstance(one, nn.Linear) for one in maps)
 
 
 def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forward") -> None:
-    """Have `fused` take rows [N, d] in place of a method, which keeps all else."""
+    """Have `fused` take inputs of shape [N, d] in place of a method, which still takes all others."""
     vars(module).pop(name, None)
     plain = getattr(module, name)
 
@@ -155,7 +161,7 @@ def _replace(module: nn.Module, fused: Callable[..., object], name: str = "forwa
 
 
 def _replace_stored(module: nn.Module, fused: Callable[..., object], name: str) -> None:
-    """Have `fused` serve a method over caches, which only serving calls."""
+    """Have `fused` take the place of a method over caches, but where gradients are wanted."""
     vars(module).pop(name, None)
     plain = getattr(module, name)
 

@@ -68,17 +68,20 @@ class _Projections(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def heads(self, x: Tensor) -> Tensor:
+        """x [..., heads * D] as [..., heads, D]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 
 class SelfAttention(_Projections):
+    """Self-attention of rows x [..., d]; `attend` has the rotation, mask and cache."""
+
     def forward(self, x: Tensor, attend: SelfAttend, layer: int) -> Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 
 class CrossAttention(_Projections):
-    """Cross-attention without positions. Keys and values are computed apart, so that they can be kept."""
+    """Cross-attention without positions. Keys and values are computed separately, so that they can be cached."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
@@ -113,7 +116,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Layers, the first of them with a cross-attention before it where there are any."""
+    """Transformer layers. Where there are cross-attentions, one stands before each of the first layers."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__(Layer(config) for _ in range(config.num_layers))

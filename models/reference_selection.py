@@ -68,9 +68,9 @@ def select(
 ) -> Selected:
     """Select from raw logits [260] the byte that will stand at absolute `position` (BOS = 0).
 
-    `output` are the ids that penalties count beside the `prompt`; `produced` is how many come before the position,
-    which decides whether EOS is allowed yet. The order: penalties, bias, forbidden ids, temperature, top_k, top_p,
-    min_p, noise. Ties go to the lowest id.
+    `output` are the ids that penalties count, as they count those of the `prompt`; `produced` is how many come before
+    the position, which decides whether EOS is allowed yet. The order: penalties, bias, forbidden ids, temperature,
+    top_k, top_p, min_p, noise. Ties go to the lowest id.
     """
     scores = penalized(logits, options, prompt, output)
     for i in forbidden(options, produced):

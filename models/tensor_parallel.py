@@ -28,7 +28,7 @@ _JOINED = ("o_proj", "down_proj")
 
 
 class Exchange(Protocol):
-    """What ranks do together, each with its own x [..., w]."""
+    """Collective operations of the ranks; each gives its own x [..., w]."""
 
     size: int
 

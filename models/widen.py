@@ -48,7 +48,7 @@ class Shape:
 
 _ENCODER = StackShape(1024, 1, 16, 16, 2816)
 _DECODER = StackShape(1024, 9, 16, 16, 2816)
-#: The shapes of arXiv 2605.08044 §4.1, as far as its tables tell: its gigabytes and passes leave these weight counts.
+#: The shapes of arXiv 2605.08044 §4.1, derived from the gigabytes and passes of its tables: it does not list them.
 SHAPES = {
     "1b": Shape(_ENCODER, StackShape(2048, 25, 16, 16, 5632), _DECODER),
     "3b": Shape(_ENCODER, StackShape(3072, 28, 24, 8, 8192), _DECODER),
