@@ -29,7 +29,7 @@ class Options(BaseModel):
 
     `replicas` and `max_replicas` bound the number of engines, `cpus` and `gpus` are what each reserves (with tensor
     parallelism, all of its ranks together). A replica is added where each would have more than `target_requests`
-    requests, running or waiting. `engine` are fields of `server.settings.EngineSettings`, `api_keys` as in `serve`.
+    requests, running or waiting. `engine` are fields of `EngineSettings`, `api_keys` as in `serve`.
     """
 
     replicas: int = Field(default=1, ge=1)
