@@ -4,8 +4,7 @@ Two deployments: the replicas, each an engine with its API, and the front that e
 scaled on the requests that they have and that wait for one.
 """
 
-from __future__ import annotations
-
+# No annotations as strings here: Ray makes the argument of `build` of its annotation only if that is a class.
 from typing import Any
 
 import msgspec

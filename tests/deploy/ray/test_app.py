@@ -8,12 +8,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from fastblt.benchmarks.checks.replicas import Kill, Options, load, serving
+from fastblt.deploy.ray.app import build
 from fastblt.server.llm import LLM
 from fastblt.server.request import SamplingParams
 from tests.server.api.running import save_tiny, until
@@ -30,6 +34,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def url(checkpoint: str) -> Iterator[str]:
     with serving(Options(replicas=2, model=checkpoint, engine=ENGINE), cpus=2) as url:
         yield url
+
+
+def test_serve_yaml_is_what_build_takes() -> None:
+    """By the function that `serve run` and `serve deploy` call."""
+    [described] = yaml.safe_load((Path(__file__).parents[3] / "deploy/ray/serve.yaml").read_text())["applications"]
+    assert described["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert isinstance(call_user_app_builder_with_args_if_necessary(build, described["args"]), Application)
+    with pytest.raises(ValueError, match="replicas"):
+        call_user_app_builder_with_args_if_necessary(build, {"replicas": 0})
 
 
 def samples(url: str, name: str) -> dict[str, float]:
