@@ -18,12 +18,11 @@
 /* Stores the first `count` sums of a panel. */
 static __attribute__((noinline)) void store_part(const float *sums, struct target to, int64_t row, int64_t column,
                                                  int64_t count) {
-    float *out = to.out + row * to.size + column;
-    const float *residual = to.residual + row * to.size + column;
+    int64_t at = row * to.size + column;
     for (int64_t i = 0; i < count; i++) {
         float sum = sums[i];
-        for (int64_t t = 0; t < to.times; t++) sum += residual[i];
-        out[i] = sum;
+        for (int64_t t = 0; t < to.times; t++) sum += to.residual[at + i];
+        to.out[at + i] = sum;
     }
 }
 
@@ -36,10 +35,13 @@ static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct 
         return;
     }
     float *out = to.out + row * to.size + column;
-    const float *residual = to.residual + row * to.size + column;
-    if (to.times > 0) low += load(residual), high += load(residual + 8);
-    if (to.times > 1) low += load(residual), high += load(residual + 8);
-    memcpy(out, &low, sizeof low), memcpy(out + 8, &high, sizeof high);
+    for (int64_t t = 0; t < to.times; t++) {
+        const float *residual = to.residual + row * to.size + column;
+        low += load(residual);
+        high += load(residual + 8);
+    }
+    memcpy(out, &low, sizeof low);
+    memcpy(out + 8, &high, sizeof high);
 }
 
 /* ROWS rows from `row` on by PANELS panels from `panel` on; both are constants where this is inlined. */
