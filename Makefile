@@ -13,12 +13,13 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test compat lint format gpu-check clean
+.PHONY: help install serve quick test sanitize compat lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
 	@echo "make quick      lint, types, and all tests but those in the places that tests/conftest.py calls slow"
 	@echo "make test       lint, types, and all tests"
+	@echo "make sanitize   the C kernels' tests, and an engine, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
@@ -48,6 +49,9 @@ quick: lint
 
 test: lint
 	$(PYTEST) $(ARGS)
+
+sanitize: $(STAMP)
+	$(VENV)/bin/python -m tests.kernels.cpu.sanitized $(ARGS)
 
 compat: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'

@@ -25,6 +25,7 @@ SLOW = (
     "docs/test_examples.py",
     "faults",
     "gpu",
+    "kernels/cpu/test_sanitizers.py",
     "kernels/gpu/test_cases.py",
     "models/pretrained",
     "models/training",

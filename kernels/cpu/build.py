@@ -44,6 +44,7 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wall",
 )
+LINK_FLAGS = ("-shared", "-fopenmp")
 #: More flags of single files. Scores are rounded after every operation, as they are by torch.
 MORE_FLAGS = {"selection.c": ("-ffp-contract=off",)}
 #: Seconds that the compiler has for a file.
@@ -173,7 +174,7 @@ class Build:
             key = _hash(read_with_headers(source), *command, *flags, platform.machine())
             self._objects[f"{source.stem}-{key}.o"] = (source, flags)
         #: The library's file name.
-        self.name = f"fastblt-{_hash(b'', *self._objects)}.so"
+        self.name = f"fastblt-{_hash(b'', *LINK_FLAGS, *self._objects)}.so"
 
     def into(self, folder: Path) -> int:
         """Have the library in a folder; returns how many files were compiled. Raises CompilerError, OSError."""
@@ -199,7 +200,7 @@ class Build:
 
     def _link(self, scratch: Path) -> bytes:
         objects = (str(scratch / name) for name in self._objects)
-        self._run("-shared", "-fopenmp", *objects, "-o", str(scratch / self.name), "-lm")
+        self._run(*LINK_FLAGS, *objects, "-o", str(scratch / self.name), "-lm")
         return (scratch / self.name).read_bytes()
 
     def _run(self, *arguments: str) -> None:
