@@ -23,6 +23,7 @@ SLOW = (
     "deploy/test_monitoring.py",
     "deploy/ray/test_app.py",
     "docs/test_examples.py",
+    "docs/test_life.py",
     "faults",
     "gpu",
     "kernels/cpu/test_sanitizers.py",
