@@ -149,7 +149,7 @@ def test_the_bare_folder_names_are_not_imported() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize("folder", ["kernels", "models", "server", "deploy"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
 def test_files_stay_small(folder: str) -> None:
     long = {}
     for pattern in ("*.py", "*.c", "*.h"):

@@ -1,12 +1,13 @@
-"""Random rows for the selection kernels, and their packing into tensors."""
+"""Random rows for the selection kernels, their packing into tensors, and draws from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from fastblt.kernels.selection import select
 from fastblt.kernels.types import Selection, SelectionParams
 from tests.oracles.selection_oracle import Row
 
@@ -122,3 +123,23 @@ def bits(selection: Selection) -> torch.Tensor:
         assert values is not None
         columns.append(torch.where(values.isnan(), -1, values.view(torch.int32).long()))
     return torch.stack(columns, dim=1)
+
+
+def draws(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    choose: Callable[..., Selection] = select,
+    **truncation: float,
+) -> torch.Tensor:
+    """One draw a row from the same logits [260]."""
+    row = Row(temperature=1.0, **truncation)  # type: ignore[arg-type]
+    drawn = []
+    for seed, position in zip(seeds.split(256), positions.split(256), strict=True):
+        params = pack([row])
+        size = len(seed)
+        for name in ("temperature", "top_k", "top_p", "min_p", "forbid_eos"):
+            setattr(params, name, getattr(params, name).expand(size))
+        params.seeds, params.positions = seed, position
+        drawn.append(choose(logits.expand(size, 260), params, need_statistics=False).ids)
+    return torch.cat(drawn)

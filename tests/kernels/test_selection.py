@@ -1,8 +1,7 @@
-"""Selection against the scalar oracle, the contract of row invariance, and the distribution of the draws."""
+"""Selection against the scalar oracle, case by case, and the contract of row invariance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastblt.kernels.selection
-from fastblt.kernels.cpu.native import library
-from fastblt.kernels.noise import gumbel, mix_seed
 from fastblt.kernels.selection import select, select_torch
 from fastblt.kernels.types import NOT_FINITE, NOTHING_LEFT, Selection, SelectionParams
-from tests.kernels.poison import poison, written
 from tests.kernels.rows import LOGITS, bits, needs, pack, random_logits, random_row
 from tests.oracles import selection_oracle as oracle
 from tests.oracles.selection_oracle import Row
@@ -371,177 +367,3 @@ def test_statistics_change_nothing_else() -> None:
     without = select(logits, params, need_statistics=False)
     assert torch.equal(with_them.ids, without.ids) and torch.equal(with_them.bad, without.bad)
     assert torch.equal(with_them.logprobs.view(torch.int32), without.logprobs.view(torch.int32))
-
-
-# --- The C kernel's noise, and the two paths side by side -----------------------------------------------------------
-
-
-NATIVE = pytest.mark.parametrize("path", ["native"], indirect=True)
-
-
-@NATIVE
-def test_the_rough_noise_is_never_further_off_than_the_exact_one_is_looked_for() -> None:
-    """All 2^23 values, against the doubt of 1e-4 that the C code allows two ids together."""
-    words = torch.arange(2**23, dtype=torch.int32) << 9
-    rough = torch.full((2**23,), float("nan"))
-    native = library()
-    assert native is not None
-    native.fastblt_rough_gumbel(words.data_ptr(), len(words), rough.data_ptr())
-    uniform = torch.arange(2**23, dtype=torch.float64).add_(0.5).mul_(2.0**-23)
-    error = uniform.log_().neg_().log_().neg_().sub_(rough).abs_().max().item()
-    # A sum with a score within 20 of the best adds half a unit of 2^-19.
-    assert 2 * (error + 2.0**-20) < 1e-4 / 2
-
-
-@NATIVE
-def test_the_native_noise_is_the_torch_path_s() -> None:
-    """Among equals the largest noise wins: its id, for many seeds and positions."""
-    generator = torch.Generator().manual_seed(4)
-    seeds = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=generator)
-    positions = torch.randint(0, 2**40, (4000,), generator=generator)
-    expected = gumbel(seeds, positions)
-    expected[:, [0, 1, 3]] = -torch.inf
-    assert torch.equal(sample(torch.zeros(260), seeds, positions), expected.argmax(-1))
-
-
-@NATIVE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_both_paths_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy ids and what is bad to the bit, the rest but for the last bits; nothing is left unwritten."""
-    poison(monkeypatch)
-    rng = np.random.default_rng(17)
-    kinds = rng.choice(LOGITS, 200)
-    logits = torch.as_tensor(np.stack([random_logits(rng, kind) for kind in kinds])).to(dtype)
-    params = pack([random_row(rng) for _ in kinds])
-    native, plain = (
-        select(logits, params, need_statistics=True),
-        select_torch(logits.float(), params, need_statistics=True),
-    )
-    written(native)
-    assert torch.equal(native.bad, plain.bad)
-    greedy, good = params.temperature == 0, plain.bad == 0
-    assert torch.equal(native.ids[greedy], plain.ids[greedy])
-    assert (native.ids != plain.ids).sum() <= 2
-    same = good & (native.ids == plain.ids)
-    torch.testing.assert_close(native.logprobs[same], plain.logprobs[same], rtol=1e-6, atol=1e-6)
-    assert native.confidence is not None and plain.confidence is not None
-    assert native.entropy is not None and plain.entropy is not None
-    torch.testing.assert_close(native.confidence[good], plain.confidence[good], rtol=1e-6, atol=0)
-    torch.testing.assert_close(native.entropy[good], plain.entropy[good], rtol=1e-6, atol=2e-6)
-    assert native.confidence[~good].isnan().all() and native.entropy[~good].isnan().all()
-
-
-# --- Distribution ---------------------------------------------------------------------------------------------------
-
-
-def sample(
-    logits: Tensor, seeds: Tensor, positions: Tensor, choose: Callable[..., Selection] = select, **truncation: float
-) -> Tensor:
-    """One draw a row from the same logits [260]."""
-    row = Row(temperature=1.0, **truncation)  # type: ignore[arg-type]
-    drawn = []
-    for seed, position in zip(seeds.split(256), positions.split(256), strict=True):
-        params = pack([row])
-        size = len(seed)
-        for name in ("temperature", "top_k", "top_p", "min_p", "forbid_eos"):
-            setattr(params, name, getattr(params, name).expand(size))
-        params.seeds, params.positions = seed, position
-        drawn.append(choose(logits.expand(size, 260), params, need_statistics=False).ids)
-    return torch.cat(drawn)
-
-
-def deviation(counts: Tensor, p: Tensor) -> float:
-    """Chi-square of the counts of possible ids, in standard deviations from its expectation."""
-    possible = p > 0
-    assert counts[~possible].sum() == 0
-    expected = p[possible] * counts.sum()
-    assert expected.min() > 5
-    freedom = int(possible.sum()) - 1
-    return float((((counts[possible] - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
-
-
-def distribution() -> tuple[Tensor, Tensor]:
-    logits = torch.randn(260, generator=torch.Generator().manual_seed(8))
-    allowed = logits.double().clone()
-    allowed[[0, 1, 3]] = float("-inf")
-    return logits, allowed.softmax(0)
-
-
-DRAWS = 1_000_000
-FEWER = 50_000
-
-
-def test_draws_follow_the_distribution_over_positions() -> None:
-    logits, p = distribution()
-    ids = sample(logits, torch.full((DRAWS,), mix_seed(1, 0)), torch.arange(DRAWS))
-    assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
-    # Neighboring positions are independent: the pairs of their ids, in 16 classes, fill all cells as they should.
-    classes = ids % 16
-    q = torch.zeros(16, dtype=torch.float64).index_add_(0, torch.arange(260) % 16, p)
-    pairs = torch.bincount(classes[:-1] * 16 + classes[1:], minlength=256)
-    assert abs(deviation(pairs, (q[:, None] * q).flatten())) < 4
-
-
-def test_draws_follow_the_distribution_over_seeds_and_choices() -> None:
-    logits, p = distribution()
-    seeds = torch.tensor([mix_seed(number // 8, number % 8) for number in range(FEWER)])
-    ids = sample(logits, seeds, torch.full_like(seeds, 17))
-    assert abs(deviation(torch.bincount(ids, minlength=260), p)) < 4
-
-
-def test_truncated_draws_follow_the_renormalized_distribution() -> None:
-    logits, p = distribution()
-    ids = sample(logits, torch.full((FEWER,), mix_seed(2, 0)), torch.arange(FEWER), top_k=20)
-    kept = torch.zeros_like(p)
-    best = p.topk(20).indices
-    kept[best] = p[best] / p[best].sum()
-    assert abs(deviation(torch.bincount(ids, minlength=260), kept)) < 4
-
-
-def shared_words(seeds: Tensor, positions: Tensor) -> Tensor:
-    return gumbel(seeds, positions).view(-1, 65, 4)[..., :1].expand(-1, 65, 4).reshape(-1, 260)
-
-
-@pytest.mark.parametrize("path", ["torch"], indirect=True)
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda seeds, positions: gumbel(seeds, torch.zeros_like(positions)),
-        lambda seeds, positions: gumbel(seeds, positions >> 3),
-        lambda seeds, positions: gumbel(seeds, positions & 0xFF),
-        shared_words,
-        lambda seeds, positions: gumbel(seeds, positions) * 0.9,
-    ],
-    ids=["position ignored", "position repeated", "position short", "word shared", "noise too small"],
-)
-def test_wrong_noise_does_not_follow_it(
-    wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fastblt.kernels.selection, "gumbel", wrong)
-    logits, p = distribution()
-    ids = sample(logits, torch.full((FEWER,), mix_seed(1, 0)), torch.arange(FEWER), select_torch)
-    assert abs(deviation(torch.bincount(ids, minlength=260), p)) > 8
-
-
-@pytest.mark.parametrize("path", ["torch"], indirect=True)
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda seeds, positions: gumbel(seeds & 0xFFFFFFFF, positions),
-        lambda seeds, positions: gumbel(seeds ^ positions, torch.zeros_like(positions)),
-        lambda seeds, positions: gumbel(seeds, positions).roll(1, -1),
-        lambda seeds, positions: gumbel(seeds, positions + 1),
-    ],
-    ids=["key cut", "position in the key", "ids shifted", "position shifted"],
-)
-def test_wrong_keys_and_counters_are_told_from_the_right_ones(
-    wrong: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Noise that is good noise, but another one, passes a chi-square; the oracle tells it apart."""
-    rng = np.random.default_rng(6)
-    logits = torch.as_tensor(np.stack([random_logits(rng, "normal") for _ in range(40)]))
-    rows = [Row(temperature=2.0, seed=mix_seed(9, i), position=i) for i in range(40)]
-    expected = [oracle.select(row_logits.tolist(), row).id for row_logits, row in zip(logits, rows, strict=True)]
-    assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() == expected
-    monkeypatch.setattr(fastblt.kernels.selection, "gumbel", wrong)
-    assert select_torch(logits, pack(rows), need_statistics=False).ids.tolist() != expected

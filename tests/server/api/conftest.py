@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fastblt.server.llm import LLM
 from fastblt.server.process.client import EngineClient
 from fastblt.server.settings import ServiceSettings
-from tests.server.api.running import MODEL, RunningServer, save_tiny, tiny_settings
+from tests.server.api.running import MAX_MODEL_LEN, MODEL, RunningServer, save_tiny, tiny_settings
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,16 @@ def server(checkpoint: str) -> Iterator[RunningServer]:
     with RunningServer(EngineClient(tiny_settings(checkpoint, deterministic=True), service, name=MODEL)) as running:
         yield running
         running.assert_all_free()
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: str) -> LLM:
+    """The server's model without a server."""
+    return LLM(
+        checkpoint,
+        cache_bytes=2**26,
+        max_model_len=MAX_MODEL_LEN,
+        threads=1,
+        deterministic=True,
+        prefix_cache=False,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def parse_events(raw: Iterator[bytes]) -> Iterator[Any]:
         assert block.startswith(b"data: ") and b"\n" not in block and b"\r" not in block, block
         data = block.removeprefix(b"data: ").decode()
         yield data if data == "[DONE]" else json.loads(data)
+
+
+def joined(events: list[Any]) -> dict[int, str]:
+    """The text of every choice of a streamed completion, by its index."""
+    texts: dict[int, str] = defaultdict(str)
+    for event in events[:-1]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    return texts
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
