@@ -25,6 +25,7 @@ SLOW = (
     "docs/test_examples.py",
     "docs/test_life.py",
     "faults",
+    "fuzz",
     "gpu",
     "kernels/cpu/test_sanitizers.py",
     "kernels/gpu/test_cases.py",
