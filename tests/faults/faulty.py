@@ -156,7 +156,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[Any]:
 
 
 def _take(outcome: Outcome, data: Any) -> None:
-    assert not outcome.done, "news after the end"
+    assert not outcome.done, "a delta after the end"
     if data == "[DONE]":
         outcome.done = True
     elif "error" in data:
