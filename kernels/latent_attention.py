@@ -1,9 +1,12 @@
-"""The decoder's cross-attention: every row over the few keys of the one latent it reads, without positions.
+"""The decoder's cross-attention: every row attends to the few keys of the one latent it reads, without positions (BLT,
+arXiv 2412.09871, section 3.3).
 
-out = softmax(q k^T / sqrt(D)) v, per head. `latent_attention` takes keys and values row by row: q [..., H, D], k and v
-[..., K, Hkv, D] with H a multiple of Hkv, K the latents per patch (1 to 4). `stored_latent_attention` reads them where
-they are kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int32 or
-int64 [N].
+    out = softmax(q k^T / sqrt(D)) v  per head
+
+Shapes: K latents a patch (1 to 4), H heads of D numbers, a multiple of Hkv key heads. `latent_attention` takes keys
+and values row by row: q [..., H, D], k and v [..., K, Hkv, D]. `stored_latent_attention` reads them where they are
+kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int32 or int64
+[N].
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ MOST_KEYS = 64
 
 
 def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[..., H, D]; plain products, since K is too small for any fused kernel to gain on them."""
+    """Attention output [..., H, D]. Plain products: K is too small for a fused kernel to gain on them."""
     heads, dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     if heads != kv_heads:
@@ -32,7 +35,7 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
-    """[N, H, D] from cross-attention layer `layer` of the stored latents at `slots`."""
+    """Attention output [N, H, D] of cross-attention layer `layer` over the stored latents at `slots`."""
     if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
         native = library()
         if native is not None:
@@ -41,7 +44,7 @@ def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor)
 
 
 def stored_latent_attention_torch(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
-    """The same in torch: a copy of every row's latent first."""
+    """The same in torch, which first copies every row's latent."""
     k, v = store[:, layer].index_select(0, slots).unbind(1)
     return latent_attention(q, k, v)
 

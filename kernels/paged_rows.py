@@ -1,7 +1,8 @@
-"""Rows of numbers that are kept in pages, one for every position of a request.
+"""Rows of numbers that are kept in pages, one row for every position of a request.
 
-Shapes: store [slots, d]; table int32 [requests, pages], entry p // page_size is the page of position p; owners (rows of
-the table) and positions int32 [N]; rows [N, d].
+Shapes: store fp32 or bf16 [slots, d]; table int32 [requests, pages]: its entry p // page_size is the page of
+position p, whose slot is page * page_size + p % page_size; owners (rows of the table) and positions int32 [N]; rows
+[N, d].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ids of running requests, known and drafted ones, in a line for each request.
+"""The ids of running requests, known and drafted ones: a line for each request, read and written in place.
 
-Shapes: ids int64 [requests, pad + length], `pad` zeros before the first position's; owners (rows of the ids) and
-positions int32 of one shape.
+Shapes: ids int64 [requests, pad + length], where the first `pad` of a line are zeros and stand before its first
+position; owners (rows of the ids) and positions int32 of one shape.
 """
 
 from __future__ import annotations

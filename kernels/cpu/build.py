@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -29,8 +28,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-_logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).resolve().parent
 #: Sums are reordered only where the source says so; NaN and infinity survive.

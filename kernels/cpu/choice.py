@@ -1,4 +1,6 @@
-"""The choice of bytes within C calls that go on with them: by each request's own parameters, without penalties."""
+"""How bytes are chosen within C calls that go on with them (`multi_step`, `decoder_steps`): by each request's own
+parameters, without penalties.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,11 @@ from fastblt.kernels.selection import EOS
 
 @dataclass(frozen=True)
 class Draws:
-    """How bytes are chosen, by state row: values fp32 [>= 3, rows], of them temperature, top-p, min-p; integers int64
-    [2, rows], top-k and seed; eos_from int64 [rows], the first position at which EOS may stand."""
+    """How each request's bytes are drawn, by state row; changed in place as requests come and go."""
 
-    values: Tensor
-    integers: Tensor
-    eos_from: Tensor
+    values: Tensor  # fp32 [>= 3, rows]: temperature (0 is greedy), top-p, min-p
+    integers: Tensor  # int64 [2, rows]: top-k (0 is off), seed
+    eos_from: Tensor  # int64 [rows]: the first position at which EOS may stand
 
 
 class Choices:

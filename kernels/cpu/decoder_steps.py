@@ -1,27 +1,34 @@
-"""A pass of the decoder for each of N requests and the choice of bytes from it in one call, on a CPU, in fp32; and
-where a request has a block, all further passes that fill it.
+"""The decoder's passes of a verification, of a block's steps, and of the draft behind a verification, with the choice
+of bytes from each, for N requests in one call: on a CPU, in fp32. One call for each pass would cost a small model
+more than its arithmetic.
 
-A step of a request is a pass over its block's rows, in the first step behind its causal rows, of which the last ones
-are selected and give a byte each; the choice of a byte for these and for every masked position, as in
-`fastblt.kernels.selection` without penalties; and by the request's rule the fixing of some of the latter, as in
-`kernels.unmasking`. A block behind a selected row has that row's byte as its first. A request ends with the step that
-leaves nothing masked, or with its last. If nothing is masked then, its new bytes go on through entropy model and
-encoder as far as is asked for; and causal rows that begin as encoder states are encoded first where they were not.
+A request has causal rows, of which the last ones may be *selected* (each gives a byte: the free byte of a prompt, or
+those that verify a draft), and perhaps a block of masked and filled positions behind them. Its steps are:
 
-Selected rows over a draft verify it: how many bytes of it they agree with, is told. Behind it a request may draft
-anew: the byte after those is a causal row on the latent that the row before it read. Its own byte opens a block of
-masks, whose bytes go on as above; or, by the rule SINGLE_ROWS, is the next such row, and so on, as in
-`fastblt.kernels.cpu.multi_step`. It does not where the text has ended or would with the next byte.
+1. If causal rows begin as encoder states, those that the encoder has not had go through it.
+2. A decoder pass over the causal rows and the block. A byte is chosen for every selected row and every masked
+   position, as in `kernels/selection.py` without penalties. The last selected row's byte is the block's first.
+3. The request's rule fixes some masked positions (`kernels/unmasking.py`). While some are left, and steps are left,
+   another decoder pass over the block alone, and so on from the choice.
+4. If nothing is masked any more, the new bytes go through entropy model and encoder as far as is asked for.
+5. If the request verified a draft and may draft anew (`follows`): the byte behind the accepted ones is a causal row
+   on the latent that the row before it read. Its own byte opens a block of masks, which goes through steps 2 to 4;
+   or under the rule SINGLE_ROWS each byte is the next row, as in `kernels/cpu/multi_step.py`. It does not where the
+   text has ended, or would with the next byte.
 
-One call for each of these would cost a small model more than its arithmetic.
+What is asked for are int32 columns [N], in the order of `COLUMNS`:
 
-Shapes: owners (state rows), starts (position of the first causal row), causals (how many there are), selects, sizes (of
-blocks), latents (the slot that a block reads), cuts (how many runs of causal rows read one latent each), rules, lasts
-(the step that fills what is left, 0: none), mosts (most steps), encoded and scanned (positions before which text has
-been through the modules), untils (those before which it shall have been; 0: as far as it has), follows (the length of
-a draft behind a verification, which has its rule, bound, last and most steps or rows; 0: none) and lefts (how many
-bytes the text may still get): int32 [N], the rows of one array. bounds fp32 [N]. reads int32 [cuts, 2]: the position
-behind a run, and its latent's slot. blocks int32 [sizes].
+    owners             state row of the request
+    starts, causals    position of its first causal row, and how many there are
+    selects            how many of the last of them give a byte
+    sizes, latents     positions of its block (0: none), and the slot of the latent that these read
+    runs               how many runs of its causal rows read one latent each; `Plans.reads` has them
+    rules, lasts       rule of unmasking, and the step that fills whatever is left (0: none does)
+    mosts              most steps; under SINGLE_ROWS most rows
+    encoded, scanned   positions before which its text has been through encoder and entropy model
+    untils             position before which it shall have been through both (0: as far as it has)
+    follows            longest draft behind the verification, with the same rule, bound, last and most (0: none)
+    lefts              how many bytes its text may still get
 """
 
 from __future__ import annotations
@@ -122,8 +129,9 @@ def _lines(values: list[Any], first: int, count: int, width: int) -> list[list[A
 
 
 class DecoderSteps:
-    """The call for a model and its caches, all of which must outlive it. `mask` is the id of what is masked; without
-    `encoder_input` causal rows begin as ids."""
+    """The call for a model and its caches, all of which must outlive it.
+
+    `mask` is the id of a masked position. With `encoder_input` causal rows begin as encoder states, else as ids."""
 
     def __init__(
         self,
@@ -148,7 +156,10 @@ class DecoderSteps:
         self._call = require().fastblt_decoder_steps
 
     def __call__(self, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
-        """The steps of the plans. Raises MemoryError."""
+        """The steps of all plans, of which some draw (`sampled`), and some of these truncate (`truncated`).
+
+        Raises MemoryError.
+        """
         # Views and pointers of numpy's take longer than the lists: behind a pass all code comes from memory.
         columns, count, runs = list(zip(*plans.rows, strict=True)), len(plans.rows), len(plans.reads)
         selected, width, behind = max(columns[_SELECTS]), max(columns[_SIZES]), max(columns[_FOLLOWS])

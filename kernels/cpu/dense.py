@@ -1,15 +1,16 @@
-"""The dense part of a transformer layer over N rows: norm, linear maps, and the sums around them.
+"""The dense part of a transformer layer over N rows, on a CPU, in fp32: norm, linear maps, and the sums around them.
 
     rms_norm      gain * (x / sqrt(mean(x^2) + eps))
     project       linear maps of the same rows, normed before where a norm is given
     project_add   x W^T + times * residual, for times of 0, 1 or 2
     feed_forward  x + down(silu(gate(norm(x))) * up(norm(x)))
 
-In torch these are some ten operations a layer, each of which costs a small model more in dispatch than in arithmetic.
-Here they are C over weights that were packed once (`pack`): for fp32 on a CPU, and for models whose weights its caches
+In torch these are some ten operations a layer, each of which costs a small model more in dispatch than in
+arithmetic. The C code reads weights that were packed once (`pack`), for models whose weights the processor's caches
 hold. An output is one sum over the inputs in their order, so a row's result does not depend on the rows beside it.
 
-Shapes: x [N, d] fp32, weights [out, in] as in `nn.Linear`; results are new tensors [N, out].
+Shapes: x [N, d] fp32, weights [out, in] as in `nn.Linear`; results are new tensors [N, out]. All raise RuntimeError
+where there is no C code.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""x W^T for a few rows on a CPU: reading W is what costs, and it is read once, as fast as memory gives it.
+"""x W^T for a few rows on a CPU, in fp32: reading W is what costs, and it is read once, as fast as memory gives it.
 
-In torch two rows of a large map cost twice one, for it multiplies them by a matrix product that is made for many. Here
-as many cost the same as the processor multiplies while it reads. A row's result does not depend on the rows beside it.
+torch multiplies a few rows by a matrix product that is made for many, and two rows of a large map cost it twice one.
+Here more rows cost nothing until the processor cannot multiply as fast as it reads. A row's result does not depend
+on the rows beside it.
 
-Shapes: x [N, inputs] fp32, W [outputs, inputs] fp32 as in `nn.Linear`, contiguous; returns a new tensor [N, outputs].
+Shapes: x [N, inputs] fp32, W [outputs, inputs] fp32 as in `nn.Linear`, contiguous; returns a new tensor [N,
+outputs].
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ FEW = 64
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See the module. Raises ValueError for weights that are not fp32, contiguous and on a CPU."""
+    """x W^T.
+
+    Raises RuntimeError where there is no C code, ValueError for weights that are not fp32, contiguous and on a CPU.
+    """
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.is_contiguous():
         raise ValueError(f"weights must be contiguous fp32 on a CPU, not {weight.dtype} on {weight.device}")
     x = x.contiguous()

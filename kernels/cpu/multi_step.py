@@ -1,18 +1,24 @@
-"""Several bytes of each of N requests in one call, on a CPU, in fp32: a small model's drafts, and its patches.
+"""Several bytes of each of N requests in one call, on a CPU, in fp32: a small model's drafts, and bytes up to the end
+of a patch. One call for each pass would cost a small model more than its arithmetic, and would read the keys and
+values in a request's window from memory for every byte.
 
-A step of a request is a decoder row at its position p, and the choice of the byte at p + 1 from that row's state, as in
-`kernels.selection` without penalties. Where p + 1 is not the last, the new byte then goes through the encoder, and its
-decoder row is the next step. All rows of a request read the same latent. A request whose bytes stay (its open patch
-began at `opened`, not -1) has them scanned by the entropy model too, and ends with a byte that closes the patch, or
-with EOS. A draft may have the last of its rows scanned when it is whole; its last byte is then encoded too, so that
-nothing keeps it from verification.
+A step of a request is a decoder row at its position p, and the choice of the byte at p + 1 from that row's state, as
+in `kernels/selection.py` without penalties. Unless it is the last, the new byte then goes through the encoder, and
+its decoder row is the next step. All rows of a request read the same latent. There are two kinds of requests:
 
-One call for each step of each module would cost a small model more than the steps' arithmetic, and would read the keys
-and values in a request's window from memory for every byte.
+- Bytes that stay (the open patch began at position `opened`): each is scanned by the entropy model. The request ends
+  with the byte that closes the patch, with EOS, or at its limit.
+- Drafts (`opened` is -1) go on to their limit. A whole draft may then be scanned at once, and its last byte encoded,
+  so that it can be verified without another pass.
 
-Shapes: owners (state rows), starts (position of the first decoder row), latents (slots), limits (most bytes), scans
-(of bytes that stay how many may be scanned, of drafts how many rows are), opened, fresh (1 where the first row is still
-to be encoded): int32 [N], the rows of one array.
+What is asked for are int32 columns [N], in the order of `COLUMNS`:
+
+    owners, starts   state row of the request, and position of its first decoder row
+    latents          slot of the latent that it reads
+    limits           most bytes
+    scans            of bytes that stay, how many may be scanned; of a draft, how many rows are (0: none)
+    opened           where the open patch began, or -1
+    fresh            1 where the first row must still be encoded
 """
 
 from __future__ import annotations
@@ -54,20 +60,20 @@ Parts = tuple[Part, Part, Part]
 
 @dataclass(frozen=True)
 class Steps:
-    """What became of the requests: int32 [N] how many bytes each was given and how many rows were scanned; ids int64
-    and entropies (nats) fp32 [N, most or more]; whether a row had no finite choice; what the call spent."""
+    """What became of the requests; M is the most bytes or scanned rows of one."""
 
-    made: np.ndarray
-    scanned: np.ndarray
-    ids: np.ndarray
-    entropies: np.ndarray
-    bad: np.ndarray
+    made: np.ndarray  # int32 [N], how many bytes each was given
+    scanned: np.ndarray  # int32 [N], how many rows were scanned
+    ids: np.ndarray  # int64 [N, M]
+    entropies: np.ndarray  # fp32 [N, M], nats
+    bad: np.ndarray  # uint8 [N], why a row had no finite choice (as in `Selection`), or 0
     spent: Spent
 
 
 class MultiStep:
-    """The call for a model and its caches, all of which must outlive it. Without `encoder_input` drafted rows begin as
-    ids, and are not encoded."""
+    """The call for a model and its caches, all of which must outlive it.
+
+    With `encoder_input` drafted rows begin as encoder states; else as ids, and need no encoder."""
 
     def __init__(
         self,
@@ -91,8 +97,11 @@ class MultiStep:
     def __call__(
         self, columns: np.ndarray, threshold: float, longest: int | None, *, sampled: bool, truncated: bool
     ) -> Steps:
-        """Steps of the requests in int32 columns [7, N]; a patch closes behind an entropy above the threshold (nats),
-        or at its longest. Raises MemoryError."""
+        """Steps of the requests in int32 columns [7, N], of which some draw (`sampled`), and some of these truncate
+        (`truncated`).
+
+        A patch closes behind an entropy above `threshold` (nats), or when it has `longest` bytes. Raises MemoryError.
+        """
         count = columns.shape[1]
         most = int(np.where(columns[OPENED] < 0, columns[[LIMITS, SCANS]], columns[LIMITS]).max())
         made, scanned = np.zeros((2, count), dtype=np.int32)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastblt.kernels.cpu import build, structs
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("fastblt.kernels")
 
 _STEPS = (POINTER(structs.Latents), POINTER(structs.Choice))
 

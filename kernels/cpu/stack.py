@@ -1,11 +1,13 @@
-"""A module over the rows of a pass, in one call, on a CPU, in fp32: all layers (`models.layers.Stack`), and with
-`run_stored` also what the rows begin as and what becomes of them.
+"""A module's pass over N rows in one call, on a CPU, in fp32: `run` makes all layers (`models/layers.py`, `Stack`);
+`run_stored` also what the rows begin as (ids, hashed windows, kept states) and what becomes of them (norm, kept
+states, entropies).
 
 In torch, or with a call for each part of a layer, a small model's layers cost more in calls than in arithmetic. Here
-`threads()` of them share the rows of the pass; every row is computed as if it were alone.
+`threads()` of them share the rows of a pass; every row is computed as if it were alone.
 
-Shapes: x [N, d] fp32; the rows and their caches as in `fastblt.kernels.paged_attention`, the latents as in
-`fastblt.kernels.latent_attention`, ids and states as in `fastblt.kernels.paged_rows`. Results are new tensors.
+Shapes: x [N, d] fp32; rows and their caches as in `kernels/paged_attention.py`, latents as in
+`kernels/latent_attention.py`, ids and states as in `kernels/request_ids.py` and `kernels/paged_rows.py`. Results are
+new tensors.
 """
 
 from __future__ import annotations
@@ -68,15 +70,14 @@ class PackedStack:
 
 @dataclass(frozen=True)
 class Source:
-    """What rows begin as: states, or of ids the hashed windows or rows of a table. Where `block`, int32 [N], is not
-    negative it is an id, whose row of `block_table` goes before these."""
+    """What rows begin as: kept states; or, of ids, hashed windows or the rows of a table."""
 
     states: PagedRows | None = None
     ids: RequestIds | None = None
     hashed: structs.Tables | None = None
-    table: Tensor | None = None
-    block: Tensor | None = None
-    block_table: Tensor | None = None
+    table: Tensor | None = None  # fp32 [ids, d]
+    block: Tensor | None = None  # int32 [N]: rows that begin as an id's row of `block_table` instead; -1: not this one
+    block_table: Tensor | None = None  # fp32 [ids, d]
 
     def struct(self) -> structs.Source:
         """For the C code; the tensors must outlive it."""
@@ -94,14 +95,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Sink:
-    """What becomes of rows: they are normed, and stored; of a head's logits of them there are entropies, in nats.
+    """What becomes of rows after the last layer."""
 
-    Where `read`, bool [N], is given, what comes of the other rows is undefined; their keys and values are not."""
-
-    read: Tensor | None = None
+    read: Tensor | None = None  # bool [N]: what comes of other rows is undefined; all keys and values are written
     norm: Norm | None = None
-    states: PagedRows | None = None
-    head: Packed | None = None
+    states: PagedRows | None = None  # where rows are kept
+    head: Packed | None = None  # its logits' entropies, in nats, are the result
 
     def struct(self) -> structs.Sink:
         """For the C code; the tensors must outlive it, and where there is a head it wants a place for entropies."""

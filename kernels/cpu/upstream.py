@@ -1,10 +1,10 @@
-"""What goes into the global transformer and what comes out of it: `LocalEncoder.pool` and the storing of
-`LocalDecoder.latent_keys_values` (models/blt.py) for fp32 on a CPU, in one call each.
+"""What goes into the global transformer and what comes out of it, in one call each, for fp32 on a CPU:
+`LocalEncoder.pool` and the storing of `LocalDecoder.latent_keys_values` (models/blt.py). In torch a single patch
+costs more in calls than in arithmetic. Every patch is computed as if it were alone.
 
-In torch, a single patch costs more in calls than in arithmetic. Every patch is computed as if it were alone.
-
-Shapes: patches int32 [P] owners, starts and ends (their last bytes), states in a `PagedRows`; vectors [P, k d]; latents
-[P, dg]; their store [slots, C, 2, k, Hkv, D] as in `fastblt.kernels.latent_attention`, slots int32 [P].
+Shapes: P patches, int32 [P] owners (rows of the page table), starts and ends (their first and last bytes), states in
+a `PagedRows`; vectors fp32 [P, k d], k queries a patch; latents fp32 [P, global d]; their store [slots, C, 2, k,
+Hkv, D] as in `kernels/latent_attention.py`, slots int32 [P].
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def test_what_cannot_be_loaded_is_told_and_goes_on(world: World, monkeypatch: py
 
 def test_the_status_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(native, "_loaded", None)
-    with caplog.at_level(logging.INFO, native.__name__):
+    with caplog.at_level(logging.INFO, "fastblt.kernels"):
         assert native.library() is not None
         assert native.status().startswith("C code")
     assert [record.getMessage() for record in caplog.records] == [f"CPU kernels: {native.status()}"]
