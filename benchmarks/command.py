@@ -99,7 +99,7 @@ def _with_output(measure: Measure) -> Callable[..., None]:
 def compare(module: str, arguments: Sequence[str], checkout: Path, turns: int) -> dict[str, Any]:
     """Run a command of `module` with both checkouts, in turns; every number of their results by its path.
 
-    Prints medians and ratios. Raises CalledProcessError where a run fails.
+    Prints medians and ratios. Raises RuntimeError where a run fails.
     """
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -110,7 +110,10 @@ def compare(module: str, arguments: Sequence[str], checkout: Path, turns: int) -
             for which, path in paths.items():
                 environment = os.environ | {"PYTHONPATH": path}
                 run = [sys.executable, "-P", "-m", module, *arguments, "--json", str(folder / "result.json")]
-                subprocess.run(run, env=environment, check=True, stdout=subprocess.DEVNULL)
+                if subprocess.run(run, env=environment, stdout=subprocess.DEVNULL).returncode:
+                    raise RuntimeError(
+                        f"the measurement fails with {checkout if which == 'against' else 'this checkout'}"
+                    )
                 for name, value in _numbers(json.loads((folder / "result.json").read_text())):
                     found.setdefault(name, {}).setdefault(which, []).append(value)
     both = {name: values for name, values in found.items() if len(values) == 2}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastblt.benchmarks.checkpoint.card import card
 from fastblt.benchmarks.checkpoint.teacher_forced import Drafter, Rounds, blocks, know
 from fastblt.benchmarks.command import command
-from fastblt.benchmarks.evaluation.python_lines import first_line, parses
+from fastblt.benchmarks.evaluation.next_lines import first_line, parses
 from fastblt.benchmarks.harness import complete, whole_length
 from fastblt.benchmarks.markdown import percent, table
 from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources, humaneval_texts

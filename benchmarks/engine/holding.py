@@ -136,7 +136,7 @@ def compare_weights(
     return rows
 
 
-Shape = Annotated[str | None, typer.Option(help="Widen to 1b or 3b first, in memory.")]
+Shape = Annotated[str, typer.Option(help="Widen to 1b or 3b first, in memory; none takes the model as it is.")]
 
 
 def latency(
@@ -152,7 +152,7 @@ def latency(
     Gaps are between the pieces of one request's text, `in all` from its submission to its end.
     """
     blt = load_checkpoint(model)
-    if shape is not None:
+    if shape != "none":
         blt = widen(blt, paper_shape(shape))
     rows = compare_latency(blt, held_out_prompts(max(requests), 64), requests, length, rounds)
     return {"shape": shape, "bytes": length, "threads": threads(), "runs": rows}

@@ -1,17 +1,63 @@
-"""An evaluation of programs: completions of every setting, their verdicts, and a row of a table each."""
+"""pass@1 of completions that are programs: each is run in the sandbox, once, and its verdict kept."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol
 
-from fastblt.benchmarks.evaluation.completions import Job, complete_all, cost, digest, key
+from fastblt.benchmarks.evaluation.completions import Job, bar, complete_all, cost, digest, key
 from fastblt.benchmarks.evaluation.endpoint import Target
 from fastblt.benchmarks.evaluation.journal import Journal, Record
-from fastblt.benchmarks.evaluation.judging import judge, run_programs, score
-from fastblt.benchmarks.evaluation.sandbox import Sandbox
+from fastblt.benchmarks.evaluation.sandbox import Sandbox, Verdict
+from fastblt.benchmarks.markdown import Table, percent
 from fastblt.benchmarks.settings import every_method
+
+
+def run_programs(
+    sandbox: Sandbox, programs: Mapping[str, str], done: Callable[[str, Verdict], None] | None = None
+) -> dict[str, Verdict]:
+    """Verdicts by name; `done` hears of each as it falls, in this thread."""
+    verdicts = {}
+    with ThreadPoolExecutor(sandbox.workers) as pool, bar() as progress:
+        task = progress.add_task("programs", total=len(programs))
+        futures = {pool.submit(sandbox.run, program): name for name, program in programs.items()}
+        for future in as_completed(futures):
+            name, verdict = futures[future], future.result()
+            verdicts[name] = verdict
+            if done is not None:
+                done(name, verdict)
+            progress.advance(task)
+    return verdicts
+
+
+def judge(journal: Journal, sandbox: Sandbox, programs: Mapping[str, str]) -> None:
+    """Run what the journal has no verdict of; `programs` are by the keys of their completions' records."""
+    left = {key: program for key, program in programs.items() if _verdict_key(key) not in journal.records}
+
+    def keep(key: str, verdict: Verdict) -> None:
+        journal.add(_verdict_key(key), {"passed": verdict.passed, "reason": verdict.reason})
+
+    run_programs(sandbox, left, keep)
+
+
+def score(journal: Journal, keys: list[str]) -> Record:
+    """Share of the completions that passed, and what ended the others, by kind."""
+    verdicts = [journal.records[_verdict_key(key)] for key in keys]
+    passed = sum(verdict["passed"] for verdict in verdicts)
+    reasons = Counter(verdict["reason"].partition(":")[0] for verdict in verdicts if not verdict["passed"])
+    return {
+        "programs": len(verdicts),
+        "passed": passed,
+        "pass_at_1": passed / len(verdicts) if verdicts else None,
+        "failures": dict(reasons.most_common()),
+    }
+
+
+def _verdict_key(key: str) -> str:
+    return f"verdict of {key}"
 
 
 class Solved(Protocol):
@@ -51,16 +97,13 @@ async def evaluate(
         run = {"task": name, "model": vars(served), "jobs": digest(jobs)}
         journal = Journal(output / f"{name}-answers.jsonl", run)
         await complete_all(endpoint, journal, settings, jobs)
-    print(f"| {name} | pass@1 % | passed | bytes/s | decoder NFE | global NFE |\n|{'---|' * 6}")
     rows = {}
+    table = Table(name, "pass@1 %", "passed", "bytes/s", "decoder NFE", "global NFE")
     for setting in settings:
         keys = [key(setting, job.name) for job in jobs]
         texts = {key(setting, job.name): programs[job.name] for job in jobs}
         judge(journal, sandbox, {k: program(journal.records[k]["text"]) for k, program in texts.items()})
-        row = score(journal, keys) | cost([journal.records[k] for k in keys])
-        rows[setting] = row
-        print(
-            f"| {setting} | {100 * row['pass_at_1']:.1f} | {row['passed']} of {row['programs']} "
-            f"| {row['bytes_per_second']} | {row['decoder_nfe']} | {row['global_nfe']} |"
-        )
+        row = rows[setting] = score(journal, keys) | cost([journal.records[k] for k in keys])
+        costs = [str(row[figure]) for figure in ("bytes_per_second", "decoder_nfe", "global_nfe")]
+        table.row(setting, percent(row["pass_at_1"], 1), f"{row['passed']} of {row['programs']}", *costs)
     return {"model": vars(served), "settings": rows}

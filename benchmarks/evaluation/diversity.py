@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from fastblt.benchmarks import markdown
 from fastblt.benchmarks.evaluation.completions import bar
 from fastblt.benchmarks.evaluation.endpoint import Endpoint, Target, together
 from fastblt.benchmarks.evaluation.journal import Journal, Record
+from fastblt.benchmarks.markdown import percent
 from fastblt.benchmarks.settings import body
 from fastblt.benchmarks.text_statistics import distinct4, loops
 
@@ -99,13 +101,19 @@ async def evaluate(
 
 def table(rows: Sequence[Record]) -> str:
     """In Markdown."""
-    lines = ["| setting | top-p | decoder NFE | type-token ratio | distinct-2 | 4 bytes | loops % |", "|" + "---|" * 7]
-    lines += [
-        f"| {row['setting']} | {row['top_p']} | {row['decoder_nfe']:.0f} | {row['type_token_ratio']:.3f} "
-        f"| {row['distinct_2']:.3f} | {row['distinct_4_bytes']:.3f} | {100 * row['loops']:.0f} |"
+    ratios = ("type_token_ratio", "distinct_2", "distinct_4_bytes")
+    cells = [
+        [
+            row["setting"],
+            str(row["top_p"]),
+            f"{row['decoder_nfe']:.0f}",
+            *(f"{row[ratio]:.3f}" for ratio in ratios),
+            percent(row["loops"]),
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    columns = ("setting", "top-p", "decoder NFE", "type-token ratio", "distinct-2", "4 bytes", "loops %")
+    return markdown.table(columns, cells)
 
 
 def _key(setting: str, top_p: float) -> str:

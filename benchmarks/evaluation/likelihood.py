@@ -1,6 +1,7 @@
 """Likelihood tasks through lm-evaluation-harness: its own (ARC, PIQA, HellaSwag, MMLU), and files in ARC's format.
 
 Scores are the causal head's, whatever the decoding method: it is the prompt's log-probabilities that are asked for.
+They can be compared with those of one forward pass of the model a text, without a server or a harness.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastblt.benchmarks import markdown
 from fastblt.benchmarks.evaluation.endpoint import Endpoint, Served, Target
 from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.markdown import percent
+from fastblt.models.blt import Blt
+from fastblt.models.vocabulary import encode, with_bos
 
 #: The paper's five.
 TASKS = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "mmlu")
@@ -100,14 +107,33 @@ async def _served(url: str, target: Target) -> Served:
 
 def table(results: Record) -> str:
     """In Markdown: shares of questions whose likeliest choice is right, plain and by length."""
-    lines = ["| task | acc % | acc_norm % | questions |", "|---|---|---|---|"]
+    rows = []
     for task, row in results["results"].items():
-        cells = [
-            f"{100 * row[f'{metric},none']:.2f}" if f"{metric},none" in row else "-" for metric in ("acc", "acc_norm")
-        ]
-        count = results.get("n-samples", {}).get(task, {}).get("effective", "")
-        lines.append(f"| {task} | {' | '.join(cells)} | {count} |")
-    return "\n".join(lines)
+        cells = [percent(row.get(f"{metric},none"), 2) or "-" for metric in ("acc", "acc_norm")]
+        rows.append([task, *cells, str(results.get("n-samples", {}).get(task, {}).get("effective", ""))])
+    return markdown.table(("task", "acc %", "acc_norm %", "questions"), rows)
+
+
+def loglikelihood(model: Blt, context: str, continuation: str) -> float:
+    """Log-probability (nats) of a continuation, by float64 sums of the model's log-softmax.
+
+    As the harness does, spaces at the end of the context belong to the continuation.
+    """
+    bare = context.rstrip()
+    ids = with_bos(encode((context + continuation).encode()))
+    first = 1 + len(bare.encode())
+    with torch.inference_mode():
+        rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    return float(sum(rows[at - 1][ids[at]] for at in range(first, len(ids))))
+
+
+def largest_difference(model: Blt, samples: list[dict[str, object]]) -> float:
+    """Between the harness's log-likelihoods and the model's own, over all choices of its logged samples."""
+    worst = 0.0
+    for sample in samples:
+        for (context, continuation), [(value, _)] in zip(sample["arguments"], sample["resps"], strict=True):  # type: ignore[call-overload]
+            worst = max(worst, abs(float(value) - loglikelihood(model, context, continuation)))
+    return worst
 
 
 def _check(data: Path) -> None:

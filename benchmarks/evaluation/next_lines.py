@@ -1,12 +1,15 @@
-"""Held-out code cut at the end of a line: prompts with the line that really follows."""
+"""Next lines: held-out code cut at the end of a line, with the line that really follows; and what a line is worth.
+
+So small a model as the shipped one solves no problems; what it must do is write Python.
+"""
 
 from __future__ import annotations
 
 import ast
 import random
+import warnings
 from dataclasses import dataclass
 
-from fastblt.benchmarks.evaluation.python_lines import parses
 from fastblt.benchmarks.prompts import held_out_sources
 
 
@@ -71,3 +74,46 @@ def _others(lines: list[str], line: str, rng: random.Random) -> tuple[str, ...]:
     indent = len(line) - len(line.lstrip())
     different.sort(key=lambda other: abs(len(other) - len(other.lstrip()) - indent))
     return tuple(different[:3])
+
+
+def first_line(text: str) -> str:
+    """A text up to and including its first line that is not blank, without that line's end."""
+    at = 0
+    for line in text.splitlines(keepends=True):
+        at += len(line)
+        if line.strip():
+            break
+    return text[:at].rstrip("\r\n")
+
+
+def parses(prompt: str, line: str) -> bool:
+    """Whether the prompt and the line after it are a program; a line that opens a block is given a body."""
+    if not line.strip():
+        return False
+    indent = line[: len(line) - len(line.lstrip())]
+    for text in (
+        prompt + line,
+        f"{prompt}{line}\n{indent}    pass\n",
+        f"{prompt}{line}\n{indent}    pass\n{indent}except: pass\n",
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        return True
+    return False
+
+
+def parses_strictly(prompt: str, line: str) -> bool:
+    """Whether the prompt and the line are a program as they stand."""
+    if not line.strip():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(prompt + line)
+    except (SyntaxError, ValueError):
+        return False
+    return True

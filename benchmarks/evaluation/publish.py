@@ -10,18 +10,19 @@ compared with the model's own log-likelihoods. docs/evaluation/README.md is writ
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from fastblt.benchmarks.command import command
 from fastblt.benchmarks.evaluation import bits, charts, diversity, humaneval, likelihood, quality
 from fastblt.benchmarks.evaluation.code import evaluate as evaluate_code
 from fastblt.benchmarks.evaluation.code import prove
-from fastblt.benchmarks.evaluation.direct import largest_difference
 from fastblt.benchmarks.evaluation.endpoint import Target
 from fastblt.benchmarks.evaluation.journal import Record
 from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
@@ -63,7 +64,7 @@ def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) 
     result = likelihood.run(url, target, [name], folder, local=True, samples=True)
     samples = result.pop("samples")[name]
     print(likelihood.table(result))
-    worst = largest_difference(load_checkpoint(Path(model)), samples)
+    worst = likelihood.largest_difference(load_checkpoint(Path(model)), samples)
     choices = sum(len(sample["arguments"]) for sample in samples)
     print(f"{choices} log-likelihoods: at most {worst:.1e} nats from the model's own")
     return {**result, "largest_difference": worst, "log_likelihoods": choices}
@@ -122,24 +123,27 @@ class Publisher:
         return max(2, round(count * self._scale))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED))
-    parser.add_argument("--output", type=Path, default=_FOLDER)
-    parser.add_argument("--work", type=Path, help="where to keep answers and go on from; default: a folder of its own")
-    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of prompts, samples, bytes")
-    parser.add_argument("--processor-clock", action="store_true", help="chart the engine's processor time")
-    args = parser.parse_args()
-    clock = "bytes_per_processor_second" if args.processor_clock else "bytes_per_second"
-    work = args.work or Path(tempfile.mkdtemp(prefix="fastblt-evaluation-"))
-    with Target(None, args.model).running() as url:
-        publisher = Publisher(url, args.model, args.output, work, args.scale, clock)
-        for part in args.only or PARTS:
+def publish(
+    *,
+    model: str = str(PRETRAINED),
+    output: Annotated[Path, typer.Option(help="Folder of the page.")] = _FOLDER,
+    work: Annotated[Path | None, typer.Option(help="Where to keep answers, and go on from. Default: nowhere.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="One part; may be given again.")] = None,
+    scale: Annotated[float, typer.Option(help="Times the usual number of prompts, samples, bytes.")] = 1.0,
+    processor_clock: Annotated[bool, typer.Option(help="Chart the engine's processor time.")] = False,
+) -> dict[str, Any]:
+    """Make the parts, and the page after each."""
+    clock = "bytes_per_processor_second" if processor_clock else "bytes_per_second"
+    with tempfile.TemporaryDirectory() as folder, Target(None, model).running() as url:
+        publisher = Publisher(url, model, output, work or Path(folder), scale, clock)
+        for part in only or PARTS:
+            if part not in PARTS:
+                raise ValueError(f"{part!r} is no part; there are {', '.join(PARTS)}")
             publisher.make(part)
-    if args.work is None:
-        shutil.rmtree(work)
+    return {}
 
+
+app = command(publish)
 
 if __name__ == "__main__":
-    main()
+    app()

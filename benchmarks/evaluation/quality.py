@@ -16,11 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastblt.benchmarks import markdown
 from fastblt.benchmarks.evaluation.completions import bar
 from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, Target, together
 from fastblt.benchmarks.evaluation.journal import Journal, Record
-from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
-from fastblt.benchmarks.evaluation.python_lines import first_line, parses, parses_strictly
+from fastblt.benchmarks.evaluation.next_lines import Cut, cuts, first_line, parses, parses_strictly
+from fastblt.benchmarks.markdown import percent
 from fastblt.benchmarks.settings import body, trade
 from fastblt.benchmarks.text_statistics import leading_equal
 
@@ -135,20 +136,15 @@ def _key(setting: str, where: str, number: int) -> str:
 
 def table(rows: dict[str, Record]) -> str:
     """In Markdown. Bytes a second are of wall time, in brackets of the engine's processor time."""
-    lines = [
-        "| setting | right lines % | bytes right | parse % | as they stand % | bytes/s, one | bytes/s, together "
-        "| decoder NFE a byte | GB (paper) a kB |",
-        f"|{'---|' * 9}",
-    ]
+    columns = ("setting", "right lines %", "bytes right", "parse %", "as they stand %", "bytes/s, one")
+    cells = []
     for setting, row in rows.items():
-        shares = f"{100 * row['exact_match']:.1f} | {row['bytes_right']:.2f} | {100 * row['parses']:.1f}"
-        speeds = " | ".join(_speed(row[name]) for name in ("alone", "together"))
-        costs = " | ".join(
-            "-" if row[name] is None else f"{row[name]:.3f}"
-            for name in ("decoder_nfe_per_byte", "gb_paper_per_kilobyte")
-        )
-        lines.append(f"| {setting} | {shares} | {100 * row['parses_strictly']:.1f} | {speeds} | {costs} |")
-    return "\n".join(lines)
+        shares = (percent(row["exact_match"], 1), f"{row['bytes_right']:.2f}", percent(row["parses"], 1))
+        speeds = (_speed(row[name]) for name in ("alone", "together"))
+        costs = (row[name] for name in ("decoder_nfe_per_byte", "gb_paper_per_kilobyte"))
+        told = ("-" if cost is None else f"{cost:.3f}" for cost in costs)
+        cells.append([setting, *shares, percent(row["parses_strictly"], 1), *speeds, *told])
+    return markdown.table((*columns, "bytes/s, together", "decoder NFE a byte", "GB (paper) a kB"), cells)
 
 
 def _speed(measured: Record) -> str:

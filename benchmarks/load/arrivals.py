@@ -1,6 +1,16 @@
-"""When requests are sent: arrival times of open-loop load, which do not wait for answers."""
+"""When requests are sent: arrival times of open-loop load, which do not wait for answers, drawn or recorded.
+
+Recordings are the Azure LLM inference traces of 2023 (CC-BY 4.0), released with "Splitwise: Efficient generative LLM
+inference using phase splitting" (ISCA 2024). Columns: TIMESTAMP, ContextTokens, GeneratedTokens. They hold no text;
+sizes are in subword tokens.
+"""
 
 from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,3 +49,78 @@ def arrivals(
     gaps = gaps / rates
     # The first request starts the clock.
     return np.concatenate([[0.0], gaps.cumsum()[:-1]]) if count else gaps
+
+
+#: Bytes that a subword token stands for, about.
+BYTES_PER_TOKEN = 4.0
+_COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in order: seconds [n] after the first one, bytes [n] of prompts and of outputs.
+
+    `factors` says what was done to the recording, to be printed and kept with every figure.
+    """
+
+    seconds: NDArray[np.float64]
+    prompt_bytes: NDArray[np.int64]
+    output_bytes: NDArray[np.int64]
+    factors: dict[str, float]
+
+
+def read_trace(path: Path, first: int = 0, count: int | None = None) -> Trace:
+    """`count` requests from the `first` on, sizes as bytes. Raises ValueError for a file that is no such trace."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        if next(rows, None) != _COLUMNS:
+            raise ValueError(f"{path} is no Azure LLM inference trace: its first line is not {','.join(_COLUMNS)}")
+        wanted = list(rows)[first : None if count is None else first + count]
+    if not wanted or (count is not None and len(wanted) < count):
+        raise ValueError(f"{path} has {len(wanted)} requests from number {first} on; ask for fewer or begin earlier")
+    try:
+        # Seven digits after the point are more than the standard library reads.
+        times = [datetime.fromisoformat(row[0][:26]).timestamp() for row in wanted]
+        sizes = np.array([[int(row[1]), int(row[2])] for row in wanted])
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} has a line that cannot be read: {error}") from error
+    seconds = np.array(times)
+    in_bytes = np.maximum(1, sizes * BYTES_PER_TOKEN).astype(np.int64)
+    return Trace(seconds - seconds[0], in_bytes[:, 0], in_bytes[:, 1], {"bytes_per_token": BYTES_PER_TOKEN})
+
+
+def scale_trace(
+    trace: Trace,
+    *,
+    rate: float | None = None,
+    prompt_factor: float = 1.0,
+    output_factor: float = 1.0,
+    max_prompt_bytes: int | None = None,
+    max_output_bytes: int | None = None,
+) -> Trace:
+    """The trace at another speed and size.
+
+    `rate` is the mean number of requests a second that arrivals are stretched or compressed to; sizes are multiplied
+    and then cut at the maxima. All of it stands in `factors`: `time`, by which gaps were multiplied, `prompt`,
+    `output`, and how many requests each maximum cut.
+    """
+    recorded = (len(trace.seconds) - 1) / trace.seconds[-1] if trace.seconds[-1] > 0 else np.inf
+    time = 1.0 if rate is None else recorded / rate
+    prompts, prompts_cut = _scaled(trace.prompt_bytes, prompt_factor, max_prompt_bytes)
+    outputs, outputs_cut = _scaled(trace.output_bytes, output_factor, max_output_bytes)
+    factors = trace.factors | {
+        "recorded_rate": float(recorded),
+        "time": float(time),
+        "prompt": prompt_factor,
+        "output": output_factor,
+        "prompts_cut": prompts_cut,
+        "outputs_cut": outputs_cut,
+    }
+    return Trace(trace.seconds * time, prompts, outputs, factors)
+
+
+def _scaled(sizes: NDArray[np.int64], factor: float, maximum: int | None) -> tuple[NDArray[np.int64], int]:
+    scaled = np.maximum(1, np.rint(sizes * factor)).astype(np.int64)
+    if maximum is None:
+        return scaled, 0
+    return np.minimum(scaled, maximum), int((scaled > maximum).sum())

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastblt.benchmarks.load.arrivals import arrivals
+from fastblt.benchmarks.load.arrivals import arrivals, read_trace, scale_trace
 from fastblt.benchmarks.load.drive import Run, drive
 from fastblt.benchmarks.load.metrics import by_label, parse_levels, summarize
 from fastblt.benchmarks.load.names import Dataset, Ramp
-from fastblt.benchmarks.load.trace import read_trace, scale_trace
 from fastblt.benchmarks.load.workload import Job, jobs, parse_decoding, prompts, trace_jobs
 from fastblt.benchmarks.machine import measured_with
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastblt.benchmarks.load.arrivals import Trace
 from fastblt.benchmarks.load.names import Dataset
-from fastblt.benchmarks.load.trace import Trace
 from fastblt.benchmarks.prompts import held_out_sources, humaneval_texts
 
 _WORDS = (

@@ -11,16 +11,10 @@ corpus that the shipped checkpoint was trained on, so that its bytes per token a
 
 from __future__ import annotations
 
-import argparse
 import json
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from fastblt.benchmarks.command import command
+from fastblt.benchmarks.load.serving import running
 from fastblt.benchmarks.machine import measured_with
 from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources
 from fastblt.benchmarks.text_statistics import equal_positions
@@ -267,9 +263,12 @@ def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         about = write_gguf(path, weights_of(model))
         # By default a request ends the one before it.
         options = ["llama_cpp.server", "--interrupt_requests", "False", "--n_ctx", "4096", "--model"]
-        with _running([*options, str(path)], "/v1/models") as url:
-            command = f"python -m fastblt.benchmarks.report.peers gguf . && python -m {' '.join(options)} random.gguf"
-            yield url, {"server": "llama_cpp.server", "model_id": "random-llama", "server_command": command, **about}
+        with running([*options, str(path)], "/v1/models") as server:
+            command_line = (
+                f"python -m fastblt.benchmarks.report.peers gguf . && python -m {' '.join(options)} random.gguf"
+            )
+            named = {"server": "llama_cpp.server", "model_id": "random-llama", "server_command": command_line}
+            yield server.url, named | about
 
 
 @contextmanager
@@ -278,69 +277,34 @@ def transformers_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         about = write_hub_folder(Path(folder), weights_of(model))
         options = ["transformers.cli.transformers", "serve", "--device", "cpu"]
-        with _running([*options, folder], "/health") as url:
-            command = "python -m fastblt.benchmarks.report.peers hub FOLDER && transformers serve --device cpu FOLDER"
-            yield url, {"server": "transformers serve", "model_id": "random-llama", "server_command": command, **about}
+        with running([*options, folder], "/health") as server:
+            command_line = (
+                "python -m fastblt.benchmarks.report.peers hub FOLDER && transformers serve --device cpu FOLDER"
+            )
+            named = {"server": "transformers serve", "model_id": "random-llama", "server_command": command_line}
+            yield server.url, named | about
 
 
-@contextmanager
-def _running(arguments: list[str], ready: str) -> Iterator[str]:
-    """The address of a server that `python -m` starts and that answers at the path `ready`."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, "-m", *arguments, "--port", str(port)], stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 300
-            while not _answers(f"http://127.0.0.1:{port}{ready}"):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise RuntimeError(f"{arguments[0]} did not start: {log.read().decode(errors='replace')[-2000:]}")
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    blt = commands.add_parser("transformers")
-    blt.add_argument("--model", default=str(PRETRAINED))
-    blt.add_argument("--num-prompts", type=int, default=3)
-    blt.add_argument("--output-len", type=int, default=64)
-    blt.add_argument("--json", type=Path)
-    gguf = commands.add_parser("gguf")
-    gguf.add_argument("folder", type=Path)
-    gguf.add_argument("--model", default=str(PRETRAINED))
-    hub = commands.add_parser("hub")
-    hub.add_argument("folder", type=Path)
-    hub.add_argument("--model", default=str(PRETRAINED))
-    args = parser.parse_args()
-    if args.command in ("gguf", "hub"):
-        args.folder.mkdir(parents=True, exist_ok=True)
-        weights = weights_of(args.model)
-        print(
-            write_gguf(args.folder / "random.gguf", weights)
-            if args.command == "gguf"
-            else write_hub_folder(args.folder, weights)
-        )
-        return
-    result = transformers_blt(args.model, args.num_prompts, args.output_len)
+def transformers(*, model: str = str(PRETRAINED), num_prompts: int = 3, output_len: int = 64) -> dict[str, Any]:
+    """`transformers`' BLT and this engine on the same weights, in turns."""
+    result = transformers_blt(model, num_prompts, output_len)
     print(f"{result['output_byte_throughput']:.2f} bytes/s")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
+
+def gguf(folder: Path, *, model: str = str(PRETRAINED)) -> dict[str, Any]:
+    """A random token-level model of a checkpoint's size for llama.cpp."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_gguf(folder / "random.gguf", weights_of(model))
+
+
+def hub(folder: Path, *, model: str = str(PRETRAINED)) -> dict[str, Any]:
+    """The same for `transformers serve`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_hub_folder(folder, weights_of(model))
+
+
+app = command(transformers, gguf, hub)
 
 if __name__ == "__main__":
-    main()
+    app()

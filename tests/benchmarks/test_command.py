@@ -73,12 +73,13 @@ def test_figures_of_two_checkouts_take_turns(
     speeds = {"there": iter([2.0, 1.0, 3.0]), "here": iter([4.0, 8.0, 4.0])}
     order: list[str] = []
 
-    def run(arguments: list[str], *, env: dict[str, str], **_: Any) -> None:
+    def run(arguments: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         which = "here" if env["PYTHONPATH"] == str(module._HERE.parent) else "there"
         order.append(which)
         assert arguments[1:6] == ["-P", "-m", "some.module", "--rounds", "1"]
         figures = {"machine": {"cores": 2}, "blt": {"speed": next(speeds[which]), "name": "x", "on": True}, which: 1}
         Path(arguments[-1]).write_text(json.dumps(figures))
+        return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     result = compare("some.module", ["--rounds", "1"], checkout(tmp_path, 1.0), 3)
@@ -91,3 +92,9 @@ def test_options_of_the_comparison_are_not_the_measurements() -> None:
     given = ["auto", "--against", "../x", "--rounds", "2", "--json=f", "--turns", "3", "--setting", "blt"]
     kept = module._without(given, ("--json", "--against", "--turns"))
     assert kept == ["auto", "--rounds", "2", "--setting", "blt"]
+
+
+def test_a_checkout_that_cannot_be_measured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda arguments, **_: subprocess.CompletedProcess(arguments, 1))
+    with pytest.raises(RuntimeError, match=str(tmp_path)):
+        compare("some.module", [], checkout(tmp_path, 1.0), 1)

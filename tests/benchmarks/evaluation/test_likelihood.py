@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fastblt.benchmarks.cli import app
-from fastblt.benchmarks.evaluation.direct import loglikelihood
 from fastblt.benchmarks.evaluation.endpoint import Target
+from fastblt.benchmarks.evaluation.likelihood import loglikelihood
 from fastblt.models.blt import Blt
 
 pytest.importorskip("lm_eval", reason="in the extra `harness`")

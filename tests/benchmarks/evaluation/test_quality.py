@@ -8,9 +8,8 @@ from typer.testing import CliRunner
 
 from fastblt.benchmarks.cli import app
 from fastblt.benchmarks.evaluation.journal import Record
-from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
+from fastblt.benchmarks.evaluation.next_lines import Cut, cuts, parses
 from fastblt.benchmarks.evaluation.publish import questions
-from fastblt.benchmarks.evaluation.python_lines import parses
 from fastblt.benchmarks.evaluation.quality import judge, speed
 from fastblt.benchmarks.prompts import held_out_sources
 

@@ -17,7 +17,7 @@ from fastblt.benchmarks.load.names import Dataset, Ramp
 from fastblt.benchmarks.load.serve import Load, run, table
 from fastblt.benchmarks.load.serving import Server, serving
 from fastblt.benchmarks.load.workload import Job
-from tests.benchmarks.load.test_trace import TRACE
+from tests.benchmarks.load.test_arrivals import TRACE
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastblt.benchmarks.load.arrivals import Trace
 from fastblt.benchmarks.load.names import Dataset
-from fastblt.benchmarks.load.trace import Trace
 from fastblt.benchmarks.load.workload import jobs, label_of, parse_decoding, prompts, trace_jobs
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastblt.benchmarks.evaluation.python_lines import first_line, parses, parses_strictly
+from fastblt.benchmarks.evaluation.next_lines import first_line, parses, parses_strictly
 
 
 @pytest.mark.parametrize(
