@@ -6,8 +6,6 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # More options for `make serve` and `make test`: make serve ARGS="--threads 4", make test ARGS="-k streaming".
 ARGS ?=
-# Examples of each test in `make fuzz`.
-SEEDS ?= 1000
 # Test processes; arithmetic in each is single-threaded.
 WORKERS ?= 2
 
@@ -15,14 +13,13 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test sanitize fuzz compat lint format gpu-check clean
+.PHONY: help install serve quick test sanitize compat lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
 	@echo "make quick      lint, types, and all tests but those in the places that tests/conftest.py calls slow"
 	@echo "make test       lint, types, and all tests"
 	@echo "make sanitize   the C kernels' tests, and an engine, under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make fuzz       random requests, SEEDS of each test (1000), new ones each time"
 	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
@@ -55,9 +52,6 @@ test: lint
 
 sanitize: $(STAMP)
 	$(VENV)/bin/python -m tests.kernels.cpu.sanitized $(ARGS)
-
-fuzz: $(STAMP)
-	FASTBLT_FUZZ=$(SEEDS) $(PYTEST) tests/fuzz $(ARGS)
 
 compat: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'

@@ -38,8 +38,8 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
             if tracer is not None:
                 await tracer.close()
 
-    # The interactive pages would fetch scripts from elsewhere.
-    app = FastAPI(title="FastBLT", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The interactive pages would fetch scripts from elsewhere. Redirections would go where the Host header says.
+    app = FastAPI(title="FastBLT", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(client, vllm_names=http.vllm_metrics)
     app.state.client = client
     app.state.metrics = metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -45,8 +46,8 @@ class Bodies:
         self.held = 0
         self._closed = False
         self._deadlines: set[asyncio.Timeout] = set()
-        # One: Python runs one thread at a time anyway, and the event loop's has to be next after each.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        # Few: Python runs one thread at a time anyway, and the event loop's has to be next after each.
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="bodies")
 
     def close(self) -> None:
         """Refuse what has not come yet: the server ends."""
@@ -84,8 +85,7 @@ class Bodies:
                 async for chunk in request.stream():
                     if len(held.data) + len(chunk) > limit:
                         raise _too_large(limit)
-                    held.grow(len(chunk))
-                    held.data += chunk
+                    held.add(chunk)
                     if not self._closed:
                         deadline.reschedule(min(loop.time() + PIECE_SECONDS, end))
         except TimeoutError:
@@ -99,9 +99,14 @@ class Bodies:
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
         """What `do` gives, which takes time for `size` bytes: in a thread if that is long."""
-        if size <= _SHORT_BYTES:
+        if is_short(size):
             return do()
-        return await asyncio.get_running_loop().run_in_executor(self._worker, copy_context().run, do)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, copy_context().run, do)
+
+
+def is_short(size: int) -> bool:
+    """Whether work on so many bytes is best done at once."""
+    return size <= _SHORT_BYTES
 
 
 class Held:
@@ -110,13 +115,17 @@ class Held:
     def __init__(self, bodies: Bodies) -> None:
         self.data = bytearray()
         self._bodies = bodies
-        self._size = 0
         self._counted = 0
 
-    def grow(self, size: int) -> None:
-        """Hold `size` bytes more. Raises ApiError (429) where others hold too much."""
-        self._size += size
-        more = max(self._size - FREE_BYTES, 0) - self._counted
+    def add(self, chunk: bytes) -> None:
+        """Go on with the body. Raises ApiError as `hold` does."""
+        self.data += chunk
+        self.hold(0)
+
+    def hold(self, size: int) -> None:
+        """Hold `size` bytes beside the body. Raises ApiError (429) where others hold too much."""
+        # What the body really takes: it is given more than it needs, so that it need not move with every chunk.
+        more = max(sys.getsizeof(self.data) + size - FREE_BYTES, 0) - self._counted
         if more > 0 and self._bodies.held + more > MAX_HELD_BYTES:
             message = f"the bodies of all requests may hold {MAX_HELD_BYTES} bytes, and they do; try again later"
             raise ApiError(429, message, code="bodies_full", headers=RETRY | _CLOSE)
@@ -126,7 +135,7 @@ class Held:
     def release(self) -> None:
         """May be called again."""
         self._bodies.held -= self._counted
-        self._counted = self._size = 0
+        self._counted = 0
         self.data = bytearray()
 
 

@@ -115,7 +115,7 @@ def _large_value(raw: msgspec.Raw, name: str, max_length: int) -> Any:
         try:
             items = _items.decode(raw)
         except msgspec.ValidationError:
-            raise InvalidRequestError(f"has more than {MAX_CHOICES} prompts", name) from None
+            raise InvalidRequestError(f"{name} has more than {MAX_CHOICES} items", name) from None
         return [_one(item, name, max_length) for item in msgspec.structs.astuple(items) if len(memoryview(item))]
     return _one(raw, name, max_length)
 

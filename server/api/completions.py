@@ -75,12 +75,17 @@ async def create_completion(request: Request) -> Response:
     headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
     stream = await client.submit(*completion.requests, whole=not body.stream)
     if body.stream:
-        return EventStream(stream, completion, headers)
+        return EventStream(stream, completion, bodies, headers)
     try:
-        answer = await until_disconnect(request.receive, completion.answer(stream))
-        return Response(to_json(answer), media_type="application/json", headers=headers)
+        answer = await until_disconnect(request.receive, completion.answer(stream, bodies))
+        return Response(answer, media_type="application/json", headers=headers)
     finally:
         stream.close()
+
+
+def _shown_bytes(top: int | None) -> int:
+    """Bytes of an answer for one of a text, with its logprobs and `top` alternatives, or without."""
+    return 1 if top is None else 32 * (1 + top)
 
 
 @dataclass
@@ -116,6 +121,11 @@ class _Completion:
             )
             for index, request in enumerate(self.requests)
         }
+        # About how many bytes an answer has for each of the output, and for a choice's prompt.
+        self._byte_size = _shown_bytes(body.logprobs)
+        self._prompt_size = 0
+        if body.shows_prompt:
+            self._prompt_size = max(len(prompt.ids) for prompt in prompts) * _shown_bytes(body.scores_prompt)
         self._shows_ids = body.return_token_ids or body.return_base64
         options = body.stream_options
         self._continuous = options is not None and options.continuous_usage_stats
@@ -133,16 +143,29 @@ class _Completion:
         # BOS stands in front of every prompt and is not the user's.
         self._prompt_bytes = sum(len(prompt.ids) - 1 for prompt in prompts)
 
-    async def answer(self, stream: DeltaStream) -> dict[str, Any]:
+    async def answer(self, stream: DeltaStream, bodies: Bodies) -> bytes:
         """The whole response. Raises ApiError when a choice failed."""
-        texts: dict[str, list[str]] = {request_id: [] for request_id in self._choices}
+        everything: list[Delta] = []
         async for deltas in stream:
             for delta in deltas:
                 if delta.finish_reason is FinishReason.ERROR:
                     raise failure(delta)
-                texts[delta.request_id].append(self._feed(self._choices[delta.request_id], delta))
+            everything += deltas
+        return await bodies.work(self.size(everything), lambda: self._whole(everything))
+
+    def size(self, deltas: list[Delta]) -> int:
+        """About how many bytes are made of deltas."""
+        size = sum([len(delta.ids) for delta in deltas]) * self._byte_size
+        if self._prompt_size:
+            size += self._prompt_size * sum(not self._choices[delta.request_id].begun for delta in deltas)
+        return size
+
+    def _whole(self, everything: list[Delta]) -> bytes:
+        texts: dict[str, list[str]] = {request_id: [] for request_id in self._choices}
+        for delta in everything:
+            texts[delta.request_id].append(self._feed(self._choices[delta.request_id], delta))
         choices = [self._rendered(self._choices[request_id], "".join(text)) for request_id, text in texts.items()]
-        return {**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()}
+        return to_json({**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()})
 
     def render(self, deltas: list[Delta]) -> bytes:
         """The server-sent events that one step made; the stream's last where a choice failed."""

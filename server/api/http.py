@@ -26,6 +26,9 @@ TLS_END_SECONDS = 1.0
 #: Bytes that may wait for a slow reader; what comes beyond them is merged where it arises.
 _WAITING_BYTES = 16 * 2**10
 
+#: Bytes that are received in one go.
+_RECEIVED_BYTES = 64 * 2**10
+
 #: Chunks of a body: so many, and one more for so many bytes. Each costs as much time as some 10,000 bytes.
 _FREE_CHUNKS = 256
 _CHUNK_BYTES = 512
@@ -39,12 +42,15 @@ CONNECTION = "fastblt.connection"
 
 
 class _Connection(h11.Connection):
-    """Raises h11.RemoteProtocolError for what h11 lets through, and should not be."""
+    """Raises h11.RemoteProtocolError for what h11 lets through, and should not be. `method` is the last request's."""
+
+    method = b""
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks, self._bytes = 0, 0
+            self.method = event.method
             _check_framing(event)
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
@@ -116,7 +122,7 @@ class HttpProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Connection(h11.SERVER, MAX_HEADER_BYTES)
+        self.conn: _Connection = _Connection(h11.SERVER, MAX_HEADER_BYTES)
         app = cast(ASGIApp, self.app)
 
         async def with_connection(scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,6 +155,9 @@ class HttpProtocol(H11Protocol):
         self._ending = _Transport(transport, self._unfinished)
         super().connection_made(cast(asyncio.Transport, self._ending))
         transport.set_write_buffer_limits(high=_WAITING_BYTES)
+        if hasattr(transport, "max_size"):
+            # asyncio's 256 KiB may have to be kept, or hold many small requests.
+            transport.max_size = _RECEIVED_BYTES
         self._seen: Any = None
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > min(self.limit, max_connections()):
@@ -187,7 +196,9 @@ class HttpProtocol(H11Protocol):
                 (b"connection", b"close"),
             ]
             response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            for event in (response, h11.Data(data=content), h11.EndOfMessage()):
+            # The answer to HEAD has no body, whatever it says.
+            head = self.conn.our_state is h11.SEND_RESPONSE and self.conn.method == b"HEAD"
+            for event in (response, h11.Data(data=b"" if head else content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True

@@ -134,6 +134,11 @@ class CompletionRequest(BaseModel):
         echoed = self.logprobs if self.echo else None
         return max((top for top in (echoed, self.prompt_logprobs) if top is not None), default=None)
 
+    @property
+    def shows_prompt(self) -> bool:
+        """Whether the answer has the prompts, or something of each of their bytes."""
+        return self.echo or self.return_token_ids or self.prompt_logprobs is not None
+
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError for a value out of range."""
         return SamplingParams(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
+import gc
 import logging
 import math
 import socket
@@ -29,6 +31,9 @@ READER_SECONDS = 120.0
 _FEW_CONNECTIONS = 256
 #: Connections for each request that may run or wait: clients keep some, and probes come beside them.
 _CONNECTIONS = 4
+
+#: Of glibc's mallopt: blocks from this size on are mapped each for itself.
+_M_MMAP_THRESHOLD = -3
 
 #: Seconds for last words: what was aborted still gets its end of stream.
 _LAST_WORDS = 5
@@ -89,6 +94,15 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
     return config
 
 
+def _return_large_blocks() -> None:
+    """Have the C library give the memory of a large body back to the system at its end.
+
+    By itself it learns from the first one to keep such blocks, in pieces that the next may not fit.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
+
+
 async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -> None:
     """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_timeout` to finish then, or
     until the next signal, and are aborted.
@@ -97,6 +111,10 @@ async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -
     Under the other policies the server then stays and answers 503: whoever watches /health decides.
     """
     raise_file_limit()
+    _return_large_blocks()
+    # What is there by now stays: the collector need not look at it again, each time while others wait.
+    gc.collect()
+    gc.freeze()
     if (most := max_connections()) < _FEW_CONNECTIONS:
         logger.warning("only %d connections at once: the limit of open files is low; raise it (ulimit -n)", most)
     config = configure(client, http)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastblt.models.vocabulary import BYTE_OFFSET, VOCAB_SIZE, decode
+from fastblt.server.api.bodies import Bodies, is_short
 from fastblt.server.api.http import CONNECTION, HttpProtocol
 from fastblt.server.api.names import TOKEN_NAMES
 from fastblt.server.process.stream import DeltaStream
@@ -168,6 +169,10 @@ class Events(Protocol):
         """The events that one item of the stream makes."""
         ...
 
+    def size(self, deltas: list[Delta]) -> int:
+        """About how many bytes these are."""
+        ...
+
     def last(self) -> bytes:
         """Those after all items."""
         ...
@@ -178,13 +183,16 @@ class EventStream(Response):
     for.
     """
 
-    def __init__(self, stream: DeltaStream, events: Events, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, stream: DeltaStream, events: Events, bodies: Bodies, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         # Without a length: the base class has counted an empty body.
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._stream = stream
         self._events = events
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -200,20 +208,33 @@ class EventStream(Response):
             await self._write(connection)
         else:
             async for deltas in self._stream:
-                await send({"type": "http.response.body", "body": self._events.render(deltas), "more_body": True})
+                await send({"type": "http.response.body", "body": await self._render(deltas), "more_body": True})
                 if self._events.failed:
                     break
         await send({"type": "http.response.body", "body": self._events.last(), "more_body": False})
 
+    async def _render(self, deltas: list[Delta]) -> bytes:
+        return await self._bodies.work(self._events.size(deltas), lambda: self._events.render(deltas))
+
     async def _write(self, connection: HttpProtocol) -> None:
         """Write until the stream's end, from where deltas arrive (`DeltaStream.listen`)."""
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # What is much is rendered beside the event loop, and the rest waits for it.
+        busy: asyncio.Task[bytes] | None = None
 
         def pass_on() -> None:
-            if over.done():
+            nonlocal busy
+            if over.done() or (busy is not None and not busy.done()):
                 return
             try:
+                if busy is not None:
+                    connection.write_body(busy.result())
+                    busy = None
                 if connection.writable and (deltas := self._stream.take()):
+                    if not is_short(self._events.size(deltas)):
+                        busy = asyncio.ensure_future(self._render(deltas))
+                        busy.add_done_callback(lambda _: pass_on())
+                        return
                     connection.write_body(self._events.render(deltas))
                 if self._stream.ended or self._events.failed:
                     over.set_result(None)
@@ -228,6 +249,8 @@ class EventStream(Response):
         finally:
             # So that what else comes finds nothing to do.
             over.cancel()
+            if busy is not None:
+                busy.cancel()
             connection.on_writable = None
 
 

@@ -96,7 +96,7 @@ async def _answer(
 
     try:
         content = await bodies.work(len(held.data), work)
-        held.grow(len(content))
+        held.hold(len(content))
     except BaseException:
         held.release()
         raise

@@ -91,7 +91,7 @@ class Server:
 
     def memory(self) -> int:
         """Bytes that the two processes have for themselves."""
-        return sum(_private_bytes(pid) for pid in (self.process.pid, self.engine))
+        return sum(private_bytes(pid) for pid in (self.process.pid, self.engine))
 
 
 @contextmanager
@@ -156,7 +156,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[Any]:
 
 
 def _take(outcome: Outcome, data: Any) -> None:
-    assert not outcome.done, "a delta after the end"
+    assert not outcome.done, "news after the end"
     if data == "[DONE]":
         outcome.done = True
     elif "error" in data:
@@ -185,6 +185,6 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _private_bytes(pid: int) -> int:
+def private_bytes(pid: int) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text)) * 1024

@@ -74,6 +74,11 @@ def test_what_others_might_cut_elsewhere_is_refused_and_ends_the_connection(
     assert b"HTTP/1.1 2" not in answer
 
 
+def test_head_with_a_wrong_body_is_refused_too(server: RunningServer) -> None:
+    answer = raw(server, b"HEAD /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.endswith(b"\r\n\r\n")
+
+
 def test_a_chunked_body_is_served(server: RunningServer) -> None:
     for size in (1, 7, 1000):
         answer = raw(server, POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(BODY, size))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastblt.server.api.bodies import Bodies
 from fastblt.server.api.http import CONNECTION
 from fastblt.server.api.streaming import EventStream
 from fastblt.server.process.client import EngineClient
@@ -33,16 +34,21 @@ class Connection:
         self.written.append(data)
 
 
+@dataclass
 class Events:
     """An item is the number of bytes in it; a failure is `!`."""
 
-    failed = False
+    failed: bool = False
+    bytes: int = 0
 
     def render(self, deltas: list[Delta]) -> bytes:
         if any(None in delta.ids for delta in deltas):
             raise ValueError("a fault")
         self.failed = any(delta.finish_reason is FinishReason.ERROR for delta in deltas)
         return b"!" if self.failed else b"%d " % sum(len(delta.ids) for delta in deltas)
+
+    def size(self, deltas: list[Delta]) -> int:
+        return self.bytes
 
     def last(self) -> bytes:
         return b"" if self.failed else b"end"
@@ -51,14 +57,16 @@ class Events:
 class Run:
     """An answer under way. `sent` are the bodies of ASGI's messages."""
 
-    def __init__(self, connection: Connection | None) -> None:
+    def __init__(self, connection: Connection | None, size: int = 0) -> None:
         self.aborted: list[str] = []
         requests = [Request(name, [1], SamplingParams(), 0.0) for name in "ab"]
         self.stream = DeltaStream(lambda name, _: self.aborted.append(name), requests)
         self.sent: list[bytes] = []
         self.left = asyncio.Event()
         scope = {"type": "http", **({"extensions": {CONNECTION: connection}} if connection is not None else {})}
-        self.task = asyncio.ensure_future(EventStream(self.stream, Events())(scope, self._receive, self._send))
+        self.task = asyncio.ensure_future(
+            EventStream(self.stream, Events(bytes=size), Bodies())(scope, self._receive, self._send)
+        )
 
     async def _receive(self) -> Any:
         await self.left.wait()
@@ -72,10 +80,11 @@ class Run:
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.parametrize("size", [0, 10**6])
 @pytest.mark.parametrize("direct", [True, False])
-async def test_events_leave_as_they_come(direct: bool) -> None:
+async def test_events_leave_as_they_come(direct: bool, size: int) -> None:
     connection = Connection()
-    run = Run(connection if direct else None)
+    run = Run(connection if direct else None, size)
     await run.push("a", [5])
     await run.push("b", [5, 6])
     await run.push("a", [7], FinishReason.LENGTH)
@@ -86,10 +95,11 @@ async def test_events_leave_as_they_come(direct: bool) -> None:
     assert not run.aborted and connection.on_writable is None
 
 
+@pytest.mark.parametrize("size", [0, 10**6])
 @pytest.mark.parametrize("direct", [True, False])
-async def test_a_failure_ends_the_stream_and_the_others_requests(direct: bool) -> None:
+async def test_a_failure_ends_the_stream_and_the_others_requests(direct: bool, size: int) -> None:
     connection = Connection()
-    run = Run(connection if direct else None)
+    run = Run(connection if direct else None, size)
     await run.push("a", [5])
     await run.push("b", [], FinishReason.ERROR)
     await run.task
@@ -99,9 +109,10 @@ async def test_a_failure_ends_the_stream_and_the_others_requests(direct: bool) -
     assert len(connection.written) + len(run.sent) == 4
 
 
+@pytest.mark.parametrize("size", [0, 10**6])
 @pytest.mark.parametrize("direct", [True, False])
-async def test_a_fault_is_the_answer_s_own(direct: bool) -> None:
-    run = Run(Connection() if direct else None)
+async def test_a_fault_is_the_answer_s_own(direct: bool, size: int) -> None:
+    run = Run(Connection() if direct else None, size)
     await run.push("a", [5])
     await run.push("b", [None])
     with pytest.raises(ValueError, match="a fault"):

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from fastblt.server.api import http as http_module
+from fastblt.server.api.serve import CertificateError
 from fastblt.server.process.client import EngineClient
 from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.server.api import fake_engine
@@ -206,5 +207,5 @@ def test_https(tmp_path: Path) -> None:
 def test_certificates_of_no_use_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("nothing")
     http = HttpSettings(tls_certificate=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "cert.pem"))
-    with pytest.raises(OSError):
+    with pytest.raises(CertificateError):
         RunningServer(fake(), http)
