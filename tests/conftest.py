@@ -28,6 +28,7 @@ SLOW = (
     "fuzz/test_http.py",
     "fuzz/test_loop.py",
     "gpu",
+    "kernels/cpu/test_build.py",
     "kernels/cpu/test_sanitizers.py",
     "kernels/gpu/test_cases.py",
     "models/pretrained",
