@@ -153,3 +153,19 @@ def test_any_penalty_may_be_left_out(name: str) -> None:
     assert torch.equal(
         select(logits, params, need_statistics=False).ids, select_torch(logits, params, need_statistics=False).ids
     )
+
+
+def test_towards_temperature_0_a_draw_is_the_argmax() -> None:
+    logits = [flat(_9=shift + 30.0, _20=shift + 29.0, _30=shift - 40.0) for shift in (0.0, -100.0, 1e4)]
+    rows = [
+        Row(temperature=temperature, seed=11, position=position, top_k=top_k)
+        for temperature in (1e-45, 1e-44, 1e-40, 1e-37, 1e-30, 1e-6, 1e-3)
+        for position in range(2)
+        for top_k in (0, 2)
+        for _ in logits
+    ]
+    result = select(torch.tensor(logits).repeat(len(rows) // len(logits), 1), pack(rows), need_statistics=True)
+    written(result)
+    assert (result.ids == 9).all() and not result.bad.any()
+    assert result.confidence is not None
+    assert torch.allclose(result.confidence, torch.tensor(30.0 - 29.0).sigmoid())
