@@ -6,6 +6,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # More options for `make serve` and `make test`: make serve ARGS="--threads 4", make test ARGS="-k streaming".
 ARGS ?=
+# Examples of each test of requests in `make fuzz`, and seconds of raw HTTP.
+SEEDS ?= 1000
+SECONDS ?= 600
 # Test processes; arithmetic in each is single-threaded.
 WORKERS ?= 2
 
@@ -13,13 +16,14 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test sanitize compat lint format gpu-check clean
+.PHONY: help install serve quick test sanitize fuzz compat lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
 	@echo "make quick      lint, types, and all tests but those in the places that tests/conftest.py calls slow"
 	@echo "make test       lint, types, and all tests"
 	@echo "make sanitize   the C kernels' tests, and an engine, under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz       random requests, SEEDS (1000) of each test, and raw HTTP for SECONDS (600)"
 	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
@@ -52,6 +56,9 @@ test: lint
 
 sanitize: $(STAMP)
 	$(VENV)/bin/python -m tests.kernels.cpu.sanitized $(ARGS)
+
+fuzz: $(STAMP)
+	FASTBLT_FUZZ=$(SEEDS) FASTBLT_FUZZ_SECONDS=$(SECONDS) $(PYTEST) tests/fuzz $(ARGS)
 
 compat: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'

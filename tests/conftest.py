@@ -25,6 +25,7 @@ SLOW = (
     "docs/test_examples.py",
     "docs/test_life.py",
     "faults",
+    "fuzz/test_completions.py",
     "fuzz/test_http.py",
     "fuzz/test_loop.py",
     "gpu",

@@ -88,7 +88,7 @@ class SamplingParams:
     """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy, and so is any below GREEDY_BELOW;
     `top_k` 0 means all.
 
-    `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives beside
+    `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives to
     the chosen byte (0: the chosen one only), `prompt_logprobs` for the same of every prompt byte, `return_patches` for
     a PatchReport at the end. Under `utf8` strict the output is whole characters, wherever it ends; stops that could cut
     one are refused.

@@ -33,7 +33,7 @@ class Ends:
 
     def __call__(self, live: LiveRequest, delta: Delta, now: float) -> None:
         name = live.request.request_id
-        assert not self.terminal[name], "news after the terminal event"
+        assert not self.terminal[name], "a delta after the terminal event"
         assert live.started is not None or not delta.ids
         self.ids[name] += delta.ids
         if delta.finish_reason is not None:
@@ -88,7 +88,7 @@ async def _read(client: EngineClient, index: int, request: Request) -> list[int]
     stream = await client.submit(request)
     ids: list[int] = []
     if index not in STREAMED:
-        # The news merge until they are read.
+        # Deltas merge until they are read.
         await asyncio.sleep(0.5)
     try:
         async for deltas in stream:

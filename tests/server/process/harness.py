@@ -80,7 +80,7 @@ async def read(stream: DeltaStream) -> dict[str, Delta]:
     async for deltas in stream:
         for delta in deltas:
             earlier = whole.setdefault(delta.request_id, Delta(delta.request_id))
-            assert earlier.finish_reason is None, "news after the end"
+            assert earlier.finish_reason is None, "a delta after the end"
             earlier.ids += delta.ids
             earlier.finish_reason, earlier.error, earlier.error_code = (
                 delta.finish_reason,

@@ -58,14 +58,14 @@ class World:
         #: Every text that was ever there.
         self.texts: list[list[int]] = [[1]]
         self.refused = False
-        take = self.prefix._take
+        take = self.prefix._attach
 
         def watched(*args: Any) -> bool:
             given = take(*args)
             self.refused = not given
             return given
 
-        self.prefix._take = watched  # type: ignore[method-assign]
+        self.prefix._attach = watched  # type: ignore[method-assign]
 
     def sequence(self, ids: list[int], salt: str | None = None) -> Sequence:
         request = Request("r", ids, SamplingParams(max_tokens=100), time.monotonic(), cache_salt=salt)
