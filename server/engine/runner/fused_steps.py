@@ -66,20 +66,14 @@ class FusedSteps:
         encoder_input = self._encoder_input
         for sequence, plan in planned:
             latent, _ = latent_slots(sequence, plan)
+            numbers += (sequence.state_index, plan.start, latent, plan.repeat)
+            # Rows that may go through the entropy model, where the open patch began (-1: a draft, which closes none),
+            # and whether the first row is to be encoded first: the rest of `multi_step.COLUMNS`.
             if plan.draft:
                 scans = max(plan.scan_to - sequence.scanned, 0)
-                fresh = encoder_input and sequence.encoded < plan.end
-                numbers += (sequence.state_index, plan.start, latent, plan.repeat, scans, -1, fresh)
+                numbers += (scans, -1, encoder_input and sequence.encoded < plan.end)
             else:
-                numbers += (
-                    sequence.state_index,
-                    plan.start,
-                    latent,
-                    plan.repeat,
-                    sequence.left - 1,
-                    sequence.open_start,
-                    0,
-                )
+                numbers += (sequence.left - 1, sequence.open_start, 0)
         sampled, truncated, _ = self._sampler.needs(planned)
         columns = _columns(numbers, len(planned))
         steps = self._forward.steps(self._steps, columns, self._rule, sampled=sampled, truncated=truncated)
@@ -120,14 +114,27 @@ class FusedSteps:
             block_ids += plan.block_ids
             sizes.append(len(plan.block_ids))
             total += plan.rows
-            follow, repeat = plan.next_length, plan.repeat
-            step = plan.unmask or (_SINGLE_ROWS if follow else _NO_STEP)
+            drafts_next = plan.next_length > 0
+            step = plan.unmask or (_SINGLE_ROWS if drafts_next else _NO_STEP)
             bounds.append(step.bound)
+            # As in `decoder_steps.COLUMNS`.
             rows.append(
                 (
-                    *(sequence.state_index, plan.start, plan.causal, plan.samples, sizes[-1], newest, len(own)),
-                    *(step.rule, step.left or 0, repeat - 1 if follow else repeat, sequence.encoded, sequence.scanned),
-                    *(plan.scan_to if plan.scan_to > sequence.scanned else 0, follow, sequence.left if follow else 0),
+                    sequence.state_index,
+                    plan.start,
+                    plan.causal,
+                    plan.samples,
+                    len(plan.block_ids),
+                    newest,
+                    len(own),
+                    step.rule,
+                    step.left or 0,
+                    plan.repeat - drafts_next,
+                    sequence.encoded,
+                    sequence.scanned,
+                    plan.scan_to if plan.scan_to > sequence.scanned else 0,
+                    plan.next_length,
+                    sequence.left if drafts_next else 0,
                 )
             )
             sequence.ledger.decoder += 1
