@@ -150,8 +150,10 @@ def _work(
 def in_processes(
     model: str, prompts: list[list[int]], length: int, parameters: dict[str, dict[str, Any]], processes: int
 ) -> dict[str, Tally]:
-    """`compare` with the prompts split over processes of one thread each."""
+    """`compare` with the prompts split over processes of one thread each; one is this process."""
     seeded = list(enumerate(prompts))
+    if processes == 1:
+        return _work(model, dict(seeded), length, parameters, loud=True)
     shares = [dict(seeded[first::processes]) for first in range(processes)]
     spawn = multiprocessing.get_context("spawn")
     total: dict[str, Tally] = {}

@@ -26,9 +26,9 @@ from fastblt.benchmarks.evaluation.code import prove
 from fastblt.benchmarks.evaluation.endpoint import Target
 from fastblt.benchmarks.evaluation.journal import Record
 from fastblt.benchmarks.evaluation.next_lines import Cut, cuts
-from fastblt.benchmarks.evaluation.options import write
 from fastblt.benchmarks.evaluation.report import page
 from fastblt.benchmarks.evaluation.sandbox import Sandbox
+from fastblt.benchmarks.machine import write_json
 from fastblt.benchmarks.prompts import held_out_sources
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.settings import PRETRAINED
@@ -87,7 +87,7 @@ class Publisher:
         began = time.monotonic()
         result = getattr(self, part)()
         made = {"scale": self._scale, "other_jobs": self._clock != "bytes_per_second"}
-        write(self._output, part, result | {"made": made})
+        write_json(self._output / f"{part}.json", result | {"made": made})
         (self._output / "README.md").write_text(page(self._output))
         print(f"-- {part}: {time.monotonic() - began:.0f} s\n", flush=True)
 

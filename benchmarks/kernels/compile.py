@@ -20,7 +20,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fastblt.benchmarks.command import command
 from fastblt.benchmarks.markdown import Table
@@ -218,7 +220,9 @@ def compile_all(targets: list[str]) -> list[dict[str, Any]]:
         return [result for results in pool.map(one, targets) for result in results]
 
 
-def main(*, target: Sequence[str] = TARGETS, worker: str | None = None) -> dict[str, Any]:
+def main(
+    *, target: Sequence[str] = TARGETS, worker: Annotated[str | None, typer.Option(hidden=True)] = None
+) -> dict[str, Any]:
     """Compile every kernel for every target; a `worker` prints what one target gives, as JSON."""
     if worker is not None:
         found = [compile_variant(variant, worker) for variant in variants(worker)]

@@ -112,6 +112,8 @@ class Course:
             outputs = complete(self._engine, prompts, params, after_step=after_step)
         seconds, after = time.perf_counter() - clock, self._engine.stats()
         made = sum(len(output.ids) for output in outputs) - begun
+        if not made:
+            raise ValueError("all bytes came with the prompts' pass, so nothing can be timed; ask for longer outputs")
         drafted, accepted = (
             _sums(getattr(after, name), [-count for count in getattr(before, name)])
             for name in ("drafted_by_position", "accepted_by_position")

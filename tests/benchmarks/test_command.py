@@ -24,7 +24,6 @@ def other(*, rounds: int = 3) -> dict[str, Any]:
 
 
 def test_parameters_are_options(tmp_path: Path) -> None:
-    """A file that..."""
     file = tmp_path / "new" / "result.json"
     answer = CliRunner().invoke(command(measure), ["--sizes", "5", "--sizes", "6", "--json", str(file)])
     assert answer.exit_code == 0, answer.output

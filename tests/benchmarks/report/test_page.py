@@ -36,7 +36,7 @@ def load(streams: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(model: Blt, prompts: list[list[int]]) -> dict[str, dict[str, Any]]:
-    run = measure(model, prompts, 16, settings=chosen((4,), "headline"), batch=2)
+    run = measure(model, prompts, 16, settings=chosen((4,), "headline"), batch=2, budget=0.0)
     return {
         "methods-greedy-b8": part("methods", batches={"8": run}),
         "sweep-blt-c1": load(1),

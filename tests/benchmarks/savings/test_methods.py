@@ -39,7 +39,7 @@ def test_figures_of_every_method(model: Blt, prompts: list[list[int]], capsys: p
 
 def test_figures_of_time_add_up(model: Blt, prompts: list[list[int]]) -> None:
     settings = ("blt", "blt-s k4", "blt-s k8", "blt-d-4 a0.7", "blt-dv-4 1step")
-    result = measure(model, prompts, 32, settings=settings, batch=2, rounds=2)
+    result = measure(model, prompts, 32, settings=settings, batch=2, rounds=2, budget=0.0)
     rows = result["settings"]
     plain = rows["blt"]
     assert plain["time_saved"] == plain["predicted_saved"] == plain["weights_saved"] == 0
@@ -76,3 +76,8 @@ def test_bench_methods(checkpoint: str, tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert "time saved" in answer.output and "blt-s k4 paper" in result["batches"]["2"]["settings"]
     assert len(result["checkpoint"]["sha256"]) == 16
+
+
+def test_outputs_that_the_prompts_pass_gives_cannot_be_timed(model: Blt, prompts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="longer outputs"):
+        measure(model, prompts[:1], 4, settings=("blt", "blt-d-4 1step"), budget=0.0)
