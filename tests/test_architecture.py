@@ -25,7 +25,7 @@ LAYERS = (
     ("server.process",),
     # The API, offline use, and whatever else has no layer of its own.
     ("server",),
-    ("server.configuration", "server.cli"),
+    ("server.cli",),
     ("deploy",),
     ("benchmarks",),
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastblt.server import logs
+from fastblt.server.cli.configuration import check_environment, read_config, read_keys, show_config
 from fastblt.server.cli.errors import clean_errors, fail
 from fastblt.server.cli.options import (
     ACCESS,
@@ -38,7 +39,6 @@ from fastblt.server.cli.options import (
     UnmaskingOption,
     UntrainedBlockSize,
 )
-from fastblt.server.configuration import check_environment, read_config, read_keys, show_config
 from fastblt.server.logs import LogFormat, LogLevel, LogSettings
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import (

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from fastblt.server.cli import app
-from fastblt.server.configuration import read_config, read_keys, show_config
+from fastblt.server.cli.configuration import read_config, read_keys, show_config
 
 toy = typer.Typer(context_settings={"auto_envvar_prefix": "TOY"})
 
