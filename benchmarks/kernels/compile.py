@@ -200,16 +200,18 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 
 def compile_all(targets: list[str]) -> list[dict[str, Any]]:
-    """Every variant for every target, two targets at a time, each in a process that the interpreter cannot reach.
-
-    What is unchanged since the last time comes out of Triton's cache.
-    """
+    """Every variant for every target, two targets at a time, each in a process that the interpreter cannot reach."""
     environment = {name: value for name, value in os.environ.items() if name != "FASTBLT_KERNELS"}
     environment |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 
     def one(target: str) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "fastblt.benchmarks.kernels.compile", "--worker", target]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as cache:
+            done = subprocess.run(
+                [sys.executable, "-m", "fastblt.benchmarks.kernels.compile", "--worker", target],
+                env=environment | {"TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+            )
         if done.returncode:
             raise RuntimeError(f"compiling for {target} failed:\n{done.stderr}")
         return json.loads(done.stdout)

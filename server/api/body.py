@@ -22,6 +22,8 @@ MAX_CHOICES = 128
 MAX_PROMPT_IDS = 2**20
 #: Bytes of a body beside its prompts.
 MAX_FIELDS_BYTES = 256 * 2**10
+#: Lists and objects in one of these fields. They take far longer to make than all else.
+_MAX_LISTS = 2**15
 #: Bytes that an id takes in a body at most, written as clients do: `\\u0041` in a text, `259, ` in a list.
 _ID_BYTES = 6
 
@@ -83,7 +85,7 @@ def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_le
                 refuse(f"the body has more than {MAX_FIELDS_BYTES} bytes beside the {large}")
         fields = _fields.decode(body)
         data = {
-            name: _large_value(field, large, max_length) if name == large else _parse_json(field)
+            name: _large_value(field, large, max_length) if name == large else _small_value(field, name)
             for name, field in fields.items()
             if name in schema.model_fields
         }
@@ -108,6 +110,13 @@ def refuse(message: str, param: str | None = None) -> NoReturn:
     raise ApiError(400, message, code="invalid_body", param=param)
 
 
+def _small_value(raw: msgspec.Raw, name: str) -> Any:
+    data = bytes(raw)
+    if data.count(b"[") + data.count(b"{") > _MAX_LISTS:
+        refuse(f"{name} has more than {_MAX_LISTS} lists and objects", name)
+    return _parse_json(data)
+
+
 def _large_value(raw: msgspec.Raw, name: str, max_length: int) -> Any:
     """A text, a list of ids, or a list of such; anything else as it is, for the schema to refuse."""
     view = memoryview(raw)
@@ -127,13 +136,14 @@ def _second(view: memoryview) -> bytes:
 
 def _one(raw: msgspec.Raw, name: str, max_length: int) -> Any:
     """A text or a list of ids, not made if it is too long."""
+    size, first = len(memoryview(raw)), bytes(memoryview(raw)[:1])
+    if first == b'"':
+        if size > _ID_BYTES * (max_length + 1):
+            raise InvalidRequestError(f"{name} has {size} bytes; {max_length} ids are allowed at most", name)
+        return _parse_json(raw)
     data = bytes(raw)
     if data == b"null":
         return None
-    if data[:1] == b'"':
-        if len(data) > _ID_BYTES * (max_length + 1):
-            raise InvalidRequestError(f"{name} has {len(data)} bytes; {max_length} ids are allowed at most", name)
-        return _parse_json(data)
     # Lists of ids have no other commas.
     if (count := data.count(b",") + 1) > max_length + 1:
         raise InvalidRequestError(f"{name} has {count} ids; {max_length} are allowed at most", name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, SkipValidation, WithJsonSchema
 
 from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE
 from fastblt.server.api.body import MAX_CHOICES, without_nulls
@@ -103,7 +103,7 @@ StopIds = Annotated[
 ]
 
 #: Ids 0..259.
-Ids = Annotated[list[int], BeforeValidator(_ids), WithJsonSchema({"type": "array", "items": _ANY_ID})]
+Ids = Annotated[SkipValidation[list[int]], BeforeValidator(_ids), WithJsonSchema({"type": "array", "items": _ANY_ID})]
 
 Bias = Annotated[
     dict[int, float],

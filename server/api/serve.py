@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -112,6 +113,8 @@ async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -
     """
     raise_file_limit()
     _return_large_blocks()
+    # The event loop asks for its turn after every read and write: it must not wait for threads' 5 ms each time.
+    sys.setswitchinterval(0.0005)
     # What is there by now stays: the collector need not look at it again, each time while others wait.
     gc.collect()
     gc.freeze()

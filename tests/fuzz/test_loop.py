@@ -1,0 +1,68 @@
+"""Large bodies of every kind, from six clients at once: nobody else waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from fastblt.server.api.body import parse_body
+from fastblt.server.api.errors import ApiError
+from fastblt.server.api.schemas import CompletionRequest
+from fastblt.server.request import InvalidRequestError
+from tests.faults.faulty import Server, serving
+from tests.fuzz.bodies import large_bodies
+from tests.fuzz.test_http import SECONDS
+from tests.fuzz.watch import Watch
+
+LENGTH = 32768
+BODIES = {name: (path, body) for name, path, body in large_bodies(LENGTH)}
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = Path(tmp_path_factory.mktemp("loop"))
+    with serving(checkpoint, folder, "--max-model-len", str(LENGTH), "--cache-size", "512MiB") as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", [name for name, (path, _) in BODIES.items() if path == "/v1/completions"])
+def test_a_body_costs_little(name: str) -> None:
+    """Processor time, since others use the machine too. Far less than all of it is spent without a turn for others."""
+    start = time.thread_time()
+    with suppress(ApiError, InvalidRequestError):
+        body, _ = parse_body(BODIES[name][1], CompletionRequest, "prompt", LENGTH)
+        body.take_prompts(LENGTH)
+    assert time.thread_time() - start < 0.2
+
+
+# The engine takes half a minute for those of prompts.
+@pytest.mark.parametrize("name", [name for name in BODIES if SECONDS or "logprobs" not in name])
+def test_health_does_not_wait(server: Server, name: str) -> None:
+    path, body = BODIES[name]
+    statuses: list[int] = []
+    end = time.monotonic() + (5 if SECONDS else 0.5)
+
+    def send() -> None:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=200)
+        while not statuses or time.monotonic() < end:
+            connection.request("POST", path, body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            statuses.append(answer.status)
+        connection.close()
+
+    with Watch(server.port) as watch:
+        threads = [Thread(target=send) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) <= {200, 400, 429}, statuses
+    print(f"{name}: {len(statuses)} answers; {watch}")
+    assert watch.longest < (0.2 if SECONDS else 1) + 2 * watch.noise
