@@ -1,5 +1,5 @@
-/* The steps of a group of requests: a pass of the decoder, the choice of bytes, what they settle, and so on until nothing is
- * masked; then the new bytes through entropy model and encoder. decoder_steps.py says what a step does. */
+/* The steps of a group of requests: a pass of the decoder, the choice of bytes, what they settle, and so on until
+ * nothing is masked; then the new bytes through entropy model and encoder. decoder_steps.py says what a step does. */
 #include <string.h>
 
 #include "decoder_steps.h"
@@ -16,7 +16,8 @@ static int goes_ahead(const struct plans *of, int64_t r) {
     return of->untils[r] > of->scanned[r];
 }
 
-/* Encodes the causal rows of requests [first, first + n) that the encoder has not had, if the decoder reads their states. */
+/* Encodes the causal rows of requests [first, first + n) that the encoder has not had, if the decoder reads their
+ * states. */
 static int encode_causal(const struct task *t, int64_t first, int64_t n) {
     const struct plans *of = t->of;
     const struct room *room = t->room;
@@ -65,8 +66,8 @@ struct group {
     int64_t n, rows;
 };
 
-/* A row of the pass: of request r, at `position`, which sees up to `high` of the window that is counted from `first`; `id`
- * is -1 where it is a causal one. */
+/* A row of the pass: of request r, at `position`, which sees up to `high` of the window that is counted from
+ * `first`; `id` is -1 where it is a causal one. */
 static void place(const struct task *t, struct group *group, int64_t r, int32_t position, int32_t first, int32_t high,
                   int32_t latent, int64_t id) {
     const struct room *room = t->room;
@@ -126,8 +127,8 @@ static int decode(const struct task *t, const struct group *group) {
     at.highs = room->highs;
     read.slots = room->latents;
     from.block = room->block;
-    int failed = fastblt_stack(decoder->module, decoder->caches, &at, &read, &from, decoder->to, group->rows, t->threads,
-                               room->x);
+    int failed = fastblt_stack(decoder->module, decoder->caches, &at, &read, &from, decoder->to, group->rows,
+                               t->threads, room->x);
     t->spent->seconds[DECODER] += seconds() - began;
     return failed;
 }
@@ -162,7 +163,8 @@ static int64_t *text_of(const struct task *t, int64_t r) {
     return t->with->choice->texts + t->of->owners[r] * t->with->choice->stride + end_of(t->of, r);
 }
 
-/* The bytes of a request's selected rows, chosen from `next` on: they go into its text, and the last opens its block. */
+/* The bytes of a request's selected rows, chosen from `next` on: they go into its text, and the last opens its
+ * block. */
 static void take_selected(const struct task *t, int64_t r, int64_t next) {
     const struct plans *of = t->of;
     int64_t select = of->selects[r], *text = text_of(t, r) - select + 1;
@@ -180,8 +182,8 @@ static void take_selected(const struct task *t, int64_t r, int64_t next) {
     }
 }
 
-/* Fixes masked positions of a request by its rule, from the bytes that were chosen from *next on, and leaves *next behind
- * them. Returns how many are still masked. */
+/* Fixes masked positions of a request by its rule, from the bytes that were chosen from *next on, and leaves *next
+ * behind them. Returns how many are still masked. */
 static int64_t fix_masked(const struct task *t, int64_t r, int32_t step, int64_t *next) {
     const struct plans *of = t->of;
     const struct room *room = t->room;
@@ -205,7 +207,8 @@ static int64_t fix_masked(const struct task *t, int64_t r, int32_t step, int64_t
     return still;
 }
 
-/* What becomes of the bytes of a step; returns the requests that have another, whose pass has their blocks' rows alone. */
+/* What becomes of the bytes of a step; returns the requests that have another, whose pass has their blocks' rows
+ * alone. */
 static struct group settle(const struct task *t, const struct group *group, int32_t step) {
     const struct plans *of = t->of;
     struct group left = {.n = 0};

@@ -1,8 +1,8 @@
-/* A pass of the decoder and the choice of bytes from it, all further passes that fill blocks (block_steps.c), and the drafts
- * behind verifications (follow.c), in one call, on a CPU, fp32. decoder_steps.py says what a step does.
+/* A pass of the decoder and the choice of bytes from it, all further passes that fill blocks (block_steps.c), and the
+ * drafts behind verifications (follow.c), in one call, on a CPU, fp32. decoder_steps.py says what a step does.
  *
- * Threads share the requests in groups, and a group makes all of its steps before the next begins; a group that is alone
- * shares out the rows of each pass. Every row is computed as if it were alone, so neither changes a result.
+ * Threads share the requests in groups, and a group makes all of its steps before the next begins; a group that is
+ * alone shares out the rows of each pass. Every row is computed as if it were alone, so neither changes a result.
  */
 #include "decoder_steps.h"
 
@@ -87,8 +87,8 @@ static int64_t room_in(char *memory, const struct context *with, int64_t rows, s
     return used;
 }
 
-/* Cuts `count` requests into groups that begin at starts[0], starts[1], ...; returns how many. The last ones are small, so
- * that no thread waits long for another's. */
+/* Cuts `count` requests into groups that begin at starts[0], starts[1], ...; returns how many. The last ones are
+ * small, so that no thread waits long for another's. */
 static int64_t cut_groups(int64_t count, int64_t threads, int32_t *starts) {
     int64_t groups = 0;
     for (int64_t at = 0; at < count; groups++) {
@@ -137,8 +137,8 @@ EXPORT int fastblt_decoder_steps(const struct part *parts, const struct call *ca
     }
     struct spent all = {0};
     int failed = 0;
-#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) reduction(| : failed) reduction(add : all) \
-    private(room)
+#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) private(room) \
+    reduction(| : failed) reduction(add : all)
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = starts[g], n = starts[g + 1] - first;
         room_in(memory + omp_get_thread_num() * share, &with, most, &room);

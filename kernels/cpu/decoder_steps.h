@@ -7,8 +7,8 @@
 /* Requests that a thread takes through their passes together: few enough for nobody to wait long for another's. */
 #define GROUP 4
 
-/* The columns of what is asked for, a number of each for every request, columns one behind another; as in decoder_steps.py.
- */
+/* The columns of what is asked for, a number of each for every request, columns one behind another; as in
+ * decoder_steps.py. */
 enum {
     OWNERS,  /* its state row */
     STARTS,  /* the position of its first causal row */
@@ -36,7 +36,7 @@ struct made {
     int64_t *ids;     /* [lines, width] */
     int32_t *fixed;   /* [lines, width], the steps that fixed them */
     int32_t *steps;   /* how many steps there were */
-    uint8_t *bad;     /* whether a row had no finite choice */
+    uint8_t *bad;     /* why a row had no finite choice, as in selection.h; 0: each had one */
     float *entropies; /* [lines, longest], of what was scanned */
     int64_t width, longest;
 };

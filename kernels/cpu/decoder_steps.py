@@ -86,7 +86,7 @@ class Made:
     ids: list[list[int]]  # [width or more], MASK where still masked
     fixed: np.ndarray  # int32 [n, width], the step that fixed each position (0: none did); the next call takes it back
     steps: list[int]  # how many steps there were, or single rows
-    bad: bytes  # whether a row had no finite choice
+    bad: bytes  # why a row had no finite choice (as in `Selection`), or 0
     entropies: list[list[float]]  # nats of rows from the first that was scanned on [most of them]
 
 

@@ -1,9 +1,9 @@
-/* The linear maps of a layer on a CPU, fp32, with the norm before and the sum behind them. The mathematics and the shapes
- * stand in dense.py.
+/* The linear maps of a layer on a CPU, fp32, with the norm before and the sum behind them. The mathematics and the
+ * shapes stand in dense.py.
  *
- * Every output is one sum over the inputs in their order, whatever rows are computed beside it: so a row's result cannot
- * depend on its batch. Weights lie in panels of PANEL outputs, [panel][input][PANEL], and are read once for up to BLOCK
- * rows.
+ * Every output is one sum over the inputs in their order, whatever rows are computed beside it: so a row's result
+ * cannot depend on its batch. Weights lie in panels of PANEL outputs, [panel][input][PANEL], and are read once for
+ * up to BLOCK rows.
  */
 #include "dense.h"
 
@@ -27,7 +27,8 @@ static __attribute__((noinline)) void store_part(const float *sums, struct targe
 }
 
 /* Stores the sums of a panel, from registers where all of it is wanted. */
-static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct target to, int64_t row, int64_t column) {
+static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct target to, int64_t row,
+                                                        int64_t column) {
     if (to.size - column < PANEL) {
         float sums[PANEL];
         memcpy(sums, &low, sizeof low), memcpy(sums + 8, &high, sizeof high);
@@ -138,7 +139,8 @@ EXPORT void fastblt_project_add(const float *x, int64_t n, int64_t depth, const 
                                 const float *residual, int64_t times, float *out) {
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t count = n - first < BLOCK ? n - first : BLOCK;
-        struct target to = {.out = out + first * size, .residual = residual + first * size, .size = size, .times = times};
+        int64_t at = first * size;
+        struct target to = {.out = out + at, .residual = residual + at, .size = size, .times = times};
         linear_map(x + first * depth, count, depth, w, to);
     }
 }

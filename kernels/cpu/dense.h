@@ -27,7 +27,8 @@ void linear_map(const float *x, int64_t n, int64_t depth, const float *weights, 
 /* out = gain * (x / sqrt(mean(x^2) + eps)) of n rows; out may be x. */
 void fastblt_rms_norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out);
 
-/* `count` maps of the same rows x [n, depth], normed before where there is a gain. Returns 0, or 1 when memory ran out. */
+/* `count` maps of the same rows x [n, depth], normed before where there is a gain. Returns 0, or 1 when memory ran
+ * out. */
 int fastblt_project(const float *x, int64_t n, int64_t depth, const float *gain, float eps, const struct linear *maps,
                     int64_t count);
 

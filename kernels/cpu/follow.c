@@ -18,7 +18,8 @@ struct drafts {
     float bounds[GROUP];
 };
 
-static void add_draft(struct drafts *to, const struct plans *of, int64_t r, int32_t start, int32_t size, int32_t latent) {
+static void add_draft(struct drafts *to, const struct plans *of, int64_t r, int32_t start, int32_t size,
+                      int32_t latent) {
     int64_t k = to->n++;
     to->request[k] = (int32_t)r;
     to->owners[k] = of->owners[r];

@@ -1,5 +1,5 @@
-/* The decoder's cross-attention on a CPU, fp32: every row reads the few keys of its latent where they lie, and is computed
- * alone. */
+/* The decoder's cross-attention on a CPU, fp32: every row reads the few keys of its latent where they lie, and is
+ * computed alone. */
 #include "latent_attention.h"
 
 #include <math.h>

@@ -1,8 +1,8 @@
 /* y = x W^T for a few rows on a CPU, fp32, where reading W is what costs. The shapes stand in linear.py.
  *
- * W is read once, in the order it lies in, and every row of it meets all rows of x while it is in the cache. An output is
- * one sum over the inputs, eight lanes and then their sum, whatever is computed beside it: so a row's result cannot
- * depend on its batch.
+ * W is read once, in the order it lies in, and every row of it meets all rows of x while it is in the cache. An
+ * output is one sum over the inputs, eight lanes and then their sum, whatever is computed beside it: so a row's
+ * result cannot depend on its batch.
  */
 #include <stdint.h>
 

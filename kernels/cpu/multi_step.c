@@ -1,8 +1,8 @@
-/* Several bytes of each request in one call, on a CPU, fp32: as many single rows one after another. multi_step.py says what
- * a step computes.
+/* Several bytes of each request in one call, on a CPU, fp32: as many single rows one after another. multi_step.py says
+ * what a step computes.
  *
- * Threads share the requests, and each makes all of its steps before the next begins: nobody waits for another's step. Every
- * row is computed as if it were alone, so threads do not change a result.
+ * Threads share the requests, and each makes all of its steps before the next begins: nobody waits for another's
+ * step. Every row is computed as if it were alone, so threads do not change a result.
  */
 #include <omp.h>
 #include <stdlib.h>
@@ -29,7 +29,8 @@ EXPORT int fastblt_multi_step(const struct part *parts, const struct requests *o
     if (!memory) return 1;
     struct spent all = {0};
     int failed = 0;
-#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (apart > 1) reduction(| : failed) reduction(add : all)
+#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (apart > 1) \
+    reduction(| : failed) reduction(add : all)
     for (int64_t r = 0; r < of->count; r++) {
         float *x = (float *)(memory + omp_get_thread_num() * share);
         int32_t *ints = (int32_t *)(x + floats);

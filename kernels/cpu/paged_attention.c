@@ -40,7 +40,8 @@ static inline v8 sums(const v8 *a) {
 
 /* scores[q][j] = queries[q] . keys[j] for `count` queries over keys [from, to) of a tile; `dim` is a constant where
  * this is inlined. Up to seven scores behind are written too, and never read. Two queries share four keys at a time;
- * either way a score is the same sum. Sums begin with zero: of two products a compiler may fuse either with their sum. */
+ * either way a score is the same sum. Sums begin with zero: of two products a compiler may fuse either with their
+ * sum. */
 static inline __attribute__((always_inline)) void score_tile(const float *queries, int64_t count,
                                                              const float *const *keys, int64_t offset, int64_t from,
                                                              int64_t to, int64_t dim, float *scores) {

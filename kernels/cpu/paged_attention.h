@@ -28,7 +28,7 @@ static inline struct layout layout_of(const struct places *where, int64_t heads,
 void write_rows(const float *k, const float *v, const struct places *where, struct layout at, int64_t first, int64_t n,
                 float *cache);
 
-/* Rows [first, first + n) attend to what is written; q and out begin with the first of them. Returns 0, or 1 when memory
- * ran out. */
+/* Rows [first, first + n) attend to what is written; q and out begin with the first of them. Returns 0, or 1 when
+ * memory ran out. */
 int attend_rows(const float *q, const float *cache, const struct places *where, struct layout at, int64_t first,
                 int64_t n, float *out);

@@ -1,11 +1,13 @@
 /* Selection on a CPU, fp32: every row alone, in one pass. noise.py has the noise.
  *
  * Scores are made by the operations of the torch path, one rounding each (so this file is compiled without fused
- * multiply-adds): greedy ids are the same. Sums over a row are float64 in a fixed order. Truncation keeps a prefix of the
- * ids in the order (score descending, id ascending), whose end is found bit by bit, as in the Triton kernel: no sort.
+ * multiply-adds): greedy ids are the same. Sums over a row are float64 in a fixed order. Truncation keeps a prefix of
+ * the ids in the order (score descending, id ascending), whose end is found bit by bit, as in the Triton kernel: no
+ * sort.
  *
- * A drawn id has score + noise above all others. A rough logarithm tells nearly all of them that they have not, and the
- * few that are left are compared by the exact noise: so float64 logarithms are taken for one id or two, not for 260.
+ * A drawn id has score + noise above all others. A rough logarithm tells nearly all of them that they have not, and
+ * the few that are left are compared by the exact noise: so float64 logarithms are taken for one id or two, not for
+ * 260.
  */
 #include "selection.h"
 
@@ -22,9 +24,6 @@
 #define BLOCK_WIDTH 72
 #define SUMS 16
 #define EOS 2
-/* Why nothing can be chosen, as in selection.py. */
-#define NOT_FINITE 1
-#define NOTHING_LEFT 2
 /* More than twice the error of `fastblt_rough_gumbel` and of a sum with it: 1e-5 each. */
 #define DOUBT 1e-4f
 
@@ -118,8 +117,8 @@ static int beyond(const float *x) {
     return beyond;
 }
 
-/* Scores after penalties, bias, and what is forbidden; returns why nothing can be chosen from them, or 0: what the logits
- * lack is told apart from what the parameters made of finite ones. */
+/* Scores after penalties, bias, and what is forbidden; returns why nothing can be chosen from them, or 0: what the
+ * logits lack is told apart from what the parameters made of finite ones. */
 static int penalize(const struct columns *of, int64_t row, float *restrict scores) {
     const float *logits = of->logits + row * of->stride;
     memcpy(scores, logits, sizeof(float) * V);

@@ -19,7 +19,10 @@ struct columns {
     const uint8_t *allowed;
 };
 
-/* Where the results of rows go. Confidences and entropies are NULL where nobody asks for them. */
+/* Why nothing can be chosen from a row, as in kernels/types.py: its logits, or what the parameters made of them. */
+enum { NOT_FINITE = 1, NOTHING_LEFT = 2 };
+
+/* Where the results of rows go. `bad` is 0, or why there is none. Confidences and entropies are NULL where nobody asks for them. */
 struct selection {
     int64_t *ids;
     float *logprobs, *confidences, *entropies;

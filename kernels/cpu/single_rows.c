@@ -1,5 +1,6 @@
-/* One request goes through all of its steps before the next: what it has in its windows then stays in the processor's caches
- * from step to step. Several at once would read weights less often, but their windows are larger than the modules. */
+/* One request goes through all of its steps before the next: what it has in its windows then stays in the
+ * processor's caches from step to step. Several at once would read weights less often, but their windows are larger
+ * than the modules. */
 #include "single_rows.h"
 
 #include <string.h>

@@ -1,5 +1,5 @@
-/* Single rows of a request one after another, each over the byte that the one before it gave: drafts of BLT-S, patches of
- * BLT. multi_step.py says what a step computes. */
+/* Single rows of a request one after another, each over the byte that the one before it gave: drafts of BLT-S,
+ * patches of BLT. multi_step.py says what a step computes. */
 #pragma once
 #include <stdint.h>
 
@@ -13,30 +13,32 @@ struct context {
     const struct choice *choice;
 };
 
-/* By request in the order of the call. */
+/* Requests in the order of the call: what is asked for each, and what becomes of it. */
 struct requests {
-    /* Its state row, the position of its first decoder row, the slot of its latent, how many bytes it gets at most; how
-     * many of them are scanned at most (of a draft: how many rows, 0 or all); where its open patch began (-1: it drafts);
-     * and whether its first row is still to be encoded. */
-    const int32_t *owners, *starts, *latents, *limits, *scans, *opened, *fresh;
-    /* What becomes of it: how many bytes and scanned rows; the bytes and the entropies [count, most]; and whether a row had
-     * no finite choice. */
-    int32_t *made, *scanned;
-    int64_t *ids;
-    float *entropies;
-    uint8_t *bad;
+    const int32_t *owners;  /* its state row */
+    const int32_t *starts;  /* the position of its first decoder row */
+    const int32_t *latents; /* the slot of the latent that its rows read */
+    const int32_t *limits;  /* how many bytes it gets at most */
+    const int32_t *scans;   /* how many of them are scanned at most; of a draft: how many rows, 0 or all */
+    const int32_t *opened;  /* where its open patch began; -1: it drafts */
+    const int32_t *fresh;   /* whether its first row is still to be encoded */
+    int32_t *made;          /* how many bytes it got */
+    int32_t *scanned;       /* how many rows were scanned */
+    int64_t *ids;           /* [count, most], its bytes */
+    float *entropies;       /* [count, most], nats, of what was scanned */
+    uint8_t *bad;           /* why a row had no finite choice, as in selection.h; 0: each had one */
     int64_t count, most;
 };
 
-/* A patch closes behind a byte of a higher entropy (nats), or of so many bytes (0: any number). With `encoder_input` drafted
- * rows begin as encoder states, else as ids. */
+/* A patch closes behind a byte of a higher entropy (nats), or of so many bytes (0: any number). With `encoder_input`
+ * drafted rows begin as encoder states, else as ids. */
 struct rule {
     double threshold;
     int64_t longest, encoder_input;
 };
 
-/* A thread's room: for one row its state x, `scratch` and logits; and for `most` rows that go beside the steps their places,
- * and in x their states and entropies. */
+/* A thread's room: for one row its state x, `scratch` and logits; and for `most` rows that go beside the steps their
+ * places, and in x their states and entropies. */
 struct row_room {
     float *x, *scratch, *logits;
     struct stretch beside;

@@ -1,10 +1,10 @@
-/* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers (models/layers.py), and what
- * becomes of the rows. stack.py has the shapes.
+/* All of a module over the rows of a pass, on a CPU, fp32: what the rows begin as, the layers (models/layers.py), and
+ * what becomes of the rows. stack.py has the shapes.
  *
- * Threads share the rows. Rows of different requests have nothing to do with each other, so where a pass is small and
- * requests can be shared out evenly each thread takes its own through all layers. Otherwise the threads wait for each other
- * at every layer, so that all keys and values are there, and share out each layer's rows anew, as they come to be free.
- * Every row is computed as if it were alone, so none of this changes a result.
+ * Threads share the rows. Rows of different requests have nothing to do with each other, so where a pass is small
+ * and requests can be shared out evenly each thread takes its own through all layers. Otherwise the threads wait for
+ * each other at every layer, so that all keys and values are there, and share out each layer's rows anew, as they
+ * come to be free. Every row is computed as if it were alone, so none of this changes a result.
  */
 #include "stack.h"
 
@@ -28,16 +28,18 @@
 #define ROW 160
 #define LEAST 2000
 
-static void begin(const struct source *from, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
+/* What rows [first, first + n) begin as. */
+static void begin_rows(const struct source *from, const struct places *at, int64_t first, int64_t n, int64_t size,
+                       float *x) {
     for (int64_t i = first; i < first + n; i++) {
-        const int64_t *ids = from->ids + at->rows[i] * from->stride + at->positions[i];
+        int64_t window = at->rows[i] * from->stride + at->positions[i];
         float *row = x + i * size;
         if (from->block && from->block[i] >= 0) {
             memcpy(row, from->block_table + from->block[i] * size, sizeof(float) * size);
         } else if (from->hashed) {
-            embed(ids, from->hashed, row);
+            embed(from->ids + window, from->hashed, row);
         } else if (from->table) {
-            memcpy(row, from->table + ids[from->pad] * size, sizeof(float) * size);
+            memcpy(row, from->table + from->ids[window + from->pad] * size, sizeof(float) * size);
         } else {
             int64_t slot = slot_of(&from->pages, at->rows[i], at->positions[i]);
             memcpy(row, from->states + slot * size, sizeof(float) * size);
@@ -53,13 +55,14 @@ static float entropy_of(const float *z, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         /* No infinity, which times nothing would be no number. */
         float below = z[i] - peak < -87.0f ? -87.0f : z[i] - peak, e = exp_below(below);
-        total += e, mean += e * below;
+        total += e;
+        mean += e * below;
     }
     return logf(total) - mean / total;
 }
 
-/* Returns 0, or 1 when memory ran out. */
-static int end(const struct sink *to, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
+/* What becomes of rows [first, first + n). Returns 0, or 1 when memory ran out. */
+static int end_rows(const struct sink *to, const struct places *at, int64_t first, int64_t n, int64_t size, float *x) {
     float *rows = x + first * size;
     if (to->gain) fastblt_rms_norm(rows, n, size, to->gain, to->eps, rows);
     if (to->states)
@@ -83,8 +86,8 @@ static int end(const struct sink *to, const struct places *at, int64_t first, in
 
 static int64_t work_of(const struct places *at, int64_t row) { return ROW + at->highs[row] - low_of(at, row); }
 
-/* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests; a row of the null request
- * belongs to nobody. Returns the work of the largest share. */
+/* Cuts the rows into shares [starts[p], starts[p + 1]) of about the same work, between requests; a row of the null
+ * request belongs to nobody. Returns the work of the largest share. */
 static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t parts, int64_t *starts) {
     int64_t done = 0, own = 0, largest = 0, p = 1;
     starts[0] = 0;
@@ -92,9 +95,11 @@ static int64_t cut(const struct places *at, int64_t n, int64_t total, int64_t pa
         int between = !i || at->rows[i] != at->rows[i - 1] || !at->rows[i];
         if (own && between && p < parts && done * parts >= total * p) {
             largest = own > largest ? own : largest;
-            starts[p++] = i, own = 0;
+            starts[p++] = i;
+            own = 0;
         }
-        own += work_of(at, i), done += work_of(at, i);
+        own += work_of(at, i);
+        done += work_of(at, i);
     }
     while (p <= parts) starts[p++] = n;
     return own > largest ? own : largest;
@@ -108,7 +113,10 @@ static int64_t cut_finer(const struct places *at, int64_t n, int64_t total, int6
     for (int64_t i = 0; i < n; i++) {
         own += work_of(at, i);
         if (own < share || own < LEAST) continue;
-        left -= own, own = 0, starts[++p] = i + 1, share = left / (2 * threads);
+        starts[++p] = i + 1;
+        left -= own;
+        own = 0;
+        share = left / (2 * threads);
     }
     if (starts[p] < n) starts[++p] = n;
     return p;
@@ -123,9 +131,9 @@ static int finish(const struct module *m, const struct layer *w, const float *ca
            fastblt_feed_forward(x, n, m->size, w->inner_gain, w->inner_eps, w->gate, w->up, m->inner, w->down, x);
 }
 
-/* Step i of rows [first, first + n), at most SPAN: behind the keys and values of layer i - 1, up to those of layer i. What
- * a row needs of others is done when all rows have made the step before. `scratch` has room for what is attended, keys and
- * values of the rows. Returns 0, or 1 when memory ran out. */
+/* Step i of rows [first, first + n), at most SPAN: behind the keys and values of layer i - 1, up to those of layer
+ * i. What a row needs of others is done when all rows have made the step before. `scratch` has room for what is
+ * attended, keys and values of the rows. Returns 0, or 1 when memory ran out. */
 static int advance(const struct pass *p, int64_t i, int64_t first, int64_t n, float *scratch) {
     const struct module *m = p->module;
     const struct places *at = p->at;
@@ -134,14 +142,14 @@ static int advance(const struct pass *p, int64_t i, int64_t first, int64_t n, fl
     float *attended = scratch, *k = attended + n * wide, *v = k + n * narrow;
     const uint8_t *read = p->to && p->to->read && i == m->count ? p->to->read + first : NULL;
     int failed = 0;
-    if (!i && p->from) begin(p->from, at, first, n, m->size, p->x);
+    if (!i && p->from) begin_rows(p->from, at, first, n, m->size, p->x);
     for (int64_t from = 0, stop; i && from < n; from = stop) {
         for (stop = read ? from + 1 : n; stop < n && read[stop] == read[from];) stop++;
         if (!read || read[from])
             failed |= finish(m, m->layers + i - 1, p->caches[i - 1], at, first + from, stop - from, q + from * wide,
                              attended, x + from * m->size);
     }
-    if (i == m->count) return p->to ? failed | end(p->to, at, first, n, m->size, p->x) : failed;
+    if (i == m->count) return p->to ? failed | end_rows(p->to, at, first, n, m->size, p->x) : failed;
     const struct layer *w = m->layers + i;
     const struct latents *latents = p->latents;
     if (w->cross_queries) {
@@ -188,7 +196,8 @@ EXPORT int fastblt_stack(const struct module *module, float *const *caches, cons
     float *scratch = malloc(sizeof(float) * (floats_of(module, n, parts) + 1));
     int64_t *starts = malloc(sizeof(int64_t) * (n + MOST_THREADS + 1));
     if (!scratch || !starts) {
-        free(scratch), free(starts);
+        free(scratch);
+        free(starts);
         return 1;
     }
     struct pass p = {
@@ -225,7 +234,8 @@ EXPORT int fastblt_stack(const struct module *module, float *const *caches, cons
             }
         }
     }
-    free(scratch), free(starts);
+    free(scratch);
+    free(starts);
     return failed;
 }
 

@@ -30,8 +30,8 @@ struct latents {
     int64_t slot_size, layer_size, keys;
 };
 
-/* What rows begin as: where `block` has an id, that row of `block_table`; else, of the request's ids (`pad` of them before
- * its first), the hashed windows or the rows of a table; or kept states. */
+/* What rows begin as: where `block` has an id, that row of `block_table`; else, of the request's ids (`pad` of them
+ * before its first), the hashed windows or the rows of a table; or kept states. */
 struct source {
     const int32_t *block;
     const float *block_table;
@@ -42,8 +42,9 @@ struct source {
     struct pages pages;
 };
 
-/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL. Of
- * rows that are not `read`, where that is given, nothing is wanted but the keys and values that later rows attend to. */
+/* What becomes of them: a norm; entropies of what the head makes of them; states to keep. Each where it is not NULL.
+ * Of rows that are not `read`, where that is given, nothing is wanted but the keys and values that later rows attend
+ * to. */
 struct sink {
     const uint8_t *read;
     const float *gain, *head;
@@ -53,8 +54,8 @@ struct sink {
     float eps;
 };
 
-/* Rows x [n, size] through the module, in place, with a cache for each layer. Where there is a source, what x holds before
- * does not matter. Returns 0, or 1 when memory ran out. */
+/* Rows x [n, size] through the module, in place, with a cache for each layer. Where there is a source, what x holds
+ * before does not matter. Returns 0, or 1 when memory ran out. */
 int fastblt_stack(const struct module *module, float *const *caches, const struct places *at,
                   const struct latents *latents, const struct source *from, const struct sink *to, int64_t n,
                   int64_t threads, float *x);
@@ -89,8 +90,8 @@ struct part {
 /* The parts of a call of several passes, in this order. */
 enum { PATCHER, ENCODER, DECODER, MODULES };
 
-/* Passes beside the steps, whose rows are counted: first rows encoded, new ones scanned by the entropy model, and new ones
- * encoded. */
+/* Passes beside the steps, whose rows are counted: first rows encoded, new ones scanned by the entropy model, and
+ * new ones encoded. */
 enum { FRESH_ROWS, SCANNED_ROWS, AHEAD_ROWS, BESIDE };
 
 /* Where a thread's seconds go, by module and altogether, and how many rows the passes beside the steps had. */

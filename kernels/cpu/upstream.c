@@ -1,5 +1,5 @@
-/* Before and behind the global transformer on a CPU, fp32: closed patches are pooled to vectors, and the keys and values
- * that decoder rows read of its latents are stored. upstream.py has the mathematics and the shapes.
+/* Before and behind the global transformer on a CPU, fp32: closed patches are pooled to vectors, and the keys and
+ * values that decoder rows read of its latents are stored. upstream.py has the mathematics and the shapes.
  *
  * Threads share the patches. Every patch is computed alone, so no result depends on the patches beside it.
  */

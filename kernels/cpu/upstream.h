@@ -25,8 +25,8 @@ struct reader {
     float eps;
 };
 
-/* Where keys and values of latents go: slots of the store [slots, count, 2, k, narrow]. `projection` makes k rows of `size`
- * numbers of a latent. */
+/* Where keys and values of latents go: slots of the store [slots, count, 2, k, narrow]. `projection` makes k rows of
+ * `size` numbers of a latent. */
 struct reading {
     const float *projection;
     const struct reader *readers;

@@ -25,6 +25,7 @@ def hash_kernel(
     TABLE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program i embeds window i: the hashes of all tables, then their rows' sum, BLOCK numbers at a time."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, WINDOW_TILE)
     t = tl.arange(0, TABLE_TILE)

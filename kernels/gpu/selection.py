@@ -179,6 +179,7 @@ def select_kernel(
     PENALIZED: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Program i selects from row i."""
     row = tl.program_id(0).to(tl.int64)
     chosen, logprob, confidence, entropy, bad = select_row(
         columns, restricted, row, SAMPLED, TRUNCATED, PENALIZED, TILE

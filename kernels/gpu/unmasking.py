@@ -80,6 +80,7 @@ def unmask_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program i selects at position i; the last one of a block picks what is fixed."""
     row = tl.program_id(0).to(tl.int64)
     block = row // size
     if tl.load(masked + row) != 0:

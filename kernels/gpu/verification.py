@@ -10,6 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def verify_kernel(targets, drafts, lengths, target_stride, draft_stride, accepted, next_ids, TILE: tl.constexpr):
+    """Program r verifies request r; drafts beyond its length are never read."""
     request = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + request).to(tl.int32)
     i = tl.arange(0, TILE)
