@@ -25,9 +25,7 @@ SLOW = (
     "docs/test_examples.py",
     "docs/test_life.py",
     "faults",
-    "fuzz/test_completions.py",
-    "fuzz/test_http.py",
-    "fuzz/test_loop.py",
+    "fuzz",
     "gpu",
     "kernels/cpu/test_build.py",
     "kernels/cpu/test_sanitizers.py",
@@ -37,11 +35,11 @@ SLOW = (
     "models/test_parity.py",
     "models/test_reference.py",
     "server/api",
+    "server/cli/test_cli.py",
     "server/decoding/test_against_reference.py",
     "server/decoding/test_mixed_load.py",
     "server/engine/device/test_ranks.py",
     "server/process",
-    "server/test_cli.py",
     "server/test_logs.py",
     "test_package.py",
 )
@@ -55,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = [HERE / place for place in SLOW]
+    assert all(place.exists() for place in slow), [str(place) for place in slow if not place.exists()]
     for item in items:
         if any(item.path.is_relative_to(place) for place in slow):
             item.add_marker("slow")

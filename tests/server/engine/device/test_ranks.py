@@ -22,8 +22,8 @@ from fastblt.server.llm import LLM
 from fastblt.server.request import DecodingMethod, DecodingParams, Request, SamplingParams
 from fastblt.server.settings import PRETRAINED, EngineSettings
 from tests.server.api.running import until
+from tests.server.cli.test_cli import SMALL, serving
 from tests.server.harness import run, settings
-from tests.server.test_cli import SMALL, serving
 from tests.tiny import tiny_model
 
 #: Grouped heads with a projection of the vectors, and heads of their own, both decoder inputs.
