@@ -130,9 +130,8 @@ def compare_weights(
         for hold, run in runs.items():
             row = figures(run, len(prompts), own) | {"bytes_per_second": statistics.median(speeds[hold])}
             rows[f"{name}, {hold} passes a beat"] = row
-            passes_a_byte, read, *rest = list(row.values())[:2], *list(row.values())[2:]
-            cells = [*(f"{value:.4f}" for value in passes_a_byte), f"{read:.2f}", *(f"{value:.0f}" for value in rest)]
-            table.row(name, hold, *cells)
+            digits = (4, 4, 2, 0, 0, 0, 0)
+            table.row(name, hold, *(f"{value:.{n}f}" for value, n in zip(row.values(), digits, strict=True)))
     return rows
 
 

@@ -295,13 +295,17 @@ def transformers(*, model: str = str(PRETRAINED), num_prompts: int = 3, output_l
 def gguf(folder: Path, *, model: str = str(PRETRAINED)) -> dict[str, Any]:
     """A random token-level model of a checkpoint's size for llama.cpp."""
     folder.mkdir(parents=True, exist_ok=True)
-    return write_gguf(folder / "random.gguf", weights_of(model))
+    about = write_gguf(folder / "random.gguf", weights_of(model))
+    print(about)
+    return about
 
 
 def hub(folder: Path, *, model: str = str(PRETRAINED)) -> dict[str, Any]:
     """The same for `transformers serve`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return write_hub_folder(folder, weights_of(model))
+    about = write_hub_folder(folder, weights_of(model))
+    print(about)
+    return about
 
 
 app = command(transformers, gguf, hub)

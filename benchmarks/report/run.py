@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastblt.benchmarks.load.serving import serving
-from fastblt.benchmarks.machine import checkpoint_digest
+from fastblt.benchmarks.machine import checkpoint_digest, write_json
 from fastblt.benchmarks.report.parts import Part, Plan, load_results, missing
 
 Say = Callable[[str], None]
@@ -98,7 +98,7 @@ def _run(
             if turn == part.rounds - 1:
                 # What is known of a server goes before what it calls itself.
                 result = {"part": key, **_without_lists(_median(results[part.name])), **about}
-                (folder / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_json(folder / f"{part.name}.json", result)
     return failed
 
 
