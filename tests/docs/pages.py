@@ -33,7 +33,12 @@ def without_code_blocks(text: str) -> str:
 
 
 def inline_code(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", without_code_blocks(text))
+    """What stands between backticks; it may go on in the next line of a paragraph."""
+    return [
+        re.sub(r"\s+", " ", code)
+        for paragraph in re.split(r"\n\s*\n|\n(?=\|)", without_code_blocks(text))
+        for code in re.findall(r"`([^`]+)`", paragraph)
+    ]
 
 
 def anchors(text: str) -> set[str]:

@@ -43,7 +43,7 @@ def test_paths_exist(page: Path) -> None:
 
 @_OF_A_PAGE
 def test_modules_exist(page: Path) -> None:
-    for module in re.findall(r"python -m (fastblt[\w.]*)", page.read_text(encoding="utf-8")):
+    for module in re.findall(r"python -m\s+(fastblt[\w.]*)", page.read_text(encoding="utf-8")):
         path = ROOT.joinpath("src", *module.split("."))
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
