@@ -38,6 +38,8 @@ SLOW = (
     "server/cli/test_cli.py",
     "server/decoding/test_against_reference.py",
     "server/decoding/test_mixed_load.py",
+    "server/engine/constraints/test_constraint.py",
+    "server/engine/constraints/test_grammar_pool.py",
     "server/engine/device/test_ranks.py",
     "server/process",
     "server/test_logs.py",

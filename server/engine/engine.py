@@ -26,10 +26,11 @@ from fastblt.server.decoding.choose import check_block_size, make_method, resolv
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
-from fastblt.server.engine.constraints.grammar import Grammars
+from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.engine.context import EngineContext
 from fastblt.server.engine.device.ranks import RankLostError, leader_of, spread
 from fastblt.server.engine.draft_controller import DraftController
+from fastblt.server.engine.mask_gate import MaskGate
 from fastblt.server.engine.planner import Planner
 from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
 from fastblt.server.engine.runner.model_runner import ModelRunner
@@ -44,6 +45,7 @@ from fastblt.server.request import (
     ErrorCode,
     FinishReason,
     InvalidRequestError,
+    QueueFullError,
     Request,
 )
 from fastblt.server.settings import PRETRAINED, EngineSettings
@@ -96,7 +98,8 @@ class Engine:
         self._runner = ModelRunner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
-        self._grammars = Grammars()
+        self._grammars = GrammarPool(settings.max_running)
+        self._gate = MaskGate(self._grammars)
         self._sequences: dict[str, Sequence] = {}
         self._context = EngineContext(
             config=config,
@@ -147,10 +150,11 @@ class Engine:
         """Bytes of prompt (BOS included) and completion together that one request may have."""
         return self._caches.max_length - _OVERSHOOT
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, wait: bool = True) -> None:
         """Accept a request, which then ends in exactly one terminal Delta.
 
-        Raises InvalidRequestError if it can never be served, QueueFullError if the queue is at its bound.
+        Raises InvalidRequestError if it can never be served, QueueFullError if the queue is at its bound. Without
+        `wait` grammars are compiled beside the passes: what cannot be used is accepted and ends with an error.
         """
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
@@ -164,14 +168,18 @@ class Engine:
                 "prompt",
             )
         decoding = self._resolve(params.decoding, structured=params.structured_output is not None)
-        constraint = Constraint.of(params, self._grammars)
+        constraint = Constraint.of(params, self._grammars, wait=wait)
         # The seed is drawn once and outlives preemption.
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         if decoding.method == DecodingMethod.AUTO:
             self.calibrate()
         method = make_method(decoding, controller.next if (controller := self._context.controller) else None)
         sequence = Sequence(request, decoding, method, seed, constraint)
-        self._scheduler.enqueue(sequence)
+        try:
+            self._scheduler.enqueue(sequence)
+        except QueueFullError:
+            sequence.close()
+            raise
         self._sequences[request.request_id] = sequence
 
     def abort(self, request_id: str) -> None:
@@ -223,15 +231,18 @@ class Engine:
         running = self._scheduler.running
         try:
             batch = list(running)
+            for sequence in self._gate.decided(running):
+                if (delta := self._postprocessor.decide(sequence)) is not None:
+                    deltas.append(delta)
             self._planner.prepare(self._planner.plan())
             waiting = [s for s in running if s.plan is not None and not s.ready]
-            ready = _ready(running)
+            ready = self._gate.ready(_ready(running), others=bool(waiting))
             if waiting and (not ready or self._upstream_due(waiting)):
                 batch = waiting
                 self._runner.upstream(waiting)
                 for sequence in waiting:
                     sequence.ready = True
-                ready = _ready(running)
+                ready = self._gate.ready(_ready(running))
                 self._beats += 1
                 self._passes_in_beat = 0
                 self._held_since = None

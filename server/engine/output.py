@@ -74,11 +74,21 @@ class Output:
                     del self.ids[-len(stop) :]
                     del self._logprobs[-len(stop) :]
                 return self._finish(FinishReason.STOP, stop.decode("utf-8", "replace"))
-        if self._constraint is not None and (end := self._constraint.commit(token)) is not None:
-            return self._finish(end, None)
+        if self._constraint is not None:
+            if (end := self._constraint.commit(token)) is not None:
+                return self._finish(end, None)
+            if self._constraint.undecided:
+                return False
         if len(self.ids) >= params.max_tokens:
             return self._finish(FinishReason.LENGTH, None)
         return False
+
+    def decide(self) -> bool:
+        """What the constraint could not say of the last id, once it can; True once the completion has ended with it."""
+        assert self._constraint is not None
+        if (end := self._constraint.decide()) is not None:
+            return self._finish(end, None)
+        return len(self.ids) >= self._params.max_tokens and self._finish(FinishReason.LENGTH, None)
 
     def release(self) -> tuple[list[int], list[ByteLogprobs]]:
         """The ids (and logprobs, where asked for) that may leave now and have not left before."""

@@ -33,6 +33,8 @@ class Planner:
         for sequence in list(scheduler.running):
             if sequence.plan is not None or sequence.state_index == 0:
                 continue
+            if sequence.undecided and not sequence.prefilling:
+                continue
             known, decoded = len(sequence.ids), sequence.decoded
             if sequence.prefilling:
                 budget = scheduler.prefill_budget() if budget is None else budget

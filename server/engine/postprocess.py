@@ -105,6 +105,20 @@ class Postprocessor:
             sequence.take_entropies(draft.entropies, self._rule)
         return None
 
+    def decide(self, sequence: Sequence) -> Delta | None:
+        """What the grammar says of a sequence's last byte, once it does; the news of it, if that was the end."""
+        output = sequence.output
+        if not output.decide():
+            return None
+        assert output.finish_reason is not None
+        return self._finish_as(sequence, output.finish_reason)
+
+    def _finish_as(self, sequence: Sequence, reason: FinishReason) -> Delta:
+        """End a sequence as its output says."""
+        if reason is FinishReason.ERROR and sequence.constraint is not None:
+            return self.finish(sequence, reason, sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX)
+        return self.finish(sequence, reason)
+
     def _failed(self, sequence: Sequence, bad: int) -> Delta:
         """End a sequence in whose rows nothing could be chosen, for a reason of the selection kernels."""
         if bad & NOT_FINITE:
@@ -162,10 +176,7 @@ class Postprocessor:
         ledger.kept += max(min(accepted, new), -ledger.kept)
         if output.finish_reason is not None:
             ledger.wasted += len(ids) - taken
-            if output.finish_reason is FinishReason.ERROR and sequence.constraint is not None:
-                problem, code = sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX
-                return self.finish(sequence, FinishReason.ERROR, problem, code)
-            return self.finish(sequence, output.finish_reason)
+            return self._finish_as(sequence, output.finish_reason)
         sequence.ids += ids
         if sequence.penalizes:
             self._runner.commit(sequence, ids)
@@ -184,6 +195,7 @@ class Postprocessor:
         else:
             self._scheduler.waiting.remove(sequence)
         del self._sequences[sequence.request.request_id]
+        sequence.close()
         sequence.timings.finished = time.monotonic()
         ledger, total = sequence.ledger, self._runner.ledger
         sequence.count_patches()

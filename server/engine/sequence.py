@@ -118,6 +118,16 @@ class Sequence:
     def left(self) -> int:
         return self.params.max_tokens - len(self.output.ids)
 
+    def close(self) -> None:
+        """It has ended, or was not accepted."""
+        if self.constraint is not None:
+            self.constraint.close()
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it may turn out to have ended: its grammar has not said yet what can follow."""
+        return self.constraint is not None and self.constraint.undecided
+
     def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
         if not self.ids_only and self.params.return_patches:

@@ -129,7 +129,8 @@ class _Worker:
     def _add(self, requests: list[Request]) -> Problem | None:
         for done, request in enumerate(requests):
             try:
-                self._engine.add(request)
+                # Its grammar was tried before; nobody waits for it to be compiled here.
+                self._engine.add(request, wait=False)
             except Exception as error:
                 for earlier in requests[:done]:
                     self._engine.abort(earlier.request_id)

@@ -8,7 +8,8 @@ import numpy as np
 
 from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID, MASK_ID
 from fastblt.server.engine.constraints import utf8
-from fastblt.server.engine.constraints.grammar import GrammarError, Grammars, GrammarState
+from fastblt.server.engine.constraints.cursor import GrammarCursor
+from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.request import FinishReason, InvalidRequestError, SamplingParams, Utf8
 
 #: bool [260]; None forbids nothing.
@@ -20,62 +21,108 @@ class Constraint:
 
     Masks concern only what the output may go on with: where nothing can come of a byte (behind a draft that will be
     refused, behind the end) there is none. A mask that is there allows at least one id that is produced.
+
+    A grammar's masks come when its process has made them. Until then it is `undecided` whether the completion goes on.
     """
 
-    def __init__(self, max_tokens: int, *, strict: bool, grammar: GrammarState | None) -> None:
+    def __init__(self, max_tokens: int, *, strict: bool, grammar: GrammarCursor | None) -> None:
         self._left = max_tokens
         self._strict = strict
         self._utf8 = utf8.WHOLE
-        self._grammar = grammar
-        #: Why `commit` said FinishReason.ERROR.
+        self.grammar = grammar
+        #: Whether `decide` is to be asked how the completion goes on.
+        self.undecided = grammar is not None
+        #: Why it said FinishReason.ERROR.
         self.problem: str | None = None
 
     @classmethod
-    def of(cls, params: SamplingParams, grammars: Grammars) -> Constraint | None:
-        """None where the request asks for nothing of the kind. Raises InvalidRequestError."""
+    def of(cls, params: SamplingParams, pool: GrammarPool, *, wait: bool = True) -> Constraint | None:
+        """None where the request asks for nothing of the kind.
+
+        With `wait` the grammar is compiled before this returns: raises InvalidRequestError if it cannot be used.
+        """
         strict = params.utf8 == Utf8.STRICT
         if not strict and params.structured_output is None:
             return None
-        grammar = None if params.structured_output is None else grammars.start(params.structured_output)
+        grammar = None if params.structured_output is None else pool.start(params.structured_output)
         constraint = cls(params.max_tokens, strict=strict, grammar=grammar)
-        if not constraint._fits():
-            raise InvalidRequestError("no character that the grammar begins with fits into max_tokens", "max_tokens")
+        if wait:
+            try:
+                constraint._check(pool)
+            except InvalidRequestError:
+                constraint.close()
+                raise
         return constraint
 
+    def _check(self, pool: GrammarPool) -> None:
+        """Wait for the grammar to be compiled. Raises InvalidRequestError if it cannot be used, or not here."""
+        if self.grammar is None:
+            return
+        while self.grammar.waiting:
+            pool.poll(1.0)
+        if self.grammar.failure is not None:
+            raise InvalidRequestError(self.grammar.failure, "structured_outputs")
+        if self.decide() is not None:
+            raise InvalidRequestError("no character that the grammar begins with fits into max_tokens", "max_tokens")
+
     def commit(self, token: int) -> FinishReason | None:
-        """One more byte stands in the output; says so where nothing can follow it.
+        """One more byte stands in the output; says so where nothing can follow it, if that is known yet."""
+        self._left -= 1
+        if self._strict:
+            self._utf8 = utf8.step(self._utf8, token)
+        if self.grammar is None:
+            return None
+        self.grammar.commit(token)
+        self.undecided = self.grammar.waiting
+        return None if self.undecided else self.decide()
+
+    def decide(self) -> FinishReason | None:
+        """How a completion ends behind whose last byte nothing can follow, now that the grammar's process has answered.
 
         A grammar that allows nothing more ends the completion, whatever `min_tokens` and `ignore_eos` say: there is no
         byte to go on with. LENGTH: the next character of the grammar does not fit into what is left.
         """
-        self._left -= 1
-        if self._strict:
-            self._utf8 = utf8.step(self._utf8, token)
-        if self._grammar is None:
-            return None
-        try:
-            self._grammar.commit(token)
-        except GrammarError as error:
-            self.problem = f"the grammar became too complex: {error}"
+        assert self.grammar is not None and not self.grammar.waiting
+        self.undecided = False
+        if self.grammar.failure is not None:
+            self.problem = self.grammar.failure
+            if not self.grammar.refused:
+                self.problem = f"the grammar became too complex: {self.problem}"
             return FinishReason.ERROR
-        allowed = self._grammar.allowed
+        allowed = self.grammar.allowed
+        assert allowed is not None
         if not _some_byte(allowed):
             if allowed[EOS_ID]:
                 return FinishReason.STOP
             self.problem = "the grammar has come to a place where no byte satisfies it"
             return FinishReason.ERROR
-        return None if self._left == 0 or self._fits() else FinishReason.LENGTH
+        return None if self._left == 0 or self._fits(allowed) else FinishReason.LENGTH
+
+    def ready(self, draft: Sequence[int], block: Sequence[int]) -> bool:
+        """Whether `along` and `block` would know all that a pass asks of them; what they lack is asked for."""
+        if self.grammar is None:
+            return True
+        if self.undecided:
+            return False
+        if block:
+            draft = block[: block.index(MASK_ID)] if MASK_ID in block else block
+        return self.grammar.ready(draft)
+
+    def close(self) -> None:
+        """The completion has ended."""
+        if self.grammar is not None:
+            self.grammar.close()
 
     def along(self, draft: Sequence[int]) -> list[Mask]:
         """What may follow the output, and the output with the first, second, ... of the draft: len(draft) + 1 masks."""
         masks: list[Mask] = [None] * (len(draft) + 1)
-        if self._grammar is not None:
-            for at, allowed in enumerate(self._grammar.along(draft)):
+        if self.grammar is not None:
+            for at, allowed in enumerate(self.grammar.along(draft)):
                 masks[at] = allowed if _some_byte(allowed) else None
         if self._strict:
             state = self._utf8
             for at in range(len(masks)):
-                if self._grammar is None or masks[at] is not None:
+                if self.grammar is None or masks[at] is not None:
                     both = _both(masks[at], self._room(state, at))
                     # None where a draft has come to an end.
                     masks[at] = both if both is None or _some_byte(both) else None
@@ -86,37 +133,45 @@ class Constraint:
     def block(self, ids: Sequence[int]) -> BlockConstraint:
         """A walk over a block that follows the output: its ids, [MASK] where they are open."""
         paths = utf8.BlockPaths(self._utf8, self._left, ids) if self._strict else None
-        return BlockConstraint(paths, self._grammar)
+        return BlockConstraint(paths, self.grammar)
 
     def _room(self, state: int, drafted: int) -> Mask:
         return utf8.allowed(state, self._left - drafted) if self._strict else None
 
-    def _fits(self) -> bool:
-        """Whether the grammar goes on with a byte that strict UTF-8 has room for."""
-        if self._grammar is None:
-            return True
-        both = _both(self._grammar.allowed, self._room(self._utf8, 0))
+    def _fits(self, allowed: np.ndarray) -> bool:
+        """Whether strict UTF-8 has room for a byte that the grammar goes on with."""
+        both = _both(allowed, self._room(self._utf8, 0))
         return both is not None and _some_byte(both)
 
 
 class BlockConstraint:
     """What may stand at a block's positions, one after another.
 
-    A grammar says so up to the first open one.
+    A grammar says so up to the first open one, or to where its masks take longer than a step may wait: what a draft has
+    there is then refused.
     """
 
-    def __init__(self, paths: utf8.BlockPaths | None, grammar: GrammarState | None) -> None:
+    def __init__(self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None) -> None:
         self._paths = paths
         self._grammar = grammar
         self._ids: list[int] = []
+        #: What was likely to stand there when the grammar was last asked, and its masks along that.
+        self._path: Sequence[int] = ()
+        self._masks: list[np.ndarray] = []
 
-    def allowed(self) -> Mask:
-        """What may stand at the next position."""
+    def allowed(self, ahead: Sequence[int] = ()) -> Mask:
+        """What may stand at the next position. What is likely to be taken there and after it saves asking again."""
         mask = None if self._paths is None else self._paths.allowed()
         if self._grammar is None:
             return mask
-        masks = self._grammar.along(self._ids)
-        both = _both(masks[-1], mask) if len(masks) > len(self._ids) else mask
+        at = len(self._ids)
+        if not self._masks:
+            self._path = [*self._ids, *ahead]
+            if not self._grammar.reach(self._path):
+                self._grammar = None
+                return mask
+            self._masks = self._grammar.along(self._path)
+        both = _both(self._masks[at], mask) if at < len(self._masks) else mask
         return both if both is not None and _some_byte(both) else mask
 
     def take(self, token: int) -> None:
@@ -125,6 +180,8 @@ class BlockConstraint:
             self._paths.take(token)
         if token == MASK_ID:
             self._grammar = None
+        if len(self._ids) >= len(self._path) or self._path[len(self._ids)] != token:
+            self._masks = []
         self._ids.append(token)
 
 

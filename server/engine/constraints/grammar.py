@@ -1,10 +1,12 @@
 """Structured output: grammars over ids, compiled by llguidance, and where a completion stands in one.
 
-The library takes our vocabulary as it is: the tokens are the 256 bytes and EOS. Nothing here needs torch.
+The library takes our vocabulary as it is: the tokens are the 256 bytes and EOS. Nothing here needs torch. What a call
+costs is bounded by nothing but the process that makes it (`grammar_worker`).
 """
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -13,10 +15,14 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
 from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, NEVER_PRODUCED, encode
+from fastblt.server.engine.constraints.choice import one_of
 from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
 
 #: Compiled grammars that are kept.
 CACHED_GRAMMARS = 64
+
+#: In the library's reasons for failures of the automaton that copies of a matcher share.
+_LEXER = "lexer error"
 
 #: Letters of the library's reasons that a client gets.
 _REASON = 500
@@ -24,19 +30,20 @@ _REASON = 500
 #: Whitespace between two JSON tokens, at most: a model in doubt would go on with it to the end of its bytes.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
-#: The library's words for what one step may cost; its defaults, or a quarter of them where these take milliseconds.
+#: The library's words for what it may build; its defaults, or a quarter of them where these take milliseconds. They
+#: keep mistakes short, and bound neither a step's time nor a request's: items are counted after they were made.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
     step_lexer_fuel=50_000,
     step_max_items=20_000,
-    max_lexer_states=20_000,
+    max_lexer_states=100_000,
     max_grammar_size=100_000,
     verbose_errors=False,
 )
 
 
 class GrammarError(RuntimeError):
-    """A grammar turned out too complex in the middle of a completion; the message is the library's."""
+    """A grammar turned out too complex in the middle of a completion; the message says how."""
 
 
 class _Bytes:
@@ -56,11 +63,15 @@ def _vocabulary() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
+def load_library() -> None:
+    """Have all that every grammar needs."""
+    _vocabulary()
+
+
 def compile_grammar(structured: StructuredOutput) -> LLMatcher:
     """A matcher at the grammar's start. Raises InvalidRequestError with the library's reason.
 
-    A few bytes of grammar can ask for hours and for all memory; only what `GrammarProbe` has let pass is to be
-    compiled where others would suffer.
+    A few bytes of grammar can ask for hours and for all memory.
     """
     try:
         match structured.kind:
@@ -71,7 +82,7 @@ def compile_grammar(structured: StructuredOutput) -> LLMatcher:
             case GrammarKind.REGEX:
                 grammar = LLMatcher.grammar_from_regex(structured.text)
             case GrammarKind.CHOICE:
-                grammar = grammar_from("choice", structured.text)
+                grammar = LLMatcher.grammar_from_regex(one_of(json.loads(structured.text)))
             case GrammarKind.GRAMMAR:
                 grammar = grammar_from("grammar", structured.text)
     except (ValueError, RecursionError) as error:
@@ -102,6 +113,10 @@ class Grammars:
         """A state at the start of the grammar. Raises InvalidRequestError."""
         return GrammarState(partial(self._matcher, structured))
 
+    def __contains__(self, structured: StructuredOutput) -> bool:
+        """Whether it is compiled."""
+        return structured in self._compiled
+
     def _matcher(self, structured: StructuredOutput, worn: LLMatcher | None) -> LLMatcher:
         """A matcher at the grammar's start, which is not to be moved; another one than `worn`."""
         matcher = self._compiled.get(structured)
@@ -121,15 +136,17 @@ class GrammarState:
     when others turn out to stand there. So a draft's masks are computed once, though it is drafted byte by byte and
     then verified. EOS is never given to the matcher.
 
-    Copies of a matcher share an automaton that grows with all that they see, up to the library's limits; then all of
-    them fail for good. So who fails starts again on a new one (`supply` gives another than the one it is told), and
-    has really failed only if that fails too: on its own ids, whatever others did.
+    Copies of a matcher share an automaton (the library's lexer) that grows with all that they see, up to the library's
+    limits; then all of them fail for good. So who fails by it starts again on a new one (`supply` gives another than
+    the one it is told), and has really failed only if that fails too: on its own ids, whatever others did.
     """
 
     def __init__(self, supply: Callable[[LLMatcher | None], LLMatcher]) -> None:
         self._supply = supply
         self._fixed: list[int] = []
         self._tape: list[int] = []
+        #: Why the last `along` ended before the draft did; None where the draft is not allowed.
+        self.problem: str | None = None
         self._origin = supply(None)
         self._matcher = self._origin.deep_copy()
         #: Behind each prefix of the tape: bool [260], what may follow.
@@ -153,7 +170,7 @@ class GrammarState:
 
         The list ends behind the last drafted id that is allowed, before EOS, or where the grammar gets too complex.
         """
-        same = 0
+        same, self.problem = 0, None
         for ours, theirs in zip(self._tape, draft, strict=False):
             if ours != theirs:
                 break
@@ -166,8 +183,9 @@ class GrammarState:
                 break
             try:
                 self._take(token)
-            except GrammarError:
+            except GrammarError as error:
                 # The draft may be refused before it gets there.
+                self.problem = str(error)
                 masks, self._masks, self._tape = self._masks, self._masks[:1], []
                 self._start_again()
                 return masks
@@ -188,7 +206,7 @@ class GrammarState:
     def _next_mask(self) -> np.ndarray:
         """What may follow the tape."""
         mask = self._mask()
-        if mask is None:
+        if mask is None and _LEXER in self._matcher.get_error():
             self._start_again()
             mask = self._mask()
         if mask is None:

@@ -53,8 +53,8 @@ class Masks:
                 self._blocks.append(_Block(constraint, plan.block_ids, first, opening))
                 walk = constraint.block(plan.block_ids)
                 masks: list[Mask] = []
-                for token in plan.block_ids:
-                    masks.append(walk.allowed())
+                for offset, token in enumerate(plan.block_ids):
+                    masks.append(walk.allowed(_filled(plan.block_ids[offset:])))
                     walk.take(token)
                 self._write(first, masks)
 
@@ -80,7 +80,7 @@ class Masks:
                 before[0] = ids[0] = int(opening[block.opening])
             walk = block.constraint.block(before)
             for offset, token in enumerate(before):
-                mask = walk.allowed()
+                mask = walk.allowed(_filled(ids[offset:]))
                 new = ids[offset] if token == MASK_ID else MASK_ID
                 if new != MASK_ID and mask is not None and not mask[new]:
                     sample = block.first + offset
@@ -96,6 +96,11 @@ class Masks:
         for at, mask in enumerate(masks, first):
             if mask is not None:
                 self._table[at] = mask
+
+
+def _filled(ids: abc.Sequence[int]) -> abc.Sequence[int]:
+    """Up to the first that is open."""
+    return ids[: ids.index(MASK_ID)] if MASK_ID in ids else ids
 
 
 def part(params: SelectionParams, rows: slice) -> SelectionParams:

@@ -52,7 +52,7 @@ class FakeEngine:
     live: dict[str, tuple[Request, int]] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, wait: bool = True) -> None:
         if self.broken:
             raise KeyError("a secret detail")
         if self.refuse:

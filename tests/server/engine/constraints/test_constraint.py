@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID, decode, encode
 from fastblt.server.decoding.choose import resolve
 from fastblt.server.engine.constraints.constraint import Constraint
-from fastblt.server.engine.constraints.grammar import Grammars
+from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import (
     DecodingMethod,
@@ -268,9 +268,8 @@ def test_a_grammar_that_gets_too_complex_ends_its_request_alone() -> None:
 
 def test_a_place_that_no_byte_satisfies_is_an_error() -> None:
     """Notations can name ids that are no bytes."""
-    constraint = Constraint.of(
-        SamplingParams(structured_output=StructuredOutput.grammar('start: "a" <[1]>')), Grammars()
-    )
+    pool = GrammarPool()
+    constraint = Constraint.of(SamplingParams(structured_output=StructuredOutput.grammar('start: "a" <[1]>')), pool)
     assert constraint is not None
     assert constraint.commit(ord("a") + BYTE_OFFSET) is FinishReason.ERROR and constraint.problem
 

@@ -1,0 +1,366 @@
+"""The engine's end of the grammars' processes: which of them there are, and how long the engine waits for one."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from threading import Lock
+
+from fastblt.models.vocabulary import encode
+from fastblt.server.child_process import child_environment
+from fastblt.server.engine.constraints.cursor import GrammarCursor
+from fastblt.server.engine.constraints.grammar import Grammars, GrammarState
+from fastblt.server.engine.constraints.grammar_worker import (
+    COMPILE_SECONDS,
+    FORK,
+    KILL,
+    LOWER,
+    MEMORY_BYTES,
+    ORDER,
+    Answer,
+    Command,
+    Compile,
+    Compiled,
+    Forget,
+    Walk,
+    follow,
+)
+from fastblt.server.engine.constraints.recursion import is_regular
+from fastblt.server.framing import Unpacker, pack
+from fastblt.server.request import StructuredOutput
+
+logger = logging.getLogger("fastblt.grammar")
+
+#: Seconds for which a step may wait in all, and where nobody could go on anyway.
+STEP_WAIT_SECONDS, IDLE_SECONDS = 0.004, 0.005
+
+#: Seconds without an answer after which a process gives way to all others.
+_LATE_SECONDS = 0.02
+
+#: Processes that are kept although no completion needs them: their grammars are compiled.
+_KEPT = 16
+
+_CHUNK = 1 << 18
+
+#: Seconds of the engine's thread for an answer, for all of a completion's at first, and for every byte of it. What
+#: takes longer is done by a process from then on.
+_STEP_SECONDS, _SECONDS, _SECONDS_PER_BYTE = 3e-3, 3e-2, 1e-4
+
+#: Seconds of the engine's thread for compiling grammars: what may be saved for it, and the part of all time.
+_COMPILING_SECONDS, _COMPILING_SHARE = 0.05, 0.1
+
+_TOO_LONG = f"it took more than {COMPILE_SECONDS:g} s or {MEMORY_BYTES >> 20} MiB to compile; make it simpler"
+_COMMAND = (sys.executable, "-P", "-m", "fastblt.server.engine.constraints.grammar_worker")
+
+
+class _Nursery:
+    """The process that forks the others; all engines of this process share it. It starts with the first grammar."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._numbers = itertools.count()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._owner = 0
+        atexit.register(self.close)
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new process: its number, and the socket that it listens to, which is closed if it could not be had.
+
+        Raises OSError.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with self._lock:
+                number = next(self._numbers)
+                order = ORDER.pack(FORK, number)
+                try:
+                    socket.send_fds(self._started(), [order], [theirs.fileno()])
+                except OSError:
+                    # It was killed.
+                    self._end()
+                    socket.send_fds(self._started(), [order], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return number, ours
+
+    def tell(self, kind: bytes, number: int) -> None:
+        """KILL or LOWER a process."""
+        with self._lock:
+            try:
+                if self._control is not None and self._owner == os.getpid():
+                    self._control.sendall(ORDER.pack(kind, number))
+            except OSError:
+                # Its children ended with it.
+                self._end()
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _started(self) -> socket.socket:
+        if self._control is None or self._owner != os.getpid():
+            ours, theirs = socket.socketpair()
+            # Numerical libraries need no threads there.
+            environment = {**child_environment(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            with theirs:
+                # A terminal's interrupt is not for it.
+                self._process = subprocess.Popen(
+                    _COMMAND, stdin=theirs.fileno(), stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+                )
+            self._owner, self._control = os.getpid(), ours
+        return self._control
+
+    def _end(self) -> None:
+        control, process, self._control, self._process = self._control, self._process, None, None
+        if control is not None:
+            control.close()
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.wait()
+
+
+_nursery = _Nursery()
+
+
+class _Worker:
+    """A process, the cursors that it knows of by key, and what it has been asked and is to be asked."""
+
+    def __init__(self, structured: StructuredOutput) -> None:
+        self.structured = structured
+        self.number, self.sock = _nursery.fork()
+        self.unpacker: Unpacker[Answer] = Unpacker(Answer)
+        self.members: dict[int, GrammarCursor] = {}
+        #: Who waits for an answer, None for the compiler's; and what has not been sent, for that is not answered.
+        self.unanswered: deque[GrammarCursor | None] = deque()
+        self.queue: deque[tuple[GrammarCursor | None, Command]] = deque()
+        self.since = 0.0
+        self.lowered = False
+
+    @property
+    def idle(self) -> bool:
+        return not self.unanswered and not self.queue
+
+
+class GrammarPool:
+    """Processes for up to `bound` grammars at once. Confined to one thread; nothing but `wait` waits.
+
+    A grammar whose steps are surely small (`is_regular`), and were so far, is followed on the spot, which takes less
+    time than asking for it. A process has compiled it before.
+
+    A process is asked again when it has answered, so what it is sent never waits for it. If it ends, that is the doing
+    of the cursor whose answer is due; the others are put to another process.
+    """
+
+    def __init__(self, bound: int = 64) -> None:
+        self._bound = max(bound, _KEPT)
+        #: The least recently used first.
+        self._workers: OrderedDict[StructuredOutput, _Worker] = OrderedDict()
+        self._selector = selectors.DefaultSelector()
+        self._keys = itertools.count()
+        #: For how long this step may still wait.
+        self._wait_left = STEP_WAIT_SECONDS
+        #: Those that are followed on the spot, and the time for compiling more of them at a time.
+        self._grammars = Grammars()
+        self._compiling, self._compiling_at = _COMPILING_SECONDS, time.monotonic()
+        #: Of the cursors that are followed on the spot, by key.
+        self._states: dict[int, GrammarState] = {}
+        #: Cursors for which there is no process until another ends.
+        self._homeless: deque[GrammarCursor] = deque()
+
+    def start(self, structured: StructuredOutput) -> GrammarCursor:
+        """A cursor at the grammar's start. What the grammar allows there, or why it cannot be used, comes later."""
+        return GrammarCursor(self, structured, next(self._keys))
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Take the answers that are there, or the first that comes in `timeout` seconds."""
+        for key, _ in self._selector.select(timeout):
+            self._read(key.data)
+        now = time.monotonic()
+        for worker in self._workers.values():
+            if worker.unanswered and not worker.lowered and now - worker.since > _LATE_SECONDS:
+                worker.lowered = True
+                _nursery.tell(LOWER, worker.number)
+        while self._homeless and self._room():
+            self._homeless.popleft().ask_again()
+
+    def begin_step(self) -> None:
+        """All waiting from now on is another step's."""
+        self._wait_left = STEP_WAIT_SECONDS
+
+    def wait(self, cursors: Sequence[GrammarCursor], *, alone: bool) -> None:
+        """Take answers until none of `cursors` waits for one, for as long as they may keep a step waiting: that is what
+        is left of STEP_WAIT_SECONDS and of what one of them has saved, or IDLE_SECONDS where they are `alone`."""
+        self.poll()
+        now = time.monotonic()
+        idle_until = now + IDLE_SECONDS
+        while late := [cursor for cursor in cursors if cursor.waiting]:
+            left = idle_until - now if alone else min(self._wait_left, max(cursor.patience for cursor in late))
+            if left <= 0:
+                return
+            self.poll(left)
+            before, now = now, time.monotonic()
+            if not alone:
+                self._wait_left -= now - before
+                for cursor in late:
+                    cursor.patience -= now - before
+
+    # For cursors.
+
+    def knows(self, cursor: GrammarCursor) -> bool:
+        """Whether the cursor has a place here, or in a process, from before."""
+        if cursor.key in self._states:
+            return True
+        worker = self._workers.get(cursor.structured)
+        return worker is not None and cursor.key in worker.members
+
+    def ask(self, cursor: GrammarCursor, walk: Walk) -> None:
+        """Answer at once, or send `walk` to the grammar's process, for which the cursor may have to wait."""
+        if walk.fresh and cursor.structured in self._grammars and not cursor.dear:
+            self._states[cursor.key] = self._grammars.start(cursor.structured)
+        if (state := self._states.get(cursor.key)) is not None:
+            self._follow(cursor, state, walk)
+            return
+        worker = self._workers.get(cursor.structured)
+        if worker is None:
+            if not self._room():
+                self._homeless.append(cursor)
+                return
+            try:
+                worker = _Worker(cursor.structured)
+            except OSError as error:
+                logger.error("no process for a grammar: %s", error)
+                cursor.refuse("no process could be started for it")
+                return
+            self._workers[cursor.structured] = worker
+            self._selector.register(worker.sock, selectors.EVENT_READ, worker)
+            worker.queue.append((None, Compile(cursor.structured)))
+        self._workers.move_to_end(cursor.structured)
+        worker.members[cursor.key] = cursor
+        worker.queue.append((cursor, walk))
+        self._send(worker)
+
+    def forget(self, cursor: GrammarCursor) -> None:
+        """The completion has ended. A process that works for nobody else now does not go on with it."""
+        self._states.pop(cursor.key, None)
+        if cursor in self._homeless:
+            self._homeless.remove(cursor)
+        worker = self._workers.get(cursor.structured)
+        if worker is None or worker.members.pop(cursor.key, None) is None:
+            return
+        if worker.unanswered and not worker.members:
+            self._drop(worker)
+            _nursery.tell(KILL, worker.number)
+            return
+        worker.queue.append((None, Forget(cursor.key)))
+        self._send(worker)
+        unused = [worker for worker in self._workers.values() if not worker.members]
+        if len(unused) > _KEPT:
+            self._drop(unused[0])
+
+    def _follow(self, cursor: GrammarCursor, state: GrammarState, walk: Walk) -> None:
+        began = time.thread_time()
+        answer = follow(state, encode(walk.fixed), encode(walk.path))
+        answer.seconds = time.thread_time() - began
+        spent = cursor.seconds + answer.seconds
+        if answer.seconds > _STEP_SECONDS or spent > _SECONDS + _SECONDS_PER_BYTE * cursor.length:
+            cursor.dear = True
+            del self._states[cursor.key]
+        cursor.take(answer)
+
+    # Processes
+
+    def _room(self) -> bool:
+        """Whether there may be one process more; the least recently used that does nothing makes room."""
+        if len(self._workers) >= self._bound:
+            idle = [worker for worker in self._workers.values() if worker.idle]
+            if not idle:
+                return False
+            self._drop(min(idle, key=lambda worker: bool(worker.members)))
+        return True
+
+    def _send(self, worker: _Worker) -> None:
+        """Send what is queued, if the process is free to read it."""
+        if worker.unanswered or not worker.queue:
+            return
+        commands = [command for _, command in worker.queue]
+        worker.unanswered.extend(asker for asker, command in worker.queue if not isinstance(command, Forget))
+        worker.queue.clear()
+        worker.since = time.monotonic()
+        try:
+            worker.sock.sendall(pack(commands))
+        except OSError:
+            self._lost(worker)
+
+    def _read(self, worker: _Worker) -> None:
+        try:
+            data = worker.sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lost(worker)
+            return
+        for answer in worker.unpacker.feed(data):
+            asker = worker.unanswered.popleft()
+            worker.since = time.monotonic()
+            if isinstance(answer, Compiled):
+                if answer.refusal is not None:
+                    self._drop(worker)
+                    for cursor in worker.members.values():
+                        cursor.refuse(answer.refusal)
+                    return
+                if self._takes(worker.structured, answer.seconds):
+                    self._drop(worker)
+                    for cursor in worker.members.values():
+                        cursor.ask_again()
+                    return
+            elif asker is not None:
+                asker.take(answer)
+        self._send(worker)
+
+    def _takes(self, structured: StructuredOutput, seconds: float) -> bool:
+        """Whether a grammar that a process compiled in so many seconds is followed on the spot from now on."""
+        now = time.monotonic()
+        self._compiling += _COMPILING_SHARE * (now - self._compiling_at)
+        self._compiling, self._compiling_at = min(self._compiling, _COMPILING_SECONDS), now
+        # One that is already has a process for those that turned out dear.
+        if structured in self._grammars or seconds > self._compiling or not is_regular(structured):
+            return False
+        self._compiling -= seconds
+        self._grammars.start(structured)
+        return True
+
+    def _lost(self, worker: _Worker) -> None:
+        """The process has ended by itself."""
+        self._drop(worker)
+        culprit = worker.unanswered[0] if worker.unanswered else None
+        if worker.unanswered and culprit is None:
+            logger.warning("a %s took too much time or memory to compile", worker.structured.kind)
+            for cursor in worker.members.values():
+                cursor.refuse(f"the {worker.structured.kind} cannot be used: {_TOO_LONG}")
+            return
+        if culprit is not None:
+            culprit.lose(time.monotonic() - worker.since)
+        for cursor in worker.members.values():
+            if cursor.waiting:
+                cursor.ask_again()
+
+    def _drop(self, worker: _Worker) -> None:
+        if self._workers.get(worker.structured) is worker:
+            del self._workers[worker.structured]
+        self._selector.unregister(worker.sock)
+        worker.sock.close()

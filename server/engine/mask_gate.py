@@ -1,0 +1,44 @@
+"""Who takes part in a pass: a request whose masks are not there yet does not, and nobody waits for it."""
+
+from __future__ import annotations
+
+from fastblt.server.decoding.method import Plan
+from fastblt.server.engine.constraints.grammar_pool import GrammarPool
+from fastblt.server.engine.sequence import Planned, Sequence
+
+
+class MaskGate:
+    """Waits for the masks of the engine's requests, as long as the pool lets it (docs/design.md §9)."""
+
+    def __init__(self, pool: GrammarPool) -> None:
+        self._pool = pool
+
+    def decided(self, running: list[Sequence]) -> list[Sequence]:
+        """A step begins: those of whose last byte it was not known whether it ends the output, and can be told now."""
+        self._pool.begin_step()
+        undecided = [s for s in running if s.undecided]
+        if not undecided:
+            return []
+        # A prompt goes on while its grammar is being compiled.
+        wanted = [s.constraint.grammar for s in undecided if not s.prefilling and s.constraint and s.constraint.grammar]
+        if wanted:
+            self._pool.wait(wanted, alone=len(wanted) == len(running))
+        else:
+            self._pool.poll()
+        return [s for s in undecided if s.constraint and s.constraint.grammar and not s.constraint.grammar.waiting]
+
+    def ready(self, planned: list[Planned], *, others: bool = False) -> list[Planned]:
+        """Those of the sequences with plans whose masks are there; `others` could go on without them."""
+        late = [sequence for sequence, plan in planned if not _has_masks(sequence, plan)]
+        if not late:
+            return planned
+        cursors = [s.constraint.grammar for s in late if s.constraint and s.constraint.grammar]
+        self._pool.wait(cursors, alone=len(late) == len(planned) and not others)
+        return [(sequence, plan) for sequence, plan in planned if _has_masks(sequence, plan)]
+
+
+def _has_masks(sequence: Sequence, plan: Plan) -> bool:
+    constraint = sequence.constraint
+    if constraint is None or not (plan.samples or plan.block_ids):
+        return True
+    return constraint.ready(sequence.draft, plan.block_ids)
