@@ -116,8 +116,8 @@ class Conversation:
                     answer += data
                 if self.leave == "reset":
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except (ConnectionError, TimeoutError):
-                pass
+            except OSError:
+                pass  # The server has closed it, or says nothing more.
         return answer
 
 

@@ -57,7 +57,7 @@ def test_anything_over_raw_connections(server: Server) -> None:
     pool = ThreadPoolExecutor(6)
 
     @settings(
-        max_examples=20 if not SECONDS else 300,
+        max_examples=100 if SECONDS else 20,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
