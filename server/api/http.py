@@ -115,7 +115,7 @@ class HttpProtocol(H11Protocol):
     """
 
     #: Connections at once, if there are files for so many.
-    limit = 4096
+    limit = 2**31
 
     #: Called when `writable` has become true again.
     on_writable: Callable[[], None] | None = None

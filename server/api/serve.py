@@ -30,8 +30,8 @@ READER_SECONDS = 120.0
 
 #: Connections that a server for more than one user needs.
 _FEW_CONNECTIONS = 256
-#: Connections for each request that may run or wait: clients keep some, and probes come beside them.
-_CONNECTIONS = 4
+#: Connections at once; four for each request that may run or wait, if that is more.
+_CONNECTIONS = 4096
 
 #: Of glibc's mallopt: blocks from this size on are mapped each for itself.
 _M_MMAP_THRESHOLD = -3
@@ -73,7 +73,7 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
     """The HTTP server around `client`. Raises CertificateError for certificates of no use."""
     config = uvicorn.Config(
         create_app(client, http),
-        http=limited(_CONNECTIONS * (client.settings.max_running + client.settings.max_waiting)),
+        http=limited(max(_CONNECTIONS, 4 * (client.settings.max_running + client.settings.max_waiting))),
         # Not whichever happens to be installed.
         loop="asyncio",
         log_config=None,

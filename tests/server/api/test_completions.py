@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -289,3 +290,16 @@ def test_prompt_bytes_are_what_was_sent(server: RunningServer) -> None:
     assert answer["choices"][0]["text"].startswith(text)
     assert answer["usage"]["prompt_tokens"] == len(text.encode())
     assert decode(encode(text.encode())).decode() == text
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_nothing_in_an_event_ends_its_line(server: RunningServer, logprobs: int | None) -> None:
+    # httpx, requests and others take these for ends of lines.
+    text = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei\u00e9\u2027"
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "stream": True, "logprobs": logprobs}
+    shown = ""
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line and line != "data: [DONE]":
+                shown += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    assert shown.startswith(text)

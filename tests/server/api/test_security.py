@@ -95,6 +95,12 @@ def test_nothing_else_does(closed: RunningServer, value: str) -> None:
     assert answer.headers["www-authenticate"] == "Bearer" and answer.headers["x-request-id"]
 
 
+def test_an_empty_key_opens_nothing() -> None:
+    for keys in (("",), ("a-key", " ")):
+        with pytest.raises(ValueError, match="empty"):
+            HttpSettings(api_keys=keys)
+
+
 def test_refusals_are_counted(closed: RunningServer) -> None:
     def refused() -> None:
         closed.http.post("/v1/completions", json={"prompt": "Hi"}, headers={"authorization": "Bearer no"})
