@@ -10,12 +10,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
 from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, NEVER_PRODUCED, encode
 from fastblt.server.engine.constraints.choice import one_of
+from fastblt.server.engine.constraints.schema import checked
 from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
 
 #: Compiled grammars that are kept.
@@ -76,8 +78,9 @@ def compile_grammar(structured: StructuredOutput) -> LLMatcher:
     try:
         match structured.kind:
             case GrammarKind.JSON_SCHEMA:
+                schema = checked(json.loads(structured.text), _accepts)
                 grammar = LLMatcher.grammar_from_json_schema(
-                    structured.text, defaults={"whitespace_pattern": _WHITESPACE}
+                    json.dumps(schema, ensure_ascii=False), defaults={"whitespace_pattern": _WHITESPACE}
                 )
             case GrammarKind.REGEX:
                 grammar = LLMatcher.grammar_from_regex(structured.text)
@@ -95,6 +98,12 @@ def compile_grammar(structured: StructuredOutput) -> LLMatcher:
     if not any(allowed[BYTE_OFFSET:]):
         raise refusal(structured, "no byte can begin a text that satisfies it")
     return matcher
+
+
+def _accepts(schema: dict[str, Any], text: str) -> bool:
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    matcher = LLMatcher(_vocabulary(), grammar, limits=_LIMITS, log_level=0)
+    return matcher.consume_tokens(encode(text.encode())) and matcher.is_accepting()
 
 
 def refusal(structured: StructuredOutput, reason: str) -> InvalidRequestError:
@@ -227,4 +236,5 @@ class GrammarState:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    return matcher.get_error().replace("\n<non-verbose/>", "").strip()[:_REASON]
+    reason = matcher.get_error().replace("\n<non-verbose/>", "").strip()[:_REASON]
+    return "no text satisfies it" if reason.startswith("NoExtension") else reason

@@ -131,7 +131,7 @@ def test_a_run_of_whitespace_is_bounded() -> None:
         (StructuredOutput.json({"not": {"type": "string"}}), "not"),
         (StructuredOutput.json({"$ref": "#"}), "cannot be used"),
         (StructuredOutput.json({"$ref": "http://example.com/x.json"}), "example.com"),
-        (StructuredOutput("json_schema", "[1"), "EOF"),  # type: ignore[arg-type]
+        (StructuredOutput("json_schema", "[1"), "delimiter"),  # type: ignore[arg-type]
         (StructuredOutput.grammar("start: nowhere"), "unknown name"),
         (StructuredOutput.grammar("root ::= [0-9"), "GBNF"),
         (StructuredOutput.grammar("start: <[1]>"), "no byte can begin"),

@@ -1,0 +1,160 @@
+"""What of a JSON schema the compiler would take and not keep: refused, or said in words that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+#: Keywords that the compiler keeps or refuses by itself, and those that ask for nothing.
+_KNOWN = frozenset(
+    [
+        "$anchor",
+        "$comment",
+        "$defs",
+        "$dynamicAnchor",
+        "$dynamicRef",
+        "$id",
+        "$ref",
+        "$schema",
+        "$vocabulary",
+        "additionalItems",
+        "additionalProperties",
+        "allOf",
+        "anyOf",
+        "const",
+        "contains",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+        "default",
+        "definitions",
+        "dependencies",
+        "dependentRequired",
+        "dependentSchemas",
+        "deprecated",
+        "description",
+        "discriminator",
+        "else",
+        "enum",
+        "example",
+        "examples",
+        "exclusiveMaximum",
+        "exclusiveMinimum",
+        "format",
+        "id",
+        "if",
+        "items",
+        "maxContains",
+        "maxItems",
+        "maxLength",
+        "maxProperties",
+        "maximum",
+        "minContains",
+        "minItems",
+        "minLength",
+        "minProperties",
+        "minimum",
+        "multipleOf",
+        "not",
+        "oneOf",
+        "pattern",
+        "patternProperties",
+        "prefixItems",
+        "properties",
+        "propertyNames",
+        "readOnly",
+        "required",
+        "then",
+        "title",
+        "type",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "uniqueItems",
+        "writeOnly",
+        "x-guidance",
+    ]
+)
+_FORMATS = frozenset(
+    ["date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"]
+)
+_COUNTS = frozenset(["maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties"])
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+#: Whole numbers up to here are doubles, which the compiler counts in.
+_EXACT = 2**53
+
+
+class SchemaError(ValueError):
+    """The schema asks for what would not be kept; the message names it."""
+
+
+def checked(schema: Any, accepts: Callable[[dict[str, Any], str], bool]) -> Any:
+    """The schema as the compiler keeps it. `accepts` tells whether a schema, compiled, takes a text.
+
+    Raises SchemaError.
+    """
+    schema = _kept(schema, "#")
+    # Within allOf, and beside references, bounds from different places come together.
+    parts = list(_objects(schema))
+    together = any("allOf" in part or ("$ref" in part and len(part) > 1) for part in parts)
+    groups = [parts] if together else [[part] for part in parts]
+    for group in groups:
+        for exclusive, opposite in (("exclusiveMinimum", "aximum"), ("exclusiveMaximum", "inimum")):
+            ends = {part[exclusive] for part in group if _is_number(part.get(exclusive))}
+            others = {(key, part[key]) for part in group for key in part if opposite in key and _is_number(part[key])}
+            for end in ends:
+                for key, other in others:
+                    pair = {"type": "number", exclusive: end, key: other}
+                    if any(
+                        accepts(pair, text) for text in (f"{end:g}", f"{end:.1f}", f"-{end:g}" if end == 0 else "x")
+                    ):
+                        raise SchemaError(f"{exclusive} {end} beside {key} {other} cannot be kept; use type integer or "
+                                          "an inclusive bound")  # fmt: skip
+    return schema
+
+
+def _kept(schema: Any, path: str) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        where = f"{path}/{key}"
+        if key not in _KNOWN and not key.startswith("x-"):
+            raise SchemaError(f"{where}: unknown keyword {key!r}")
+        if key in _MAPS and isinstance(value, dict):
+            value = {name: _kept(part, f"{where}/{name}") for name, part in value.items()}
+        elif key in ("const", "enum", *_BOUNDS):
+            _check_numbers(value, where)
+        elif key in _COUNTS and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        elif key == "format" and value not in _FORMATS:
+            # The standard says that it is an annotation then.
+            continue
+        elif isinstance(value, list):
+            value = [_kept(part, f"{where}/{at}") for at, part in enumerate(value)]
+        elif key not in ("default", "example", "examples", "discriminator", "x-guidance"):
+            value = _kept(value, where)
+        kept[key] = value
+    return kept
+
+
+def _check_numbers(value: Any, path: str) -> None:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(part, path)
+    elif _is_number(value) and not -_EXACT <= value <= _EXACT:
+        raise SchemaError(f"{path}: numbers beyond 2^53 cannot be kept")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a schema, be they schemas or not."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _objects(part)
