@@ -73,7 +73,13 @@ async def create_completion(request: Request) -> Response:
         held.release()
     body = completion.body
     headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
-    stream = await client.submit(*completion.requests, whole=not body.stream)
+    try:
+        stream = await client.submit(*completion.requests, whole=not body.stream)
+    except InvalidRequestError as error:
+        if error.param == "structured_outputs" and body.response_format is not None:
+            # The field that asked for the grammar.
+            raise InvalidRequestError(str(error), "response_format") from None
+        raise
     if body.stream:
         return EventStream(stream, completion, bodies, headers)
     try:

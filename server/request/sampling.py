@@ -128,6 +128,9 @@ class SamplingParams:
         within(self.top_p, 0.0, 1.0, "top_p", open_low=True)
         within(self.min_p, 0.0, 1.0, "min_p")
         within(self.seed, -(2**63), 2**63 - 1, "seed")
+        if self.seed == -1:
+            # As in vLLM: draw one.
+            object.__setattr__(self, "seed", None)
         within(self.presence_penalty, -2.0, 2.0, "presence_penalty")
         within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")
         within(self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0, "repetition_penalty")

@@ -51,3 +51,7 @@ def test_wrong_sampling_is_refused_by_name(fields: dict[str, Any], param: str) -
     with pytest.raises(InvalidRequestError) as refused:
         SamplingParams(**fields)
     assert refused.value.param == param
+
+
+def test_a_seed_of_minus_one_is_drawn() -> None:
+    assert SamplingParams(seed=-1).seed is None and SamplingParams(seed=-2).seed == -2

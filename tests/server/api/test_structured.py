@@ -105,7 +105,7 @@ def test_strict_text_has_no_replacement_character(server: RunningServer, method:
         ({"response_format": {}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
-        ({"response_format": openai_format({"type": "nothing"})}, "structured_outputs"),
+        ({"response_format": openai_format({"type": "nothing"})}, "response_format"),
         ({"structured_outputs": [1]}, "structured_outputs"),
         ({"structured_outputs": {str(i): 1 for i in range(100)}}, "structured_outputs"),
         ({"structured_outputs": {"xml": "<a/>"}}, "structured_outputs"),
