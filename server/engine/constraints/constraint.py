@@ -96,7 +96,7 @@ class Constraint:
                 return FinishReason.STOP
             self.problem = "the grammar has come to a place where no byte satisfies it"
             return FinishReason.ERROR
-        return None if self._left == 0 or self._fits(allowed) else FinishReason.LENGTH
+        return None if not self._strict or self._left == 0 or self._fits(allowed) else FinishReason.LENGTH
 
     def ready(self, draft: Sequence[int], block: Sequence[int]) -> bool:
         """Whether `along` and `block` would know all that a pass asks of them; what they lack is asked for."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID
-from fastblt.server.engine.constraints.grammar_worker import Walk, Walked
+from fastblt.server.engine.constraints.grammar_worker import Walk
 from fastblt.server.request import StructuredOutput
 
 #: Processor time that one completion's grammar may take: at first, and more for every byte of it.
@@ -128,16 +128,14 @@ class GrammarCursor:
 
     # For the pool.
 
-    def take(self, answer: Walked) -> None:
-        """What the process found."""
+    def take(self, masks: list[np.ndarray], tape: list[int], seconds: float, problem: str | None) -> None:
+        """What was found, in so many seconds of processor time."""
         self.waiting = self._lost = False
         self.patience = min(max(self.patience, 0.0) + PATIENCE_GAINED, PATIENCE)
-        self.seconds += answer.seconds
-        self._tape = [byte + BYTE_OFFSET for byte in answer.tape]
-        self._masks = [np.frombuffer(mask, dtype=bool) for mask in answer.masks]
-        self._problem = answer.problem
+        self.seconds += seconds
+        self._masks, self._tape, self._problem = masks, tape, problem
         if not self._masks:
-            self.failure = answer.problem
+            self.failure = problem
         elif self._left <= 0:
             self._fail(_EXCEEDED)
 

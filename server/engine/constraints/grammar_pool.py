@@ -15,6 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from threading import Lock
 
+import numpy as np
+
 from fastblt.models.vocabulary import encode
 from fastblt.server.child_process import child_environment
 from fastblt.server.engine.constraints.cursor import GrammarCursor
@@ -272,13 +274,13 @@ class GrammarPool:
 
     def _follow(self, cursor: GrammarCursor, state: GrammarState, walk: Walk) -> None:
         began = time.thread_time()
-        answer = follow(state, encode(walk.fixed), encode(walk.path))
-        answer.seconds = time.thread_time() - began
-        spent = cursor.seconds + answer.seconds
-        if answer.seconds > _STEP_SECONDS or spent > _SECONDS + _SECONDS_PER_BYTE * cursor.length:
+        masks, tape, problem = follow(state, encode(walk.fixed), encode(walk.path))
+        seconds = time.thread_time() - began
+        spent = cursor.seconds + seconds
+        if seconds > _STEP_SECONDS or spent > _SECONDS + _SECONDS_PER_BYTE * cursor.length:
             cursor.dear = True
             del self._states[cursor.key]
-        cursor.take(answer)
+        cursor.take(masks, tape, seconds, problem)
 
     # Processes
 
@@ -329,7 +331,8 @@ class GrammarPool:
                         cursor.ask_again()
                     return
             elif asker is not None:
-                asker.take(answer)
+                masks = [np.frombuffer(mask, dtype=bool) for mask in answer.masks]
+                asker.take(masks, encode(answer.tape), answer.seconds, answer.problem)
         self._send(worker)
 
     def _takes(self, structured: StructuredOutput, seconds: float) -> bool:

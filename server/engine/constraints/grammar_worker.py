@@ -26,6 +26,8 @@ from fastblt.server.framing import Message, Unpacker, pack
 from fastblt.server.request import InvalidRequestError, StructuredOutput
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastblt.server.engine.constraints.grammar import GrammarState
 
 #: Processor time for compiling a grammar, and memory for a process beyond what it begins with.
@@ -123,25 +125,29 @@ def serve(sock: socket.socket) -> None:
                     began = time.thread_time()
                     if command.fresh:
                         states[command.key] = grammars.start(structured)
-                    answer = follow(states[command.key], encode(command.fixed), encode(command.path))
-                    answer.seconds = time.thread_time() - began
+                    path = encode(command.path)
+                    masks, tape, problem = follow(states[command.key], encode(command.fixed), path, _FORCED)
+                    seconds = time.thread_time() - began
                     signal.setitimer(signal.ITIMER_PROF, 0)
-                    sock.sendall(pack([answer]))
+                    text = bytes(token - BYTE_OFFSET for token in tape)
+                    sock.sendall(pack([Walked([mask.tobytes() for mask in masks], text, seconds, problem)]))
 
 
-def follow(state: GrammarState, fixed: list[int], path: list[int]) -> Walked:
-    """The answer to a Walk, but for its time."""
+def follow(
+    state: GrammarState, fixed: list[int], path: list[int], forced: int = 0
+) -> tuple[list[np.ndarray], list[int], str | None]:
+    """Masks, tape and problem of a Walked: bool [260] each, and ids. Up to `forced` bytes are told beyond the path."""
     from fastblt.server.engine.constraints.grammar import GrammarError
 
     try:
         for token in fixed:
             state.commit(token)
     except GrammarError as error:
-        return Walked([], b"", 0.0, str(error))
+        return [], [], str(error)
     masks = state.along(path)
     tape = path[: len(masks) - 1]
     if len(tape) == len(path):
-        for _ in range(_FORCED):
+        for _ in range(forced):
             allowed = masks[-1].nonzero()[0].tolist()
             if len(allowed) != 1 or allowed[0] < BYTE_OFFSET:
                 break
@@ -150,12 +156,10 @@ def follow(state: GrammarState, fixed: list[int], path: list[int]) -> Walked:
             if len(masks) == before:
                 break
             tape.append(only)
-    problem = state.problem
-    if problem is not None:
+    if state.problem is not None:
         # It arose behind the next byte of the path, or of those that are forced.
         tape.append(path[len(tape)] if len(tape) < len(path) else only)
-    text = bytes(token - BYTE_OFFSET for token in tape)
-    return Walked([mask.tobytes() for mask in masks], text, 0.0, problem)
+    return masks, tape, state.problem
 
 
 def main() -> None:
