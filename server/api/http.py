@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import h11
@@ -97,7 +98,9 @@ class _Transport:
             return
         self.lingers = True
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            # The other end may be gone by now.
+            with suppress(OSError):
+                self._transport.write_eof()
         self._transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self.end)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,18 @@ def test_who_never_ends_is_cut_off(server: RunningServer, monkeypatch: pytest.Mo
             for _ in range(100):
                 sock.sendall(b"x" * 1000)
                 time.sleep(0.05)
+
+
+def test_who_resets_the_connection_meanwhile_is_no_fault(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(300):
+        with connect(server) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\nno HTTP\r\n\r\n")
+            time.sleep(number % 10 / 5000)
+    assert server.http.get("/health").status_code == 200
+    assert "Exception in ASGI application" not in caplog.text
 
 
 def test_a_body_without_progress_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
