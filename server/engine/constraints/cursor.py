@@ -12,7 +12,7 @@ from fastblt.server.engine.constraints.grammar_worker import Walk
 from fastblt.server.request import StructuredOutput
 
 #: Processor time that one completion's grammar may take: at first, and more for every byte of it.
-SECONDS, SECONDS_PER_BYTE = 2.0, 1e-3
+SECONDS, SECONDS_PER_BYTE = 0.5, 5e-4
 
 #: How long a completion may keep steps waiting for its masks: at most, and what every answer adds (seconds).
 PATIENCE, PATIENCE_GAINED = 2e-3, 1e-3
