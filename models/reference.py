@@ -1,4 +1,4 @@
-"""Slow decoders for all four methods, without a cache: the oracle of every faster path (design §2, §3, §5).
+"""Slow decoders for all methods, without a cache: the oracle of every faster path (design §2, §3, §5).
 
 Everything is recomputed from the ids at every pass, so there is nothing to roll back and nothing that a schedule could
 change. Nothing here is shared with the server or with the selection kernels; only the network's modules are.
@@ -23,7 +23,7 @@ from fastblt.models.layers import Rope, rotate
 from fastblt.models.reference_selection import Row, SamplingOptions, Selected, select
 from fastblt.models.vocabulary import EOS_ID, MASK_ID, with_bos
 
-METHODS = ("blt", "blt-d", "blt-s", "blt-dv")
+METHODS = ("blt", "blt-d", "blt-s", "blt-dv", "blt-dsv")
 UNMASKINGS = ("confidence", "entropy", "one_step")
 ENTROPY_RULES = ("inclusive", "exclusive_max")
 
@@ -64,7 +64,8 @@ class ReferenceOutput:
     `ids` are without EOS. `logprobs` are those of the raw model in the row that gave the byte; `margins` is how far
     each byte was ahead of the next best in its selection. `nfe` counts every pass, the prompt's `prefill` included;
     BLT-D has no prefill of its own, for its first block shares the prompt's pass. `steps` has the denoising steps of
-    each block or round. `wasted` counts bytes that were fixed beyond the end of the output.
+    each block or round. `proposed` bytes of blocks met the decoder's filter (BLT-DSV), which kept the first `passed`
+    ones of each. `wasted` counts bytes that were fixed beyond the end of the output.
     """
 
     ids: tuple[int, ...]
@@ -76,6 +77,8 @@ class ReferenceOutput:
     rounds: int
     drafted: int
     accepted: int
+    proposed: int
+    passed: int
     wasted: int
     steps: tuple[int, ...]
 
@@ -93,10 +96,16 @@ def generate(
         raise ValueError(f"method must be one of {METHODS}, not {options.method!r}")
     if options.unmasking not in UNMASKINGS or options.entropy_rule not in ENTROPY_RULES:
         raise ValueError(f"unmasking must be one of {UNMASKINGS} and entropy_rule one of {ENTROPY_RULES}")
-    if options.method in ("blt-d", "blt-dv") and not model.config.has_diffusion:
+    if options.method in ("blt-d", "blt-dv", "blt-dsv") and not model.config.has_diffusion:
         raise ValueError(f"{options.method} needs a checkpoint with a diffusion head")
     decoder = _Decoder(model, list(prompt_ids), params or SamplingOptions(), options)
-    run = {"blt": decoder.blt, "blt-d": decoder.blt_d, "blt-s": decoder.blt_s, "blt-dv": decoder.blt_dv}
+    run = {
+        "blt": decoder.blt,
+        "blt-d": decoder.blt_d,
+        "blt-s": decoder.blt_s,
+        "blt-dv": decoder.blt_dv,
+        "blt-dsv": decoder.blt_dsv,
+    }
     run[options.method]()
     return decoder.result()
 
@@ -115,7 +124,7 @@ class _Decoder:
         self.output: list[Selected] = []
         self.finish = "length" if params.max_tokens == 0 else ""
         self.nfe = self.prefill = Nfe()
-        self.rounds = self.drafted = self.accepted = self.wasted = 0
+        self.rounds = self.drafted = self.accepted = self.proposed = self.passed = self.wasted = 0
         self.steps: list[int] = []
 
     @property
@@ -142,6 +151,8 @@ class _Decoder:
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=self.accepted,
+            proposed=self.proposed,
+            passed=self.passed,
             wasted=self.wasted,
             steps=tuple(self.steps),
         )
@@ -167,6 +178,12 @@ class _Decoder:
         self._first_byte()
         while not self.finish:
             self._verify(self._draft_block(self._draft_length(self.options.block_size)))
+
+    def blt_dsv(self) -> None:
+        """Diffusion blocks, filtered by the decoder into BLT-S's drafts, verified in one pass (docs/methods.md)."""
+        self._first_byte()
+        while not self.finish:
+            self._verify(self._draft_filtered(self._draft_length(self.options.draft_length)))
 
     def blt_d(self) -> None:
         """Diffusion blocks as they are (arXiv 2605.08044 §3.1, Algorithm 1). `align_blocks` fills the open patch byte
@@ -231,6 +248,38 @@ class _Decoder:
             draft.append(self._select(logits[-1], self.produced + draft, len(ids)).id)
         return draft
 
+    def _draft_filtered(self, length: int) -> list[int]:
+        """The ids of `_draft_alone`, found by blocks whose bytes the decoder's causal rows keep or correct."""
+        if length == 0:
+            return []
+        latents = self._draft_latents()
+        draft: list[int] = []
+        while len(draft) < length:
+            if draft:
+                self.nfe += Nfe(encoder=int(self._starts_from_encoder))
+            missing, known = length - len(draft), len(self.ids) + len(draft)
+            if missing <= 2:
+                # A block and its filter would be two passes, too.
+                logits = self._decode(self.ids + draft, latents + [latents[-1]] * len(draft))
+                self.nfe += Nfe(decoder=1)
+                draft.append(self._select(logits[-1], self.produced + draft, known).id)
+                continue
+            size = min(self.options.block_size, missing - 1)
+            read = latents + [latents[-1]] * (len(draft) + size)
+            block = [one.id for one in self._denoise(read, size, first_is_next_byte=True, draft=draft)]
+            logits = self._decode(self.ids + draft + block, read)
+            self.nfe += Nfe(encoder=int(self._starts_from_encoder), decoder=1)
+            kept = [block[0]]
+            for index in range(size):
+                counted = self.produced + draft + block[: index + 1]
+                kept.append(self._select(logits[known + index], counted, known + index + 1).id)
+                if index + 1 == size or kept[-1] != block[index + 1]:
+                    break
+                self.passed += 1
+            self.proposed += size - 1
+            draft += kept
+        return draft
+
     def _draft_block(self, length: int) -> list[int]:
         """Ids of a denoised block after the pending byte."""
         if length == 0:
@@ -259,12 +308,15 @@ class _Decoder:
                 break
         self._emit(verified)
 
-    def _denoise(self, latents: list[Tensor], size: int, *, first_is_next_byte: bool) -> list[Selected]:
-        """Fill a block of `size` masks after the ids; `latents` are those of all rows, the block's at the end.
+    def _denoise(
+        self, latents: list[Tensor], size: int, *, first_is_next_byte: bool, draft: Sequence[int] = ()
+    ) -> list[Selected]:
+        """Fill a block of `size` masks after the ids and a draft; `latents` are those of all rows, the block's at the
+        end.
 
         With `first_is_next_byte` the last clean row fills the first position in the first step.
         """
-        ids = self.ids
+        ids, counted = [*self.ids, *draft], [*self.produced, *draft]
         block: list[Selected | None] = [None] * size
         step = 0
         while None in block:
@@ -274,9 +326,9 @@ class _Decoder:
             logits = self._decode(ids, latents, tokens)
             self.nfe += Nfe(decoder=1)
             if first_is_next_byte and step == 1:
-                block[0] = self._select(logits[len(ids) - 1], self.produced, len(ids))
+                block[0] = self._select(logits[len(ids) - 1], counted, len(ids))
             rows = {
-                index: self._select(logits[len(ids) + index], self.produced + filled, len(ids) + index)
+                index: self._select(logits[len(ids) + index], counted + filled, len(ids) + index)
                 for index in range(size)
                 if block[index] is None
             }

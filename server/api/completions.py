@@ -324,6 +324,8 @@ class _Completion:
             "denoising_steps": ledger.steps,
             "drafted": ledger.drafted,
             "accepted": ledger.accepted,
+            "proposed": ledger.proposed,
+            "passed": ledger.passed,
             "wasted": ledger.wasted,
             "patches": ledger.patches,
             "bytes_per_patch": ledger.bytes_per_patch,

@@ -10,23 +10,27 @@ from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Auto, Draft
 from fastblt.server.decoding.blt import Blt
 from fastblt.server.decoding.blt_d import BltD
+from fastblt.server.decoding.blt_dsv import BltDSV
 from fastblt.server.decoding.blt_dv import BltDV
 from fastblt.server.decoding.blt_s import BltS
 from fastblt.server.decoding.method import Method, Unmask
 from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, InvalidRequestError, Unmasking
 
 DEFAULT_DRAFT_LENGTH = 8
+#: Of BLT-DSV, whose drafts are long enough for several blocks.
+DEFAULT_FILTERED_LENGTH = 16
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_CONFIDENCE = 0.7
 DEFAULT_ENTROPY = 0.8
 
-_DIFFUSION = (DecodingMethod.BLT_D, DecodingMethod.BLT_DV)
+_DIFFUSION = (DecodingMethod.BLT_D, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV)
 _OF_METHOD = {
     DecodingMethod.BLT: (),
     DecodingMethod.AUTO: (),
     DecodingMethod.BLT_S: ("draft_length", "paper_accounting"),
     DecodingMethod.BLT_D: ("block_size", "unmasking", "align_blocks"),
     DecodingMethod.BLT_DV: ("block_size", "unmasking", "paper_accounting"),
+    DecodingMethod.BLT_DSV: ("draft_length", "block_size", "unmasking"),
 }
 _OF_UNMASKING = {
     None: (),
@@ -55,18 +59,18 @@ def resolve(
         if asked.method is not None:
             raise InvalidRequestError(
                 "blt-d cannot follow a grammar: it fills a block's bytes out of order, and what a grammar allows "
-                "at a place depends on all before it; for structured output use blt, blt-s, blt-dv or auto",
+                "at a place depends on all before it; for structured output use blt, blt-s, blt-dv, blt-dsv or auto",
                 "decoding.method",
             )
         method = DecodingMethod.AUTO
     unmasking = None
     if method in _DIFFUSION:
-        built_in = Unmasking.ONE_STEP if method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
+        built_in = Unmasking.CONFIDENCE if method == DecodingMethod.BLT_D else Unmasking.ONE_STEP
         unmasking = _asked_unmasking(asked) or defaults.unmasking or built_in
     names = (*_OF_METHOD[method], *_OF_UNMASKING[unmasking])
     _refuse_others(asked, method, unmasking, names)
     # A setting of another rule than the one that runs is no default for it, and the rule itself is decided.
-    sources = [vars(asked), vars(defaults), _built_in(config)]
+    sources = [vars(asked), vars(defaults), _built_in(method, config)]
     values = {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
     values |= {"unmasking": unmasking} if unmasking else {}
     if method in _DIFFUSION:
@@ -88,6 +92,9 @@ def make_method(decoding: DecodingParams, choose: Callable[[], Draft] | None = N
     assert decoding.block_size is not None
     if method == DecodingMethod.BLT_D:
         return BltD(decoding.block_size, _unmask(decoding), decoding.max_steps, bool(decoding.align_blocks))
+    if method == DecodingMethod.BLT_DSV:
+        assert decoding.draft_length is not None
+        return BltDSV(decoding.draft_length, decoding.block_size, _unmask(decoding), decoding.max_steps)
     return BltDV(decoding.block_size, _unmask(decoding), decoding.max_steps, bool(decoding.paper_accounting))
 
 
@@ -107,10 +114,10 @@ def check_block_size(
         )
 
 
-def _built_in(config: BltConfig) -> dict[str, Any]:
+def _built_in(method: DecodingMethod, config: BltConfig) -> dict[str, Any]:
     trained = config.block_sizes
     return {
-        "draft_length": DEFAULT_DRAFT_LENGTH,
+        "draft_length": DEFAULT_FILTERED_LENGTH if method == DecodingMethod.BLT_DSV else DEFAULT_DRAFT_LENGTH,
         "block_size": DEFAULT_BLOCK_SIZE if DEFAULT_BLOCK_SIZE in trained or not trained else trained[0],
         "confidence_threshold": DEFAULT_CONFIDENCE,
         "entropy_bound": DEFAULT_ENTROPY,

@@ -134,6 +134,9 @@ class Progress:
     #: Denoising steps taken, and rounds completed.
     steps: int = 0
     rounds: int = 0
+    #: Bytes that blocks proposed to the decoder's filter, and how many of them it kept (BLT-DSV).
+    proposed: int = 0
+    passed: int = 0
 
 
 class Method(Protocol):

@@ -16,7 +16,7 @@ from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
 
 #: Counts of drafting. The engine's ledger has them of ended requests; `Engine.stats` adds the running ones.
-DRAFTING = ("rounds", "steps", "drafted", "accepted", "kept", "wasted")
+DRAFTING = ("rounds", "steps", "drafted", "accepted", "proposed", "passed", "kept", "wasted")
 
 
 class Postprocessor:
@@ -52,7 +52,9 @@ class Postprocessor:
         if plan.draft and sequence.ids_only and not plan.upstream:
             # A step of a draft: no row stays computed, no page is filled, and the request gets nothing.
             progress = sequence.method.advance(plan, result)
-            sequence.ledger.steps += progress.steps
+            if progress.keep is not None:
+                sequence.cut(progress.keep)
+            self._count(sequence, progress)
             sequence.draft = progress.draft
             if result.entropies is not None:
                 sequence.take_entropies(result.entropies, self._rule)
@@ -63,8 +65,7 @@ class Postprocessor:
         progress = Progress() if sequence.prefilling else sequence.method.advance(plan, result)
         if progress.keep is not None and (freed := sequence.cut(progress.keep)):
             self._scheduler.free_latents(freed)
-        if progress.steps or progress.rounds:
-            self._count(sequence, progress)
+        self._count(sequence, progress)
         logprobs = None
         if not sequence.ids_only:
             if sequence.params.return_patches:
@@ -133,6 +134,8 @@ class Postprocessor:
         ledger = sequence.ledger
         ledger.steps += progress.steps
         ledger.rounds += progress.rounds
+        ledger.proposed += progress.proposed
+        ledger.passed += progress.passed
         if progress.drafted:
             ledger.drafted += progress.drafted
             ledger.accepted += progress.accepted

@@ -17,6 +17,7 @@ class DecodingMethod(StrEnum):
     BLT_D = "blt-d"
     BLT_S = "blt-s"
     BLT_DV = "blt-dv"
+    BLT_DSV = "blt-dsv"
     AUTO = "auto"
 
 

@@ -95,6 +95,9 @@ class Ledger:
     drafted: int = 0
     accepted: int = 0
     kept: int = 0
+    #: Bytes that BLT-DSV's blocks proposed to the decoder's filter, and how many of them became part of a draft.
+    proposed: int = 0
+    passed: int = 0
     #: Final bytes of any kind beyond the end of the output.
     wasted: int = 0
     #: Known when a request has ended: bytes of output; those of which it is known whether they begin a patch (all, but

@@ -29,6 +29,9 @@ DRAFTERS = [
     DecodingOptions("blt-dv", block_size=4, confidence_threshold=0.3),
     DecodingOptions("blt-dv", block_size=8, unmasking="one_step", paper_accounting=True),
     DecodingOptions("blt-dv", block_size=8, unmasking="entropy", entropy_bound=6.0, max_steps=3),
+    DecodingOptions("blt-dsv", draft_length=1, block_size=4),
+    DecodingOptions("blt-dsv", draft_length=9, block_size=4, unmasking="one_step"),
+    DecodingOptions("blt-dsv", draft_length=16, block_size=8, confidence_threshold=0.3),
 ]
 
 
@@ -66,7 +69,7 @@ def test_drafts_never_change_a_byte(seed: int, decoder_input: str, params: Sampl
     assert accepted > 0
 
 
-@pytest.mark.parametrize("method", ["blt", "blt-s", "blt-dv", "blt-d"])
+@pytest.mark.parametrize("method", ["blt", "blt-s", "blt-dv", "blt-dsv", "blt-d"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 9])
 def test_cut_at_max_tokens(method: str, max_tokens: int) -> None:
     model = diffusion_model(33)
@@ -77,7 +80,7 @@ def test_cut_at_max_tokens(method: str, max_tokens: int) -> None:
     assert len(found.logprobs) == len(found.margins) == max_tokens
 
 
-@pytest.mark.parametrize("method", ["blt", "blt-s", "blt-dv", "blt-d"])
+@pytest.mark.parametrize("method", ["blt", "blt-s", "blt-dv", "blt-dsv", "blt-d"])
 def test_stop_at_eos(method: str) -> None:
     model = diffusion_model(34)
     prompt = random_ids(2, 9)

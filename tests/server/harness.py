@@ -133,7 +133,7 @@ def random_params(rng: random.Random, **overrides: Any) -> SamplingParams:
 
 
 def random_decoding(rng: random.Random) -> DecodingParams:
-    method = rng.choice(("blt", "blt-d", "blt-s", "blt-dv"))
+    method = rng.choice(("blt", "blt-d", "blt-s", "blt-dv", "blt-dsv"))
     if method == "blt":
         return DecodingParams(DecodingMethod.BLT)
     if method == "blt-s":
@@ -154,6 +154,7 @@ def random_decoding(rng: random.Random) -> DecodingParams:
     return DecodingParams(
         DecodingMethod(method),
         block_size=rng.choice((4, 8)),
+        draft_length=rng.choice((1, 3, 8, 16, 32)) if method == "blt-dsv" else None,
         unmasking=unmasking,
         align_blocks=method == "blt-d" and rng.random() < 0.3,
         paper_accounting=method == "blt-dv" and rng.random() < 0.3,

@@ -130,10 +130,13 @@ class Constraint:
                     state = utf8.step(state, draft[at])
         return masks
 
-    def block(self, ids: Sequence[int]) -> BlockConstraint:
-        """A walk over a block that follows the output: its ids, [MASK] where they are open."""
-        paths = utf8.BlockPaths(self._utf8, self._left, ids) if self._strict else None
-        return BlockConstraint(paths, self.grammar)
+    def block(self, ids: Sequence[int], draft: Sequence[int] = ()) -> BlockConstraint:
+        """A walk over a block that follows the output and a draft: its ids, [MASK] where they are open."""
+        state = self._utf8
+        for token in draft:
+            state = utf8.step(state, token)
+        paths = utf8.BlockPaths(state, self._left - len(draft), ids) if self._strict else None
+        return BlockConstraint(paths, self.grammar, draft)
 
     def _room(self, state: int, drafted: int) -> Mask:
         return utf8.allowed(state, self._left - drafted) if self._strict else None
@@ -151,10 +154,12 @@ class BlockConstraint:
     there is then refused.
     """
 
-    def __init__(self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None) -> None:
+    def __init__(
+        self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None, draft: Sequence[int] = ()
+    ) -> None:
         self._paths = paths
         self._grammar = grammar
-        self._ids: list[int] = []
+        self._ids: list[int] = list(draft)
         #: What was likely to stand there when the grammar was last asked, and its masks along that.
         self._path: Sequence[int] = ()
         self._masks: list[np.ndarray] = []
@@ -162,6 +167,9 @@ class BlockConstraint:
     def allowed(self, ahead: Sequence[int] = ()) -> Mask:
         """What may stand at the next position. What is likely to be taken there and after it saves asking again."""
         mask = None if self._paths is None else self._paths.allowed()
+        if mask is not None and not _some_byte(mask):
+            # Behind a draft that came to an end: nothing can come of the block.
+            mask = None
         if self._grammar is None:
             return mask
         at = len(self._ids)

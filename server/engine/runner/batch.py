@@ -71,7 +71,7 @@ def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, i
             latent = newest
     if not plan.causal:
         return newest, []
-    if plan.causal == 1 or len(patches) < 2:
+    if plan.draft or plan.causal == 1 or len(patches) < 2:
         return newest, [(end, latent)]
     # Each row reads the newest patch that is closed at its position.
     runs: list[tuple[int, int]] = []

@@ -19,12 +19,14 @@ from fastblt.server.engine.sequence import Planned
 
 @dataclass
 class _Block:
-    """A constrained request's block: its ids before the step, and the sample where it begins.
+    """A constrained request's block: the draft before it, its ids before the step, and the sample where it
+    begins.
 
     `opening` is the sample of the causal row that gives the block's first byte, if one does.
     """
 
     constraint: Constraint
+    draft: abc.Sequence[int]
     ids: abc.Sequence[int]
     first: int
     opening: int | None
@@ -50,8 +52,8 @@ class Masks:
             if plan.block_ids:
                 first = blocks.first(at)
                 opening = causal.first_samples[at] if plan.samples else None
-                self._blocks.append(_Block(constraint, plan.block_ids, first, opening))
-                walk = constraint.block(plan.block_ids)
+                self._blocks.append(_Block(constraint, sequence.draft, plan.block_ids, first, opening))
+                walk = constraint.block(plan.block_ids, sequence.draft)
                 masks: list[Mask] = []
                 for offset, token in enumerate(plan.block_ids):
                     masks.append(walk.allowed(_filled(plan.block_ids[offset:])))
@@ -78,7 +80,7 @@ class Masks:
             before = list(block.ids)
             if block.opening is not None and opening is not None:
                 before[0] = ids[0] = int(opening[block.opening])
-            walk = block.constraint.block(before)
+            walk = block.constraint.block(before, block.draft)
             for offset, token in enumerate(before):
                 mask = walk.allowed(_filled(ids[offset:]))
                 new = ids[offset] if token == MASK_ID else MASK_ID

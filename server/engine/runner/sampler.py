@@ -205,13 +205,12 @@ class Sampler:
             if not sequence.params.penalizes:
                 continue
             if plan.samples and sequence.draft:
-                # Row i of a verification counts the drafted bytes before its own.
-                first = causal.first_samples[at]
-                extra += [(first + i, sequence.draft[:i]) for i in range(1, plan.samples)]
-                if plan.draft:
-                    extra.append((first, sequence.draft))
-            if filled := [i for i in plan.block_ids if i != MASK_ID]:
-                extra += [(blocks.first(at) + i, filled) for i in range(len(plan.block_ids))]
+                # A row counts the drafted bytes up to its own.
+                first, drafted = causal.first_samples[at], plan.end - plan.samples + 1 - sequence.known
+                extra += [(first + i, sequence.draft[: drafted + i]) for i in range(plan.samples) if drafted + i > 0]
+            if plan.block_ids:
+                before = [*sequence.draft, *(i for i in plan.block_ids if i != MASK_ID)]
+                extra += [(blocks.first(at) + i, before) for i in range(len(plan.block_ids)) if before]
         return extra
 
     def _placeholders(self, count: int) -> tuple[Tensor, ...]:

@@ -45,6 +45,16 @@ METHODS: dict[str, list[DecodingParams]] = {
             DecodingMethod.BLT_DV, 4, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1, paper_accounting=True
         ),
     ],
+    "blt-dsv": [
+        DecodingParams(DecodingMethod.BLT_DSV, 4, 3),
+        DecodingParams(DecodingMethod.BLT_DSV, 4, 16),
+        DecodingParams(DecodingMethod.BLT_DSV, 8, 8),
+        DecodingParams(DecodingMethod.BLT_DSV, 8, 16, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1),
+        DecodingParams(DecodingMethod.BLT_DSV, 8, 9, unmasking=Unmasking.ENTROPY, entropy_bound=9.0),
+        DecodingParams(
+            DecodingMethod.BLT_DSV, 8, 16, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.9, max_steps=3
+        ),
+    ],
 }  # fmt: skip
 
 
@@ -60,7 +70,8 @@ def reference(request: Request, which: int) -> ReferenceOutput:
         },
         seed=params.seed or 0,
     )  # fmt: skip
-    default = Unmasking.ONE_STEP if decoding.method == DecodingMethod.BLT_DV else Unmasking.CONFIDENCE
+    one_step = decoding.method in (DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV)
+    default = Unmasking.ONE_STEP if one_step else Unmasking.CONFIDENCE
     method = DecodingOptions(
         method=decoding.method.value,
         block_size=decoding.block_size or 8,
@@ -90,9 +101,10 @@ def assert_equal(request: Request, ours: Finished, expected: ReferenceOutput, wh
     nfe = expected.nfe
     passes = (ours.ledger.patcher, ours.ledger.encoder, ours.ledger.global_, ours.ledger.decoder)
     assert passes == (nfe.entropy, nfe.encoder, nfe.global_, nfe.decoder)
-    if request.params.decoding.method in (DecodingMethod.BLT_D, DecodingMethod.BLT_DV):
+    if request.params.decoding.method in (DecodingMethod.BLT_D, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
         assert ours.ledger.steps == sum(expected.steps)
     assert ours.ledger.drafted == expected.drafted
+    assert (ours.ledger.proposed, ours.ledger.passed) == (expected.proposed, expected.passed)
     if ours.reason == "length":
         # The reference looks at nothing behind EOS.
         assert (ours.ledger.accepted, ours.ledger.wasted) == (expected.accepted, expected.wasted)

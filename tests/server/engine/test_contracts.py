@@ -94,14 +94,14 @@ def test_holding_has_a_bound() -> None:
 @few
 @given(seeds)
 def test_verified_methods_are_lossless(seed: int) -> None:
-    """BLT-S and BLT-DV give the bytes of BLT, greedy and sampled, whatever they draft and whoever is beside them."""
+    """Verified drafts give the bytes of BLT, greedy and sampled, whatever they are and whoever is beside them."""
     rng = random.Random(seed)
     which = rng.choice(MODELS)
     base = random_request(rng, "blt", random_params(rng, decoding=DecodingParams(DecodingMethod.BLT)))
     requests = [base]
     for i in range(4):
         decoding = random_decoding(rng)
-        while decoding.method not in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
+        while decoding.method not in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
             decoding = random_decoding(rng)
         requests.append(with_method(base, f"v{i}", decoding))
     others = [random_request(rng, f"other{i}") for i in range(2)]

@@ -40,10 +40,12 @@ def requests_of(rng: random.Random, count: int) -> list[Request]:
     made = []
     for at in range(count):
         prompt = [1] + [rng.randrange(4, 260) for _ in range(rng.choice((0, 1, 7, 40, 90)))]
-        method = rng.choice((DecodingMethod.BLT_D, DecodingMethod.BLT_DV))
+        method = rng.choice((DecodingMethod.BLT_D, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV))
         decoding = DecodingParams(method, block_size=rng.choice((4, 8)), **rng.choice(RULES))
         if method == DecodingMethod.BLT_D and rng.random() < 0.3:
             decoding = replace(decoding, align_blocks=True)
+        elif method == DecodingMethod.BLT_DSV:
+            decoding = replace(decoding, draft_length=rng.choice((1, 3, 8, 16, 32)))
         elif method == DecodingMethod.BLT_DV and rng.random() < 0.3:
             decoding = replace(decoding, paper_accounting=True)
         if rng.random() < 0.2:

@@ -1,0 +1,99 @@
+"""BLT-DSV: a diffusion block drafts, the decoder filters, the full model verifies (docs/methods.md).
+
+BLT-S spends one decoder pass on every drafted byte. Here a block proposes several at once, and one causal pass of the
+decoder over them keeps those that BLT-S would have drafted, with the same noise, and corrects the first other one. The
+draft that the full model verifies is thus BLT-S's, byte for byte, from fewer decoder passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastblt.models.vocabulary import MASK_ID
+from fastblt.server.decoding.blt_s import finish_round, verify
+from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
+
+#: Missing bytes up to which single rows take as few passes as a block and its filter, and fewer rows.
+_FEW = 2
+
+
+class BltDSV:
+    """Drafts of `draft_length` bytes, made of blocks of `block_size`, which are filled as `unmask` says.
+
+    An inner round is a block's steps and its filter: the pending byte as a tentative row, whose own byte is sure, with
+    a block behind it; then causal rows over the block's bytes, each of which gives the byte that should follow.
+    `begun`: the request has had its first pass.
+    """
+
+    def __init__(
+        self, draft_length: int, block_size: int, unmask: Unmask, max_steps: int | None, *, begun: bool = False
+    ) -> None:
+        self._length = draft_length
+        self._size = block_size
+        self._unmask = unmask
+        self._max_steps = max_steps
+        #: Bytes that the decoder itself would have drafted.
+        self._draft: list[int] = []
+        #: The block of this inner round, its denoising steps, and whether nothing of it is masked any more.
+        self._block: Sequence[int] = ()
+        self._steps = 0
+        self._filled = False
+        self._begun = begun
+
+    def plan(self, known: int, computed: int, left: int) -> Plan:
+        # The verification gives a byte of its own, so the last one is never drafted.
+        missing = min(self._length, left - 1) - len(self._draft)
+        if not self._begun or missing <= 0:
+            return verify(self._draft if self._begun else (), known, computed)
+        start = computed + len(self._draft)
+        if self._filled:
+            return Plan(start + 1, len(self._block), upstream=False, draft=True, samples=len(self._block))
+        if self._block:
+            step, repeat = self._step()
+            return Plan(
+                start + 1, 0, upstream=False, draft=True, block_ids=self._block, unmask=step, repeat=repeat
+            )  # fmt: skip
+        if missing <= _FEW:
+            return Plan(start, 1, upstream=False, draft=True, samples=1, repeat=missing)
+        # The filter gives a byte behind the block's last one.
+        block = [MASK_ID] * min(self._size, missing - 1)
+        step, repeat = self._step()
+        return Plan(
+            start, 1, upstream=False, draft=True, samples=1, block_ids=block, unmask=step, repeat=repeat
+        )  # fmt: skip
+
+    def advance(self, plan: Plan, outcome: Outcome) -> Progress:
+        if not plan.draft:
+            draft = self._draft
+            self.reset()
+            self._begun = True
+            return finish_round(draft, plan, outcome)
+        if plan.block_ids:
+            self._steps += outcome.steps
+            self._block, self._filled = outcome.block_ids, outcome.block_done
+            draft = [*self._draft, *self._block] if self._filled else self._draft
+            return Progress(draft=draft, steps=outcome.steps)
+        if not self._filled:
+            self._draft += outcome.ids
+            return Progress(draft=self._draft)
+        # The block's first byte was the pending row's own; then those that the filter agrees with, and its own byte.
+        proposed = len(self._block) - 1
+        self._draft += (self._block[0], *outcome.ids)
+        self._block, self._steps, self._filled = (), 0, False
+        # What was computed of refused bytes goes; the filter's own byte has no rows yet.
+        keep = plan.start + outcome.accepted + 1
+        return Progress(draft=self._draft, keep=keep, proposed=proposed, passed=outcome.accepted)
+
+    def _step(self) -> tuple[Unmask, int]:
+        """How the block's next step fills, and how many steps may follow one another."""
+        step = self._unmask
+        if self._max_steps is not None:
+            step = replace(step, left=self._max_steps - self._steps)
+        # Every step fixes a byte.
+        return step, 1 if step.fills else self._size
+
+    def reset(self) -> None:
+        self._draft = []
+        self._block, self._steps, self._filled = (), 0, False
+        self._begun = False
