@@ -32,6 +32,7 @@ static struct plans plans_of(const struct call *call) {
         .untils = asked + UNTILS * n,
         .follows = asked + FOLLOWS * n,
         .lefts = asked + LEFTS * n,
+        .filtered = asked + FILTERED * n,
         .bounds = call->bounds,
         .reads = reads,
         .blocks = reads + 2 * call->runs,

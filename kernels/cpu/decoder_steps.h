@@ -25,6 +25,7 @@ enum {
     UNTILS,  /* the position before which it shall have been through both, if nothing is masked */
     FOLLOWS, /* how long a draft behind its verification may be, 0: there is none */
     LEFTS,   /* how many bytes its text may still get */
+    FILTERED, /* most bytes of a block of that draft which the decoder filters, 0: it does not */
     COLUMNS
 };
 
@@ -75,6 +76,7 @@ struct plans {
     const int32_t *untils;
     const int32_t *follows;
     const int32_t *lefts;
+    const int32_t *filtered;
     const float *bounds;
     const int32_t *reads;  /* [all runs, 2] */
     const int32_t *blocks; /* [all sizes] */
@@ -119,5 +121,5 @@ struct task {
 int block_steps(const struct task *t, int64_t first, int64_t n);
 
 /* The drafts behind verifications of requests [first, first + n): over the byte behind what was accepted, on the latent
- * that the last accepted row read. Their lines in `drafts` begin at `first`. Returns 0, or 1 when memory ran out. */
+ * that the last accepted row read; and those of requests that have no row, over the byte where they start. Their lines in `drafts` begin at `first`. Returns 0, or 1 when memory ran out. */
 int follow(const struct task *t, int64_t first, int64_t n);

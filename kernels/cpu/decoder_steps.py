@@ -13,8 +13,11 @@ those that verify a draft), and perhaps a block of masked and filled positions b
 4. If nothing is masked any more, the new bytes go through entropy model and encoder as far as is asked for.
 5. If the request verified a draft and may draft anew (`follows`): the byte behind the accepted ones is a causal row
    on the latent that the row before it read. Its own byte opens a block of masks, which goes through steps 2 to 4;
-   or under the rule SINGLE_ROWS each byte is the next row, as in `kernels/cpu/multi_step.py`. It does not where the
-   text has ended, or would with the next byte.
+   or under the rule SINGLE_ROWS each byte is the next row, as in `kernels/cpu/multi_step.py`; or of a filtered draft
+   (BLT-DSV) the block's bytes are causal rows in their turn, which keep those that they agree with and correct the
+   next, behind which another block begins. It does not where the text has ended, or would with the next byte.
+
+A request without any row drafts in this way over the byte at its start.
 
 What is asked for are int32 columns [N], in the order of `COLUMNS`:
 
@@ -29,6 +32,7 @@ What is asked for are int32 columns [N], in the order of `COLUMNS`:
     untils             position before which it shall have been through both (0: as far as it has)
     follows            longest draft behind the verification, with the same rule, bound, last and most (0: none)
     lefts              how many bytes its text may still get
+    filtered           longest block of a filtered draft (0: drafts are not filtered)
 """
 
 from __future__ import annotations
@@ -56,12 +60,16 @@ from fastblt.kernels.request_ids import RequestIds
 COLUMNS = (
     *("owners", "starts", "causals", "selects", "sizes", "latents", "runs"),
     *("rules", "lasts", "mosts", "encoded", "scanned", "untils", "follows", "lefts"),
+    "filtered",
 )
 
 _SELECTS, _SIZES, _SCANNED, _UNTILS, _FOLLOWS = map(COLUMNS.index, ("selects", "sizes", "scanned", "untils", "follows"))
 
 #: The rule of a draft that is no block.
 SINGLE_ROWS = -1
+
+#: How a byte of a filtered draft was made; as in drafts.h.
+ALONE, PASSED, CORRECTED = 1, 2, 3
 
 
 @dataclass(slots=True)
@@ -84,7 +92,9 @@ class Made:
     """What became of blocks, or of drafts of single rows: a line for each."""
 
     ids: list[list[int]]  # [width or more], MASK where still masked
-    fixed: np.ndarray  # int32 [n, width], the step that fixed each position (0: none did); the next call takes it back
+    # int32 [n, width], the step that fixed each position (0: none did), or of a filtered draft how each byte was made
+    # (`ALONE` and so on); the next call takes it back.
+    fixed: np.ndarray
     steps: list[int]  # how many steps there were, or single rows
     bad: bytes  # why a row had no finite choice (as in `Selection`), or 0
     entropies: list[list[float]]  # nats of rows from the first that was scanned on [most of them]

@@ -1,22 +1,6 @@
-/* The drafts behind verifications, within the call that verified: blocks, or single rows. */
-#include "decoder_steps.h"
-
-/* Drafts of a group behind verifications, all of them blocks, or all of them single rows. */
-struct drafts {
-    int64_t n;
-    int32_t request[GROUP];
-    int32_t owners[GROUP];
-    int32_t starts[GROUP];  /* the position of the byte behind what was accepted */
-    int32_t sizes[GROUP];   /* how many bytes are drafted */
-    int32_t latents[GROUP]; /* the slot that the last accepted row read */
-    int32_t rules[GROUP];
-    int32_t lasts[GROUP];
-    int32_t mosts[GROUP];
-    int32_t untils[GROUP];
-    int32_t ones[GROUP];
-    int32_t reads[2 * GROUP];
-    float bounds[GROUP];
-};
+/* The drafts behind verifications, within the call that verified, and those that a call is for: blocks, single rows, or
+ * blocks that the decoder filters. */
+#include "drafts.h"
 
 static void add_draft(struct drafts *to, const struct plans *of, int64_t r, int32_t start, int32_t size,
                       int32_t latent) {
@@ -31,19 +15,10 @@ static void add_draft(struct drafts *to, const struct plans *of, int64_t r, int3
     to->mosts[k] = of->mosts[r];
     to->untils[k] = start + 1 + size;
     to->ones[k] = 1;
+    to->filtered[k] = of->filtered[r];
     to->reads[2 * k] = start + 1;
     to->reads[2 * k + 1] = latent;
     to->bounds[k] = of->bounds[r];
-}
-
-/* The lines of `made` from `line` on. */
-static struct made lines_from(struct made made, int64_t line) {
-    made.ids += line * made.width;
-    made.fixed += line * made.width;
-    made.steps += line;
-    made.bad += line;
-    made.entropies += line * made.longest;
-    return made;
 }
 
 /* Blocks of masks behind a causal row each, whose own byte opens them, into the lines of `drafts` from `line` on. */
@@ -129,22 +104,27 @@ static int has_ended(const struct task *t, int64_t r, int32_t taken) {
 
 int follow(const struct task *t, int64_t first, int64_t n) {
     const struct plans *of = t->of;
-    struct drafts blocks = {.n = 0}, rows = {.n = 0};
+    struct drafts blocks = {.n = 0}, rows = {.n = 0}, filtered = {.n = 0};
     const int32_t *run = of->reads;
     for (int64_t r = 0; r < first; r++) run += 2 * of->runs[r];
     for (int64_t r = first; r < first + n; run += 2 * of->runs[r++]) {
-        int32_t taken = of->accepted[r] + 1, most = of->lefts[r] - taken - 1;
+        /* Who has no row that gives a byte drafts from its first position on. */
+        int32_t taken = of->selects[r] ? of->accepted[r] + 1 : 0, most = of->lefts[r] - taken - 1;
         int32_t size = of->follows[r] < most ? of->follows[r] : most;
         of->lines[r] = -1;
         if (of->drafts.width) of->drafts.steps[r] = of->drafts.bad[r] = 0;
         if (size <= 0 || has_ended(t, r, taken)) continue;
         int32_t start = end_of(of, r) - of->selects[r] + taken;
         const int32_t *read = run;
-        while (read[0] < start) read += 2;
-        add_draft(of->rules[r] == SINGLE_ROWS ? &rows : &blocks, of, r, start, size, read[1]);
+        while (of->runs[r] && read[0] < start) read += 2;
+        struct drafts *to = of->filtered[r] ? &filtered : of->rules[r] == SINGLE_ROWS ? &rows : &blocks;
+        add_draft(to, of, r, start, size, of->runs[r] ? read[1] : of->latents[r]);
     }
+    int64_t second = first + blocks.n, third = second + rows.n;
     for (int64_t k = 0; k < blocks.n; k++) of->lines[blocks.request[k]] = (int32_t)(first + k);
-    for (int64_t k = 0; k < rows.n; k++) of->lines[rows.request[k]] = (int32_t)(first + blocks.n + k);
+    for (int64_t k = 0; k < rows.n; k++) of->lines[rows.request[k]] = (int32_t)(second + k);
+    for (int64_t k = 0; k < filtered.n; k++) of->lines[filtered.request[k]] = (int32_t)(third + k);
     int failed = blocks.n ? draft_blocks(t, &blocks, first) : 0;
-    return rows.n ? failed | draft_rows(t, &rows, first + blocks.n) : failed;
+    if (rows.n) failed |= draft_rows(t, &rows, second);
+    return filtered.n ? failed | draft_filtered(t, &filtered, third) : failed;
 }

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.blt_s import finish_round, verify
-from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
+from fastblt.server.decoding.method import NEXT_DRAFT, Outcome, Plan, Progress, Unmask
 
 #: Missing bytes up to which single rows take as few passes as a block and its filter, and fewer rows.
 _FEW = 2
@@ -45,7 +45,10 @@ class BltDSV:
         # The verification gives a byte of its own, so the last one is never drafted.
         missing = min(self._length, left - 1) - len(self._draft)
         if not self._begun or missing <= 0:
-            return verify(self._draft if self._begun else (), known, computed)
+            plan = verify(self._draft if self._begun else (), known, computed)
+            if self._draft:
+                plan.draft_next(self._length, self._whole_step(), self._passes(self._length), self._size)
+            return plan
         start = computed + len(self._draft)
         if self._filled:
             return Plan(start + 1, len(self._block), upstream=False, draft=True, samples=len(self._block))
@@ -55,13 +58,16 @@ class BltDSV:
                 start + 1, 0, upstream=False, draft=True, block_ids=self._block, unmask=step, repeat=repeat
             )  # fmt: skip
         if missing <= _FEW:
-            return Plan(start, 1, upstream=False, draft=True, samples=1, repeat=missing)
+            # The last drafted byte completes what is verified next.
+            end = start + missing + 1
+            return Plan(start, 1, upstream=False, draft=True, samples=1, scan_to=end, repeat=missing)
         # The filter gives a byte behind the block's last one.
         block = [MASK_ID] * min(self._size, missing - 1)
-        step, repeat = self._step()
-        return Plan(
-            start, 1, upstream=False, draft=True, samples=1, block_ids=block, unmask=step, repeat=repeat
-        )  # fmt: skip
+        plan = Plan(start, 1, upstream=False, draft=True, samples=1, block_ids=block)
+        plan.unmask, plan.repeat = self._step()
+        if not self._draft:
+            plan.next_length, plan.next_block, plan.repeat = missing, self._size, self._passes(missing)
+        return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.draft:
@@ -75,8 +81,10 @@ class BltDSV:
             draft = [*self._draft, *self._block] if self._filled else self._draft
             return Progress(draft=draft, steps=outcome.steps)
         if not self._filled:
+            # Single rows, or a whole draft.
             self._draft += outcome.ids
-            return Progress(draft=self._draft)
+            steps = outcome.steps if plan is NEXT_DRAFT else 0
+            return Progress(draft=self._draft, steps=steps, proposed=outcome.proposed, passed=outcome.passed)
         # The block's first byte was the pending row's own; then those that the filter agrees with, and its own byte.
         proposed = len(self._block) - 1
         self._draft += (self._block[0], *outcome.ids)
@@ -84,6 +92,15 @@ class BltDSV:
         # What was computed of refused bytes goes; the filter's own byte has no rows yet.
         keep = plan.start + outcome.accepted + 1
         return Progress(draft=self._draft, keep=keep, proposed=proposed, passed=outcome.accepted)
+
+    def _whole_step(self) -> Unmask:
+        """How blocks that begin anew are filled."""
+        return self._unmask if self._max_steps is None else replace(self._unmask, left=self._max_steps)
+
+    def _passes(self, length: int) -> int:
+        """Passes of the decoder that a draft takes at most: every inner round gives two bytes."""
+        steps = 1 if self._whole_step().fills else min(self._max_steps or self._size, self._size)
+        return max((steps + 1) * (length // 2) + 1, 2)
 
     def _step(self) -> tuple[Unmask, int]:
         """How the block's next step fills, and how many steps may follow one another."""

@@ -70,6 +70,9 @@ class Plan:
     #: there is `unmask`, else single rows. `repeat` then counts 1 and the draft's passes, and its outcome comes with
     #: the plan NEXT_DRAFT.
     next_length: int = 0
+    #: That draft is made of blocks of up to so many bytes, which the decoder filters (BLT-DSV), to its whole length or not
+    #: at all. A draft whose block is the first of such a draft of `next_length` bytes may be run as all of it.
+    next_block: int = 0
     #: Rows in all, and the position behind the last causal one: every pass asks several times.
     rows: int = field(init=False)
     end: int = field(init=False)
@@ -78,16 +81,20 @@ class Plan:
         self.rows = self.causal + len(self.block_ids)
         self.end = self.start + self.causal
 
-    def draft_next(self, length: int, unmask: Unmask | None, passes: int) -> None:
-        """Let a verification go on with the next draft: up to `length` bytes in up to `passes` passes."""
-        self.next_length, self.unmask, self.repeat = length, unmask, 1 + passes
+    def draft_next(self, length: int, unmask: Unmask | None, passes: int, block: int = 0) -> None:
+        """Let a verification go on with the next draft: up to `length` bytes in up to `passes` passes, made of blocks of
+        up to `block` bytes if it is to be filtered."""
+        self.next_length, self.unmask, self.repeat, self.next_block = length, unmask, 1 + passes, block
 
     def stop_after(self, repeat: int) -> None:
         """Let the plan go on by itself for no more than `repeat` rows or steps."""
         if repeat < self.repeat:
             self.repeat = repeat
-            if repeat == 1:
-                self.next_length = 0
+            if self.next_block and not self.block_ids:
+                # A verification alone.
+                self.repeat = 1
+            if repeat == 1 or self.next_block:
+                self.next_length = self.next_block = 0
             if self.draft and not self.block_ids:
                 # Its last byte, which `scan_to` counts on, may then be missing.
                 self.scan_to = 0
@@ -114,6 +121,9 @@ class Outcome:
     block_done: bool = False
     #: Denoising steps that were taken.
     steps: int = 1
+    #: Of a whole filtered draft: bytes that blocks proposed to the filter, and how many of them it kept.
+    proposed: int = 0
+    passed: int = 0
 
 
 @dataclass(slots=True)

@@ -99,7 +99,7 @@ class Postprocessor:
         if draft.bad:
             return self._failed(sequence, draft.bad)
         progress = sequence.method.advance(NEXT_DRAFT, draft)
-        sequence.ledger.steps += progress.steps
+        self._count(sequence, progress)
         sequence.draft = progress.draft
         sequence.encoded = draft.encoded
         if draft.entropies:

@@ -72,7 +72,7 @@ class Scheduler:
         patches = sequence.closed + plan.provisional
         if plan.end > sequence.scanned:
             patches += plan.end - sequence.scanned
-        if plan.repeat > 1 and not plan.block_ids:
+        if plan.repeat > 1 and (plan.next_length or not plan.block_ids):
             further = plan.end + (1 + plan.next_length if plan.next_length else plan.repeat)
             if self._caches.reserve(sequence.state_index, further if further > length else length, patches):
                 return True

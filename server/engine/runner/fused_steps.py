@@ -7,6 +7,8 @@ of their bytes (`run_plans`).
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 
 from fastblt.kernels.cpu.decoder_steps import SINGLE_ROWS, DecoderSteps, Made, Plans
@@ -15,10 +17,11 @@ from fastblt.kernels.cpu.structs import Spent
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.patching import PatchRule
 from fastblt.models.vocabulary import MASK_ID
-from fastblt.server.decoding.method import Unmask
+from fastblt.server.decoding.method import Plan, Unmask
 from fastblt.server.engine.device.cost import DRAFT, STEP
 from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.runner.batch import latent_slots
+from fastblt.server.engine.runner.filtered_draft import FilteredDraft
 from fastblt.server.engine.runner.sampler import Result, Sampler
 from fastblt.server.engine.runner.samples import DraftResult
 from fastblt.server.engine.sequence import Planned
@@ -31,6 +34,11 @@ _NO_STEP, _SINGLE_ROWS = Unmask(ONE_STEP, 0.0), Unmask(SINGLE_ROWS, 0.0)
 def _columns(numbers: list[int], count: int) -> np.ndarray:
     """Columns int32 [n, requests] of the requests' numbers, n for each, in a row."""
     return np.ascontiguousarray(np.array(numbers, dtype=np.int32).reshape(count, -1).T)
+
+
+def _is_whole_draft(plan: Plan) -> bool:
+    """Whether the call makes a whole filtered draft, of which the plan has the first block."""
+    return plan.draft and plan.next_length > 0
 
 
 class FusedSteps:
@@ -110,21 +118,28 @@ class FusedSteps:
         total = 0
         for sequence, plan in planned:
             newest, own = latent_slots(sequence, plan)
-            reads += own
-            block_ids += plan.block_ids
-            sizes.append(len(plan.block_ids))
-            total += plan.rows
             drafts_next = plan.next_length > 0
             step = plan.unmask or (_SINGLE_ROWS if drafts_next else _NO_STEP)
             bounds.append(step.bound)
+            if _is_whole_draft(plan):
+                # No row of its own: all of them are the draft's.
+                sizes.append(0)
+                own, causal, samples = [], 0, 0
+            else:
+                reads += own
+                block_ids += plan.block_ids
+                sizes.append(len(plan.block_ids))
+                total += plan.rows
+                causal, samples = plan.causal, plan.samples
+                sequence.ledger.decoder += 1
             # As in `decoder_steps.COLUMNS`.
             rows.append(
                 (
                     sequence.state_index,
                     plan.start,
-                    plan.causal,
-                    plan.samples,
-                    len(plan.block_ids),
+                    causal,
+                    samples,
+                    sizes[-1],
                     newest,
                     len(own),
                     step.rule,
@@ -135,9 +150,9 @@ class FusedSteps:
                     plan.scan_to if plan.scan_to > sequence.scanned else 0,
                     plan.next_length,
                     sequence.left if drafts_next else 0,
+                    plan.next_block,
                 )
             )
-            sequence.ledger.decoder += 1
         sampled, truncated, _ = self._sampler.needs(planned)
         asked = Plans(rows, bounds, reads, block_ids)
         decoded = self._forward.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
@@ -147,6 +162,9 @@ class FusedSteps:
             planned, sizes, decoded.chosen, decoded.accepted, made.steps, made.ids, made.entropies, strict=True
         ):
             ledger = sequence.ledger
+            if _is_whole_draft(plan):
+                results.append(Result(steps=0))
+                continue
             result = Result(steps=steps)
             if plan.samples:
                 result.accepted = accepted
@@ -168,7 +186,10 @@ class FusedSteps:
         if any(made.bad):
             for result, bad in zip(results, made.bad, strict=True):
                 result.bad = bad
-        self._block_steps(total, sizes, made.steps)
+        # What has no rows took no step.
+        whole = [_is_whole_draft(plan) for _, plan in planned]
+        taken_steps = [0 if at_once else steps for at_once, steps in zip(whole, made.steps, strict=True)]
+        self._block_steps(total, sizes, taken_steps)
         if decoded.drafts.steps:
             self._drafts(planned, results, decoded.lines, decoded.drafts)
         self._count_other_passes(decoded.spent)
@@ -177,6 +198,7 @@ class FusedSteps:
     def _drafts(self, planned: list[Planned], results: list[Result], lines: list[int], drafts: Made) -> None:
         """Add the drafts that the call made behind verifications to the results of these."""
         sizes, singles = [0] * len(drafts.steps), [0] * len(drafts.steps)
+        filtered: list[FilteredDraft] = []
         for (sequence, plan), result, line in zip(planned, results, lines, strict=True):
             if line < 0:
                 continue
@@ -185,6 +207,13 @@ class FusedSteps:
             ledger.decoder += steps
             ids = drafts.ids[line]
             draft = result.next_draft = DraftResult(bad=drafts.bad[line], steps=steps)
+            if plan.next_block:
+                if not draft.bad:
+                    made = FilteredDraft(drafts.fixed[line, :size].tolist(), plan.next_block, steps)
+                    filtered.append(made)
+                    self._filtered(ledger, made, draft, ids[:size], start)
+                    draft.entropies = drafts.entropies[line][: size + 1]
+                continue
             if plan.unmask is None:
                 singles[line], draft.ids, whole = steps, ids[:steps], steps == size
                 encoded = steps + whole if self._encoder_input else 0
@@ -198,12 +227,32 @@ class FusedSteps:
             if whole:
                 ledger.patcher += 1
                 draft.entropies = drafts.entropies[line][: size + 1]
+        if filtered:
+            self._filtered_steps(filtered)
         if any(sizes):
             steps_of_blocks = [steps if size else 0 for steps, size in zip(drafts.steps, sizes, strict=True)]
             self._block_steps(sum(sizes) + len(sizes) - sizes.count(0), sizes, steps_of_blocks)
         if any(singles):
             taken_steps = np.array(singles)
             self._steps_taken(taken_steps, taken_steps, np.zeros(len(singles), dtype=np.bool_))
+
+    def _filtered(self, ledger: Ledger, made: FilteredDraft, draft: DraftResult, ids: list[int], start: int) -> None:
+        """What became of a filtered draft over the byte at `start`, into its result and the request's ledger."""
+        draft.ids, draft.steps, draft.proposed, draft.passed = ids, made.block_steps, made.proposed, made.passed
+        draft.encoded = start
+        ledger.patcher += 1
+        if self._encoder_input:
+            draft.encoded += len(ids) + 1
+            ledger.encoder += made.encoder_passes + 1
+
+    def _filtered_steps(self, filtered: list[FilteredDraft]) -> None:
+        """The passes of filtered drafts into ledger and work: of each those who took part in it."""
+        passes = [made.rows_of_passes() for made in filtered]
+        self._ledger.decoder += max(map(len, passes))
+        self._work += [("decoder", sum(rows)) for rows in zip_longest(*passes, fillvalue=0)]
+        if self._encoder_input:
+            # One of them is counted with the passes beside the steps.
+            self._ledger.encoder += max(made.encoder_passes for made in filtered) - 1
 
     def _block_steps(self, rows: int, sizes: list[int], steps: list[int]) -> None:
         """Count decoder passes: a first one of `rows` rows, and more for blocks of these sizes, by their steps."""
