@@ -1,8 +1,8 @@
 """Names of decoding settings, as every table here writes them: `blt-s k8`, `blt-d-8 a0.7`, `blt-dv-8 1step`.
 
-`k8` is a draft of 8 bytes, `-8` a block of 8; `a0.7` unmasks by confidence (the paper's alpha), `g1.0` by an entropy
-bound in nats (its gamma), `1step` all at once. `paper` spends the paper's two upstream passes a round, `aligned` begins
-blocks where patches do.
+`k8` is a draft of 8 bytes, `-8` a block of 8; `blt-dsv-8 k32` drafts 32 bytes by blocks of 8. `a0.7` unmasks by
+confidence (the paper's alpha), `g1.0` by an entropy bound in nats (its gamma), `1step` all at once. `paper` spends
+the paper's two upstream passes a round, `aligned` begins blocks where patches do.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ from fastblt.server.request import DecodingParams
 _UNMASKING = r"(?:a(?P<confidence>[\d.]+)|g(?P<entropy>[\d.]+)|(?P<one_step>1step))"
 _NAMES = re.compile(
     r"(?:(?P<plain>auto|blt)|(?P<speculation>blt-s)(?: k(?P<draft>\d+))?"
-    rf"|(?P<diffusion>blt-dv?)-(?P<block>\d+) {_UNMASKING}(?P<aligned> aligned)?)(?P<paper> paper)?"
+    rf"|(?P<diffusion>blt-(?:d|dv|dsv))-(?P<block>\d+)(?: k(?P<length>\d+))?(?: {_UNMASKING})?(?P<aligned> aligned)?)"
+    r"(?P<paper> paper)?"
 )
 
 
 def body(name: str) -> dict[str, Any]:
     """The `decoding` of an HTTP request for a setting. Raises ValueError for a name that is none."""
     match = _NAMES.fullmatch(name)
-    if match is None or (match["plain"] and match["paper"]):
+    filtered = match is not None and match["diffusion"] == "blt-dsv"
+    rule = match is not None and (match["one_step"] or match["confidence"] or match["entropy"])
+    if (
+        match is None
+        or (match["plain"] and match["paper"])
+        or (match["diffusion"] and not (rule or filtered))
+        or (match["length"] is not None) != filtered
+    ):
         raise ValueError(
-            f"{name!r} is no setting; write blt, blt-s k8, blt-d-8 a0.7, blt-d-8 g1.0, blt-dv-8 1step or auto"
+            f"{name!r} is no setting; write blt, blt-s k8, blt-d-8 a0.7, blt-d-8 g1.0, blt-dv-8 1step, blt-dsv-8 k32 "
+            "or auto"
         )
     chosen: dict[str, Any] = {"method": match["plain"] or match["speculation"] or match["diffusion"]}
-    if match["draft"]:
-        chosen["draft_length"] = int(match["draft"])
+    if length := match["draft"] or match["length"]:
+        chosen["draft_length"] = int(length)
     if match["diffusion"]:
         chosen["block_size"] = int(match["block"])
     if match["one_step"]:
@@ -62,6 +71,7 @@ def every_method(block_sizes: Sequence[int]) -> list[str]:
     return [
         *("blt", "blt-s k8"),
         *(f"blt-dv-{size} 1step" for size in middle),
+        *(f"blt-dsv-{size} k16" for size in middle),
         *(f"blt-d-{size} a0.7" for size in block_sizes),
     ]
 
@@ -89,15 +99,20 @@ def papers(block_sizes: Sequence[int]) -> list[str]:
     return ["blt", *_twice(drafts), *blocks, *_twice(verified)]
 
 
+def filtered(block_sizes: Sequence[int]) -> list[str]:
+    """Settings of BLT-DSV beside the paper's."""
+    return [f"blt-dsv-{size} k{length}" for length in (16, 32) for size in block_sizes if size < length // 2]
+
+
 def chosen(block_sizes: Sequence[int], which: str) -> list[str]:
-    """`all` settings of the paper; `headline`: BLT-S, BLT-D a0.7 and BLT-DV in one step; or those whose names contain
-    `which`. BLT is always among them.
+    """`all` settings of the paper, and BLT-DSV; `headline`: BLT-S, BLT-D a0.7, BLT-DV in one step, BLT-DSV; or those
+    whose names contain `which`. BLT is always among them.
     """
-    names = papers(block_sizes)
+    names = [*papers(block_sizes), *filtered(block_sizes)]
     if which == "all":
         return names
     headline = {*(f"blt-d-{size} a0.7" for size in block_sizes), *(f"blt-dv-{size} 1step" for size in block_sizes)}
-    headline |= {f"blt-s k{length}" for length in (4, 8, 16)}
+    headline |= {f"blt-s k{length}" for length in (4, 8, 16)} | set(filtered(block_sizes))
     return [name for name in names if name == "blt" or (name in headline if which == "headline" else which in name)]
 
 

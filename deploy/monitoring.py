@@ -29,7 +29,7 @@ DASHBOARD = DEPLOY / "grafana" / "fastblt.json"
 ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
 
 #: Of several methods, so that drafts, blocks and passes of each kind are there.
-METHODS = ("blt", "blt-s", "blt-d", "blt-dv")
+METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "blt-dsv")
 
 
 @dataclass(frozen=True)

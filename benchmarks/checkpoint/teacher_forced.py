@@ -21,7 +21,7 @@ from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt, CausalAttention, LatentRows
 from fastblt.models.layers import Rope, rotate
 from fastblt.models.patching import PatchRule, entropies
-from fastblt.models.reference import Nfe
+from fastblt.models.reference_options import Nfe
 from fastblt.models.vocabulary import EOS_ID, MASK_ID, NEVER_PRODUCED
 
 #: Drafts computed at once: each gathers a window of keys of its own.

@@ -64,7 +64,9 @@ def drafting_settings(sizes: Sequence[int]) -> list[str]:
     """All that must equal BLT, for a checkpoint of these block sizes."""
     names = [f"blt-s k{length}" for length in (1, 4, 8, 16, 32)]
     names += [f"blt-dv-{size} {rule}" for size in sizes for rule in ("1step", "a0.3", "g1.5")]
-    return [f"{name}{suffix}" for suffix in ("", " paper") for name in names]
+    filtered = [f"blt-dsv-{size} k{length}" for size in sizes for length in (8, 16, 32)]
+    filtered += [f"blt-dsv-{size} k16 {rule}" for size in sizes for rule in ("a0.3", "g1.5")]
+    return [*(f"{name}{suffix}" for suffix in ("", " paper") for name in names), *filtered]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fastblt.benchmarks.load.serving import Server, serving
 from fastblt.benchmarks.prompts import library_text
 from fastblt.server.settings import PRETRAINED
 
-METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
+METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "blt-dsv", "auto")
 
 #: What can never be served, with the status it gets.
 BAD: list[tuple[bytes, int]] = [

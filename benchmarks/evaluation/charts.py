@@ -12,6 +12,7 @@ _COLORS = {
     "blt": "black",
     "blt-s": "tab:gray",
     "blt-dv": "tab:green",
+    "blt-dsv": "tab:purple",
     "blt-d-4": "tab:blue",
     "blt-d-8": "tab:orange",
     "blt-d-16": "tab:red",

@@ -20,7 +20,7 @@ def method_runs(results: Results) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def lossless(name: str) -> bool:
     """Whether a setting gives the bytes of BLT, at one upstream pass a round."""
-    return name.startswith(("blt-s", "blt-dv")) and not name.endswith("paper")
+    return name.startswith(("blt-s", "blt-dv", "blt-dsv")) and not name.endswith("paper")
 
 
 def best_lossless(run: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:

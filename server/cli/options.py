@@ -82,8 +82,10 @@ PrefixCache = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Of arithmetic on CPUs. Default: one a core.", rich_help_panel=ENGINE)
 ]
-BlockSize = Annotated[int | None, typer.Option(help="Of blt-d and blt-dv, in bytes.", rich_help_panel=DECODING)]
-DraftLength = Annotated[int | None, typer.Option(help="Of blt-s, in bytes.", rich_help_panel=DECODING)]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Of blt-d, blt-dv and blt-dsv, in bytes.", rich_help_panel=DECODING)
+]
+DraftLength = Annotated[int | None, typer.Option(help="Of blt-s and blt-dsv, in bytes.", rich_help_panel=DECODING)]
 UnmaskingOption = Annotated[
     Unmasking | None,
     typer.Option("--unmasking", help="Which positions of a block are filled first.", rich_help_panel=DECODING),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastblt.models.blt import Blt
-from fastblt.models.reference import DecodingOptions, Nfe, _block_attention, _Decoder, generate, patch_margins
+from fastblt.models.reference import _block_attention, _Decoder, generate, patch_margins
+from fastblt.models.reference_options import DecodingOptions, Nfe
 from fastblt.models.reference_selection import SamplingOptions, select
 from fastblt.models.vocabulary import EOS_ID, MASK_ID
 from tests.tiny import random_ids, tiny_config, tiny_model

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastblt.models.reference import DecodingOptions, unmask
+from fastblt.models.reference import unmask
+from fastblt.models.reference_options import DecodingOptions
 from fastblt.models.reference_selection import (
     SamplingOptions,
     Selected,

@@ -9,7 +9,8 @@ import torch
 from fastblt.benchmarks.checkpoint.teacher_forced import Drafter, Rounds, blocks, drafts, know
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
-from fastblt.models.reference import DecodingOptions, _Decoder, generate
+from fastblt.models.reference import _Decoder, generate
+from fastblt.models.reference_options import DecodingOptions
 from fastblt.models.reference_selection import SamplingOptions
 from tests.models.training.toys import toy_model
 

@@ -10,7 +10,8 @@ import random
 
 import pytest
 
-from fastblt.models.reference import DecodingOptions, ReferenceOutput, generate, patch_margins
+from fastblt.models.reference import generate, patch_margins
+from fastblt.models.reference_options import DecodingOptions, ReferenceOutput
 from fastblt.models.reference_selection import SamplingOptions
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, Request, Unmasking

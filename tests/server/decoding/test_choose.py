@@ -99,7 +99,11 @@ def test_auto() -> None:
 @pytest.mark.parametrize(
     ("asked", "field", "reason"),
     [
-        ({"method": "blt", "draft_length": 4}, "draft_length", "belongs to blt-s, and this request runs blt"),
+        (
+            {"method": "blt", "draft_length": 4},
+            "draft_length",
+            "belongs to blt-s and blt-dsv, and this request runs blt",
+        ),
         ({"method": "blt", "block_size": 4}, "block_size", "belongs to blt-d and blt-dv"),
         ({"method": "blt", "unmasking": "one_step"}, "unmasking", "belongs to blt-d and blt-dv"),
         ({"method": "blt", "max_steps": 1}, "max_steps", "belongs to blt-d and blt-dv"),
@@ -122,7 +126,11 @@ def test_auto() -> None:
         ({"method": "blt-dv", "unmasking": "one_step", "max_steps": 2}, "max_steps", "confidence or entropy"),
         ({"method": "blt-dv", "max_steps": 2}, "max_steps", "this request's is one_step"),
         ({"block_size": 4}, "block_size", "which this server chose; name a method"),
-        ({"method": "auto", "draft_length": 4}, "draft_length", "belongs to blt-s, and this request runs auto"),
+        (
+            {"method": "auto", "draft_length": 4},
+            "draft_length",
+            "belongs to blt-s and blt-dsv, and this request runs auto",
+        ),
         ({"method": "blt-d", "block_size": 5}, "block_size", "was not trained; this checkpoint has 4, 8"),
     ],
 )

@@ -93,8 +93,11 @@ def test_all_steps_in_a_call_are_those_of_single_passes(seed: int) -> None:
             if result.reason == "stop":
                 # A call may scan and encode, or leave out, bytes behind which the text turns out to end, and behind a
                 # stop string draft in vain; of how many it is known whether they begin a patch depends on it.
-                assert abs(one["patcher"] - many["patcher"]) <= 1 and abs(one["encoder"] - many["encoder"]) <= 2
-                assert 0 <= many["decoder"] - one["decoder"] <= 8
+                # A whole filtered draft is up to 33 passes.
+                filtered = requests_by_name[name].params.decoding.method == DecodingMethod.BLT_DSV
+                assert abs(one["patcher"] - many["patcher"]) <= 1
+                assert abs(one["encoder"] - many["encoder"]) <= (33 if filtered else 2)
+                assert 0 <= many["decoder"] - one["decoder"] <= (33 if filtered else 8)
                 if not requests_by_name[name].params.stop:
                     assert many["decoder"] == one["decoder"]
                 for ledger in (one, many):
