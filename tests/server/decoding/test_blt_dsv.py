@@ -32,7 +32,7 @@ def behind_the_first_byte(ledger: Ledger) -> int:
 def test_drafts_are_those_of_blt_s_and_every_byte_that_passes_saves_a_pass(
     length: int, block: int, temperature: float
 ) -> None:
-    engine = Engine(load_checkpoint(str(PRETRAINED)), settings(max_model_len=1024, prefix_cache=False))
+    engine = Engine(load_checkpoint(str(PRETRAINED)), settings(max_model_len=1024, max_pass_rows=512, prefix_cache=False))
     alone = finished(engine, DecodingParams(DecodingMethod.BLT_S, draft_length=length), temperature)
     filtered = finished(engine, DecodingParams(DecodingMethod.BLT_DSV, block, length), temperature)
     plain = finished(engine, DecodingParams(DecodingMethod.BLT), temperature)

@@ -81,7 +81,9 @@ def test_preempted_requests_give_the_same_bytes() -> None:
 
 def test_holding_has_a_bound() -> None:
     """In milliseconds: no hold at 0; without a bound as long as anybody can go on."""
-    requests = [random_request(random.Random(100 + i), f"r{i}", max_tokens=40, min_tokens=40, stop=()) for i in range(6)]
+    requests = [
+        random_request(random.Random(100 + i), f"r{i}", max_tokens=40, min_tokens=40, stop=()) for i in range(6)
+    ]
     holds, beats = {}, {}
     for bound in (0.0, 3.0, None):
         engine = Engine(model(1), settings(max_hold_ms=bound))
