@@ -35,8 +35,10 @@ def test_a_method_that_takes_every_draft_is_found_out(
 
     def takes_all(forward: ModuleForward, call: DecoderSteps, plans: Plans, **kinds: bool) -> Decoded:
         decoded = decode_steps(forward, call, plans, **kinds)
-        decoded.accepted = [max(selected - 1, 0) for selected in plans.column("selects")]
-        decoded.lines = [-1] * len(decoded.lines)
+        selects = plans.column("selects")
+        decoded.accepted = [max(selected - 1, 0) for selected in selects]
+        # Who has no row that gives a byte asked for the draft alone.
+        decoded.lines = [-1 if select else line for select, line in zip(selects, decoded.lines, strict=True)]
         return decoded
 
     monkeypatch.setattr(ModuleForward, "decode_steps", takes_all)
