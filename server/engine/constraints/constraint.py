@@ -154,9 +154,7 @@ class BlockConstraint:
     there is then refused.
     """
 
-    def __init__(
-        self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None, draft: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None, draft: Sequence[int] = ()) -> None:
         self._paths = paths
         self._grammar = grammar
         self._ids: list[int] = list(draft)
