@@ -98,7 +98,7 @@ class Engine:
         self._runner = ModelRunner(model, self._caches, settings)
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
         self._scheduler = Scheduler(self._caches, self._prefix, settings)
-        self._grammars = GrammarPool(settings.max_running)
+        self._grammars = GrammarPool(self._scheduler.followed_limit)
         self._gate = MaskGate(self._grammars)
         self._sequences: dict[str, Sequence] = {}
         self._context = EngineContext(

@@ -117,7 +117,7 @@ class Postprocessor:
     def _finish_as(self, sequence: Sequence, reason: FinishReason) -> Delta:
         """End a sequence as its output says."""
         if reason is FinishReason.ERROR and sequence.constraint is not None:
-            return self.finish(sequence, reason, sequence.constraint.problem, ErrorCode.GRAMMAR_TOO_COMPLEX)
+            return self.finish(sequence, reason, sequence.constraint.problem, sequence.constraint.problem_code)
         return self.finish(sequence, reason)
 
     def _failed(self, sequence: Sequence, bad: int) -> Delta:

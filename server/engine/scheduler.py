@@ -17,6 +17,10 @@ from fastblt.server.settings import EngineSettings
 #: Admission assumes this much more global cache than the running mean of patches per byte says.
 _MARGIN = 1.2
 
+#: Requests with a process for their grammar that may run at once, and the part of all running ones that they may be.
+#: They mostly wait for masks, so many of them would keep the places of those that could go on.
+_FOLLOWED, _FOLLOWED_SHARE = 16, 4
+
 
 class Scheduler:
     def __init__(self, caches: KvCaches, prefix: PrefixCache, settings: EngineSettings) -> None:
@@ -29,6 +33,8 @@ class Scheduler:
         self.preemptions = 0
         #: How many may run: fewer than the settings say after memory ran out.
         self.limit = settings.max_running
+        #: How many of them may have a process for their grammar.
+        self.followed_limit = max(min(_FOLLOWED, settings.max_running // _FOLLOWED_SHARE), 1)
         self._scanned = 0
         self._closed = 0
         # The sequence that was last looked up in the prefix cache because it did not fit, how many others ran then, and
@@ -43,17 +49,29 @@ class Scheduler:
         self._wait(sequence, before_equals=False)
 
     def admit(self) -> list[Sequence]:
-        """Move waiting sequences to running, in order, while state indexes and pages are likely to suffice."""
+        """Move waiting sequences to running, in order, while state indexes and pages are likely to suffice.
+
+        Those that have to wait for others with a process for their grammar are passed over: they keep their place in
+        the queue, and go before all others when one of these ends.
+        """
         admitted: list[Sequence] = []
-        while self.waiting and len(self.running) < self.limit:
-            sequence = self.waiting[0]
+        if not self.waiting:
+            return admitted
+        followed = sum(sequence.followed for sequence in self.running)
+        at = 0
+        while at < len(self.waiting) and len(self.running) < self.limit:
+            sequence = self.waiting[at]
+            if sequence.followed and followed >= self.followed_limit:
+                at += 1
+                continue
             # One alone always fits; another only where nobody is likely to be preempted for it at once.
             if self.running and not self._likely_fits(sequence):
                 break
             state_index = self._caches.take_state_index()
             if state_index is None:
                 break
-            self.waiting.popleft()
+            del self.waiting[at]
+            followed += sequence.followed
             sequence.state_index = state_index
             self.running.append(sequence)
             self._prefix.admit(sequence)

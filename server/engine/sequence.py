@@ -128,6 +128,11 @@ class Sequence:
         """Whether it may turn out to have ended: its grammar has not said yet what can follow."""
         return self.constraint is not None and self.constraint.undecided
 
+    @property
+    def followed(self) -> bool:
+        """Whether a process follows its grammar, or is about to."""
+        return self.constraint is not None and self.constraint.followed
+
     def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows: patches close where the rule says so."""
         if not self.ids_only and self.params.return_patches:

@@ -10,7 +10,7 @@ from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID, MASK_ID
 from fastblt.server.engine.constraints import utf8
 from fastblt.server.engine.constraints.cursor import GrammarCursor
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
-from fastblt.server.request import FinishReason, InvalidRequestError, SamplingParams, Utf8
+from fastblt.server.request import ErrorCode, FinishReason, InvalidRequestError, SamplingParams, Utf8
 
 #: bool [260]; None forbids nothing.
 Mask = np.ndarray | None
@@ -26,7 +26,7 @@ class Constraint:
     """
 
     def __init__(self, max_tokens: int, *, strict: bool, grammar: GrammarCursor | None) -> None:
-        self._left = max_tokens
+        self._left = self._max_tokens = max_tokens
         self._strict = strict
         self._utf8 = utf8.WHOLE
         self.grammar = grammar
@@ -34,6 +34,7 @@ class Constraint:
         self.undecided = grammar is not None
         #: Why it said FinishReason.ERROR.
         self.problem: str | None = None
+        self.problem_code = ErrorCode.GRAMMAR_TOO_COMPLEX
 
     @classmethod
     def of(cls, params: SamplingParams, pool: GrammarPool, *, wait: bool = True) -> Constraint | None:
@@ -63,7 +64,7 @@ class Constraint:
         if self.grammar.failure is not None:
             raise InvalidRequestError(self.grammar.failure, "structured_outputs")
         if self.decide() is not None:
-            raise InvalidRequestError("no character that the grammar begins with fits into max_tokens", "max_tokens")
+            raise InvalidRequestError(self.problem or "the grammar allows no byte", "max_tokens")
 
     def commit(self, token: int) -> FinishReason | None:
         """One more byte stands in the output; says so where nothing can follow it, if that is known yet."""
@@ -80,7 +81,8 @@ class Constraint:
         """How a completion ends behind whose last byte nothing can follow, now that the grammar's process has answered.
 
         A grammar that allows nothing more ends the completion, whatever `min_tokens` and `ignore_eos` say: there is no
-        byte to go on with. LENGTH: the next character of the grammar does not fit into what is left.
+        byte to go on with. LENGTH: the next character of the grammar does not fit into what is left; an ERROR if it is
+        the first.
         """
         assert self.grammar is not None and not self.grammar.waiting
         self.undecided = False
@@ -96,7 +98,13 @@ class Constraint:
                 return FinishReason.STOP
             self.problem = "the grammar has come to a place where no byte satisfies it"
             return FinishReason.ERROR
-        return None if not self._strict or self._left == 0 or self._fits(allowed) else FinishReason.LENGTH
+        if not self._strict or self._left == 0 or self._fits(allowed):
+            return None
+        if self._left < self._max_tokens:
+            return FinishReason.LENGTH
+        self.problem = "no character that the grammar begins with fits into max_tokens"
+        self.problem_code = ErrorCode.NOTHING_LEFT
+        return FinishReason.ERROR
 
     def ready(self, draft: Sequence[int], block: Sequence[int]) -> bool:
         """Whether `along` and `block` would know all that a pass asks of them; what they lack is asked for."""
@@ -107,6 +115,11 @@ class Constraint:
         if block:
             draft = block[: block.index(MASK_ID)] if MASK_ID in block else block
         return self.grammar.ready(draft)
+
+    @property
+    def followed(self) -> bool:
+        """Whether a process has to say how the completion goes on."""
+        return self.grammar is not None and self.grammar.failure is None and not self.grammar.on_the_spot
 
     def close(self) -> None:
         """The completion has ended."""

@@ -29,6 +29,8 @@ class Pool(Protocol):
 
     def forget(self, cursor: GrammarCursor) -> None: ...
 
+    def follows(self, cursor: GrammarCursor) -> bool: ...
+
     def wait(self, cursors: Sequence[GrammarCursor], *, alone: bool) -> None: ...
 
 
@@ -75,6 +77,11 @@ class GrammarCursor:
     def allowed(self) -> np.ndarray | None:
         """bool [260]: what may follow the fixed bytes; None while that is not known."""
         return self._masks[0] if self._masks else None
+
+    @property
+    def on_the_spot(self) -> bool:
+        """Whether no process is needed to follow it."""
+        return self._pool.follows(self)
 
     def commit(self, token: int) -> None:
         """One more id is fixed: a byte that was allowed."""

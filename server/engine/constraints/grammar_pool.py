@@ -48,8 +48,9 @@ STEP_WAIT_SECONDS, IDLE_SECONDS = 0.004, 0.005
 #: Seconds without an answer after which a process gives way to all others.
 _LATE_SECONDS = 0.02
 
-#: Processes that are kept although no completion needs them: their grammars are compiled.
-_KEPT = 16
+#: Processes beyond those of the requests that run: they compile the grammars of requests that come or wait, and are
+#: kept although no completion needs them.
+_SPARE = 16
 
 _CHUNK = 1 << 18
 
@@ -157,7 +158,7 @@ class _Worker:
 
 
 class GrammarPool:
-    """Processes for up to `bound` grammars at once. Confined to one thread; nothing but `wait` waits.
+    """Processes for up to `bound` grammars at once, and _SPARE more. Confined to one thread; nothing but `wait` waits.
 
     A grammar whose steps are surely small (`is_regular`), and were so far, is followed on the spot, which takes less
     time than asking for it. A process has compiled it before.
@@ -166,8 +167,8 @@ class GrammarPool:
     of the cursor whose answer is due; the others are put to another process.
     """
 
-    def __init__(self, bound: int = 64) -> None:
-        self._bound = max(bound, _KEPT)
+    def __init__(self, bound: int = 16) -> None:
+        self._bound = bound + _SPARE
         #: The least recently used first.
         self._workers: OrderedDict[StructuredOutput, _Worker] = OrderedDict()
         self._selector = selectors.DefaultSelector()
@@ -221,9 +222,13 @@ class GrammarPool:
 
     # For cursors.
 
+    def follows(self, cursor: GrammarCursor) -> bool:
+        """Whether the cursor is followed on the spot."""
+        return cursor.key in self._states
+
     def knows(self, cursor: GrammarCursor) -> bool:
         """Whether the cursor has a place here, or in a process, from before."""
-        if cursor.key in self._states:
+        if self.follows(cursor):
             return True
         worker = self._workers.get(cursor.structured)
         return worker is not None and cursor.key in worker.members
@@ -269,7 +274,7 @@ class GrammarPool:
         worker.queue.append((None, Forget(cursor.key)))
         self._send(worker)
         unused = [worker for worker in self._workers.values() if not worker.members]
-        if len(unused) > _KEPT:
+        if len(unused) > _SPARE:
             self._drop(unused[0])
 
     def _follow(self, cursor: GrammarCursor, state: GrammarState, walk: Walk) -> None:

@@ -104,3 +104,43 @@ def test_who_exceeds_ends_with_an_error_that_says_so(monkeypatch: pytest.MonkeyP
     last = done["dear"].deltas[-1]
     assert last.finish_reason is FinishReason.ERROR and last.error_code is ErrorCode.GRAMMAR_TOO_COMPLEX
     assert "processor time" in str(last.error)
+
+
+def test_dear_requests_leave_places_for_others_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fill what they may have, one without a process goes before those that wait, and nobody of these starves."""
+    engine = Engine(model(0), settings(max_running=16, max_waiting=80))
+    names = [f"dear-{number}" for number in range(64)]
+    for name in names:
+        engine.add(request(name, DecodingMethod.BLT, DEAR["ambiguous"], 50), wait=False)
+    # From here on they wait for masks that never come.
+    monkeypatch.setattr(grammar_pool.GrammarPool, "ask", lambda *_: None)
+    monkeypatch.setattr(grammar_pool.GrammarPool, "poll", lambda *_: None)
+    engine.step()
+    assert engine.started == names[:4]
+    engine.add(request("free", DecodingMethod.BLT, None, 3), wait=False)
+    deltas = engine.step()
+    assert engine.started == ["free"]
+    while not any(delta.request_id == "free" and delta.finish_reason for delta in deltas):
+        deltas = engine.step()
+    # Places go to those that waited longest, also when an ordinary request asks at the same time.
+    for at, name in enumerate(names[:-4]):
+        engine.abort(name)
+        engine.add(request(f"free-{at}", DecodingMethod.BLT, None, 3), wait=False)
+        engine.step()
+        assert engine.started == [names[at + 4], f"free-{at}"]
+        while any(sequence.startswith("free") for sequence in engine._sequences):
+            engine.step()
+    for name in names[-4:]:
+        engine.abort(name)
+    engine.step()
+    assert not engine.has_work() and engine.balanced()
+
+
+def test_what_is_followed_on_the_spot_waits_for_no_place() -> None:
+    engine = Engine(model(0), settings(max_running=4, max_waiting=16))
+    digits = StructuredOutput.regex("[0-9]{20}")
+    for number in range(4):
+        params = SamplingParams(max_tokens=20, structured_output=digits, decoding=DecodingParams(DecodingMethod.BLT))
+        engine.add(Request(f"digits-{number}", [1, *encode(b"x")], params, 0.0))
+    engine.step()
+    assert len(engine.started) == 4

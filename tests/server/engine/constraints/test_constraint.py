@@ -211,6 +211,13 @@ def test_a_character_that_does_not_fit_ends_the_completion() -> None:
             assert decode(done.ids).decode() == "€" * (tokens // 3) and done.reason == "length"
     with pytest.raises(InvalidRequestError, match="fits into max_tokens"):
         Engine(model(2), settings()).add(request("r", structured_output=euros, utf8=Utf8.STRICT, max_tokens=2))
+    # A server has accepted it by the time that this is known.
+    engine, deltas = Engine(model(2), settings()), []
+    engine.add(request("r", structured_output=euros, utf8=Utf8.STRICT, max_tokens=2), wait=False)
+    while engine.has_work():
+        deltas += engine.step()
+    [last] = deltas
+    assert last.error_code is ErrorCode.NOTHING_LEFT and "fits into max_tokens" in str(last.error) and not last.ids
 
 
 def test_a_prompt_that_ends_inside_a_character_is_not_continued() -> None:

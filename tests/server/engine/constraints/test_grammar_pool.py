@@ -159,10 +159,10 @@ def test_the_process_that_forks_is_replaced_too() -> None:
 
 def test_more_grammars_than_processes_take_turns() -> None:
     pool = GrammarPool(bound=1)
-    structured = [StructuredOutput.grammar(f'start: a\na: a "{i}" | "x"\n') for i in range(2 * grammar_pool._KEPT)]
+    structured = [StructuredOutput.grammar(f'start: a\na: a "{i}" | "x"\n') for i in range(2 * grammar_pool._SPARE)]
     waiting = [pool.start(one) for one in structured]
     settle(pool, *waiting)
-    assert len(pool._workers) <= grammar_pool._KEPT
+    assert len(pool._workers) <= 1 + grammar_pool._SPARE
     for i, cursor in enumerate(waiting):
         assert feed(pool, cursor, f"x{i}{i}".encode()) == len(f"x{i}{i}")
     for cursor in waiting:
