@@ -1,11 +1,11 @@
-"""The operations of the engine, one a file: each says its mathematics and shapes, has a torch version, and picks what
-serves a tensor's device.
+"""The operations of the engine, one file for each.
 
-Imports point one way:
+A file documents the operation's mathematics and shapes, has a torch version, and picks the implementation for a
+tensor's device. Imports point one way, downwards in this list:
 
-    types, backend, attention, noise    what all of them share
-    cpu/native.py                       the C code, compiled and loaded
-    selection, paged_attention, ...     one operation a file
-    cpu/                                calls that make several operations at once, on a CPU in fp32
+    types, backend, attention, noise    shared by all operations
+    cpu/native.py                       compiles and loads the C code
+    selection, paged_attention, ...     the operations
+    cpu/                                calls that run several operations at once, on a CPU in fp32
     gpu/                                Triton, imported by the first call that needs it
 """

@@ -18,8 +18,8 @@ TILE = 64
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, tiled: bool = False) -> Tensor:
     """Attention output [R, Q, H, D]; see the module for shapes.
 
-    With `tiled`, a row's result does not depend on R, Q or on how many masked keys surround its own (design, contract
-    2): S must be a multiple of TILE with tiles aligned to absolute positions.
+    With `tiled`, a row's result depends neither on R and Q nor on how many masked keys surround its own (design §6.2).
+    S must then be a multiple of TILE, with tiles aligned to absolute positions.
     """
     if tiled:
         return _tiled(q, k, v, mask)
@@ -42,7 +42,7 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     groups = heads // kv_heads
     wide_q = q.float().view(requests, queries, kv_heads, groups, dim) * dim**-0.5
     wide_k, wide_v = k.float(), v.float()
-    # Elementwise products and sums along one fixed-size axis: nothing here can depend on the other rows.
+    # Only elementwise products, and sums along one axis of fixed size, so a row's result cannot depend on other rows.
     scores = []
     for start in range(0, size, TILE):
         tile = wide_k[:, None, start : start + TILE, :, None, :]

@@ -1,8 +1,8 @@
-"""Which implementation of an operation serves: Triton on a GPU, C or torch elsewhere (`kernels/cpu/native.py`).
+"""Chooses the implementation of an operation: Triton on a GPU, C or torch elsewhere (`kernels/cpu/native.py`).
 
-`FASTBLT_KERNELS=triton` or `=torch` forces one for the whole process (`torch` leaves the CPU its C code). Without a GPU
-a forced Triton runs under its interpreter, which must be chosen before triton is first imported: so every file that
-may import a Triton kernel imports this one.
+`FASTBLT_KERNELS=triton` or `=torch` forces one for the whole process; with `torch` the C code still runs on a CPU.
+Without a GPU, forced Triton kernels run in Triton's interpreter. It must be chosen before triton is first imported, so
+every file that may import a Triton kernel imports this one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(device: torch.device) -> bool:
-    """Whether tensors on `device` go to the Triton kernels."""
+    """Whether the Triton kernels compute tensors on `device`."""
     if _FORCED:
         return _FORCED == "triton"
     return device.type == "cuda" and _INSTALLED

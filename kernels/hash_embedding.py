@@ -1,8 +1,7 @@
-"""Byte embeddings plus hashed n-gram embeddings, all tables in one pass.
+"""Byte embeddings plus hashed n-gram embeddings, all tables in one pass (BLT, arXiv 2412.09871, section 3.2.1).
 
-A row's window holds its last W ids, its own last (what lies before the start of the text is id 0). With E the byte
-table, T the stacked hash tables of V rows each and m_t the multipliers of table t, zero where its n-gram does not
-reach,
+A row's window holds the last W ids up to and including its own; before the start of the text they are 0. E is the byte
+table, T the stacked hash tables of V rows each, and m_t the multipliers of table t, zero for ids outside its n-gram.
 
     h_t = (sum_j window[j] m_t[j])  in wrapping int64,  floor-mod V         out = E[window[-1]] + sum_t T[t V + h_t]
 
@@ -49,7 +48,7 @@ def _hash_embedding_native(native: ctypes.CDLL, windows: Tensor, tables: Tables)
 def hash_embedding(
     windows: Tensor, powers: Tensor, offsets: Tensor, vocab: int, byte_table: Tensor, hash_table: Tensor
 ) -> Tensor:
-    """`hash_embedding_torch` by the implementation for the tensors' device."""
+    """Like `hash_embedding_torch`, by the implementation for the tensors' device."""
     learning = torch.is_grad_enabled() and (byte_table.requires_grad or hash_table.requires_grad)
     if use_triton(windows.device) and not learning and len(powers):
         from fastblt.kernels.gpu.hash_embedding import hash_embedding_triton

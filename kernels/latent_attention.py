@@ -1,12 +1,12 @@
-"""The decoder's cross-attention: every row attends to the few keys of the one latent it reads, without positions (BLT,
-arXiv 2412.09871, section 3.3).
+"""The decoder's cross-attention: every row attends to the K keys of one patch's latent, without positional encoding
+(BLT, arXiv 2412.09871, section 3.3).
 
     out = softmax(q k^T / sqrt(D)) v  per head
 
-Shapes: K latents a patch (1 to 4), H heads of D numbers, a multiple of Hkv key heads. `latent_attention` takes keys
-and values row by row: q [..., H, D], k and v [..., K, Hkv, D]. `stored_latent_attention` reads them where they are
-kept: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values), slots int32 or int64
-[N].
+Shapes: K keys in a latent (1 to 4), H query heads of size D, and Hkv key heads, of which H is a multiple.
+`latent_attention` takes each row's keys and values: q [..., H, D], k and v [..., K, Hkv, D]. `stored_latent_attention`
+reads them from the store: q [N, H, D], store [slots, C, 2, K, Hkv, D] (C cross-attention layers; keys, then values),
+slots int32 or int64 [N].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.threads import threads
 
-#: Latents a patch that the C code has room for; as in latent_attention.c.
+#: Keys of a latent that the C code has room for; the same number is in latent_attention.c.
 MOST_KEYS = 64
 
 
@@ -44,7 +44,7 @@ def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor)
 
 
 def stored_latent_attention_torch(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
-    """The same in torch, which first copies every row's latent."""
+    """The same in torch. It copies every row's latent first."""
     k, v = store[:, layer].index_select(0, slots).unbind(1)
     return latent_attention(q, k, v)
 
@@ -57,7 +57,7 @@ class StoredLatents:
 
     @property
     def native(self) -> bool:
-        """Whether the C code serves it."""
+        """Whether the C code can read this store."""
         fits = self.store.device.type == "cpu" and self.store.dtype == torch.float32
         return fits and self.store.shape[3] <= MOST_KEYS and library() is not None
 

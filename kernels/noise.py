@@ -1,6 +1,6 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al., 2011) and the Gumbel variables drawn from it.
 
-A produced byte is argmax(log p + gumbel), which samples from p; the noise is a pure function of (seed, absolute
+A sampled byte is argmax(log p + gumbel), which is distributed as p. The noise is a pure function of (seed, absolute
 position, id), so a byte is the same whichever pass, batch, draft or device produced it. With x the 32-bit word number
 id % 4 of the Philox block
 
@@ -10,20 +10,20 @@ the noise is
 
     u = ((x >> 9) + 0.5) * 2^-23  in [2^-24, 1 - 2^-24],      gumbel = -log(-log(u))  in [-2.82, 16.64],
 
-evaluated in float64 and rounded to fp32. Only 2^23 values of u exist, all exact in float64. For all of them but one the
-exact result lies more than five units of 2^-52 (1 + |gumbel|) from the nearest fp32 rounding boundary, further than any
-usable float64 logarithm is wrong (the tests go through all of them); the one, x >> 9 = 3085996, gives 2.5e-8, where a
-wrong last bit is 2^-49 and vanishes in the sum with log p. So the fp32 value is the correctly rounded one with whatever
-`log` a device or a vector width brings, and never depends on where an element lies in a tensor.
+evaluated in float64 and rounded to fp32. There are only 2^23 values of u, all exact in float64. For all but one, the
+exact result is more than five units of 2^-52 (1 + |gumbel|) away from the nearest fp32 rounding boundary, which exceeds
+the error of any usable float64 logarithm (a test tries all values). The exception, x >> 9 = 3085996, gives 2.5e-8;
+an error in its last bit is 2^-49 and vanishes in the sum with log p. So the fp32 value is correctly rounded for every
+device and vector width, and does not depend on where an element lies in a tensor.
 
-One Philox round on 32-bit words, key increased by the Weyl constants W after each round, ten rounds:
+There are ten Philox rounds on 32-bit words. The key is increased by the Weyl constants W after each:
 
     (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))
 
-Words travel in int64 tensors, since torch has hardly any unsigned arithmetic. A product of two 32-bit words exceeds
-int63, but int64 multiplication wraps modulo 2^64 in two's complement, so the 64 bits of the product are all there:
-bits 0..31 are lo, and an arithmetic shift by 32 leaves hi in the low half under copies of the sign, which a mask takes
-off.
+The words are kept in int64 tensors, since torch has hardly any unsigned arithmetic. A product of two 32-bit words may
+exceed int64, but multiplication wraps modulo 2^64 in two's complement, so all 64 bits of the product are there. Bits
+0..31 are lo. An arithmetic shift by 32 leaves hi in the low half, with copies of the sign above it, which a mask
+removes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def mix_seed(seed: int, choice: int) -> int:
 def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Multipliers (both orders) [2, 1, 1], key increments of odd and even rounds [5, 2, 1, 1], block numbers [65].
 
-    Built once a device: making a tensor from Python numbers is a host-to-device copy, which must not stand in a pass.
+    Built once for each device: a tensor made of Python numbers is copied to the device, which must not happen in a
+    pass.
     """
     with torch.inference_mode(False):
         multipliers = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=device).view(2, 1, 1)
@@ -69,15 +70,15 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 
 
 def _philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Ten rounds: even (c0, c2) and odd (c1, c3) [2, N, S], key (k0, k1) [2, N, 1]; `even` is overwritten.
+    """Ten rounds over even words (c0, c2) and odd words (c1, c3) [2, N, S] with key (k0, k1) [2, N, 1].
 
-    Returns the words in the same arrangement; only the low 32 bits of each are meaningful.
+    Overwrites `even`. Returns the words in the same arrangement; only the low 32 bits of each have a meaning.
     """
     straight, crossed, first_steps, second_steps, _ = _constants(even.device)
     first_keys = (key.flip(0) + first_steps).unbind(0)
     second_keys = (key + second_steps).unbind(0)
-    # A round exchanges the two pairs. Instead of moving data, rounds alternate between the arrangements (c0, c2) and
-    # (c2, c0) of the even words; then each word of a pair takes the xor of the other half of the odd ones.
+    # A round exchanges the two pairs. To move no data, rounds alternate between the arrangements (c0, c2) and (c2, c0)
+    # of the even words. Each word of a pair is then combined (xor) with the odd word of the other half.
     products = (torch.empty_like(even), torch.empty_like(even))
     halves = tuple(product.unbind(0) for product in products)
     upper, lower = even.unbind(0)
@@ -90,7 +91,7 @@ def _philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         upper.bitwise_xor_(odd_lower)
         lower.bitwise_xor_(odd_upper)
         even.bitwise_xor_((second_keys if turn else first_keys)[number // 2])
-        # The next multiplication needs a clean word; odd words may keep garbage above bit 31 until the end.
+        # The next multiplication needs bits 32 and up to be 0. Odd words may keep other bits there until the end.
         even.bitwise_and_(_WORD)
         odd_upper, odd_lower = halves[turn]
     return even, products[1]

@@ -1,10 +1,10 @@
-"""Rotate, write and attend: the self-attention of every layer over paged caches.
+"""Self-attention over paged caches: rotates queries and keys, writes keys and values, attends.
 
-Each of N rows belongs to a request (a row of the page table), has a position, and sees the keys of one contiguous
-range [lo, hi) of its own request's positions: causal rows, tentative rows and the bidirectional rows of a block differ
-in these two integers only (design §3). Under a window lo = max(0, first - window + 1), where `first` is the row's own
-position, or its block's start; without one it is 0. In order: every row's key is rotated and written with its value
-into the slot of its position; then every row's rotated query attends, out = softmax(q k^T / sqrt(D)) v, over its range.
+Each of N rows belongs to a request (a row of the page table) and has a position. It sees the keys of one contiguous
+range [lo, hi) of its own request's positions. Causal rows, tentative rows and the bidirectional rows of a block differ
+only in these two integers (design §3). With a window, lo = max(0, first - window + 1), where `first` is the row's own
+position, or its block's start; without one, lo = 0. First, every row's key is rotated and written, with its value, to
+the slot of its position. Then every row's rotated query attends over its range: out = softmax(q k^T / sqrt(D)) v.
 
 Shapes: q [N, H, D], k and v [N, Hkv, D] unrotated; turns fp32 [positions, D/2, 2], cosine and sine; store
 [slots, 2, Hkv, D], keys then values, slot = page * page_size + position % page_size; table int32 [requests, pages],
@@ -29,7 +29,10 @@ from fastblt.kernels.types import RaggedRows
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
-    """See the module. `tiled` asks the torch path for row-invariant sums; the native path always has them."""
+    """Attention output [N, H, D]; see the module. Writes to `store`.
+
+    `tiled` makes a row's result in torch independent of other rows. In C it always is.
+    """
     if use_triton(q.device):
         from fastblt.kernels.gpu.paged_attention import paged_attention_triton
 
@@ -40,7 +43,7 @@ def paged_attention(
 
 
 class PagedAttention:
-    """The self-attention that a module is given for one pass: a store for every layer, and where the rows stand."""
+    """The self-attention of one pass, as a module calls it: a store for each layer, and the places of the rows."""
 
     def __init__(
         self,
@@ -54,9 +57,9 @@ class PagedAttention:
     ) -> None:
         self.stores, self.turns, self.at = stores, turns, at
         self._tiled = tiled
-        #: Of the stores, as the C code takes them.
+        #: The addresses of the stores, for the C code.
         self.pointers = pointers_of(stores) if pointers is None else pointers
-        #: Whether the C code serves it.
+        #: Whether the C code runs it.
         self.native = native
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,19 +67,19 @@ class PagedAttention:
 
 
 def pointers_of(stores: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where stores begin; they must outlive it."""
+    """The addresses of stores, which must outlive the result."""
     return (ctypes.c_void_p * len(stores))(*(store.data_ptr() for store in stores))
 
 
 def has_native(store: Tensor) -> bool:
-    """Whether the C code serves a store [slots, 2, Hkv, D]."""
-    whole = store.shape[-1] % 8 == 0  # it counts in vectors of eight
+    """Whether the C code can use a store [slots, 2, Hkv, D]."""
+    whole = store.shape[-1] % 8 == 0  # the C code works on vectors of eight
     fits = store.device.type == "cpu" and store.dtype == torch.float32 and whole and not use_triton(store.device)
     return fits and library() is not None
 
 
 def places_of(turns: Tensor, at: RaggedRows) -> Places:
-    """Where the rows stand, as the C code takes it; the tensors must outlive it."""
+    """The places of the rows as the C code's struct. The tensors must outlive it."""
     tensors = (turns, at.table, at.rows, at.positions, at.firsts, at.highs)
     sizes = (at.window or 0, at.table.stride(0), at.page_size)
     return Places(*(tensor.data_ptr() for tensor in tensors), *sizes)
@@ -98,7 +101,7 @@ def _attend_native(
 def paged_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, store: Tensor, at: RaggedRows, *, tiled: bool = False
 ) -> Tensor:
-    """The same in torch: for devices and dtypes without a kernel. Gathers the pages of each request."""
+    """The same in torch, for devices and dtypes without a kernel. Copies the keys and values of each request first."""
     page = at.page_size
     positions = at.positions.long()
     own = turns[positions]
@@ -106,7 +109,7 @@ def paged_attention_torch(
     slots = at.table[at.rows.long(), positions // page].long() * page + positions % page
     store.index_copy_(0, slots, torch.stack((k, v), 1).to(store.dtype))
     out = torch.empty_like(q)
-    # Single rows share one batch; each longer run of rows is a batch of its own, over one copy of its keys.
+    # All requests with one row share one batch. A request with more rows is a batch of its own, with one copy of keys.
     single = [first for first, count in at.spans if count == 1]
     if single:
         index = torch.tensor(single, device=q.device)
@@ -119,7 +122,7 @@ def paged_attention_torch(
 
 
 def _attend(q: Tensor, index: Tensor, store: Tensor, at: RaggedRows, tiled: bool) -> Tensor:
-    """q [R, Q, H, D] of the pass's rows `index` ([R] or [1, Q]), all of one request along Q."""
+    """Attention output for q [R, Q, H, D]. `index` ([R] or [1, Q]) are its rows in the pass; Q is within a request."""
     index = index.view(q.shape[0], q.shape[1])
     lows, highs = at.lows[index], at.highs[index]
     base = lows.amin(1) // TILE * TILE
@@ -129,7 +132,7 @@ def _attend(q: Tensor, index: Tensor, store: Tensor, at: RaggedRows, tiled: bool
     pages = at.table[at.rows[index[:, 0]].long()[:, None], (keys // at.page_size).clamp_max(at.table.shape[1] - 1)]
     both = store[pages.long() * at.page_size + keys % at.page_size]
     mask = (keys[:, None] >= lows[..., None]) & (keys[:, None] < highs[..., None])
-    # What lies outside every row's range may be memory nobody wrote; zero times NaN would reach the sums.
+    # Slots outside all ranges may never have been written. A NaN there would reach the sums even with weight 0.
     both = both.masked_fill(~mask.any(1)[..., None, None, None], 0.0)
     return masked_attention(q, both[:, :, 0], both[:, :, 1], mask, tiled=tiled)
 

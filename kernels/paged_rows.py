@@ -1,4 +1,4 @@
-"""Rows of numbers that are kept in pages, one row for every position of a request.
+"""Paged storage of vectors, one row for every position of a request.
 
 Shapes: store fp32 or bf16 [slots, d]; table int32 [requests, pages]: its entry p // page_size is the page of
 position p, whose slot is page * page_size + p % page_size; owners (rows of the table) and positions int32 [N]; rows
@@ -26,16 +26,16 @@ class PagedRows:
 
     @property
     def native(self) -> bool:
-        """Whether C code may take the store as it lies."""
+        """Whether the C code can use the store."""
         plain = self.store.device.type == "cpu" and self.store.dtype == torch.float32
         return plain and not use_triton(self.store.device)
 
     def pages(self) -> Pages:
-        """The page table as the C code takes it."""
+        """The page table as the C code's struct."""
         return Pages(self.table.data_ptr(), self.table.stride(0), self.page_size)
 
     def slots(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """int64: the rows' places in the store; `owners` broadcasts against `positions`."""
+        """The slots of the rows in the store, int64. `owners` is broadcast against `positions`."""
         page = self.page_size
         return self.table[owners, positions // page].long() * page + positions % page
 
@@ -44,5 +44,5 @@ class PagedRows:
         return self.store[self.slots(owners, positions)]
 
     def write(self, owners: Tensor, positions: Tensor, rows: Tensor) -> None:
-        """Store the rows [N, d]. Where two have one place, either may stay."""
+        """Store the rows [N, d]. If two have the same slot, either may be kept."""
         self.store.index_copy_(0, self.slots(owners, positions), rows)

@@ -1,7 +1,7 @@
-"""The ids of running requests, known and drafted ones: a line for each request, read and written in place.
+"""The ids of running requests, known and drafted: one row for each request, read and written in place.
 
-Shapes: ids int64 [requests, pad + length], where the first `pad` of a line are zeros and stand before its first
-position; owners (rows of the ids) and positions int32 of one shape.
+Shapes: ids int64 [requests, pad + length], where the first `pad` entries of a row are zeros that precede position 0;
+owners (rows of `ids`) and positions int32 of one shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RequestIds:
     pad: int
 
     def read(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """The ids of these positions, in their shape."""
+        """The ids at these positions, int64, of the same shape."""
         if (native := self._native()) is None:
             return self.ids.view(-1)[self._places(owners, positions)]
         ids = torch.empty(positions.shape, dtype=torch.int64)
@@ -33,19 +33,19 @@ class RequestIds:
         return ids
 
     def write(self, owners: Tensor, positions: Tensor, ids: Tensor) -> None:
-        """Store int64 ids at these positions [N]. Where two are of one place, either may stay."""
+        """Store int64 ids at these positions [N]. If two have the same place, either may be kept."""
         if (native := self._native()) is None:
             self.ids.view(-1).scatter_(0, self._places(owners, positions), ids)
         else:
             self._call(native.fastblt_write_ids, owners, positions, ids.contiguous())
 
     def windows(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """Of each position [N] the last pad + 1 ids, its own last: [N, pad + 1]."""
+        """For each position [N], the pad + 1 ids up to and including its own: [N, pad + 1]."""
         offsets = torch.arange(-self.pad, 1, device=self.ids.device)
         return self.ids.view(-1)[self._places(owners, positions)[:, None] + offsets]
 
     def _places(self, owners: Tensor, positions: Tensor) -> Tensor:
-        """int64: where the ids, seen as one line, have those of these positions."""
+        """int64: the indices of these positions in the flattened `ids`."""
         return owners.long() * self.ids.shape[1] + (positions + self.pad)
 
     def _native(self) -> ctypes.CDLL | None:

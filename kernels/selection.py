@@ -1,29 +1,29 @@
-"""Selection of one id for each row of logits: penalties, temperature, truncation, draw and statistics.
+"""Selection of one id for each row of logits: penalties, temperature, truncation, sampling and statistics.
 
-With z [N, 260] the raw logits, c the counts of produced ids, and everything a value of the row:
+z [N, 260] are the raw logits and c the counts of produced ids. All parameters are values of the row:
 
     s = z;  s = s / r if s > 0 else s * r      for ids in the prompt or produced (repetition)
     s = s - (frequency * c + presence * [c > 0]) + bias
-    s = -inf for BOE, BOS, BPE, where forbidden EOS, and ids that are not allowed
+    s = -inf for BOE, BOS and BPE, for EOS if forbidden, and for ids that are not allowed
     t = 0:  id = argmax(s)
-    t > 0:  s = s / t (where that exceeds fp32, of s - max s), then removed (-inf) by, in this order,
+    t > 0:  s = s / t (or (s - max s) / t where s / t exceeds fp32), then set to -inf by, in this order,
             top_k   ids below the k-th largest score (ties at the boundary stay)
             top_p   ids after the smallest prefix, descending, ties lowest id first, whose probability reaches top_p,
                     probabilities renormalized after top_k; the first id always stays
             min_p   ids with p < min_p * max p
             id = argmax(log_softmax(s) + gumbel(seed, position, id))
 
-Ties go to the lowest id. `logprobs` is log_softmax(z) at the id, of the raw model. `confidence` (maximum probability)
-and `entropy` (nats) are those of softmax(s) before temperature and truncation: how sure the model is, not how the byte
-is drawn. A row is `bad`, and its id EOS, when its logits hold NaN or +inf or nothing finite that is ever produced
-(NOT_FINITE), or when of sound ones penalties, bias and masks leave no finite score, or make an infinite one
-(NOTHING_LEFT).
+Ties go to the lowest id. `logprobs` is log_softmax(z) at the id: the raw model's. `confidence` (maximum probability)
+and `entropy` (nats) are those of softmax(s) before temperature and truncation: they measure how sure the model is, not
+how the byte is drawn. A row is `bad`, and its id is EOS, in two cases. NOT_FINITE: its logits contain NaN or +inf, or
+have no finite value at an id that can be produced. NOTHING_LEFT: the logits are sound, but penalties, bias and masks
+leave no finite score or make an infinite one.
 
 A row's result is bit-identical whatever the other rows, N and the three batch-wide booleans are. A vectorized loop and
-the scalar loop over its remainder may round a transcendental function differently, and where the remainder falls
-depends on N. So here exp and log appear only inside softmax and log_softmax over the last dimension, which handle each
-row alone, and in the noise, which is correctly rounded (see there). All the rest is IEEE arithmetic, comparison,
-sorting, or a sum along a row. The C and the Triton kernel compute rows one by one.
+the scalar loop over its remainder may round a transcendental function differently, and the place of the remainder
+depends on N. So exp and log occur only in softmax and log_softmax over the last dimension, which handle each row alone,
+and in the noise, which is correctly rounded (`noise.py`). All else is IEEE arithmetic, comparison, sorting, or a sum
+along a row. The C and Triton kernels compute each row alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MOST = torch.finfo(torch.float32).max
 
 @lru_cache(maxsize=16)
 def _allowances(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What is added to the scores [260], without and with EOS; built once a device, never copied within a pass."""
+    """0 or -inf to add to the scores [260], without and with EOS. Built once for each device, never in a pass."""
     with torch.inference_mode(False):
         without = torch.zeros(VOCABULARY)
         without[[*NEVER, EOS]] = -_INF
@@ -60,7 +60,7 @@ def _allowances(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _penalized(logits: Tensor, params: SelectionParams) -> Tensor:
-    """Scores after penalties and bias, a new tensor or `logits` itself."""
+    """Scores after penalties and bias: a new tensor, or `logits` itself if there are none."""
     scores, counts = logits, params.counts
     produced = None if counts is None else counts > 0
     if params.repetition is not None:
@@ -71,7 +71,7 @@ def _penalized(logits: Tensor, params: SelectionParams) -> Tensor:
             rate = params.repetition.unsqueeze(-1)
             scores = torch.where(seen, torch.where(scores > 0, scores / rate, scores * rate), scores)
     if counts is not None and produced is not None:
-        # Products and sums as separate operations: a fused multiply-add would round otherwise.
+        # Products and sums are separate operations: a fused multiply-add would round differently.
         penalty = None if params.frequency is None else counts * params.frequency.unsqueeze(-1)
         if params.presence is not None:
             present = produced * params.presence.unsqueeze(-1)
@@ -87,8 +87,8 @@ def _truncated(scores: Tensor, params: SelectionParams) -> Tensor:
     last = torch.where(params.top_k > 0, params.top_k, VOCABULARY).clamp_(max=VOCABULARY).sub_(1)
     kept = ordered >= ordered.gather(1, last.unsqueeze(-1))
     p = ordered.masked_fill(~kept, -_INF).softmax(-1)
-    # An id stays while those before it have not reached top_p. A sum of rounded terms may stop short of 1 or pass it,
-    # so 1 (off) becomes a bound that no sum reaches.
+    # An id stays while the sum of those before it is below top_p. Rounding may take that sum to 1 too early, so
+    # top_p = 1 (off) becomes a bound that no sum reaches.
     mass = p.cumsum(-1, dtype=torch.float64)
     reach = torch.where(params.top_p < 1, params.top_p, _INF)
     kept[:, 1:].logical_and_(mass[:, :-1] < reach.unsqueeze(-1))
@@ -98,8 +98,8 @@ def _truncated(scores: Tensor, params: SelectionParams) -> Tensor:
 
 
 def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
-    """One id for each row of fp32 logits [N, 260], which are not modified; the module has the rules."""
-    # Adding, rather than filling, keeps NaN visible and turns +inf at a forbidden id into NaN.
+    """One id for each row of fp32 logits [N, 260], which are not modified. See the module for the rules."""
+    # Adding -inf, instead of filling with it, keeps NaN and turns +inf at a forbidden id into NaN, so bad rows show.
     allowance = torch.where(params.forbid_eos.unsqueeze(-1), *_allowances(logits.device))
     if params.allowed is not None:
         allowance.masked_fill_(params.allowed.logical_not(), -_INF)
@@ -108,8 +108,8 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
     flawed = (logits + _allowances(logits.device)[1]).amax(-1).isfinite().logical_not_()
     bad = top.isfinite().logical_not_()
     if params.sampled:
-        # A greedy row divides by 1, which changes nothing, and keeps its scores: log_softmax could round two of them to
-        # one value. Quotients beyond fp32 would all be equal: then they are taken of what scores lack to the largest.
+        # Greedy rows divide by 1, and choose among the scores themselves: log_softmax could round two to one value.
+        # Quotients beyond fp32 would all be infinite: then the largest score is subtracted first.
         sampling, top = params.temperature > 0, top.unsqueeze(-1)
         heat = torch.where(sampling, params.temperature, 1.0).unsqueeze(-1)
         scaled = (scores - torch.where((top / heat).isfinite(), 0.0, top)) / heat
@@ -123,8 +123,8 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
     if need_statistics:
         p = scores.softmax(-1)
         confidence = p.amax(-1)
-        # Where p is 0 its logarithm may be -inf; any finite number gives the right product, 0. The sum is in float64
-        # because a device may choose the order of its terms by N.
+        # Where p is 0, log p may be -inf; clamped to a finite number, the product is 0 as it should be. The sum is in
+        # float64 because a device may choose the order of summation by N.
         entropy = scores.log_softmax(-1).clamp_(min=-_MOST).mul_(p).sum(-1, dtype=torch.float64).neg_().float()
         confidence.masked_fill_(bad, float("nan"))
         entropy.masked_fill_(bad, float("nan"))
@@ -132,7 +132,7 @@ def select_torch(logits: Tensor, params: SelectionParams, *, need_statistics: bo
 
 
 def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) -> Selection:
-    """`select_torch` by the implementation for the logits' device; any floating type will do."""
+    """Like `select_torch`, by the implementation for the logits' device. Takes any floating dtype."""
     if use_triton(logits.device):
         from fastblt.kernels.gpu.selection import select_triton
 
@@ -146,7 +146,7 @@ def select(logits: Tensor, params: SelectionParams, *, need_statistics: bool) ->
 def _select_native(native: ctypes.CDLL, logits: Tensor, params: SelectionParams, need_statistics: bool) -> Selection:
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     given = {"forbid_eos": params.forbid_eos, "allowed": params.allowed}
-    # What no row needs is not read, and need not be made contiguous.
+    # Parameters that no row needs are not passed, so they need not be made contiguous.
     names = (
         *(("temperature", "seeds", "positions") if params.sampled else ()),
         *(("top_k", "top_p", "min_p") if params.sampled and params.truncated else ()),

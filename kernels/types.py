@@ -1,4 +1,4 @@
-"""What operations take and return, on every device: CPU, GPU and torch paths share these."""
+"""Arguments and results of operations. The C, Triton and torch versions share them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-#: Why a row is bad: its logits, or what its parameters made of them. Bits, so that rows can be joined.
+#: Why a row is bad: because of its logits, or because of its parameters (`selection.py`). Bits, to be combined by `|`.
 NOT_FINITE, NOTHING_LEFT = 1, 2
 
 
 @dataclass
 class SelectionParams:
-    """Parameters of N rows, tensors on the logits' device.
+    """Parameters of N rows: tensors on the logits' device.
 
-    The booleans speak for the batch: some row samples, truncates, or has penalties or a bias. Work that no row needs is
-    skipped; a row that does not need it gets the same result either way. Without `penalized` the six fields from
-    `repetition` to `bias` are not read; with it each may still be None.
+    The booleans are about the whole batch: whether any row samples, truncates, or has penalties or a bias. Work that no
+    row needs is skipped. A row that does not need it gets the same result either way. Without `penalized` the six
+    fields from `repetition` to `bias` are not read. With it, each may still be None.
     """
 
     temperature: Tensor  # fp32 [N], 0 is greedy
@@ -42,7 +42,7 @@ class SelectionParams:
 
 @dataclass
 class Selection:
-    """What was chosen in each row."""
+    """The chosen id of each row, with its statistics."""
 
     ids: Tensor  # int64 [N]
     logprobs: Tensor  # fp32 [N], without meaning in a bad row
@@ -53,9 +53,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Where the N rows of a pass stand in one group of paged caches. Rows of one request are adjacent.
+    """The places of a pass's N rows in one group of paged caches. Rows of one request are adjacent.
 
-    A row attends to the positions [low, high) of its own request; `kernels/paged_attention.py` says what they are.
+    A row attends to the positions [low, high) of its own request (`kernels/paged_attention.py`).
     """
 
     table: Tensor  # int32 [requests, pages]: the page of each run of `page_size` positions
@@ -70,7 +70,7 @@ class RaggedRows:
 
     @cached_property
     def lows(self) -> Tensor:
-        """Where the rows' ranges begin, int32 [N]."""
+        """The start of each row's range, int32 [N]."""
         if self.window is None:
             return torch.zeros_like(self.firsts)
         return (self.firsts + (1 - self.window)).clamp_min_(0)
@@ -78,7 +78,7 @@ class RaggedRows:
 
 @dataclass
 class Unmasked:
-    """The blocks after the step. Only positions that were masked have changed."""
+    """Blocks after a denoising step. Only positions that were masked have changed."""
 
     ids: Tensor  # int64 [R, B]
     masked: Tensor  # bool [R, B], what is still masked

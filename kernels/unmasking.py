@@ -1,17 +1,17 @@
-"""One step of unmasking blocks: which masked positions become bytes, and which bytes.
+"""One denoising step of blocks: which masked positions become bytes, and which bytes (arXiv 2605.08044 §3.2).
 
-R requests, each with a block of B positions (shorter blocks are padded by positions that are not masked). Every
-position is selected as any row is (see `selection`); of the masked ones those are fixed that the request's rule picks
-from the row's confidence or entropy H, never from the drawn value:
+There are R requests, each with a block of B positions. Shorter blocks are padded with positions that are not masked.
+An id is selected for every position as for any row (`selection.py`). The request's rule then picks the masked positions
+to fix. It uses the row's confidence or entropy H, never the drawn id:
 
     0 confidence      all with confidence > bound (strictly); if none, the single most confident
     1 entropy         ascending in H, the largest prefix with H_1 + ... + H_k <= bound; if none, the first
     2 exclusive_max   ascending in H, the largest prefix with H_1 + ... + H_k - max_i<=k H_i <= bound
     3 one_step        all
 
-`last_step` fixes all that is left under any rule. Ties go to the lowest position. So every step fixes at least one
-position of a request that has a masked one. Ascending, the maximum of a prefix is its last entry, so the sum of rule 2
-is the sum of the prefix one shorter, and its first position always passes (for a bound >= 0).
+`last_step` fixes all masked positions under any rule. Ties go to the lowest position. Every step fixes at least one
+position of a request that has a masked one. In ascending order the maximum of a prefix is its last entry. So the sum in
+rule 2 is that of the prefix without its last entry, and the first position always passes (for a bound >= 0).
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def pick_torch(
 ) -> Tensor:
     """The positions to fix, bool [R, B]: confidence and entropy fp32 [R, B]; rule, bound and last_step [R]."""
     bound = bound.unsqueeze(-1)
-    # Positions outside come last in both orders; bad rows (NaN) next to last, so that a step always fixes something.
+    # Positions that are not masked come last in both orders, and bad rows (NaN) just before them, so that a step always
+    # fixes some masked position.
     confident = confidence.nan_to_num(nan=0.0).masked_fill_(~masked, -1.0)
     uncertain = entropy.nan_to_num(nan=_MOST).masked_fill_(~masked, _INF)
-    # The most confident exceeds the bound if any does, so it can always be added.
+    # Adding the most confident position is right in all cases: if any exceeds the bound, it does.
     best = confident.max(-1, keepdim=True).indices
     by_confidence = (confident > bound).scatter_(1, best, True)
     ascending, order = uncertain.sort(dim=-1, stable=True)
@@ -67,10 +68,10 @@ def unmask_torch(
     *,
     everything: bool = False,
 ) -> Unmasked:
-    """One step for logits fp32 [R, B, 260], masked bool and ids int64 [R, B], params of R * B rows.
+    """One step for logits fp32 [R, B, 260], masked bool and ids int64 [R, B], and params of R * B rows.
 
-    Rule int64, bound fp32 (of confidence or of entropy) and last_step bool are [R]. `everything` promises that each
-    request is under `one_step` or in its last step, so that no statistics are computed.
+    `rule` int64, `bound` fp32 (of confidence, or of entropy in nats) and `last_step` bool are [R]. With `everything`
+    the caller guarantees that every request uses `one_step` or is in its last step, so no statistics are needed.
     """
     shape = masked.shape
     chosen = select(logits.reshape(-1, logits.shape[-1]), params, need_statistics=not everything)
@@ -103,7 +104,7 @@ def unmask(
     *,
     everything: bool = False,
 ) -> Unmasked:
-    """`unmask_torch` by the implementation for the logits' device."""
+    """Like `unmask_torch`, by the implementation for the logits' device."""
     if use_triton(logits.device):
         from fastblt.kernels.gpu.unmasking import unmask_triton
 

@@ -1,12 +1,12 @@
-"""Verification of drafts by equality: the agreeing prefix, and the byte that follows it.
+"""Verification of drafts by equality: the accepted prefix, and the byte that follows it.
 
-For each of R requests with targets t [K + 1] (what the model itself produces after each accepted prefix), drafts d [K]
-and a length l <= K,
+For each of R requests there are targets t [K + 1] (the model's own ids after each prefix of the draft), drafts d [K]
+and a length l <= K:
 
     accepted = max { a <= l : d[i] = t[i] for all i < a },      next_id = t[accepted]
 
-so accepted + 1 bytes are known: the agreeing drafts, and the correction or the free byte. What stands in d at l and
-beyond is never looked at. There is no rejection sampling: drafts and targets are drawn with the same noise.
+So accepted + 1 new bytes are known: the accepted drafts, and one more byte of the model. Entries of d from l on are
+ignored. There is no rejection sampling: drafts and targets are drawn with the same noise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _verify_native(native: ctypes.CDLL, targets: Tensor, drafts: Tensor, lengths
 
 
 def verify(targets: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """`verify_torch` by the implementation for the targets' device."""
+    """Like `verify_torch`, by the implementation for the targets' device."""
     if use_triton(targets.device):
         from fastblt.kernels.gpu.verification import verify_triton
 

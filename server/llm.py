@@ -30,10 +30,10 @@ Prompt = str | bytes | list[int]
 
 @dataclass
 class Completion:
-    """What one prompt gave. `ids` and `data` are the bytes exactly; `text` has U+FFFD where they are no UTF-8.
+    """The completion of one prompt. `ids` and `data` are exact; `text` has U+FFFD where the bytes are not UTF-8.
 
-    `error` says what happened where `finish_reason` is ERROR. `ledger` counts forward passes (design §6.6), and
-    `decoding` has the method and settings that really ran.
+    `error` says what happened if `finish_reason` is ERROR. `ledger` counts forward passes (design §6.6), and `decoding`
+    has the method and settings that were used.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -58,8 +58,8 @@ class Completion:
 class LLM:
     """An engine in this process. `settings` are the fields of EngineSettings.
 
-    Several generations may be open at once, from one thread or from several; they are batched. A child that was forked
-    needs an LLM of its own. Raises what loading raises: CheckpointError, ConfigError, ValueError.
+    Several generations may be open at once, from one thread or several, and are batched together. A forked child needs
+    an LLM of its own. Raises CheckpointError, ConfigError or ValueError if the model cannot be loaded.
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
@@ -74,7 +74,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in order; a list of ids is one prompt. All are batched together.
+        """One completion for each prompt, in order. A list of ids is one prompt. All prompts are batched together.
 
         Raises InvalidRequestError for a prompt or parameters that can never be served.
         """
@@ -85,7 +85,7 @@ class LLM:
         return list(completions.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The deltas of one completion as they come. Raises as `generate` does."""
+        """The deltas of one completion as they arrive. Raises as `generate` does."""
         return self._shared.run(self._requests([prompt], params))
 
     def _requests(
@@ -99,7 +99,7 @@ class LLM:
             raise InvalidRequestError(f"{len(prompts)} prompts have {len(params)} sets of parameters", "params")
         longest = self.engine.max_model_len
         for prompt in prompts:
-            # Told from its size: making ids of a text of hundreds of megabytes takes minutes.
+            # Checked before the ids are made, which takes minutes for a text of hundreds of megabytes.
             if isinstance(prompt, str | bytes | list) and len(prompt) > longest:
                 raise InvalidRequestError(
                     f"the prompt has at least {len(prompt)} bytes, more than the {longest} of max_model_len", "prompt"

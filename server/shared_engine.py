@@ -1,7 +1,7 @@
-"""One engine for several callers of one process: overlapping streams, threads, interrupts.
+"""One engine for several callers in one process: overlapping streams, threads, interrupts.
 
-Whoever waits for bytes takes a step of the engine and hands out what it gave to everybody. A lock lets one caller
-step at a time, and an interrupt (Ctrl-C) waits for the end of a step, so that the engine is never left in the middle.
+A caller that waits for bytes runs a step of the engine and distributes its deltas to all callers. A lock lets one
+caller step at a time. An interrupt (Ctrl-C) is delayed until the step ends, so that no step is left half done.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ class SharedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # Not reentrant: a generator that is garbage-collected within a step must not begin another.
+        # Not reentrant: a generator that is garbage-collected during a step must not begin another step.
         self._lock = threading.Lock()
         #: Deltas that their caller has not fetched yet, by request id.
         self._inboxes: dict[str, deque[Delta]] = {}
-        #: Requests that nobody waits for any more. Appending is safe in every thread and at any time.
+        #: Requests to abort, because their caller has gone. Appending is safe from any thread at any time.
         self._abandoned: deque[str] = deque()
         self._pid = os.getpid()
 
     def run(self, requests: Sequence[Request]) -> Iterator[Delta]:
-        """The deltas of `requests` as they come. Ending the iterator early aborts those that have not finished.
+        """The deltas of `requests` as they arrive. Closing the iterator early aborts the unfinished requests.
 
-        Raises InvalidRequestError for one that can never be served, QueueFullError if not one finds room in the queue,
-        RuntimeError in a forked child.
+        Raises InvalidRequestError for a request that can never be served, QueueFullError if the queue has no room and
+        none of `requests` is running, RuntimeError in a forked child.
         """
         queued = deque(requests)
         inbox: deque[Delta] = deque()
         unfinished: set[str] = set()
         try:
             while queued or unfinished:
-                # A step can give nothing: the others' bytes, or none.
+                # A step may give no deltas, or deltas for other callers only.
                 while not inbox and (queued or unfinished):
                     with self._stepping():
                         self._enqueue(queued, unfinished, inbox)
@@ -64,7 +64,7 @@ class SharedEngine:
                 unfinished.add(queued[0].request_id)
                 self._inboxes[queued.popleft().request_id] = inbox
         except QueueFullError:
-            # One's own requests make room in time; if there are none, others' may not.
+            # This caller's unfinished requests will make room later. Without any, it cannot count on room.
             if not unfinished:
                 raise
 
@@ -79,7 +79,7 @@ class SharedEngine:
                 inbox.append(delta)
 
     def _abandon(self, request_ids: set[str]) -> None:
-        """Abort requests: at once if nobody is in a step, or else with the next one."""
+        """Abort requests: at once if no step is running, or else at the start of the next one."""
         if not request_ids or os.getpid() != self._pid:
             return
         self._abandoned.extend(request_ids)
@@ -98,12 +98,12 @@ class SharedEngine:
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """The engine for this thread alone, and an interrupt held back until the end."""
-        # Before the lock: a thread that the child does not have may hold it for ever.
+        """Hold the engine for this thread, and delay interrupts until the end."""
+        # Before the lock: in a forked child, a thread that does not exist there may hold it for ever.
         self._check_process()
         with self._lock:
             if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-                # Interrupts are the main thread's, and a handler that is not Python's is left alone.
+                # Only the main thread gets interrupts, and a handler set outside of Python is left alone.
                 yield
                 return
             interrupts: list[tuple[int, FrameType | None]] = []

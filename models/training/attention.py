@@ -1,4 +1,4 @@
-"""Windowed attention of whole training sequences, in tiles: its cost does not grow with the square of length."""
+"""Sliding-window attention over whole training sequences, in tiles. Its cost grows linearly with the length."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from fastblt.models.config import StackConfig
 from fastblt.models.layers import Rope, rotate
 
-#: Query rows to a tile. Each tile reads the keys of its own positions and of the window before.
+#: Query rows in a tile. A tile reads the keys of its own positions and of the window before it.
 TILE = 128
 
 
 def tiles(x: Tensor, window: int) -> Tensor:
-    """Keys or values [B, T, H, D] as each tile reads them: [B, T / TILE, window + TILE, H, D], zeros in front."""
+    """Keys or values [B, T, H, D] cut for each tile: [B, T / TILE, window + TILE, H, D], zeros before the start."""
     padded = F.pad(x, (0, 0, 0, 0, window, 0))
     return padded.unfold(1, window + TILE, TILE).movedim(-1, 2)
 
 
 def tile_positions(length: int, window: int) -> tuple[Tensor, Tensor]:
-    """Absolute positions of each tile's rows [S, TILE] and of its keys [S, window + TILE] (negative: none)."""
+    """Absolute positions of each tile's rows [S, TILE] and of its keys [S, window + TILE]; negative for padding."""
     first = torch.arange(0, length, TILE)[:, None]
     return first + torch.arange(TILE), first - window + torch.arange(window + TILE)
 

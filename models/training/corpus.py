@@ -1,7 +1,7 @@
-"""The training text: the sources of CPython's standard library, as installed beside the running interpreter.
+"""The training text: the sources of CPython's standard library, as installed with the running interpreter.
 
-Deterministic: the same Python release gives the same bytes and the same digest on any machine. Everybody who can run
-this project has the text already, so that the shipped checkpoint can be made again from nothing.
+The same Python release gives the same bytes and the same digest on any machine. Everyone who can run this project has
+the text already, so the shipped checkpoint can be made again without a download.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 SKIPPED_FOLDERS = frozenset({"site-packages", "encodings", "__pycache__", "pydoc_data", "data"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 MAX_FILE_BYTES = 600_000
-#: Generated tables: too many digits. Text of other languages: too many bytes beyond ASCII.
+#: Largest shares of digits (generated tables have more) and of bytes beyond ASCII (text in other languages has more).
 MAX_DIGITS = 0.20
 MAX_NON_ASCII = 0.05
-#: Files that are mostly interactive sessions teach a model to answer a docstring with `>>>`.
+#: Largest share of lines that begin with `>>>`. Files with more teach a model to answer a docstring with `>>>`.
 MAX_DOCTEST_LINES = 0.15
 HELD_OUT_PERCENT = 2
 
@@ -38,7 +38,7 @@ class CorpusError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the library: its path within it, its bytes, and whether it is a test."""
+    """One file of the library. `path` is relative to the library's folder."""
 
     path: str
     data: bytes
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out chunks, uint16 [N, length], each BOS and then bytes; and the digest of both texts."""
+    """Training and held-out chunks, ids uint16 [N, length] beginning with BOS, and the SHA-256 of both texts."""
 
     train: Ids
     held_out: Ids
@@ -102,7 +102,7 @@ def usable(data: bytes) -> bool:
 
 
 def documented_functions(source: Source) -> bytes:
-    """The functions of a file that have a docstring, each brought to the left margin: as users' prompts look."""
+    """The functions of a file that have a docstring, dedented to the left margin, as users' prompts often are."""
     text = source.data.decode("utf-8", "replace")
     try:
         tree = ast.parse(text)
@@ -122,8 +122,9 @@ def documented_functions(source: Source) -> bytes:
 def build(root: Path | None = None, length: int = 1024, seed: int = 0) -> Corpus:
     """Chunks of `length` ids for training and for evaluation.
 
-    The library proper goes in twice (with different chunk boundaries), its documented functions once more on their own,
-    and the tests once: tests are two thirds of the bytes, and not what users ask for.
+    The text has the library without its tests twice (with different chunk boundaries), its documented functions once
+    more on their own, and the tests once: they are two thirds of the bytes, but unlike what users write. Raises
+    CorpusError if `root` is None and the interpreter's library is incomplete.
     """
     sources = collect(root or standard_library())
     held_out = [source.data for source in sources if source.held_out]
@@ -144,7 +145,7 @@ def build(root: Path | None = None, length: int = 1024, seed: int = 0) -> Corpus
 
 
 def stream(documents: list[bytes]) -> Ids:
-    """The ids of all documents in a row, EOS after each."""
+    """The ids of all documents, one after another, with EOS after each: uint16 [N]."""
     parts = []
     for data in documents:
         ids = np.frombuffer(data, np.uint8).astype(np.uint16) + BYTE_OFFSET
@@ -153,10 +154,10 @@ def stream(documents: list[bytes]) -> Ids:
 
 
 def chunks(ids: Ids, length: int) -> Ids:
-    """Cut a stream into rows [N, length] of BOS and length - 1 ids, overlapping a little.
+    """Cut a stream into rows [N, length] of BOS and length - 1 ids. They may overlap by up to a quarter.
 
-    A chunk begins where a prompt would: at a statement on the left margin near the end of the chunk before, else at
-    the last line start. Without one the cut falls in the line.
+    A chunk begins where a prompt might: at the last statement on the left margin within the last quarter of the chunk
+    before it, or else at the last line start there, or else right after the chunk before it.
     """
     span = length - 1
     after_line = np.ones(len(ids), bool)
@@ -173,6 +174,6 @@ def chunks(ids: Ids, length: int) -> Ids:
 
 
 def _last(positions: NDArray[np.intp], low: int, high: int) -> int | None:
-    """The last of sorted positions in (low, high], None without one."""
+    """The last of the sorted `positions` in (low, high]; None if there is none."""
     index = int(np.searchsorted(positions, high, side="right")) - 1
     return int(positions[index]) if index >= 0 and positions[index] > low else None

@@ -1,4 +1,4 @@
-"""Whether a run's first steps are the published ones: the same text, and every point of the curve within 1 %.
+"""Checks that a run's first steps equal the published ones: the same text, and every point of the curve within 1 %.
 
 python -m fastblt.models.training.curve runs/again
 
@@ -18,7 +18,7 @@ FIGURES = ("bits", "masked", "masked_nats", "loss")
 
 
 def read_run(work: Path, steps: int) -> dict[str, Any]:
-    """The text's digest and the points of a working folder's curve, up to so many steps."""
+    """The digest of the text and the points of the training curve in a working folder, up to step `steps`."""
     lines = (work / "blt" / "curve.jsonl").read_text().splitlines()
     points = [row for line in lines if (row := json.loads(line))["step"] <= steps]
     return {
@@ -28,9 +28,9 @@ def read_run(work: Path, steps: int) -> dict[str, Any]:
 
 
 def deviations(published: dict[str, Any], found: dict[str, Any]) -> list[tuple[int, str, float]]:
-    """Step, figure and relative deviation of every published point.
+    """(step, name of the figure, relative deviation) for every figure of every published point.
 
-    Raises ValueError where the texts differ or points are missing.
+    Raises ValueError if the texts differ or points are missing.
     """
     if published["sha256"] != found["sha256"]:
         raise ValueError(f"the run's text is {found['sha256']}, the published one {published['sha256']}")

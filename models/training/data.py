@@ -1,4 +1,4 @@
-"""Prepared data on the disk, memory-mapped, and the order in which training reads it."""
+"""Prepared data on disk, memory-mapped, and the order in which training reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_array(path: Path, array: NDArray) -> None:
 
 
 def load_array(path: Path) -> NDArray:
-    """A saved array, memory-mapped."""
+    """A saved array, memory-mapped and read-only."""
     return np.load(path, mmap_mode="r")
 
 
@@ -32,7 +32,7 @@ def save_corpus(folder: Path, corpus: Corpus) -> None:
 
 
 def rows(count: int, step: int, rank: int, processes: int, batch: int, seed: int) -> list[int]:
-    """The rows, of `count`, that a process trains on at a step. Every epoch is a permutation of its own."""
+    """The row numbers, below `count`, that process `rank` trains on at `step`. Every epoch has its own permutation."""
     first = (step * processes + rank) * batch
     return [int(_order(count, index // count, seed)[index % count]) for index in range(first, first + batch)]
 

@@ -1,4 +1,4 @@
-"""First stage: the entropy model, the threshold that makes patches of the wanted size, and the patches themselves."""
+"""The first training stage: the entropy model, the threshold for a mean patch size, and the patches themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastblt.models.vocabulary import VOCAB_SIZE
 
 
 class EntropyTask:
-    """Next-byte prediction by the patcher alone."""
+    """Trains the entropy model (`Patcher`) on next-byte prediction."""
 
     def __init__(self, config: StackConfig, data: Path, batch: int, seed: int) -> None:
         self.model = Patcher(config)
@@ -45,7 +45,7 @@ class EntropyTask:
 
 @torch.inference_mode()
 def measure(patcher: Patcher, config: StackConfig, chunks: NDArray, batch: int = 16) -> tuple[NDArray, float]:
-    """Entropies fp32 nats [N, length] of chunks, and the bits per byte with which the model predicts them."""
+    """Entropies (nats, fp32 [N, length]) of chunks [N, length], and the model's cross-entropy in bits per byte."""
     attend = WindowAttention(config, chunks.shape[1])
     result = np.empty(chunks.shape, np.float32)
     bits = 0.0
@@ -58,7 +58,7 @@ def measure(patcher: Patcher, config: StackConfig, chunks: NDArray, batch: int =
 
 
 def patch_starts(entropy: NDArray, rule: PatchRule) -> NDArray[np.bool_]:
-    """`PatchRule.starts` over many sequences at once: bool [N, T + 1] of entropies [N, T]."""
+    """`PatchRule.starts` for many sequences at once: entropies (nats) [N, T] give bool [N, T + 1]."""
     starts = np.zeros((entropy.shape[0], entropy.shape[1] + 1), bool)
     starts[:, 0] = True
     run = np.zeros(entropy.shape[0], np.int64)
@@ -70,7 +70,7 @@ def patch_starts(entropy: NDArray, rule: PatchRule) -> NDArray[np.bool_]:
 
 
 def choose_threshold(entropy: NDArray, bytes_per_patch: float, max_patch_length: int | None) -> float:
-    """The threshold in nats, to three decimals, that makes patches of this mean size (bisection)."""
+    """The threshold in nats, to three decimals, for a mean patch size of `bytes_per_patch`. Found by bisection."""
     low, high = 0.0, math.log(VOCAB_SIZE)
     for _ in range(24):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""What a checkpoint predicts on held-out text: the causal head, patch sizes, the diffusion head; and the leak check."""
+"""Figures of a checkpoint on held-out text: causal head, patch sizes, diffusion head. Also checks masks for leaks."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NOISE_LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def corpus_starts(model: Blt, chunks: NDArray) -> tuple[NDArray[np.bool_], float]:
-    """Patch starts [N, T + 1] of chunks, and the entropy model's bits per byte."""
+    """Patch starts, bool [N, T + 1], of chunks [N, T], and the entropy model's bits per byte."""
     entropy, bits = measure(model.patcher, model.config.patcher, chunks)
     return patch_starts(entropy, PatchRule(model.config.patching_threshold, model.config.max_patch_length)), bits
 
 
 @torch.inference_mode()
 def evaluate(model: Blt, chunks: NDArray, masked: int = 12, batch: int = 4, seed: int = 0) -> dict[str, Any]:
-    """Figures on held-out chunks uint16 [N, T].
+    """Figures on held-out chunks, uint16 [N, T].
 
-    Those of the diffusion head, of one block size, one t and one kind of start at a time, come from `masked` of the
-    chunks (every so many), for each costs a decoder pass. "closed" starts are those of one-pass drafts, "forced" those
-    of BLT-D.
+    The diffusion head is measured for each block size, share t of masked bytes and kind of start. Each of these costs a
+    decoder pass, so only `masked` chunks, evenly spaced, are used. "closed" are the starts of BLT-DV's drafts, "forced"
+    those of BLT-D's blocks (`layout.Start`).
     """
     starts, patcher_bits = corpus_starts(model, chunks)
     length = chunks.shape[1]
@@ -90,7 +90,7 @@ def evaluate(model: Blt, chunks: NDArray, masked: int = 12, batch: int = 4, seed
 
 
 def starts_of(kind: Start, patches: int, max_patch_length: int, size: int) -> LayoutConfig:
-    """A layout of blocks of one size and one kind of start."""
+    """A layout in which all blocks have one size and one kind of start."""
     return LayoutConfig(
         patches,
         max_patch_length,
@@ -101,7 +101,7 @@ def starts_of(kind: Start, patches: int, max_patch_length: int, size: int) -> La
 
 
 class _Tally:
-    """Right and wrong predictions of masked cells in blocks of one size."""
+    """Counts right predictions of masked bytes in blocks of one size."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -132,8 +132,11 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Leak:
-    """The same blocks in training and in decoding: the largest difference of a logit, and the masked bytes that each
-    predicts right, of `asked`."""
+    """The same blocks in the layout of training and in decoding.
+
+    `largest` is the largest difference of a logit. Of `asked` masked bytes, `trained` and `served` are predicted right
+    in each.
+    """
 
     largest: float
     asked: int
@@ -145,10 +148,10 @@ class Leak:
 def leak_check(
     model: Blt, ids: NDArray, starts: NDArray[np.bool_], kind: Start, size: int, seed: int = 0, blocks: int = 8
 ) -> Leak:
-    """Compare a block's logits in the training layout with those that a decoder would get.
+    """Compare the logits of blocks in the training layout with those in decoding.
 
-    The decoder's way knows only the ids before the block: it runs the model on that prefix alone and appends the block.
-    A leak in the training layout (a row that sees its own byte, a latent from later) shows as a large difference.
+    Decoding knows only the ids before the block: the model runs on that prefix alone, with the block appended. A leak
+    in the training layout (a row that sees its own byte, or a later latent) shows as a large difference.
     """
     ids = ids.astype(np.int64)
     count, length = ids.shape
@@ -164,7 +167,8 @@ def leak_check(
     for row, block in rng.permutation(valid)[:blocks]:
         start = int(flat["block_start"][row, block, 0])
         known, begun = ids[row, :start], starts[row, : start + 1]
-        # Patches of the prefix; the last one ends with it, closed by force if it was open.
+        # The index of the latent that the block reads, for each kind of start. If the prefix ends within a patch, that
+        # patch is closed by force.
         count_of = [int(begun[:start].sum()) - 1, int(begun.sum()) - 2, int(begun[:start].sum()) - 2]
         latent = {Start.FORCED: count_of[0], Start.PATCH: count_of[1], Start.CLOSED: count_of[2]}[kind]
         shown = torch.from_numpy(flat["block_input"][row, block])
@@ -179,9 +183,10 @@ def leak_check(
 
 @torch.inference_mode()
 def block_logits(model: Blt, ids: Tensor, starts: NDArray[np.bool_], block: Tensor, latent: int) -> Tensor:
-    """Logits [B, 260] of a block of decoder inputs [B] after the known `ids` [s], reading the latent of that patch.
+    """Logits [B, 260] of a block of decoder inputs [B] after the known `ids` [s]. It reads the latent with index
+    `latent`.
 
-    `starts` [s + 1] says, last, whether the block's first byte opens a patch.
+    `starts` [s + 1] are the patch starts; the last entry says whether the block's first byte opens a patch.
     """
     known, size = len(ids), len(block)
     flags = torch.from_numpy(starts)[None]

@@ -1,8 +1,8 @@
-"""Where everything stands in a BLT-D training step: patches, blocks and noise as arrays of fixed shapes.
+"""The layout of a BLT-D training step: patches, blocks and noise as arrays of fixed shapes.
 
-The decoder's rows are laid out in tiles (masks of arXiv 2605.08044 §3.2.2, Eq. 6): tile s of a sequence holds the clean
-rows of positions [TILE s, TILE (s+1)) and then `BLOCK_ROWS` rows of the blocks that start there. All blocks of a
-sequence have one size, and they overlap freely; of the possible starts a random choice fills the rows.
+The decoder's rows are laid out in tiles (masks of arXiv 2605.08044 §3.2.2, Eq. 6). Tile s of a sequence holds the clean
+rows of positions [TILE s, TILE (s+1)), followed by `BLOCK_ROWS` rows of the blocks that start there. All blocks of a
+sequence have one size and may overlap. Their starts are a random choice among the possible ones.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from numpy.typing import NDArray
 from fastblt.models.training.attention import TILE
 from fastblt.models.vocabulary import MASK_ID
 
-#: Block rows to a tile, a multiple of every block size.
+#: Block rows in a tile, a multiple of every block size.
 BLOCK_ROWS = 48
 MIN_NOISE = 0.1
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """What a training sequence's blocks are.
+    """The blocks of a training sequence.
 
-    `patches`: latents kept per sequence (rows that would need a later one have no loss); `max_patch_length`: of the
-    patch rule. Blocks start at patches, but for `closed_starts`, the share that starts anywhere and reads what a
-    one-pass round's draft reads, and `forced_starts`, the share that starts anywhere and reads the open patch closed by
-    force, as BLT-D's do. `full_blocks`: share of blocks that are masked altogether, as drafts are when they begin,
-    whatever their sequence's t; `decay`: factor from one position of such a block to the next of the weight in the
-    loss, for a draft's byte counts only if all before it were right.
+    `patches`: latents kept for each sequence; rows that need a later one have no loss. `max_patch_length`: of the patch
+    rule. `closed_starts` and `forced_starts`: shares of blocks that start anywhere, with the latents of `Start.CLOSED`
+    and `Start.FORCED`; all other blocks start at patches. `full_blocks`: share of blocks that are masked entirely, as a
+    draft is at first, whatever the t of their sequence. `decay`: in such blocks the weight in the loss falls by this
+    factor from one position to the next, since a drafted byte counts only if all before it are right.
     """
 
     patches: int
@@ -42,27 +41,28 @@ class LayoutConfig:
     decay: float = 1.0
 
     def forced_rows(self, length: int) -> int:
-        """Latents of patches closed by force kept per sequence: a quarter more than there will be on average."""
+        """Latents kept for the force-closed patches of a sequence of `length`: a quarter more than the mean."""
         most = length // TILE * (BLOCK_ROWS // min(self.block_sizes))
         return min(most, int(1.25 * most * self.forced_starts))
 
 
 class Start(IntEnum):
-    """Where a block starts, and which latent it reads (s: its first position)."""
+    """Where a block starts, and which patch's latent it reads. s is the block's first position."""
 
-    PATCH = 0  # at a patch; the patch before it, closed once byte s - 1 was known
-    CLOSED = 1  # anywhere; the newest that was closed once byte s - 2 was known: what a verification leaves
-    FORCED = 2  # anywhere; the patch of byte s - 1, closed by force before s if it is open
+    PATCH = 0  # starts at a patch; reads the patch before it, which is closed once byte s - 1 is known
+    CLOSED = 1  # starts anywhere; reads the newest patch closed once byte s - 2 is known, as after a verification
+    FORCED = 2  # starts anywhere; reads the patch of byte s - 1, closed by force before s if it is open
 
 
 Arrays = dict[str, NDArray]
 
 
 def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
-    """Of start flags [N, T + 1]:
+    """Arrays for the patches and clean rows, from start flags [N, T + 1]:
 
-    pool_index [N, P, L] byte positions of each patch, pool_inside bool likewise; clean_latent [N, T] the newest patch
-    closed once byte p is known (design §2.3), clean_valid bool [N, T] whether it is among the P kept.
+    pool_index [N, P, L], the byte positions of each patch, and pool_inside bool [N, P, L], whether there is such a
+    byte; clean_latent [N, T], the newest patch closed once byte p is known (design §2.3), and clean_valid bool [N, T],
+    whether that patch is among the P that are kept.
     """
     count, length = starts.shape[0], starts.shape[1] - 1
     ordinal = starts.cumsum(1) - 1
@@ -75,7 +75,7 @@ def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
         first[row, : len(ends)], last[row, : len(ends)] = where[: len(ends)], ends
     index = first[..., None] + np.arange(config.max_patch_length)
     inside = index < last[..., None]
-    inside[..., 0] = True  # patches that do not exist read some byte; nothing reads them
+    inside[..., 0] = True  # patches that do not exist pool some byte; no row reads their latents
     return {
         "pool_index": np.minimum(index, length - 1),
         "pool_inside": inside,
@@ -92,15 +92,15 @@ def block_arrays(
     config: LayoutConfig,
     rng: np.random.Generator,
 ) -> Arrays:
-    """Blocks of ids [N, T] with noise t [N] and block sizes [N]. Of every block row, [N, T / TILE, BLOCK_ROWS]:
+    """Arrays for the blocks of ids [N, T] with noise t [N] and block sizes [N].
 
-    block_start (where its block starts), block_position, block_latent, block_target (its own byte), block_input (that
-    or [MASK]), block_number (which of the tile's blocks), block_valid (it exists, so it may count in the loss),
-    block_masked, block_full (its block is masked altogether on purpose), block_weight (of its loss: 1/t, by position in
-    full blocks).
+    For every block row, [N, T / TILE, BLOCK_ROWS]: block_start (of its block), block_position, block_latent,
+    block_target (its byte), block_input (its byte or [MASK]), block_number (of its block in the tile), block_valid
+    (whether it exists), block_masked, block_full (whether its block is one of the `full_blocks`), block_weight (in the
+    loss: 1/t; in full blocks by position).
 
-    And of the patches closed by force for blocks, whose latents come after the kept ones: forced_index and
-    forced_inside [N, F, L] as of `patch_arrays`, forced_place [N, F] which patch of the sequence each is.
+    For the patches that are closed by force, whose latents follow the kept ones: forced_index and forced_inside
+    [N, F, L] as in `patch_arrays`, and forced_place [N, F], the number of the patch in the sequence.
     """
     count, length = ids.shape
     shape = (count, length // TILE, BLOCK_ROWS)
@@ -139,15 +139,15 @@ def block_arrays(
     position = start + offset
     valid = exists & (position < length)
     target = np.take_along_axis(ids, np.minimum(position, length - 1).reshape(count, -1), 1).reshape(shape)
-    # What lies past the end is shown as masked, and is not asked for.
+    # Positions past the end get [MASK] as input, and have no loss.
     t = np.broadcast_to(noise[:, None, None], shape)
     full = np.zeros(shape, bool)
     if config.full_blocks:
-        # One draw for every block number of every tile.
+        # One random decision for each block of each tile.
         full = np.take_along_axis(rng.random(shape) < config.full_blocks, number, 2)
         t = np.where(full, 1.0, t)
     masked = (rng.random(shape) < t) | ~valid
-    # The weights of a full block add up to its size.
+    # The weights of a full block sum to its size.
     size_of = np.broadcast_to(sizes[:, None, None], shape)
     falling = config.decay**offset * (size_of / _powers(config.decay, size_of))
     arrays = {
@@ -178,9 +178,9 @@ def _powers(factor: float, count: NDArray) -> NDArray:
 def choose_starts(
     starts: NDArray[np.bool_], first: int, count: int, config: LayoutConfig, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Up to `count` distinct block starts in [first, first + TILE), ascending, and their kinds of `Start`.
+    """Up to `count` distinct block starts in [first, first + TILE), ascending, and the `Start` of each.
 
-    No draft begins before position 2: BOS and a byte are known by then.
+    None is before position 2: when decoding drafts, BOS and at least one byte are known.
     """
     places = np.arange(max(first, 2), first + TILE)
     away = config.closed_starts + config.forced_starts
@@ -195,6 +195,6 @@ def choose_starts(
 
 
 def draw_noise(total: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """t ~ U(0, 1) for each of `total` sequences, one from each of `total` equal strata, clamped from below."""
+    """t ~ U(0, 1) for each of `total` sequences, stratified into `total` equal parts, and at least MIN_NOISE."""
     t = (rng.permutation(total) + rng.random(total)) / total
     return np.maximum(t, MIN_NOISE)

@@ -1,4 +1,4 @@
-"""The training loop both stages share: data-parallel processes, schedule, curves, a state that survives any kill."""
+"""The training loop of both stages: data-parallel processes, learning rate schedule, curves, and resumable state."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
 
-#: A step that took longer was stopped from outside; the rest of its time is not counted as training.
+#: A step that takes longer than this was suspended from outside. Only this much of it counts as training time.
 STALL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how. The length is `steps`, or else `minutes` of training time (compilation not counted).
+    """Settings of a run. Its length is `steps` if given, else `minutes` of training time, without compilation.
 
-    `stop_after` so many steps the run stops, with the schedule of its whole length, and can go on later. Only under
-    `steps` does a run give the same weights twice: the schedule then does not depend on the clock.
+    With `stop_after` the run stops after that many steps and can be resumed; the schedule stays that of the whole
+    length. A run gives the same weights again only with `steps`: then its schedule does not depend on the clock.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run has been: steps, training time, and the processor time of all processes (compiling included)."""
+    """How far a run is: steps, seconds of training, and processor seconds of all processes, compilation included."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -73,7 +73,7 @@ class Length:
 
 
 class Task(Protocol):
-    """What a stage trains: a model, batches as a function of the step alone, a loss, and named figures of it."""
+    """A training stage: a model, batches that depend only on the arguments, a loss, and named figures to log."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -87,7 +87,10 @@ class Task(Protocol):
 
 
 def train(config: LoopConfig, make_task: Callable[..., Task], *args: Any) -> None:
-    """Run the loop in `config.processes` processes, this one being the first. `make_task(*args)` must be picklable."""
+    """Run the loop in `config.processes` processes, of which this is the first.
+
+    `make_task` and `args` must be picklable; each process calls `make_task(*args)`.
+    """
     config.folder.mkdir(parents=True, exist_ok=True)
     rendezvous = config.folder / f"rendezvous-{os.getpid()}"
     context = mp.get_context("spawn")
@@ -106,9 +109,9 @@ def train(config: LoopConfig, make_task: Callable[..., Task], *args: Any) -> Non
 
 
 def fast_matmul() -> None:
-    """Send fp32 products to oneDNN: on processors that MKL does not favor this doubles their speed.
+    """Compute fp32 matrix products by oneDNN. On processors that MKL does not favor, this doubles their speed.
 
-    Where the processor has bf16 matrix units the products may be rounded to bf16; elsewhere they stay exact.
+    On a processor with bf16 matrix units the factors may be rounded to bf16. Elsewhere the products stay fp32.
     """
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
@@ -117,7 +120,7 @@ def _process(rank: int, rendezvous: Path, config: LoopConfig, make_task: Callabl
     torch.set_num_threads(config.threads)
     fast_matmul()
     if config.processes > 1:
-        # A process may be stopped for minutes by its user; the others must wait for it.
+        # A user may suspend a process for a long time. The others must wait for it.
         store = dist.FileStore(str(rendezvous), config.processes)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=config.processes, timeout=timedelta(days=1))
     try:
@@ -161,7 +164,7 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
             loss, figures = loss_function(batch)
             loss.backward()
             torch._foreach_copy_(views, [parameter.grad for parameter in parameters if parameter.grad is not None])
-            # Everybody follows the first process's clock, which travels with the gradients.
+            # All processes use the first one's clock, which is sent along with the gradients.
             gradients[-1] = clock if rank == 0 else 0.0
             gradients[-2] = time.process_time() + (before.processor_seconds if rank == 0 else 0.0)
             if config.processes > 1:
@@ -198,12 +201,12 @@ def _loop(rank: int, config: LoopConfig, task: Task) -> None:
 
 
 def _progress(config: LoopConfig, step: int, seconds: float) -> float:
-    """Share of the run that is done. With `minutes`, all processes must agree on `seconds`: see the loop."""
+    """The share of the run that is done. All processes must pass the same `seconds` (see `_loop`)."""
     return step / config.steps if config.steps is not None else seconds / (60 * config.minutes)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, flush it to the disk and put it in its place in one motion."""
+    """Call `write` with a temporary file's path, flush that file to disk, and rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
     with partial.open("rb") as file:
@@ -231,7 +234,7 @@ def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> Length:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Drop the rows that a resumed run will write again (and a last row that a kill cut off)."""
+    """Drop the rows that a resumed run will write again, and a last row that is incomplete."""
     if not path.is_file():
         return
     rows = []
@@ -246,5 +249,5 @@ def _truncate_log(path: Path, step: int) -> None:
 
 
 def describe(config: LoopConfig) -> Mapping[str, Any]:
-    """The settings as plain values, for the record."""
+    """The settings as plain values, to be written as JSON."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}

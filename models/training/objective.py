@@ -1,7 +1,7 @@
-"""The BLT-D objective (arXiv 2605.08044 §3.2, Eq. 5-7): next-byte loss of clean rows plus 1/t-weighted loss of masked
-block rows.
+"""The BLT-D objective (arXiv 2605.08044 §3.2, Eq. 5-7): the next-byte loss of clean rows plus the loss of masked block
+rows, weighted by 1/t.
 
-The same modules as in inference, run over fixed shapes that one compiled graph can take.
+It runs the same modules as inference, over fixed shapes so that one compiled graph fits all batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fastblt.models.vocabulary import VOCAB_SIZE
 
 @torch.library.custom_op("fastblt_training::gather", mutates_args=())
 def gather(table: Tensor, index: Tensor) -> Tensor:
-    """Rows [M, d] of a table [N, d]. The compiler's own gradient of a lookup adds element by element, atomically."""
+    """Rows [M, d] of a table [N, d]. An operator of our own, since the compiler's gradient of a lookup is slow: it adds
+    single elements atomically."""
     return table.index_select(0, index)
 
 
@@ -35,7 +36,7 @@ def _(table: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastblt_training::scatter", mutates_args=())
 def scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sums [size, d] of the rows [M, d] that share an index."""
+    """The sums [size, d] of the rows [M, d] with the same index."""
     return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
 
 
@@ -65,16 +66,16 @@ def make_batch(
     config: LayoutConfig,
     rng: np.random.Generator,
 ) -> dict[str, Tensor]:
-    """The tensors `Objective` reads, of ids [N, T], start flags [N, T + 1], noise t [N] and block sizes [N]."""
+    """The tensors that `Objective` needs, from ids [N, T], start flags [N, T + 1], noise t [N] and block sizes [N]."""
     arrays = {"ids": ids, **patch_arrays(starts, config), **block_arrays(ids, starts, noise, sizes, config, rng)}
     return {k: torch.from_numpy(v) for k, v in arrays.items()}
 
 
 class Objective:
-    """Logits and losses of a model over batches of `make_batch`, all with sequences of `length` bytes.
+    """Logits and losses of a model on batches of `make_batch`, with sequences of `length` ids.
 
-    `distill`: of the loss of blocks that are masked altogether, the share whose target is not the text's byte but what
-    the causal head makes of the text before it: that is what verification compares a draft with.
+    `distill` applies to blocks that are masked entirely: this share of their loss has the causal head's distribution as
+    its target in place of the text's byte, since verification compares drafts with the causal head.
     """
 
     def __init__(self, model: Blt, length: int, masked_weight: float = 1.0, distill: float = 0.0) -> None:
@@ -84,7 +85,7 @@ class Objective:
         self._global_turns = (
             Rope(config.global_.head_dim, config.global_.rope_theta).at(torch.arange(length), length).clone()
         )
-        last = length + 64  # blocks run past the end
+        last = length + 64  # the last blocks extend past the end
         self._decoder_turns = (
             Rope(config.decoder.head_dim, config.decoder.rope_theta).at(torch.arange(last), last).clone()
         )
@@ -102,7 +103,7 @@ class Objective:
         return logits[:, :TILE].reshape(count, -1, VOCAB_SIZE), logits[:, TILE:].unflatten(0, (count, -1))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean next-byte loss plus the weighted masked loss; figures of both."""
+        """The mean next-byte loss plus the weighted masked loss (nats), and figures of both to log."""
         clean, block = self.logits(batch)
         seen = batch["clean_valid"][:, :-1].float()
         losses = F.cross_entropy(clean[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none")
@@ -124,7 +125,7 @@ class Objective:
         return clean_loss + self.masked_weight * masked_loss, figures
 
     def _distilled(self, clean: Tensor, block: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy [N, S, BLOCK_ROWS] of block rows against the causal head's distribution of their bytes."""
+        """Cross-entropy (nats) [N, S, BLOCK_ROWS] of block rows to the causal head's distributions for their bytes."""
         count, length = batch["ids"].shape
         before = (batch["block_position"] - 1).clamp(0, length - 1)
         index = (before + torch.arange(count)[:, None, None] * length).flatten()
@@ -143,7 +144,7 @@ class Objective:
         return model.local_encoder(embedded.view(*ids.shape, -1), self._encoder_attend)
 
     def latents(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Latents [N, P + F, dg] of the kept patches and of those closed by force (F may be 0)."""
+        """Latents [N, P + F, dg] of the P kept patches and of the F patches closed by force (F may be 0)."""
         encoder = self.model.local_encoder
         count, length, size = states.shape
         pool_index, inside = batch["pool_index"], batch["pool_inside"]
@@ -161,7 +162,7 @@ class Objective:
         cross: CrossAttention = encoder.cross_attn_layers[-1]  # type: ignore[assignment]
         k, v = cross.keys_values(states)
         table = torch.cat([states, k.flatten(-2), v.flatten(-2)], -1).flatten(0, 1)
-        # Padded to the longest patch, together with keys and values that each byte has once.
+        # States, keys and values are computed once for each byte and then gathered for each patch, padded to L.
         padded = gather(table, (pool_index + offset).flatten()).view(*inside.shape, -1)
         peak = padded[..., :size].masked_fill(~inside[..., None], float("-inf")).amax(1)
         queries = encoder.patch_embedding_projection(peak).view(-1, encoder.k, size)
@@ -177,7 +178,7 @@ class Objective:
             patches, heads = q.shape[1:3]
             q, k = rotate(q, turns), rotate(k, turns)
             groups = heads // k.shape[2]
-            # Queries that share a key head are rows of one product.
+            # Queries that share a key head become rows of one product.
             q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)
             out = dense(q, k, v, sees.repeat_interleave(groups, 1)).unflatten(1, (patches, groups))
             return out.transpose(2, 3).flatten(2, 3)
@@ -230,7 +231,7 @@ class Objective:
         return decoder(x, attend, cross_attend)
 
     def mask(self, batch: dict[str, Tensor]) -> Tensor:
-        """What each row sees, bool [N * S, TILE + BLOCK_ROWS, window + TILE + BLOCK_ROWS].
+        """The attention mask, bool [N * S, TILE + BLOCK_ROWS, window + TILE + BLOCK_ROWS].
 
         A clean row at p sees clean positions [p-W+1, p+1); a block row of a block at s sees clean positions
         [max(0, s-W+1), s) and every row of its own block (arXiv 2605.08044 §3.2.2; design §2.6).

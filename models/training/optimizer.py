@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for everything else, over data-parallel processes.
 
-Muon replaces the momentum of a matrix by the nearest semi-orthogonal one, through five Newton-Schulz steps. They are
-done in fp32, over stacks of equal shape, each process taking its share of the matrices.
+Muon replaces the momentum of a matrix by a nearby semi-orthogonal matrix, by five Newton-Schulz steps. They run in fp32
+over stacks of matrices of equal shape. Each process computes its share of a stack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Peak learning rates; a schedule multiplies them all."""
+    """Peak learning rates, which the schedule scales, and the other settings of both optimizers."""
 
     muon: bool = True
     muon_lr: float = 0.02
@@ -32,7 +32,7 @@ class OptimizerConfig:
 
 
 def orthogonalize(stack: Tensor, steps: int = 5) -> Tensor:
-    """Semi-orthogonal matrices near `stack` [N, m, n]."""
+    """Nearly semi-orthogonal matrices close to those of `stack` [N, m, n]."""
     a, b, c = NEWTON_SCHULZ
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack
@@ -44,7 +44,7 @@ def orthogonalize(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimizer:
-    """Both optimizers over a model's named parameters. Gradients must already be averaged over the processes."""
+    """Both optimizers, over a model's named parameters. Gradients must already be averaged over the processes."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.config = config
@@ -78,7 +78,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float) -> float:
-        """Update the weights with all learning rates times `scale`; returns the gradients' norm before clipping."""
+        """Update the weights with all learning rates times `scale`. Returns the gradients' norm before clipping."""
         gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (self.config.clip / (norm + 1e-6)).clamp_max(1.0))
@@ -100,7 +100,7 @@ class Optimizer:
         torch._foreach_add_(stack, list(update.unbind()), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
-        """All state by name, for `restore`."""
+        """The state as named tensors, for `restore`."""
         tensors = {f"muon.{index}": momentum for index, momentum in enumerate(self._momenta)}
         for name, parameter in self._named:
             for key, value in self._adamw.state.get(parameter, {}).items():
@@ -118,7 +118,7 @@ class Optimizer:
 
 
 def _shared(stack: Tensor) -> Tensor:
-    """`orthogonalize`, every process doing a part of the stack."""
+    """`orthogonalize`, with the stack divided among the processes."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return orthogonalize(stack)

@@ -20,7 +20,7 @@ from fastblt.models.training.objective import Objective, make_batch
 
 
 def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16)) -> BltConfig:
-    """11 million parameters, 6.3 million of them hash tables. Every ratio fits the paper's 1B shape."""
+    """The shipped shape: 11 million parameters, 6.3 million of them hash tables, with the ratios of the paper's 1B."""
 
     def local(layers: int, theta: float) -> StackConfig:
         return StackConfig(128, layers, 4, 4, 352, theta, window=256)
@@ -28,7 +28,7 @@ def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16
     return BltConfig(
         patcher=local(2, 10_000.0),
         encoder=local(1, 500_000.0),
-        # Two key heads for eight: its cache is the one that grows with the context.
+        # Two key heads for eight query heads, because only this cache grows with the context.
         global_=StackConfig(256, 4, 8, 2, 704, 500_000.0),
         decoder=local(4, 500_000.0),
         hash_group_vocab=8192,
@@ -38,9 +38,9 @@ def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16
 
 
 class BltTask:
-    """Trains all of a BLT-D but its patcher, which is frozen and cuts each batch into patches as it comes.
+    """Trains a BLT-D except its patcher, which is frozen and cuts each batch into patches.
 
-    From new weights, or from those of the checkpoint folder `start`.
+    Starts from new weights, or from those of the checkpoint folder `start`.
     """
 
     model: Blt
@@ -72,7 +72,7 @@ class BltTask:
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
 
     def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]:
-        """A function of its arguments alone. Noise and block sizes are stratified over all processes."""
+        """A batch that depends on the arguments alone. Noise and block sizes are stratified over all processes."""
         chosen = rows(len(self._rows), step, rank, processes, self._batch, self._seed)
         common = np.random.default_rng([self._seed, step])
         total, mine = self._batch * processes, slice(rank * self._batch, (rank + 1) * self._batch)

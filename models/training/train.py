@@ -30,12 +30,15 @@ from fastblt.models.training.loop import Length, LoopConfig, describe, fast_matm
 from fastblt.models.training.optimizer import OptimizerConfig
 from fastblt.models.training.recipe import BltTask, shape
 
-#: Beside exported weights: the corpus and the runs that made them.
+#: The file in an exported checkpoint's folder that describes its corpus and the runs that made it.
 RUNS_FILE = "training.json"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command's options. Ends the process with one line that names an option of no use."""
+    """The command's options. For an invalid option, ends the process with a message that names it.
+
+    Raises CheckpointError if the checkpoint of --from cannot be trained further.
+    """
     parser = argparse.ArgumentParser(prog="fastblt train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/blt"), help="working folder (default: %(default)s)")
     parser.add_argument("--export", type=Path, help="folder of the finished checkpoint (default: WORK/checkpoint)")
@@ -87,7 +90,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _settle_shape(args: argparse.Namespace) -> None:
-    """Block sizes and the longest patch, as asked for or as the checkpoint has them. Raises ValueError for others."""
+    """Set block sizes and the longest patch, as given or as the checkpoint of --from has them.
+
+    Raises ValueError for values that do not fit, CheckpointError for a checkpoint that cannot be trained further.
+    """
     sizes, longest = [4, 8, 16], 8
     if args.start is not None:
         config = read_config(checkpoint_folder(args.start))
@@ -207,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe_run(state: Path, entropy_state: Path | None, args: argparse.Namespace) -> dict[str, Any]:
-    """What a finished run cost and its settings. Processor minutes are those of all processes, compiling included."""
+    """The cost and the settings of a finished run. Processor minutes are of all processes, compilation included."""
     length = length_of_run(state)
     own = ("work", "export", "start", "minutes", "entropy_minutes", "steps", "stop_after", "entropy_steps")
     return {
@@ -222,7 +228,7 @@ def describe_run(state: Path, entropy_state: Path | None, args: argparse.Namespa
 
 
 def read_runs(checkpoint: Path) -> list[dict[str, Any]]:
-    """The runs that made an exported checkpoint, oldest first; none where it does not say."""
+    """The runs that made an exported checkpoint, oldest first. Empty if it does not record them."""
     record = checkpoint / RUNS_FILE
     return json.loads(record.read_text())["runs"] if record.is_file() else []
 
@@ -253,10 +259,10 @@ def choose_patching(
     console: Console,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """The threshold, where none is given, and how many patches of a sequence training keeps: a quarter more than the
-    mean.
+    """Choose the threshold (nats), unless given, and how many patches of a sequence are kept: 1.25 times the mean.
 
-    Their number is fixed so that one compiled graph takes every sequence; bytes that need a later patch have no loss.
+    That number is fixed so that one compiled graph fits all sequences. Bytes that need a later patch have no loss. The
+    result is kept in `work`, and read from there by a resumed run.
     """
     record = work / "patching.json"
     if not record.is_file():
@@ -280,7 +286,7 @@ def weights(state: Path) -> dict[str, Tensor]:
 
 
 def length_of_run(state: Path) -> Length:
-    """How long the run behind a loop's state file was."""
+    """The `Length` in a loop's state file."""
     with safe_open(state, "pt") as file:
         return Length.read(file.metadata())
 

@@ -18,11 +18,11 @@ from fastblt.server.settings import HttpSettings, SchedulingPolicy
 
 
 def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAPI:
-    """An app that starts `client`'s engine with itself and stops it at its end.
+    """An app whose lifespan starts and stops the engine of `client`.
 
-    It answers while the engine still loads. `client.observers` are set to the app's own.
+    It answers while the engine still loads. Sets `client.observers` to the app's metrics and tracer.
 
-    Raises TracingUnavailableError.
+    Raises TracingUnavailableError when `http.otlp_endpoint` is set and OpenTelemetry is not installed.
     """
     http = http or HttpSettings()
     tracer = Tracer(http.otlp_endpoint) if http.otlp_endpoint else None
@@ -38,7 +38,7 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
             if tracer is not None:
                 await tracer.close()
 
-    # The interactive pages would fetch scripts from elsewhere. Redirections would go where the Host header says.
+    # No documentation pages: they would load scripts from other hosts. No redirects: they would trust the Host header.
     app = FastAPI(title="FastBLT", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(client, vllm_names=http.vllm_metrics)
     app.state.client = client
@@ -50,14 +50,14 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     app.include_router(completions.router)
     app.include_router(tokenization.router)
     app.include_router(operations.router)
-    # The last one added comes first. A browser asks for permission without a key.
+    # The middleware added last runs first. CORS runs before the key check: a browser's preflight request has no key.
     app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected)
     if http.cors_origins:
         app.add_middleware(
             Browsers,
             allow_origins=http.cors_origins,
             allow_methods=["GET", "POST"],
-            # OpenAI's client sends a dozen of its own, and more with each version. None has a power here.
+            # OpenAI's client sends a dozen headers of its own, and more with each version. The server acts on none.
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-should-retry", "x-ignored-fields"],
         )

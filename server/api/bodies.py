@@ -1,4 +1,4 @@
-"""Reads bodies, as many at once as memory allows, and does the long work on them beside the event loop."""
+"""Reads request bodies within a memory limit, and does long work on them in threads, outside the event loop."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from fastblt.server.api.errors import RETRY, ApiError
 BODY_SECONDS = 60.0
 PIECE_SECONDS = 10.0
 
-#: Bytes that all bodies together may hold, until they are parsed; and answers of /tokenize and /detokenize, until sent.
+#: Bytes that may be held at once: bodies until they are parsed, answers of /tokenize and /detokenize until sent.
 MAX_HELD_BYTES = 64 * 2**20
-#: The first bytes of each are not counted. Who sends little is not refused because others send much.
+#: The first bytes of each body are not counted: a small body is never refused because others are large.
 FREE_BYTES = 64 * 2**10
 
-#: Work on so many bytes takes a few milliseconds at most, and is done at once.
+#: Up to this size, work takes a few milliseconds at most and is done in the event loop.
 _SHORT_BYTES = 16 * 2**10
-#: A piece of an answer.
+#: Bytes of an answer that are sent at a time.
 _PIECE_BYTES = 64 * 2**10
 
-#: RFC 6839's suffix too. What only looks like JSON is what pages may send without permission.
+#: Includes the +json suffix of RFC 6839. Other types are refused: browsers send some of them, such as text/plain, to
+#: other origins without a preflight request.
 _JSON = re.compile(r"application/(?:[\w.!#$&^-]+\+)?json")
 
 _CLOSE = {"connection": "close"}
@@ -40,29 +41,30 @@ T = TypeVar("T")
 
 
 class Bodies:
-    """The bodies in one server's hands."""
+    """All bodies that one server holds."""
 
     def __init__(self) -> None:
         self.held = 0
         self._closed = False
         self._deadlines: set[asyncio.Timeout] = set()
-        # Few: Python runs one thread at a time anyway, and the event loop's has to be next after each.
+        # Two are enough: Python runs one thread at a time, and more would delay the event loop's thread.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="bodies")
 
     def close(self) -> None:
-        """Refuse what has not come yet: the server ends."""
+        """Refuse bodies that have not arrived yet, because the server shuts down."""
         self._closed = True
         now = asyncio.get_running_loop().time()
         for deadline in self._deadlines:
-            # One that has just passed cannot be set again.
+            # A deadline that has just expired cannot be rescheduled.
             with suppress(RuntimeError):
                 deadline.reschedule(now)
 
     async def read(self, request: Request, limit: int) -> Held:
-        """The body, of at most `limit` bytes; whoever has it must `release` it.
+        """The body, of at most `limit` bytes. The caller must `release` it.
 
-        Raises ApiError for one of another kind, too large, too slow or too many, ClientDisconnect for one that never
-        ends.
+        Raises ApiError: 415 for a wrong content type, 413 for a body that is too large, 408 for one that is too slow,
+        429 when all bodies together are too large, 503 while the server shuts down. Raises ClientDisconnect when the
+        client leaves first.
         """
         _check_kind(request)
         length = request.headers.get("content-length", "0")
@@ -98,14 +100,14 @@ class Bodies:
             self._deadlines.discard(deadline)
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
-        """What `do` gives, which takes time for `size` bytes: in a thread if that is long."""
+        """Returns `do()`. `size` is how many bytes it works on: if that is not short, it runs in a thread."""
         if is_short(size):
             return do()
         return await asyncio.get_running_loop().run_in_executor(self._workers, copy_context().run, do)
 
 
 def is_short(size: int) -> bool:
-    """Whether work on so many bytes is best done at once."""
+    """Whether work on `size` bytes is short enough for the event loop."""
     return size <= _SHORT_BYTES
 
 
@@ -118,13 +120,13 @@ class Held:
         self._counted = 0
 
     def add(self, chunk: bytes) -> None:
-        """Go on with the body. Raises ApiError as `hold` does."""
+        """Append to the body. Raises ApiError as `hold` does."""
         self.data += chunk
         self.hold(0)
 
     def hold(self, size: int) -> None:
-        """Hold `size` bytes beside the body. Raises ApiError (429) where others hold too much."""
-        # What the body really takes: it is given more than it needs, so that it need not move with every chunk.
+        """Count `size` bytes in addition to the body. Raises ApiError (429) if all bodies together hold too much."""
+        # The allocated size: a bytearray over-allocates so that it need not be copied with every chunk.
         more = max(sys.getsizeof(self.data) + size - FREE_BYTES, 0) - self._counted
         if more > 0 and self._bodies.held + more > MAX_HELD_BYTES:
             message = f"the bodies of all requests may hold {MAX_HELD_BYTES} bytes, and they do; try again later"
@@ -133,14 +135,14 @@ class Held:
         self._bodies.held += more
 
     def release(self) -> None:
-        """May be called again."""
+        """Free the body and its count. May be called more than once."""
         self._bodies.held -= self._counted
         self._counted = 0
         self.data = bytearray()
 
 
 class HeldAnswer(Response):
-    """JSON that counts as held until it is sent: in pieces, each of which waits until the one before is taken."""
+    """JSON that counts as held until it is sent. It is sent in pieces, each after the one before has been written."""
 
     def __init__(self, content: bytes, held: Held) -> None:
         super().__init__(content, media_type="application/json")
@@ -158,7 +160,7 @@ class HeldAnswer(Response):
 
 
 def _check_kind(request: Request) -> None:
-    """Raises ApiError (415) for what is no JSON, or not as it is."""
+    """Raises ApiError (415) unless the content type is JSON and there is no content encoding."""
     kinds = request.headers.getlist("content-type")
     if len(kinds) != 1 or not _JSON.fullmatch(kinds[0].partition(";")[0].strip().lower()):
         raise ApiError(415, "the content type must be application/json", code="unsupported_media_type", headers=_CLOSE)

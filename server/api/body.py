@@ -1,7 +1,8 @@
-"""From a body to a checked object: UTF-8, JSON, of the right types.
+"""Parses a body into a checked object: UTF-8, JSON, fields of the right types.
 
-No step of it takes long without letting the event loop's thread have its turn: a body is first cut into its fields, and
-prompts into each one, which costs next to nothing; only what is wanted, and not too long, is then made into objects.
+Parsing may run in a thread, and no single step of it may keep the event loop's thread waiting for long. So a body is
+first cut into raw fields, and a list of prompts into raw prompts, which is cheap. Only fields that are needed and not
+too long are then made into Python objects.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from fastblt.server.request import InvalidRequestError
 MAX_CHOICES = 128
 #: Ids that the prompts of one call may have together, each counted once a choice.
 MAX_PROMPT_IDS = 2**20
-#: Bytes of a body beside its prompts.
+#: Bytes of a body without its prompts.
 MAX_FIELDS_BYTES = 256 * 2**10
-#: Lists and objects in one of these fields. They take far longer to make than all else.
+#: Lists and objects within one field other than the prompts. They take far longer to make than other values.
 _MAX_LISTS = 2**15
-#: Bytes that an id takes in a body at most, written as clients do: `\\u0041` in a text, `259, ` in a list.
+#: Most bytes that one id takes in a body, as clients write it: `\\u0041` in a text, `259, ` in a list.
 _ID_BYTES = 6
 
-#: The fields without a meaning here that a response tells of, and characters of their names.
+#: Unknown fields that a response names, and characters of each name.
 _MAX_IGNORED = 16
 _MAX_NAME = 64
-#: Names of such fields that the log tells of, over the server's life.
+#: Names of unknown fields that are logged over the server's life.
 _MAX_LOGGED = 256
 
 logger = logging.getLogger("fastblt.api")
@@ -41,7 +42,7 @@ _logged: set[str] = set()
 
 
 class _Large(msgspec.Struct):
-    """The fields that may be large; all others are passed over."""
+    """The fields that may be large. The decoder skips all others."""
 
     prompt: msgspec.Raw = msgspec.Raw(b"0")
     tokens: msgspec.Raw = msgspec.Raw(b"0")
@@ -49,7 +50,7 @@ class _Large(msgspec.Struct):
 
 _large = msgspec.json.Decoder(_Large)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-#: An array that is cut into its items, if they are not too many.
+#: Cuts an array into at most MAX_CHOICES raw items.
 _items = msgspec.json.Decoder(
     msgspec.defstruct(
         "_Items",
@@ -62,14 +63,15 @@ _ids = msgspec.json.Decoder(list[int | float])
 
 
 def max_body_bytes(max_model_len: int, prompts: int = MAX_CHOICES) -> int:
-    """Of a call with so many prompts: what these may have, as clients write it, and the other fields."""
+    """The size limit of a body with up to `prompts` prompts: their ids as clients write them, and the other fields."""
     return MAX_FIELDS_BYTES + _ID_BYTES * min(MAX_PROMPT_IDS, prompts * max_model_len)
 
 
 def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_length: int) -> tuple[Schema, list[str]]:
-    """The object, and the names of fields that mean nothing here.
+    """The object, and the names of fields that `schema` does not have.
 
-    `large` is the field that must be there, with a text, ids or several of them, each of at most some `max_length` ids.
+    `large` names the required field that may be large: a text, a list of ids, or a list of these, each of about
+    `max_length` ids at most.
 
     Raises ApiError (400) unless `body` is JSON, in UTF-8, with fields of the right types; InvalidRequestError for a
     text or a list of ids that is too long.
@@ -102,7 +104,7 @@ def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_le
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
-    """Clients send null for what they leave at its default."""
+    """`data` without null values: clients send null for a field that they leave at its default."""
     return {key: value for key, value in data.items() if value is not None}
 
 
@@ -118,7 +120,7 @@ def _small_value(raw: msgspec.Raw, name: str) -> Any:
 
 
 def _large_value(raw: msgspec.Raw, name: str, max_length: int) -> Any:
-    """A text, a list of ids, or a list of such; anything else as it is, for the schema to refuse."""
+    """Parses a text, a list of ids, or a list of these. Anything else is returned for the schema to refuse."""
     view = memoryview(raw)
     if view[:1] == b"[" and _second(view) in b'["':
         try:
@@ -130,12 +132,12 @@ def _large_value(raw: msgspec.Raw, name: str, max_length: int) -> Any:
 
 
 def _second(view: memoryview) -> bytes:
-    """The first character within an array."""
+    """The first character after an array's bracket and white space."""
     return bytes(view[1:64]).lstrip()[:1] or b" "
 
 
 def _one(raw: msgspec.Raw, name: str, max_length: int) -> Any:
-    """A text or a list of ids, not made if it is too long."""
+    """Parses a text or a list of ids. Raises InvalidRequestError, without parsing, if it is too long."""
     size, first = len(memoryview(raw)), bytes(memoryview(raw)[:1])
     if first == b'"':
         if size > _ID_BYTES * (max_length + 1):
@@ -162,7 +164,7 @@ def _parse_json(raw: msgspec.Raw | bytes) -> Any:
     try:
         data = json.loads(text, parse_constant=refuse_constant, parse_float=_number)
         if "\\ud" in text or "\\uD" in text:
-            # Half of a surrogate pair has no UTF-8, and would fail wherever it is written out.
+            # Half of a surrogate pair cannot be encoded as UTF-8, and would fail wherever it is written out.
             json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         refuse("the body has a string with half of a surrogate pair")
@@ -185,16 +187,16 @@ def _validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
         return schema.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # Names of unions' members and validators are no part of what the client sent.
+        # pydantic adds names of union members and validators to the path. The client does not know them.
         path = [str(part) for part in first["loc"]]
         param = ".".join(path[:2] if path[:1] in (["decoding"], ["stream_options"]) else path[:1])
         refuse(f"{param[:64]}: {first['msg']}", param[:64] or None)
 
 
 def _ignored(unknown: list[str]) -> list[str]:
-    """Names of fields that the schema has not, of bounded number and length, in ASCII; each is logged once."""
+    """The names of unknown fields, in ASCII and bounded in number and length. Each name is logged once."""
     names = [key[:_MAX_NAME].encode("ascii", "backslashreplace").decode() for key in unknown[:_MAX_IGNORED]]
-    # Fit for a header's value and for a line of the log.
+    # Only characters that are safe in a header's value and in a log line.
     names = ["".join(c if "!" <= c <= "~" and c != "," else "?" for c in name) or "?" for name in names]
     if fresh := set(names) - _logged:
         if len(_logged) < _MAX_LOGGED:

@@ -1,4 +1,4 @@
-"""POST /v1/completions: from a body to requests, from deltas to an answer, whole or streamed."""
+"""POST /v1/completions: makes requests of a body, and an answer, whole or streamed, of deltas."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fastblt.server.request import (
     PatchReport,
 )
 
-#: Names the fields of a request that were ignored.
+#: The response header with the names of request fields that were ignored.
 IGNORED_HEADER = "x-ignored-fields"
 
 router = APIRouter(responses=ERROR_RESPONSES)
@@ -55,7 +55,7 @@ router = APIRouter(responses=ERROR_RESPONSES)
 async def create_completion(request: Request) -> Response:
     client: EngineClient = request.app.state.client
     bodies: Bodies = request.app.state.bodies
-    # Before the body is read: nothing in it matters to an engine that is loading or dead.
+    # Before the body is read: these raise EngineUnavailableError while the engine is loading or dead.
     model, max_model_len = client.model_name, client.max_model_len
     held = await bodies.read(request, max_body_bytes(max_model_len))
 
@@ -77,7 +77,7 @@ async def create_completion(request: Request) -> Response:
         stream = await client.submit(*completion.requests, whole=not body.stream)
     except InvalidRequestError as error:
         if error.param == "structured_outputs" and body.response_format is not None:
-            # The field that asked for the grammar.
+            # Name the field in which the client sent the grammar.
             raise InvalidRequestError(str(error), "response_format") from None
         raise
     if body.stream:
@@ -90,13 +90,13 @@ async def create_completion(request: Request) -> Response:
 
 
 def _shown_bytes(top: int | None) -> int:
-    """Bytes of an answer for one of a text, with its logprobs and `top` alternatives, or without."""
+    """About how many bytes of an answer one byte of text takes, with logprobs and `top` alternatives unless None."""
     return 1 if top is None else 32 * (1 + top)
 
 
 @dataclass
 class _Choice:
-    """What has come of one request. `fresh` are its ids since the last rendering, where they are to be shown."""
+    """The result of one request so far. `fresh` has its ids since the last rendering, if ids are to be shown."""
 
     index: int
     prompt: Prompt
@@ -113,7 +113,7 @@ class _Choice:
 
 
 class _Completion:
-    """One call: its requests, and what has come of them."""
+    """One call: its requests and their results."""
 
     def __init__(self, body: CompletionRequest, model: str, prompts: list[Prompt]) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
@@ -127,7 +127,7 @@ class _Completion:
             )
             for index, request in enumerate(self.requests)
         }
-        # About how many bytes an answer has for each of the output, and for a choice's prompt.
+        # About how many bytes of the answer one output byte takes, and the prompt of one choice.
         self._byte_size = _shown_bytes(body.logprobs)
         self._prompt_size = 0
         if body.shows_prompt:
@@ -137,7 +137,8 @@ class _Completion:
         self._continuous = options is not None and options.continuous_usage_stats
         usage = options is not None and (options.include_usage or options.continuous_usage_stats)
         self._no_usage: dict[str, Any] = {"usage": None} if usage else {}
-        # What stands around the text of events with nothing else in them: they are many, and made by hand.
+        # What stands before and after the text in events that have nothing but text. They are frequent, so they are
+        # joined from these parts and not encoded each time.
         self._plain: tuple[bytes, bytes] | None = None
         if not self._continuous and not self._shows_ids and body.logprobs is None:
             before = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
@@ -146,7 +147,7 @@ class _Completion:
         self.failed = False
         self._ledger = Ledger()
         self._decoding = DecodingParams()
-        # BOS stands in front of every prompt and is not the user's.
+        # Without BOS, which the server puts in front of every prompt.
         self._prompt_bytes = sum(len(prompt.ids) - 1 for prompt in prompts)
 
     async def answer(self, stream: DeltaStream, bodies: Bodies) -> bytes:
@@ -160,7 +161,7 @@ class _Completion:
         return await bodies.work(self.size(everything), lambda: self._whole(everything))
 
     def size(self, deltas: list[Delta]) -> int:
-        """About how many bytes are made of deltas."""
+        """About how many bytes of answer `deltas` make."""
         size = sum([len(delta.ids) for delta in deltas]) * self._byte_size
         if self._prompt_size:
             size += self._prompt_size * sum(not self._choices[delta.request_id].begun for delta in deltas)
@@ -174,7 +175,7 @@ class _Completion:
         return to_json({**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()})
 
     def render(self, deltas: list[Delta]) -> bytes:
-        """The server-sent events that one step made; the stream's last where a choice failed."""
+        """The server-sent events for the deltas of one step. If a choice failed, they end the stream."""
         chunks = []
         for delta in deltas:
             if delta.finish_reason is FinishReason.ERROR:
@@ -197,7 +198,7 @@ class _Completion:
         return b"".join(chunks)
 
     def last(self) -> bytes:
-        """The events after those of all steps."""
+        """The events that follow those of all steps: the usage, if asked for, and [DONE]."""
         if self.failed:
             return b""
         if self.body.stream_options is None or not self.body.stream_options.include_usage:
@@ -206,7 +207,7 @@ class _Completion:
         return event({**self._head, **last}) + DONE
 
     def _feed(self, choice: _Choice, delta: Delta) -> str:
-        """Account for a delta; the text it completes."""
+        """Record a delta. Returns the text that it completes."""
         text = ""
         if not choice.begun:
             choice.begun = True
@@ -220,7 +221,7 @@ class _Completion:
             self._ledger.add(delta.ledger or Ledger())
             self._decoding = delta.decoding or self._decoding
         if self.body.max_tokens == 0:
-            # The byte that the engine made is nobody's, and so is what ended it.
+            # With max_tokens 0 the engine makes one byte all the same: it is not shown, nor how it ended.
             if delta.finish_reason is FinishReason.STOP:
                 choice.finish_reason, choice.stop_reason = FinishReason.LENGTH, None
             return text + choice.text.feed([], None, final=final)
@@ -230,11 +231,11 @@ class _Completion:
         return text + choice.text.feed(delta.ids, delta.logprobs, final=final, ending=delta.ending)
 
     def _begin(self, choice: _Choice, delta: Delta) -> str:
-        """Take what the first delta says of the prompt; its text if it is to be echoed."""
+        """Take the prompt's log-probabilities from the first delta. Returns the prompt's text if it is echoed."""
         sent = choice.prompt.sent_ids
         values: list[ByteLogprobs | None] | None = None
         if self.body.scores_prompt is not None:
-            # Nothing stands before the first id that the client sent; an aborted prompt may not be scored.
+            # The first id that the client sent has no logprob. The prompt of an aborted request may have no scores.
             scores = delta.prompt_logprobs or []
             values = [None, *scores[len(scores) - len(sent) + 1 :]] if len(scores) + 1 >= len(sent) else None
             values = values or [None] * len(sent)
@@ -269,7 +270,7 @@ class _Completion:
         return rendered
 
     def _prompt_logprobs(self, choice: _Choice, top: int) -> list[dict[str, Any] | None]:
-        """vLLM's: for every id of the prompt, ids with their logprobs, ranks and names."""
+        """vLLM's `prompt_logprobs`: for every id of the prompt, the top ids with their logprobs, ranks and names."""
         rendered: list[dict[str, Any] | None] = []
         values = choice.prompt_logprobs or []
         for token, value in zip(choice.prompt.sent_ids, values, strict=True):
@@ -300,7 +301,7 @@ class _Completion:
             "accepted_prediction_tokens": self._ledger.kept,
             "rejected_prediction_tokens": self._ledger.drafted - self._ledger.kept,
         }
-        # Of every prompt once, as its bytes are counted.
+        # Each prompt is counted once and not for each of its n choices, as in `prompt_tokens`.
         cached = sum(choice.cached for choice in self._choices.values() if choice.index % self.body.n == 0)
         return self._usage_so_far() | {
             "prompt_tokens_details": {"cached_tokens": cached},
@@ -308,7 +309,7 @@ class _Completion:
         }
 
     def _efficiency(self) -> dict[str, Any]:
-        """What the choices cost, as if each had run alone, and the decoding that really ran."""
+        """The cost of the choices as if each had run alone, and the method and settings that were used."""
         ledger = self._ledger
         settings = {name: value for name, value in vars(self._decoding).items() if value is not None}
         return {

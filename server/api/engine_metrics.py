@@ -1,4 +1,4 @@
-"""The engine's own counters as metrics, read when they are scraped: the engine's loop does nothing for them."""
+"""The engine's counters as Prometheus metrics. They are read at each scrape and cost the engine's loop nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastblt.server.process.client import EngineClient, EngineState
 
 
 class EngineCollector(Collector):
-    """`vllm_names` repeats the four gauges that gateways and autoscalers read."""
+    """Collects the engine's metrics. `vllm_names` adds the four gauges that gateways read, under vLLM's names."""
 
     def __init__(self, client: EngineClient, *, vllm_names: bool) -> None:
         self._client = client
@@ -104,7 +104,7 @@ def _usage(stats: EngineStats) -> float:
 
 
 def _cache_config(client: EngineClient, stats: EngineStats) -> dict[str, str]:
-    """What a gateway makes a capacity of, in bytes: that of the decoder's pages."""
+    """vLLM's labels, from which a gateway computes the cache capacity: bytes a page, and pages of the decoder."""
     return {
         "block_size": str(client.settings.page_size),
         "num_gpu_blocks": str(stats.pages_total.get("decoder", 0)),

@@ -1,4 +1,4 @@
-"""Every error as OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
+"""Turns every error into OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastblt.server.request import Delta, ErrorCode, InvalidRequestError, QueueF
 
 logger = logging.getLogger("fastblt.api")
 
-#: Characters of a message; what a client sent may be quoted in it.
+#: Characters of a message at most: it may quote what a client sent.
 MAX_MESSAGE = 500
 RETRY_AFTER_SECONDS = 1
 
-#: OpenAI's client would ask again after any 5xx.
+#: OpenAI's client retries after any 5xx unless it is told not to.
 _NO_RETRY = {"x-should-retry": "false"}
 RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
 
@@ -45,7 +45,7 @@ _ERROR_SCHEMA = {
         }
     },
 }
-#: `responses` of every route, for /openapi.json.
+#: FastAPI's `responses` of every route, for /openapi.json.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": f"{who} error", "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
     for status, who in (("4XX", "The client's"), ("5XX", "The server's"))
@@ -53,7 +53,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class ApiError(Exception):
-    """An answer that is not 200. `code` is a short word for programs, and the cause under which metrics count it."""
+    """An answer other than 200. `code` is a short word for programs, and the label under which metrics count it."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class ApiError(Exception):
         taken: bool = False,
     ) -> None:
         super().__init__(message)
-        #: Whether the engine had taken the request, which then failed.
+        #: Whether the engine had accepted the request, which failed later.
         self.taken = taken
         self.status = status
         self.message = message
@@ -80,7 +80,7 @@ class ApiError(Exception):
 
 
 def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error, of bounded size and free of what UTF-8 cannot carry."""
+    """The body of an error. The message is bounded in size, and characters that UTF-8 cannot encode are escaped."""
     text = message.encode("utf-8", "backslashreplace").decode()
     if len(text) > MAX_MESSAGE:
         text = text[: MAX_MESSAGE - 3] + "..."
@@ -89,13 +89,13 @@ def error_object(status: int, message: str, code: str, param: str | None = None)
 
 
 def check_model(asked: str | None, served: str) -> None:
-    """Raises ApiError (404) for the name of another model; none at all is the one that is served."""
+    """Raises ApiError (404) if `asked` names another model. None stands for the model that is served."""
     if asked is not None and asked != served:
         raise ApiError(404, f"the model {asked!r} is not served here", code="model_not_found", param="model")
 
 
 def failure(delta: Delta) -> ApiError:
-    """What a client is told of a request that ended in FinishReason.ERROR."""
+    """The error that a client gets for a request that ended in FinishReason.ERROR."""
     code = delta.error_code or ErrorCode.PASS_FAILED
     message = delta.error or "the request failed"
     match code:
@@ -106,10 +106,10 @@ def failure(delta: Delta) -> ApiError:
         case ErrorCode.GRAMMAR_TOO_COMPLEX | ErrorCode.NOTHING_LEFT:
             status, headers = 400, {}
         case ErrorCode.NOT_FINITE | ErrorCode.OUT_OF_MEMORY:
-            # The same request would fare the same again.
+            # The same request would fail again.
             status, headers = 500, _NO_RETRY
         case ErrorCode.ENGINE_DIED:
-            # Whether another engine is there soon, /ready knows.
+            # No hint to retry: /ready says when another engine is there.
             status, headers = 503, {}
         case _:
             status, headers = 500, {}
@@ -118,7 +118,7 @@ def failure(delta: Delta) -> ApiError:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """What a client is told about any exception; an unforeseen one tells nothing of itself."""
+    """The error that a client gets for any exception. An unexpected exception reveals no details."""
     match error:
         case ApiError():
             return error
@@ -134,25 +134,25 @@ def to_api_error(error: Exception) -> ApiError:
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
         case _:
-            # The exception goes on to the HTTP server, which then closes the connection: a client that was not told
-            # would ask again on it, and lose that request.
+            # Starlette raises the exception again, and the HTTP server then closes the connection. A client that does
+            # not know this would send its next request on it, and lose that request.
             headers = {"connection": "close"}
             return ApiError(500, "the server failed to handle this request", code="internal_error", headers=headers)
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every exception with an error object, and count it."""
+    """Make `app` answer every exception with an error object, and count it in the metrics."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
-            return Response(status_code=499)  # Nobody is there to read it.
+            return Response(status_code=499)  # The client has left. This is for the log only.
         problem = to_api_error(error)
         if problem.status >= 500 and not problem.taken:
             logger.error("%s: %s", problem.code, problem.message)
         request.app.state.metrics.count_rejected(problem, request.method)
         headers = dict(problem.headers)
         if problem.status == 500 and (request_id := request.scope.get("request_id")):
-            # The handler of last resort answers outside of the middleware that sets it.
+            # Starlette's handler for unexpected exceptions runs outside of the middleware that sets this header.
             headers["x-request-id"] = request_id
         return JSONResponse(problem.body, problem.status, headers)
 

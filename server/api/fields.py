@@ -1,6 +1,6 @@
-"""Types of request fields whose lists and objects are walked by hand, with their JSON schemas.
+"""Types of request fields, with their JSON schemas. Lists and objects are checked here and not by pydantic.
 
-A large wrong body then costs one message and not one for each of its elements.
+So a large list of wrong values gives one error message and not one for each element.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE
 from fastblt.server.api.body import MAX_CHOICES, without_nulls
 from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 
-#: More keys than any object that is a field has; a bound for the answer to a wrong one.
+#: Keys of an object in a field. Every valid object has fewer. This bounds the error message of an invalid one.
 MAX_KEYS = 32
 MAX_BIAS = 100
 
@@ -63,10 +63,10 @@ def _biases(value: Any) -> Any:
     return biases
 
 
-# Wide enough for every field, narrow enough for floating point.
+# Wide enough for every field, and small enough that a comparison with a float cannot overflow.
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
-#: Read by `fastblt.server.api.schemas.Prompts`.
+#: Checked and turned into ids by `CompletionRequest.take_prompts`.
 PromptField = Annotated[
     Any,
     WithJsonSchema(
@@ -119,7 +119,7 @@ Bias = Annotated[
 
 
 def request_body(schema: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads `schema`, whose fields may all be null but for the required ones."""
+    """FastAPI's `openapi_extra` for a route that reads `schema`. Fields that are not required may be null."""
     document = schema.model_json_schema()
     definitions = document.pop("$defs", {})
     content = {"application/json": {"schema": _resolved(document, definitions)}}
@@ -127,7 +127,7 @@ def request_body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def _resolved(node: Any, definitions: dict[str, Any]) -> Any:
-    """A JSON schema without references, in which what may be left out may be null."""
+    """A JSON schema with references resolved, in which every optional property may be null."""
     if isinstance(node, list):
         return [_resolved(item, definitions) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""A Prometheus histogram whose observations have a weight, which the client library's have not."""
+"""A Prometheus histogram with weighted observations, which the client library does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What uvicorn leaves open: connections that never ask, are too many, speak no HTTP, or never end."""
+"""Limits that uvicorn lacks: for connections that are idle, too many, send invalid HTTP, or never end."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from fastblt.server.api.security import MAX_HEADER_BYTES
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0
 
-#: Seconds in which a client that is refused may send the rest of its request, and read the answer.
+#: Seconds in which a refused client may still send the rest of its request, and read the answer.
 LINGER_SECONDS = 10.0
-#: Seconds that the other end of a TLS connection has to agree to its end. Many never do.
+#: Seconds for the TLS closing handshake. Many clients never answer it.
 TLS_END_SECONDS = 1.0
 
-#: Bytes that may wait for a slow reader; what comes beyond them is merged where it arises.
+#: Bytes of an answer that may wait for a slow reader. Beyond that, new deltas are merged in their stream.
 _WAITING_BYTES = 16 * 2**10
 
-#: Bytes that are received in one go.
+#: Bytes that are received at a time.
 _RECEIVED_BYTES = 64 * 2**10
 
-#: Chunks of a body: so many, and one more for so many bytes. Each costs as much time as some 10,000 bytes.
+#: Chunks that a body may have: _FREE_CHUNKS, and one more for each _CHUNK_BYTES. A chunk costs as much time as some
+#: 10,000 bytes.
 _FREE_CHUNKS = 256
 _CHUNK_BYTES = 512
 
@@ -38,12 +39,15 @@ _CHUNK_BYTES = 512
 _RESERVED_FILES = 128
 
 
-#: Under this name the scope's extensions have the HttpProtocol that a request came by.
+#: The key in the ASGI scope's extensions for the HttpProtocol that a request arrived on.
 CONNECTION = "fastblt.connection"
 
 
 class _Connection(h11.Connection):
-    """Raises h11.RemoteProtocolError for what h11 lets through, and should not be. `method` is the last request's."""
+    """Raises h11.RemoteProtocolError for framing that h11 accepts but that is unsafe or too slow.
+
+    `method` is that of the last request.
+    """
 
     method = b""
 
@@ -62,7 +66,10 @@ class _Connection(h11.Connection):
 
 
 def _check_framing(request: h11.Request) -> None:
-    """Refuse what another server may end elsewhere (RFC 9112, sections 6.1 and 6.3)."""
+    """Refuse a request whose end another server, such as a proxy, may see elsewhere (RFC 9112, sections 6.1, 6.3).
+
+    Raises h11.RemoteProtocolError.
+    """
     names = [name for name, _ in request.headers]
     if b"transfer-encoding" not in names:
         return
@@ -73,10 +80,11 @@ def _check_framing(request: h11.Request) -> None:
 
 
 class _Transport:
-    """A connection's transport that ends in order.
+    """A connection's transport that closes without losing the last answer.
 
-    Who is refused in mid-request still sends. A connection that is closed with unread bytes is reset, and the answer is
-    lost: so it is half closed first, and what comes is dropped. A TLS connection waits for its other end to agree.
+    A client that is refused in the middle of its request still sends. Closing a connection with unread bytes resets it,
+    and the client loses the answer. So the connection is half-closed first, and what still arrives is dropped. A TLS
+    connection waits for the closing handshake.
     """
 
     def __init__(self, transport: asyncio.Transport, unfinished: Callable[[], bool]) -> None:
@@ -98,26 +106,26 @@ class _Transport:
             return
         self.lingers = True
         if self._transport.can_write_eof():
-            # The other end may be gone by now.
+            # The client may have closed the connection already.
             with suppress(OSError):
                 self._transport.write_eof()
         self._transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self.end)
 
     def end(self) -> None:
-        """Close at once what lingers, too."""
+        """Close now, even while lingering."""
         self._transport.close()
         if self._transport.get_extra_info("ssl_object") is not None:
             asyncio.get_running_loop().call_later(TLS_END_SECONDS, self._transport.abort)
 
 
 class HttpProtocol(H11Protocol):
-    """HTTP/1.1 with bounds on what a connection may do before it is a request.
+    """HTTP/1.1 with limits on connections that have not sent a complete request.
 
-    Streams write to it from where deltas arrive: through ASGI every write would wake a task, which costs as much again.
+    Streams write to it directly when deltas arrive. Through ASGI every write would wake a task, which doubles the cost.
     """
 
-    #: Connections at once, if there are files for so many.
+    #: Most connections at once, if the limit of open files allows them.
     limit = 2**31
 
     #: Called when `writable` has become true again.
@@ -136,11 +144,11 @@ class HttpProtocol(H11Protocol):
 
     @property
     def writable(self) -> bool:
-        """Whether no more waits for the reader than may."""
+        """Whether the reader keeps up: at most _WAITING_BYTES are waiting for it."""
         return not self.flow.write_paused
 
     def write_body(self, data: bytes) -> None:
-        """Write a part of the running response's body, whose head has been sent and says no length."""
+        """Write a part of the current response's body. Its head has been sent, without a content length."""
         if self.cycle.disconnected or not data:
             return
         if self.cycle.scope["http_version"] >= "1.1":
@@ -153,18 +161,18 @@ class HttpProtocol(H11Protocol):
             self.on_writable()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not asserted: uvloop's own transports are of no class of asyncio's.
+        # A cast and not an assertion: uvloop's transports are not instances of asyncio's classes.
         transport = cast(asyncio.Transport, transport)
         self._ending = _Transport(transport, self._unfinished)
         super().connection_made(cast(asyncio.Transport, self._ending))
         transport.set_write_buffer_limits(high=_WAITING_BYTES)
         if hasattr(transport, "max_size"):
-            # asyncio's 256 KiB may have to be kept, or hold many small requests.
+            # asyncio's default is 256 KiB: as much memory for each slow connection, or many small requests at once.
             transport.max_size = _RECEIVED_BYTES
         self._seen: Any = None
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > min(self.limit, max_connections()):
-            # One more could be the file that the next log, or a new engine, needs.
+            # Files must be left for logs and for a new engine process.
             transport.abort()
             return
         self._check_later()
@@ -189,7 +197,7 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no request, and close. What waits for its body hears that the client has left."""
+        """Answer invalid HTTP with 400, and close. A handler that waits for the body sees a disconnect."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             text = f"this is no HTTP/1.1 that is served, or its head is larger than {MAX_HEADER_BYTES} bytes"
             content = json.dumps(error_object(400, text, "invalid_http")).encode()
@@ -199,7 +207,7 @@ class HttpProtocol(H11Protocol):
                 (b"connection", b"close"),
             ]
             response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            # The answer to HEAD has no body, whatever it says.
+            # The answer to HEAD has no body, whatever its content length says.
             head = self.conn.our_state is h11.SEND_RESPONSE and self.conn.method == b"HEAD"
             for event in (response, h11.Data(data=b"" if head else content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
@@ -212,7 +220,7 @@ class HttpProtocol(H11Protocol):
         self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
 
     def _check(self) -> None:
-        """Close a connection that has made no request since the last check, and has none running."""
+        """Close a connection without a request since the last check and without a running one."""
         idle = self.cycle is None or self.cycle.response_complete
         if idle and self.cycle is self._seen:
             self.transport.close()
@@ -222,12 +230,12 @@ class HttpProtocol(H11Protocol):
 
 
 def limited(connections: int) -> type[HttpProtocol]:
-    """The protocol of a server with so many connections at most."""
+    """The protocol class of a server with at most `connections` connections."""
     return type("HttpProtocol", (HttpProtocol,), {"limit": connections})
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many open files, and so connections, as the system allows it."""
+    """Raise this process's limit of open files, and so of connections, to the system's hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -62,7 +62,7 @@ class Metrics:
         ProcessCollector(namespace="fastblt_engine", pid=lambda: client.pid or "none", registry=self._registry)
 
     def observe(self, live: LiveRequest, delta: Delta, now: float) -> None:
-        """Record a delta as it reaches the front."""
+        """Record a delta when it arrives in the HTTP process. `now` is a monotonic time in seconds."""
         if delta.ids:
             since = now - live.latest
             if live.first is None:
@@ -84,7 +84,7 @@ class Metrics:
         self._http_seconds.observe(seconds)
 
     def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _finish(self, live: LiveRequest, delta: Delta, now: float) -> None:

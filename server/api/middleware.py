@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, its place in the metrics, and HEAD."""
+"""Middleware around every request: its id, its access log line, its metrics, and HEAD."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 
 class Requests:
-    """Gives every response an `x-request-id`: the client's own if it is sane, else a new one. Counts and logs it.
+    """Gives every response an `x-request-id`: the client's own if it is valid, else a new one.
 
-    HEAD is answered as GET would be, without the body.
+    Counts requests and logs them.
+    HEAD is answered like GET, without the body.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
@@ -38,7 +39,7 @@ class Requests:
         asked = headers.get("x-request-id", "")
         request_id = asked if _SANE_ID.fullmatch(asked) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        # What answers when an exception came this far.
+        # The status of the answer if an exception reaches this middleware.
         status = 500
         head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if head else scope
@@ -59,7 +60,7 @@ class Requests:
             await self._app(inner, receive, send_with_id)
         finally:
             seconds = time.monotonic() - start
-            # A path that nobody serves is the client's invention, and no label.
+            # An unknown path is not used as a label: clients could make any number of them.
             route = getattr(inner.get("route"), "path", "other")
             self._metrics.count_http(scope["method"], route, status, seconds)
             if self._access_log:
@@ -72,7 +73,7 @@ class Requests:
         fields = {
             "client": client[0],
             "method": scope["method"],
-            # As it was sent: a decoded one may hold line breaks.
+            # Not decoded: a decoded path may contain line breaks.
             "path": scope.get("raw_path", b"").decode("ascii", "backslashreplace"),
             "status": status,
             "seconds": round(seconds, 6),

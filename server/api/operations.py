@@ -1,4 +1,4 @@
-"""What operators and their tools ask: health, readiness, models, version, metrics."""
+"""Routes for operators and their tools: health, readiness, models, version, load, metrics."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ async def metrics(request: Request) -> Response:
 def _state(client: EngineClient, good: bool) -> Response:
     if good:
         return JSONResponse({"status": client.state})
-    # Answered and not raised: a probe is not a rejected request.
+    # Returned and not raised: the metrics must not count a probe as a rejected request.
     return JSONResponse(error_object(503, client.reason, client.state), 503)
 
 
 def _card(client: EngineClient) -> dict[str, Any]:
-    """OpenAI's model object, and what decides this server's output: the threshold decides every figure."""
+    """OpenAI's model object, with the settings of the checkpoint that decide its patches and block sizes."""
     config = client.config
     return {
         "id": client.model_name,

@@ -1,6 +1,6 @@
-"""The body of POST /v1/completions: what may stand in it, checked and turned into requests for the engine.
+"""The body of POST /v1/completions: its fields and their checks, and how it becomes requests for the engine.
 
-Types are checked here and ranges in `fastblt.server.request`; the JSON schemas tell of both.
+Types are checked here and ranges in `fastblt.server.request`. The JSON schemas describe both.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from fastblt.server.request import (
 )
 
 MAX_N = 16
-#: Log-probabilities that one call may ask for, alternatives included: those of prompts, and, of an answer that is not
-#: streamed, those of all of its bytes. They are written in one go.
+#: Log-probabilities that one call may ask for, alternatives included: those of its prompts, and, if the answer is not
+#: streamed, those of all its bytes. All of these are held until they are written at once.
 MAX_LOGPROBS_PER_CALL = 2**18
 MAX_SALT = 256
-#: Of either sign.
+#: Priorities range from -MAX_PRIORITY to MAX_PRIORITY.
 MAX_PRIORITY = 1000
 
 
 def _range(low: float, high: float) -> dict[str, JsonValue]:
-    """For a field's JSON schema."""
+    """A range in a field's JSON schema."""
     return {"minimum": low, "maximum": high}
 
 
@@ -74,7 +74,7 @@ class StreamOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model reads it, BOS in front, and how many ids of it are the client's."""
+    """A prompt's ids with BOS in front, and how many of them, from the end, the client sent."""
 
     ids: list[int]
     sent: int
@@ -130,23 +130,23 @@ class CompletionRequest(BaseModel):
 
     @property
     def scores_prompt(self) -> int | None:
-        """How many alternatives are wanted for every byte of the prompts; None for no logprobs of them."""
+        """How many alternatives to return for every byte of the prompts; None for no logprobs of prompts."""
         echoed = self.logprobs if self.echo else None
         return max((top for top in (echoed, self.prompt_logprobs) if top is not None), default=None)
 
     @property
     def shows_prompt(self) -> bool:
-        """Whether the answer has the prompts, or something of each of their bytes."""
+        """Whether the answer contains the prompts, their ids or their logprobs."""
         return self.echo or self.return_token_ids or self.prompt_logprobs is not None
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError for a value out of range."""
         return SamplingParams(
-            # The engine always makes a byte; where none is wanted it is left out of the answer.
+            # The engine makes at least one byte. With max_tokens 0 it is left out of the answer.
             max_tokens=1 if self.max_tokens == 0 else self.max_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
-            top_k=0 if self.top_k == -1 else self.top_k,  # -1 is the other common word for "all".
+            top_k=0 if self.top_k == -1 else self.top_k,  # Some clients send -1 for "all".
             top_p=self.top_p,
             min_p=self.min_p,
             seed=self.seed,
@@ -167,7 +167,10 @@ class CompletionRequest(BaseModel):
         )
 
     def take_prompts(self, max_model_len: int) -> list[Prompt]:
-        """The prompts, which are then no longer kept here. Raises InvalidRequestError."""
+        """The prompts. Checks all limits of the call, and drops `self.prompt` to free its memory.
+
+        Raises InvalidRequestError.
+        """
         self._check()
         prompts = self._prompts(max_model_len)
         self.prompt = None
@@ -193,7 +196,10 @@ class CompletionRequest(BaseModel):
         return prompts
 
     def requests(self, completion_id: str, prompts: list[Prompt], arrival: float) -> list[Request]:
-        """One request a choice, those of one prompt side by side. Raises InvalidRequestError."""
+        """One request for each choice; the choices of one prompt are adjacent. Raises InvalidRequestError.
+
+        `arrival` is a monotonic time in seconds.
+        """
         params = self.sampling()
         return [
             Request(
@@ -241,7 +247,7 @@ class CompletionRequest(BaseModel):
 
     def _read(self, prompt: Any, max_model_len: int) -> Prompt:
         encoded = isinstance(prompt, str) and self.prompt_encoding == "base64"
-        # A cheap first look, before ids are made of a long text; the engine has the exact rule.
+        # A cheap check before a long text is turned into ids. The engine checks the exact length.
         if isinstance(prompt, str | list) and len(prompt) > max_model_len * (4 / 3 if encoded else 1) + 4:
             raise InvalidRequestError(f"a prompt of {len(prompt)} exceeds max_model_len {max_model_len}", "prompt")
         if encoded:

@@ -1,4 +1,4 @@
-"""Who is let in, and with how much: API keys, and bounds of the head of a request."""
+"""Access: API keys, cross-origin rules, and limits on request headers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastblt.server.api.errors import ApiError, error_object
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 * 1024
 
-#: Answered without a key: a probe has none. Everything else, known or not, needs one.
+#: Paths that are answered without a key, for probes. Every other path needs one, whether it exists or not.
 _OPEN = frozenset({"/health", "/ready"})
 
 
 class Browsers(CORSMiddleware):
-    """Lets pages of other origins ask, as far as they may; a refusal is an error object as any other."""
+    """CORS for pages of other origins. A refused preflight request is answered with an error object."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         answer = super().preflight_response(request_headers)
@@ -32,9 +32,9 @@ class Browsers(CORSMiddleware):
 
 
 class Gate:
-    """Refuses heads that are too large (431), and requests without one of the keys (401), if there are any.
+    """Refuses headers that are too large (431) and, if there are keys, requests without one of them (401).
 
-    It stands before the router, and what it leaves open is a list of whole paths: no spelling of another path gets by.
+    It runs before the router and compares whole paths, so no other spelling of a path avoids the check.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], on_refusal: Callable[[ApiError, str], None]) -> None:
@@ -70,7 +70,7 @@ class Gate:
     def _knows(self, authorization: bytes) -> bool:
         scheme, _, key = authorization.partition(b" ")
         digest = _digest(key.strip())
-        # Every key is compared, each in constant time.
+        # All keys are compared, each in constant time: the time must not tell which key matched, or how far.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
 

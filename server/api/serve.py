@@ -1,4 +1,4 @@
-"""Runs the app on a socket until a signal, then lets the running requests finish."""
+"""Runs the app on a socket until a signal arrives, then lets running requests finish."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from fastblt.server.settings import FailurePolicy, HttpSettings
 
 logger = logging.getLogger("fastblt")
 
-#: Seconds for which a client may read nothing of what waits for it.
+#: Seconds that a client may go without reading what waits for it.
 READER_SECONDS = 120.0
 
-#: Connections that a server for more than one user needs.
+#: With fewer connections than this the server logs a warning.
 _FEW_CONNECTIONS = 256
-#: Connections at once; four for each request that may run or wait, if that is more.
+#: Most connections at once, or four for each request that may run or wait, if that is more.
 _CONNECTIONS = 4096
 
-#: Of glibc's mallopt: blocks from this size on are mapped each for itself.
+#: A parameter of glibc's mallopt: blocks of at least the given size get a memory mapping of their own.
 _M_MMAP_THRESHOLD = -3
 
-#: Seconds for last words: what was aborted still gets its end of stream.
+#: Seconds after an abort in which streams are still sent their end.
 _LAST_WORDS = 5
 
 
 class CertificateError(ValueError):
-    """A certificate or key file that HTTPS cannot be served with."""
+    """A certificate or key file cannot be used for HTTPS."""
 
 
 class _Server(uvicorn.Server):
-    """Ends in an orderly way after a signal, which it does not raise again. `on_signal` is called for each."""
+    """Shuts down after a signal and, unlike uvicorn's, does not raise it again. Calls `on_signal` for each signal."""
 
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
@@ -57,24 +57,30 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError, before anything has been loaded."""
+    """A listening socket. Port 0 takes a free port.
+
+    Raises OSError. It is called before anything is loaded, so that a port in use is reported at once.
+    """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.create_server(address[:2], family=family, backlog=2048)
-    # Connections inherit these. asyncio sets the first for sockets of its own making only; without it the end of every
-    # answer on a connection that is used again waits some 40 ms for the client's system to acknowledge its head.
+    # Connections inherit these options. asyncio sets TCP_NODELAY only on sockets that it creates itself. Without it, on
+    # a reused connection, the end of every answer waits some 40 ms until the client's system acknowledges its head.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # The system ends one whose reader takes nothing for so long.
+        # The system closes a connection whose client reads nothing for this long.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(READER_SECONDS * 1000))
     return sock
 
 
 def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
-    """The HTTP server around `client`. Raises CertificateError for certificates of no use."""
+    """The configuration of the HTTP server for `client`.
+
+    Raises CertificateError if the certificate or key cannot be used, OSError if no more files can be opened.
+    """
     config = uvicorn.Config(
         create_app(client, http),
         http=limited(max(_CONNECTIONS, 4 * (client.settings.max_running + client.settings.max_waiting))),
-        # Not whichever happens to be installed.
+        # Fixed, so that it does not depend on whether uvloop is installed.
         loop="asyncio",
         log_config=None,
         access_log=False,
@@ -88,7 +94,7 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
     try:
         config.load()
     except OSError as error:
-        # Of which SSLError is one; nothing else of it opens files.
+        # SSLError is an OSError. Loading the configuration opens no files other than the certificate and key.
         if http.tls_certificate is None or error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise CertificateError(str(error)) from error
@@ -96,26 +102,29 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
 
 
 def _return_large_blocks() -> None:
-    """Have the C library give the memory of a large body back to the system at its end.
+    """Have the C library return the memory of a large body to the system when it is freed.
 
-    By itself it learns from the first one to keep such blocks, in pieces that the next may not fit.
+    By default, glibc raises its threshold after the first large block and keeps later ones, which fragments memory.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
 
 
 async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -> None:
-    """Serve `client` on `sock` until SIGINT or SIGTERM; running requests have `shutdown_timeout` to finish then, or
-    until the next signal, and are aborted.
+    """Serve `client` on `sock` until SIGINT or SIGTERM.
+
+    Running requests then have `http.shutdown_timeout` seconds to finish. After that, or at a second signal, they are
+    aborted.
 
     Raises EngineUnavailableError when the engine cannot be loaded, or when it is dead for good and the policy is EXIT.
-    Under the other policies the server then stays and answers 503: whoever watches /health decides.
+    Under the other policies the server keeps running and answers 503, so that a probe of /health can decide.
     """
     raise_file_limit()
     _return_large_blocks()
-    # The event loop asks for its turn after every read and write: it must not wait for threads' 5 ms each time.
+    # After every read and write the event loop's thread competes for the interpreter lock. With Python's default it
+    # would wait up to 5 ms for another thread each time.
     sys.setswitchinterval(0.0005)
-    # What is there by now stays: the collector need not look at it again, each time while others wait.
+    # Objects made so far live until the end. Freezing them keeps the garbage collector's pauses short.
     gc.collect()
     gc.freeze()
     if (most := max_connections()) < _FEW_CONNECTIONS:

@@ -1,4 +1,4 @@
-"""From ids to the text that clients read: whole characters, OpenAI's logprobs, server-sent events."""
+"""Turns ids into what clients read: whole characters, OpenAI's logprobs, server-sent events."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastblt.server.api.names import TOKEN_NAMES
 from fastblt.server.process.stream import DeltaStream
 from fastblt.server.request import ByteLogprobs, Delta
 
-#: What JSON cannot carry as -inf.
+#: Stands for -inf, which JSON cannot represent.
 MIN_LOGPROB = -9999.0
 
-#: The byte of every id; specials have none.
+#: The byte of every id. It is empty for specials.
 _BYTES = [decode([token]) for token in range(VOCAB_SIZE)]
 
 DONE = b"data: [DONE]\n\n"
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 class TextDecoder:
-    """Bytes in, whole characters out: an incomplete tail of at most 3 bytes is held back.
+    """Decodes bytes into whole characters. An incomplete tail of at most 3 bytes is held back.
 
-    A byte that can never become part of a character is U+FFFD at once. All pieces joined equal
-    `data.decode("utf-8", "replace")`. `completed` counts the characters that came out.
+    A byte that can never become part of a character gives U+FFFD at once. All pieces joined equal
+    `data.decode("utf-8", "replace")`. `completed` counts the characters returned so far.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class TextDecoder:
         return bool(self._decoder.getstate()[0])
 
     def feed(self, data: bytes, *, final: bool = False) -> str:
-        """The characters that `data` completes; with `final`, an incomplete tail becomes U+FFFD."""
+        """The characters that `data` completes. With `final`, an incomplete tail becomes U+FFFD."""
         if data.isascii() and not self.pending:
             self.completed += len(data)
             return data.decode("ascii")
         text = self._decoder.decode(data, final)
         held = self._decoder.getstate()[0]
         if held[:1] == b"\xed" and held[1:2] >= b"\xa0":
-            # Half of a surrogate: the library waits for its end, though no end makes it a character.
+            # Half of a surrogate: the library waits for a third byte, although no byte completes a character.
             text += self._decoder.decode(b"", True)
         self.completed += len(text)
         return text
@@ -63,8 +63,8 @@ class TextDecoder:
 class LogprobsBuilder:
     """Collects OpenAI's legacy `logprobs` object, `{text_offset, token_logprobs, tokens, top_logprobs}`.
 
-    A byte's offset is the number of characters before its own; all bytes of one character share it. `names` are those
-    of the ids.
+    A byte's offset is the number of characters before the one it belongs to, so all bytes of a character share it.
+    `names` are the names of all ids, in order.
     """
 
     def __init__(self, top: int, names: Sequence[str]) -> None:
@@ -73,14 +73,15 @@ class LogprobsBuilder:
         self._clear()
 
     def add(self, token: int, value: ByteLogprobs | None, offset: int) -> None:
-        """One id; None where nothing stands before it that could say how likely it is."""
+        """Add one id. `value` is None for the first id of a prompt, for which the model predicts nothing."""
         names = self._names
         name = names[token]
         logprob = top = None
         if value is not None:
             logprob = max(value.logprob, MIN_LOGPROB)
             top = {names[other]: max(other_logprob, MIN_LOGPROB) for other, other_logprob in value.top[: self._top]}
-            # Always there, and the very same number: whoever asks if the byte was the greedy one compares for equality.
+            # The byte itself is always included, with exactly the same number: clients test whether it was the greedy
+            # choice by comparing for equality.
             top[name] = logprob
         self._fields["text_offset"].append(offset)
         self._fields["token_logprobs"].append(logprob)
@@ -88,7 +89,7 @@ class LogprobsBuilder:
         self._fields["top_logprobs"].append(top)
 
     def take(self) -> dict[str, list[Any]]:
-        """What was added since the last call."""
+        """The entries added since the last call."""
         fields = self._fields
         self._clear()
         return fields
@@ -103,9 +104,9 @@ class LogprobsBuilder:
 
 
 class ChoiceText:
-    """The text of one choice as it grows, and its logprobs if they were asked for, with `logprobs` alternatives.
+    """The growing text of one choice and, unless `logprobs` is None, its logprobs with so many alternatives.
 
-    An echoed prompt is fed first: then its text is joined with the completion's even within a character.
+    An echoed prompt is fed first, so that a character may begin in the prompt and end in the completion.
     """
 
     def __init__(self, *, logprobs: int | None, names: Sequence[str] = TOKEN_NAMES) -> None:
@@ -120,8 +121,10 @@ class ChoiceText:
         final: bool,
         ending: tuple[int, ByteLogprobs] | None = None,
     ) -> str:
-        """The text that `ids` complete; everything that was held back with `final`. `ending` ended the completion
-        without being part of it, and stands in the logprobs only."""
+        """The text that `ids` complete. With `final`, also all that was held back.
+
+        `ending` is an id that ended the completion without being part of it. It appears in the logprobs only.
+        """
         decoder, builder = self._decoder, self._logprobs
         if builder is None or not logprobs:
             text = decoder.feed(b"".join([_BYTES[token] for token in ids]), final=final)
@@ -137,17 +140,17 @@ class ChoiceText:
         return text
 
     def take_logprobs(self) -> dict[str, list[Any]] | None:
-        """The logprobs of the bytes fed since the last call, or None where none were asked for."""
+        """The logprobs of the bytes fed since the last call; None if none were asked for."""
         return self._logprobs.take() if self._logprobs is not None else None
 
 
 def to_json(data: Any) -> bytes:
-    """One line of UTF-8."""
+    """JSON as one line of UTF-8."""
     return msgspec.json.encode(data)
 
 
 def one_line(encoded: bytes) -> bytes:
-    """JSON in which nothing ends a line: httpx, requests and others take these three characters for line ends."""
+    """JSON with U+0085, U+2028 and U+2029 escaped: httpx, requests and others take them for line ends."""
     if encoded.isascii():
         return encoded
     for character in ("\u0085", "\u2028", "\u2029"):
@@ -161,33 +164,31 @@ def event(data: Any) -> bytes:
 
 
 class Events(Protocol):
-    """What is to be sent of a stream. `failed` says that it ends before its time."""
+    """Turns the deltas of a stream into bytes to send. `failed`: an error has ended the stream early."""
 
     failed: bool
 
     def render(self, deltas: list[Delta]) -> bytes:
-        """The events that one item of the stream makes."""
+        """The events for one item of the stream."""
         ...
 
     def size(self, deltas: list[Delta]) -> int:
-        """About how many bytes these are."""
+        """About how many bytes `render` would return."""
         ...
 
     def last(self) -> bytes:
-        """Those after all items."""
+        """The events after all items."""
         ...
 
 
 class EventStream(Response):
-    """Sends a stream's events as they come, then closes it. A client that leaves ends it at once, whatever it waits
-    for.
-    """
+    """Sends a stream's events as they arrive, then closes the stream. It is closed at once if the client leaves."""
 
     def __init__(
         self, stream: DeltaStream, events: Events, bodies: Bodies, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
-        # Without a length: the base class has counted an empty body.
+        # The base class has set the length of an empty body.
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._stream = stream
@@ -198,7 +199,7 @@ class EventStream(Response):
         try:
             await until_disconnect(receive, self._send(send, scope.get("extensions", {}).get(CONNECTION)))
         except ClientDisconnect:
-            pass  # There is nobody to tell.
+            pass  # There is no client to answer.
         finally:
             self._stream.close()
 
@@ -217,9 +218,9 @@ class EventStream(Response):
         return await self._bodies.work(self._events.size(deltas), lambda: self._events.render(deltas))
 
     async def _write(self, connection: HttpProtocol) -> None:
-        """Write until the stream's end, from where deltas arrive (`DeltaStream.listen`)."""
+        """Write to the connection until the stream ends, in the callback for new deltas (`DeltaStream.listen`)."""
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # What is much is rendered beside the event loop, and the rest waits for it.
+        # A large rendering that runs in a thread. Later deltas wait for it.
         busy: asyncio.Task[bytes] | None = None
 
         def pass_on() -> None:
@@ -247,7 +248,7 @@ class EventStream(Response):
             pass_on()
             await over
         finally:
-            # So that what else comes finds nothing to do.
+            # Later calls of `pass_on` then return at once.
             over.cancel()
             if busy is not None:
                 busy.cancel()
@@ -255,7 +256,7 @@ class EventStream(Response):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is canceled when the client leaves first: then raises ClientDisconnect."""
+    """The result of `work`. If the client leaves first, cancels `work` and raises ClientDisconnect."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":

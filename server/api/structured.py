@@ -1,4 +1,4 @@
-"""What a completion must look like, as OpenAI's `response_format` and vLLM's `structured_outputs` say it."""
+"""Reads OpenAI's `response_format` and vLLM's `structured_outputs`: the grammar that a completion must follow."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
 
-#: Keys of an object that can mean nothing here; a bound for the answer to a wrong one.
+#: Keys of an object in these fields. Every valid object has fewer. This bounds the error message of an invalid one.
 _MAX_KEYS = 32
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def structured_output(response_format: Any, structured_outputs: Any) -> StructuredOutput | None:
-    """The grammar that the two fields ask for; None for free text. Raises InvalidRequestError."""
+    """The grammar that the two fields ask for; None for free text.
+
+    Raises InvalidRequestError for invalid values, or if both fields ask for a grammar.
+    """
     by_format = None if response_format is None else _response_format(response_format)
     by_outputs = None if structured_outputs is None else _structured_outputs(structured_outputs)
     if by_format is not None and by_outputs is not None:

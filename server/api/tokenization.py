@@ -1,6 +1,6 @@
-"""Ids of texts and back, and what a client must know of the vocabulary: /tokenize, /detokenize, /tokenizer_info.
+"""Routes between texts and ids, and a description of the vocabulary: /tokenize, /detokenize, /tokenizer_info.
 
-A text has at most MAX_PROMPT_IDS bytes, whatever the model takes: tools cut it after they have counted.
+A text may have MAX_PROMPT_IDS bytes, even if that exceeds `max_model_len`: tools count first and shorten afterwards.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ async def detokenize(request: Request) -> Response:
 async def _answer(
     request: Request, schema: type[Schema], field: str, answer: Callable[[Schema], dict[str, Any]]
 ) -> Response:
-    """What `answer` makes of the body, whose large field is `field`."""
+    """The JSON response that `answer` makes of the body. `field` names the body's large field.
+
+    Raises as `Bodies.read` and `parse_body` do.
+    """
     bodies: Bodies = request.app.state.bodies
     held = await bodies.read(request, max_body_bytes(MAX_PROMPT_IDS, prompts=1))
 

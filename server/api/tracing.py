@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, as an optional extra: one span a request, from its arrival to its end."""
+"""OpenTelemetry traces, an optional extra: one span for each request, from its arrival to its end."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ parent: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
 _NANO = 10**9
 
-#: Spans that a collector does not take in so many seconds are lost.
+#: Seconds to send spans to the collector. Spans that take longer are dropped.
 _SEND_SECONDS = 2
 
 
 class TracingUnavailableError(RuntimeError):
-    """The extra is not installed."""
+    """The packages of the extra `otel` are not installed."""
 
 
 class Tracer:
-    """Sends spans over OTLP/HTTP to `endpoint`, such as http://localhost:4318/v1/traces, from a thread of its own.
+    """Sends spans over OTLP/HTTP to `endpoint`, such as http://localhost:4318/v1/traces, from a background thread.
 
-    Raises TracingUnavailableError without the packages.
+    Raises TracingUnavailableError if the packages are not installed.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -49,14 +49,14 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def observe(self, live: LiveRequest, delta: Delta, now: float) -> None:
-        """Make the span of a request that ends."""
+        """Record the span of a request when its last delta arrives. `now` is a monotonic time in seconds."""
         if delta.finish_reason is None:
             return
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         header = live.context.get(parent)
         context = self._propagator.extract({"traceparent": header}) if header else None
-        # Monotonic times hold within the process; spans want the wall clock's.
+        # Our times are monotonic. Spans need wall-clock times.
         offset = time.time() - now
         start = int((live.request.arrival + offset) * _NANO)
         attributes = _attributes(live, delta, now)
@@ -69,12 +69,12 @@ class Tracer:
         span.end(int((now + offset) * _NANO))
 
     async def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         await asyncio.to_thread(self._provider.shutdown)
 
 
 def _attributes(live: LiveRequest, delta: Delta, now: float) -> dict[str, AttributeValue]:
-    """OpenTelemetry's names where it has some, vLLM's for latencies."""
+    """The span's attributes, under OpenTelemetry's names where there are any, and vLLM's for latencies."""
     request, arrival = live.request, live.request.arrival
     attributes: dict[str, AttributeValue] = {
         "gen_ai.request.id": request.request_id,

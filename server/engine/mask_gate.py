@@ -1,4 +1,4 @@
-"""Who takes part in a pass: a request whose masks are not there yet does not, and nobody waits for it."""
+"""Keeps requests out of a pass while their grammar masks are missing, so that other requests need not wait."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from fastblt.server.engine.sequence import Planned, Sequence
 
 
 class MaskGate:
-    """Waits for the masks of the engine's requests, as long as the pool lets it (docs/design.md §9)."""
+    """Waits for masks, as long as the pool allows, and tells which requests have theirs (docs/design.md §9)."""
 
     def __init__(self, pool: GrammarPool) -> None:
         self._pool = pool
 
     def decided(self, running: list[Sequence]) -> list[Sequence]:
-        """A step begins: those of whose last byte it was not known whether it ends the output, and can be told now."""
+        """Begin a step. Returns the undecided requests whose constraints can now be asked to `decide`."""
         self._pool.begin_step()
         undecided = [s for s in running if s.undecided]
         if not undecided:
             return []
-        # A prompt goes on while its grammar is being compiled.
+        # A request that is still in its prompt does not need its grammar yet.
         wanted = [s.constraint.grammar for s in undecided if not s.prefilling and s.constraint and s.constraint.grammar]
         if wanted:
             self._pool.wait(wanted, alone=len(wanted) == len(running))
@@ -28,7 +28,7 @@ class MaskGate:
         return [s for s in undecided if s.constraint and s.constraint.grammar and not s.constraint.grammar.waiting]
 
     def ready(self, planned: list[Planned], *, others: bool = False) -> list[Planned]:
-        """Those of the sequences with plans whose masks are there; `others` could go on without them."""
+        """The planned sequences whose masks are there. `others`: whether further requests could run without them."""
         late = [sequence for sequence, plan in planned if not _has_masks(sequence, plan)]
         if not late:
             return planned

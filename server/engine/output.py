@@ -1,4 +1,4 @@
-"""From fixed bytes to what may leave: EOS, stop ids, stop strings, grammars and the length, cut exactly."""
+"""Decides where a completion ends (EOS, stop ids, stop strings, grammar, length) and which bytes may be sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastblt.server.request import ByteLogprobs, FinishReason, SamplingParams
 class Output:
     """The completion of one request as it grows.
 
-    Bytes that could still turn out to be part of a stop string are held back. What lies after the end is dropped and
-    counted as wasted by the caller.
+    Bytes that may still become part of a stop string are held back. Ids after the end are not taken. The caller counts
+    them as wasted.
     """
 
     def __init__(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
@@ -22,12 +22,12 @@ class Output:
         self._constraint = constraint
         self._stop_ids = set(params.stop_token_ids)
         self._stops = stop_strings(params.stop)
-        #: How the output's end and the stop strings' beginnings agree.
+        #: The state of `StopStrings` after the output so far.
         self._state = 0
-        #: Whether only EOS and the length can end it.
+        #: Whether only EOS and the length can end the completion, and there are no logprobs.
         self._simple = not params.stop and not self._stop_ids and constraint is None and params.logprobs is None
         self.ids: list[int] = []
-        #: Of the bytes that have not left.
+        #: Log-probabilities of the bytes that have not been released.
         self._logprobs: list[ByteLogprobs] = []
         self._released = 0
         self.finish_reason: FinishReason | None = None
@@ -36,7 +36,7 @@ class Output:
         self.ending: tuple[int, ByteLogprobs] | None = None
 
     def pass_on(self, ids: Sequence[int]) -> bool:
-        """Take fixed ids that may leave as they are; False, with nothing done, where that would take a closer look."""
+        """Take and release fixed ids at once in the simple case. Returns False, without effect, in any other case."""
         params, own = self._params, self.ids
         if not self._simple or len(own) + len(ids) >= params.max_tokens or (EOS_ID in ids and not params.ignore_eos):
             return False
@@ -45,14 +45,14 @@ class Output:
         return True
 
     def extend(self, ids: Sequence[int], logprobs: list[ByteLogprobs] | None) -> int:
-        """Take fixed ids up to the first end among them; how many were taken."""
+        """Take fixed ids up to the one that ends the completion. Returns how many were taken."""
         for at, token in enumerate(ids):
             if self.append(token, logprobs[at] if logprobs else None):
                 return at + 1
         return len(ids)
 
     def append(self, token: int, logprob: ByteLogprobs | None) -> bool:
-        """Take one fixed id; True once the completion has ended with it. Must not be called after that."""
+        """Take one fixed id. Returns whether the completion has ended; then it must not be called again."""
         params = self._params
         may_stop = len(self.ids) >= params.min_tokens
         if token == EOS_ID and not params.ignore_eos:
@@ -66,10 +66,10 @@ class Output:
             return self._finish(FinishReason.STOP, token)
         self._push(token, logprob)
         if (stops := self._stops) is not None:
-            # An id that is no byte (EOS under ignore_eos) can be part of no stop string.
+            # EOS under ignore_eos is not a byte, so no stop string goes across it.
             self._state = stops.step(self._state, token - BYTE_OFFSET) if token >= BYTE_OFFSET else 0
             if self._state and len(self.ids) >= params.min_tokens and (stop := stops.ended(self._state)) is not None:
-                # Of stops that end here the longest began first.
+                # `ended` gives the longest stop string that ends here, which is the one that began first.
                 if not params.include_stop_str_in_output:
                     del self.ids[-len(stop) :]
                     del self._logprobs[-len(stop) :]
@@ -84,14 +84,14 @@ class Output:
         return False
 
     def decide(self) -> bool:
-        """What the constraint could not say of the last id, once it can; True once the completion has ended with it."""
+        """Finish the last `append` once the constraint is decided. Returns whether the completion has ended."""
         assert self._constraint is not None
         if (end := self._constraint.decide()) is not None:
             return self._finish(end, None)
         return len(self.ids) >= self._params.max_tokens and self._finish(FinishReason.LENGTH, None)
 
     def release(self) -> tuple[list[int], list[ByteLogprobs]]:
-        """The ids (and logprobs, where asked for) that may leave now and have not left before."""
+        """The ids, and logprobs if asked for, that may be sent and have not been returned yet."""
         until = len(self.ids)
         if self.finish_reason is None and self._stops is not None and not self._params.include_stop_str_in_output:
             until -= self._stops.begun(self._state)

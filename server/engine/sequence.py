@@ -15,7 +15,7 @@ from fastblt.server.request import ByteLogprobs, DecodingParams, Ledger, PatchRe
 
 @dataclass(slots=True)
 class Patch:
-    """A closed patch over positions [start, end]; `slot` is its latent's, 0 until the global transformer has run."""
+    """A closed patch over positions [start, end]. `slot` holds its latent; 0 until the global transformer has run."""
 
     index: int
     start: int
@@ -26,9 +26,9 @@ class Patch:
 class Sequence:
     """State of one accepted request.
 
-    Between rounds it is a function of `ids` and `decoded` alone: what drafts left behind is cut off (design §3).
-    `scanned`, `encoded` and `decoded` count the rows that entropy model, encoder and decoder have computed.
-    `state_index` is its row in everything that is kept by request; 0 while it waits.
+    Between rounds it depends on `ids` and `decoded` alone: whatever refused drafts computed is cut off (design §3).
+    `scanned`, `encoded` and `decoded` count the rows that the entropy model, the encoder and the decoder have computed.
+    `state_index` is the request's row in the engine's arrays; 0 while it waits in the queue.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.constraint = constraint
         self.output = Output(request.params, constraint)
-        #: Whether passes return nothing but ids for it: no log-probabilities, patches or constraints.
+        #: Whether it needs nothing but ids from a pass: no log-probabilities, patches or constraints.
         self.ids_only = (
             constraint is None
             and self.params.logprobs is None
@@ -56,53 +56,52 @@ class Sequence:
             and not self.params.return_patches
         )
         self.penalizes = self.params.penalizes
-        #: Whether one call may make several of its passes: the host has nothing to do between them (`FusedSteps`).
+        #: Whether several passes may run in one call, because the host has nothing to do between them (`FusedSteps`).
         self.fusable = self.ids_only and not self.penalizes
-        #: The denoising step of every produced byte, where patches are asked for.
+        #: The denoising step of every produced byte, if patches are asked for.
         self.steps: list[int] = []
-        #: How many rows of the prompt were scored; `_scores` has those that have not been returned yet.
+        #: How many rows of the prompt have log-probabilities. `_scores` has those that have not been returned yet.
         self.scored = 0
         self._scores: list[ByteLogprobs] = []
         self.ledger = Ledger()
         self.timings = Timings(arrival=request.arrival)
         self.state_index = 0
-        #: Number of the last pass that served it, for fairness under a row budget.
+        #: Number of the last pass that it took part in, for fairness under a row budget.
         self.last_pass = 0
-        #: How many bytes were known when memory ran out in one of its passes.
+        #: How many bytes were known when memory ran out in one of its passes; None if that never happened.
         self.starved_at: int | None = None
         #: Bytes of the prompt that were cached when it was first admitted; None before that.
         self.cached: int | None = None
         self.decoded = 0
-        #: Positions behind the prompt that start a patch; some may be those of drafted bytes.
+        #: Positions after the prompt that start a patch. Some may be those of drafted bytes.
         self.starts: list[int] = []
-        #: Entropies of the rows from the prompt's last on, where patches are asked for.
+        #: Entropies (nats) of the rows from the prompt's last on, if patches are asked for.
         self.entropies: list[float] = []
         self.restart()
 
     def restart(self) -> None:
-        """Begin again with nothing computed: at the start, or when preempted. Reported patches stay known."""
+        """Reset to nothing computed: at the start, or when preempted. Keeps the patches known for the report."""
         self._cut_report(self.decoded)
-        #: Rows whose patches are known for the report: if these rows are cached they need not be computed again.
+        #: The number of rows whose patches are known for the report. If they are cached, they are not computed again.
         self.reached = self.decoded
         self.scanned = self.encoded = self.decoded = 0
-        #: Whether the prompt is computed in chunks; with its last rows the method takes over.
+        #: Whether the prompt is still being computed in chunks. With its last rows the method takes over.
         self.prefilling = True
         self.open_start = 0
         self.closed = 0
-        #: The newest closed patches, oldest first: those that rows not yet decoded may cross-attend to.
+        #: The closed patches that rows not yet decoded may cross-attend to, oldest first.
         self.patches: deque[Patch] = deque()
         self.provisional: Patch | None = None
-        #: Drafted bytes behind `ids`.
+        #: Drafted bytes that follow `ids`.
         self.draft: abc.Sequence[int] = ()
         self.plan: Plan | None = None
         self.ready = False
-        #: Log-probabilities of the block being filled, by offset.
+        #: Log-probabilities of the block that is being filled, by offset in the block.
         self.block_logprobs: dict[int, ByteLogprobs] = {}
         self.method.reset()
 
     def resume(self, at: int, patch: Patch | None) -> None:
-        """Go on at position `at`, whose earlier rows are cached; a patch begins there, behind the closed one
-        `patch`."""
+        """Start at position `at`; the rows before it are cached. A patch begins there; `patch` is the one before it."""
         self.scanned = self.encoded = self.decoded = self.open_start = at
         if patch is not None:
             self.closed = patch.index + 1
@@ -119,13 +118,13 @@ class Sequence:
         return self.params.max_tokens - len(self.output.ids)
 
     def close(self) -> None:
-        """It has ended, or was not accepted."""
+        """Release the constraint: the request has ended, or was not accepted."""
         if self.constraint is not None:
             self.constraint.close()
 
     @property
     def undecided(self) -> bool:
-        """Whether it may turn out to have ended: its grammar has not said yet what can follow."""
+        """Whether the request may have ended already: its grammar has not yet said what can follow."""
         return self.constraint is not None and self.constraint.undecided
 
     @property
@@ -134,7 +133,7 @@ class Sequence:
         return self.constraint is not None and self.constraint.followed
 
     def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
-        """Take the entropies (nats) of the next rows: patches close where the rule says so."""
+        """Take the entropies (nats) of the next rows, and close patches where the rule says so."""
         if not self.ids_only and self.params.return_patches:
             self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
         for end in rule.ends(self.scanned, entropies, self.open_start):
@@ -147,7 +146,7 @@ class Sequence:
 
     @property
     def pending(self) -> bool:
-        """Whether there are `pending_patches`. The newest tells: patches get their latents in order."""
+        """Whether there are `pending_patches`. Patches get latents in order, so only the newest is checked."""
         patches, provisional = self.patches, self.provisional
         return bool(patches and patches[-1].slot == 0) or (provisional is not None and provisional.slot == 0)
 
@@ -166,19 +165,19 @@ class Sequence:
         return waiting
 
     def score(self, scores: list[ByteLogprobs]) -> None:
-        """Append the scores of the next rows of the prompt."""
+        """Append the log-probabilities of the next rows of the prompt."""
         self._scores += scores
         self.scored += len(scores)
 
     def take_scores(self) -> list[ByteLogprobs] | None:
-        """The scores that have not been returned yet; None if there are none."""
+        """The prompt's log-probabilities that have not been returned yet; None if there are none."""
         scores, self._scores = self._scores, []
         return scores or None
 
     def cut(self, keep: int) -> list[int]:
-        """Roll back to rows 0..keep-1; returns the latent slots that are free again.
+        """Roll back to rows 0..keep-1. Returns the latent slots that this frees.
 
-        A patch stays iff its last byte does. Refusing a tail changes nothing before it (design §3).
+        A patch stays iff its last byte does. Removing a tail changes nothing before it (design §3).
         """
         freed = []
         while self.patches and self.patches[-1].end >= keep:
@@ -198,13 +197,13 @@ class Sequence:
         return freed
 
     def _cut_report(self, keep: int) -> None:
-        """Forget the patches that rows from `keep` on reported."""
+        """Remove from the report what rows from `keep` on added."""
         while self.starts and self.starts[-1] > keep:
             self.starts.pop()
         del self.entropies[max(keep - self.prompt_length + 1, 0) :]
 
     def count_patches(self) -> None:
-        """Count bytes and patches of the output in the ledger, without what drafts left behind it."""
+        """Enter the output's bytes and patches in the ledger, without those of drafted bytes after it."""
         ledger, end = self.ledger, self.prompt_length + len(self.output.ids)
         ledger.bytes = len(self.output.ids)
         # Whether a byte starts a patch is known once the row before it is scanned.
@@ -224,12 +223,12 @@ class Sequence:
         )
 
     def forget_patches(self) -> list[int]:
-        """Drop patches that no row from `decoded` on reads; returns their latent slots. The newest always stays."""
+        """Drop patches that no row from `decoded` on can read. Returns their latent slots. The newest always stays."""
         freed = []
         while len(self.patches) > 1 and self.patches[1].end <= self.decoded:
             freed.append(self.patches.popleft().slot)
         return freed
 
 
-#: A sequence, and the plan that a pass carries out for it.
+#: A sequence, and its plan for a pass.
 Planned = tuple[Sequence, Plan]

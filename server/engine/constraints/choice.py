@@ -1,20 +1,23 @@
-"""A choice as a regular expression. As a list of alternatives the library would keep them all in view at every byte."""
+"""Turns a choice into a regular expression with common prefixes factored out.
+
+With a plain list of alternatives, llguidance would follow all of them at every byte.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: How far common beginnings are told apart, in letters where they part; the library allows expressions 250 levels.
+#: Nested groups at most, one for each letter where common prefixes branch. llguidance allows 250 levels.
 _LEVELS = 60
 
 
 def one_of(texts: Sequence[str]) -> str:
-    """An expression, in Rust's syntax, of exactly these texts; their common beginnings stand in it once."""
+    """A regular expression, in Rust's syntax, that matches exactly these texts. Common prefixes occur in it once."""
     return _expression(sorted(set(texts)), 0, _LEVELS) if texts else ""
 
 
 def _expression(texts: list[str], start: int, levels: int) -> str:
-    """Of what the texts, sorted, go on with behind their first `start` letters, which they have in common."""
+    """An expression for the rests of `texts` after `start` letters. The texts are sorted and share these letters."""
     common = start
     while len(texts[0]) > common and texts[0][common] == texts[-1][common]:
         common += 1

@@ -1,4 +1,4 @@
-"""What one completion may hold: strict UTF-8, a grammar, or both, id by id (docs/design.md §9)."""
+"""Constrained decoding of one completion: strict UTF-8, a grammar, or both, as masks of ids (docs/design.md §9)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Mask = np.ndarray | None
 
 
 class Constraint:
-    """The state of one request: a function of the ids its completion has, whatever has been drafted or preempted.
+    """The constraint state of one request. It depends only on the ids of its completion, not on drafts or preemption.
 
-    Masks concern only what the output may go on with: where nothing can come of a byte (behind a draft that will be
-    refused, behind the end) there is none. A mask that is there allows at least one id that is produced.
+    A mask is given only where a byte can become part of the output. After a draft that will be refused, and after the
+    end, there is none. A mask always allows at least one id that can be produced.
 
-    A grammar's masks come when its process has made them. Until then it is `undecided` whether the completion goes on.
+    A grammar's masks are made by another process. Until they arrive, it is `undecided` whether the completion goes on.
     """
 
     def __init__(self, max_tokens: int, *, strict: bool, grammar: GrammarCursor | None) -> None:
@@ -30,17 +30,17 @@ class Constraint:
         self._strict = strict
         self._utf8 = utf8.WHOLE
         self.grammar = grammar
-        #: Whether `decide` is to be asked how the completion goes on.
+        #: Whether `decide` must still be called after the last byte.
         self.undecided = grammar is not None
-        #: Why it said FinishReason.ERROR.
+        #: The error message if the completion ended with FinishReason.ERROR.
         self.problem: str | None = None
         self.problem_code = ErrorCode.GRAMMAR_TOO_COMPLEX
 
     @classmethod
     def of(cls, params: SamplingParams, pool: GrammarPool, *, wait: bool = True) -> Constraint | None:
-        """None where the request asks for nothing of the kind.
+        """The constraint of a request; None if it asks for neither strict UTF-8 nor a grammar.
 
-        With `wait` the grammar is compiled before this returns: raises InvalidRequestError if it cannot be used.
+        With `wait` the grammar is compiled before this returns. Raises InvalidRequestError if it cannot be used.
         """
         strict = params.utf8 == Utf8.STRICT
         if not strict and params.structured_output is None:
@@ -56,7 +56,7 @@ class Constraint:
         return constraint
 
     def _check(self, pool: GrammarPool) -> None:
-        """Wait for the grammar to be compiled. Raises InvalidRequestError if it cannot be used, or not here."""
+        """Wait until the grammar is compiled. Raises InvalidRequestError if it cannot be used with this request."""
         if self.grammar is None:
             return
         while self.grammar.waiting:
@@ -67,7 +67,10 @@ class Constraint:
             raise InvalidRequestError(self.problem or "the grammar allows no byte", "max_tokens")
 
     def commit(self, token: int) -> FinishReason | None:
-        """One more byte stands in the output; says so where nothing can follow it, if that is known yet."""
+        """Append one id to the output. Returns why the completion ends if nothing can follow, and None otherwise.
+
+        Also returns None while that is not known: see `undecided`.
+        """
         self._left -= 1
         if self._strict:
             self._utf8 = utf8.step(self._utf8, token)
@@ -78,11 +81,11 @@ class Constraint:
         return None if self.undecided else self.decide()
 
     def decide(self) -> FinishReason | None:
-        """How a completion ends behind whose last byte nothing can follow, now that the grammar's process has answered.
+        """Why the completion ends after its last byte, or None if it goes on. The grammar's process has answered.
 
-        A grammar that allows nothing more ends the completion, whatever `min_tokens` and `ignore_eos` say: there is no
-        byte to go on with. LENGTH: the next character of the grammar does not fit into what is left; an ERROR if it is
-        the first.
+        STOP: the grammar allows no further byte. This holds whatever `min_tokens` and `ignore_eos` say, since there is
+        no byte to go on with. LENGTH: the grammar's next character does not fit into `max_tokens`; if it is the first
+        one, ERROR. See `problem` for errors.
         """
         assert self.grammar is not None and not self.grammar.waiting
         self.undecided = False
@@ -107,7 +110,7 @@ class Constraint:
         return FinishReason.ERROR
 
     def ready(self, draft: Sequence[int], block: Sequence[int]) -> bool:
-        """Whether `along` and `block` would know all that a pass asks of them; what they lack is asked for."""
+        """Whether `along` and `block` have all masks that a pass needs. Requests the missing ones."""
         if self.grammar is None:
             return True
         if self.undecided:
@@ -127,7 +130,7 @@ class Constraint:
             self.grammar.close()
 
     def along(self, draft: Sequence[int]) -> list[Mask]:
-        """What may follow the output, and the output with the first, second, ... of the draft: len(draft) + 1 masks."""
+        """len(draft) + 1 masks: mask i says what may follow the output and the first i ids of the draft."""
         masks: list[Mask] = [None] * (len(draft) + 1)
         if self.grammar is not None:
             for at, allowed in enumerate(self.grammar.along(draft)):
@@ -137,14 +140,14 @@ class Constraint:
             for at in range(len(masks)):
                 if self.grammar is None or masks[at] is not None:
                     both = _both(masks[at], self._room(state, at))
-                    # None where a draft has come to an end.
+                    # No mask where the draft has ended the output.
                     masks[at] = both if both is None or _some_byte(both) else None
                 if at < len(draft):
                     state = utf8.step(state, draft[at])
         return masks
 
     def block(self, ids: Sequence[int], draft: Sequence[int] = ()) -> BlockConstraint:
-        """A walk over a block that follows the output and a draft: its ids, [MASK] where they are open."""
+        """A walk over the positions of a block that follows the output and `draft`. Open positions have MASK_ID."""
         state = self._utf8
         for token in draft:
             state = utf8.step(state, token)
@@ -155,31 +158,31 @@ class Constraint:
         return utf8.allowed(state, self._left - drafted) if self._strict else None
 
     def _fits(self, allowed: np.ndarray) -> bool:
-        """Whether strict UTF-8 has room for a byte that the grammar goes on with."""
+        """Whether some id of `allowed` also satisfies strict UTF-8 within the bytes that are left."""
         both = _both(allowed, self._room(self._utf8, 0))
         return both is not None and _some_byte(both)
 
 
 class BlockConstraint:
-    """What may stand at a block's positions, one after another.
+    """Masks for the positions of a block, from left to right.
 
-    A grammar says so up to the first open one, or to where its masks take longer than a step may wait: what a draft has
-    there is then refused.
+    The grammar's masks end at the first open position, or where they take longer than a step may wait. After that only
+    UTF-8 applies. A byte that breaks the grammar there is refused when the block is verified.
     """
 
     def __init__(self, paths: utf8.BlockPaths | None, grammar: GrammarCursor | None, draft: Sequence[int] = ()) -> None:
         self._paths = paths
         self._grammar = grammar
         self._ids: list[int] = list(draft)
-        #: What was likely to stand there when the grammar was last asked, and its masks along that.
+        #: The ids that were expected when the grammar was last asked, and the masks along them.
         self._path: Sequence[int] = ()
         self._masks: list[np.ndarray] = []
 
     def allowed(self, ahead: Sequence[int] = ()) -> Mask:
-        """What may stand at the next position. What is likely to be taken there and after it saves asking again."""
+        """The mask of the next position. `ahead` are the ids expected from there on: if right, they save requests."""
         mask = None if self._paths is None else self._paths.allowed()
         if mask is not None and not _some_byte(mask):
-            # Behind a draft that came to an end: nothing can come of the block.
+            # The draft has ended the output, so the block is dropped.
             mask = None
         if self._grammar is None:
             return mask
@@ -194,7 +197,7 @@ class BlockConstraint:
         return both if both is not None and _some_byte(both) else mask
 
     def take(self, token: int) -> None:
-        """Go on to the position after it, where `token` stands ([MASK]: nothing yet)."""
+        """Record the id of the next position (MASK_ID if it stays open) and move past it."""
         if self._paths is not None:
             self._paths.take(token)
         if token == MASK_ID:

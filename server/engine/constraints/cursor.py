@@ -1,4 +1,4 @@
-"""Where one completion stands in its grammar, as far as the engine's thread knows."""
+"""The engine's view of one completion's position in its grammar. The masks come from another process."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastblt.models.vocabulary import BYTE_OFFSET, EOS_ID
 from fastblt.server.engine.constraints.grammar_worker import Walk
 from fastblt.server.request import StructuredOutput
 
-#: Processor time that one completion's grammar may take: at first, and more for every byte of it.
+#: Processor seconds that one completion's grammar may take: a base, and more for each byte of the completion.
 SECONDS, SECONDS_PER_BYTE = 0.5, 5e-4
 
-#: How long a completion may keep steps waiting for its masks: at most, and what every answer adds (seconds).
+#: Seconds for which a completion may delay steps while they wait for its masks: the most, and what each answer adds.
 PATIENCE, PATIENCE_GAINED = 2e-3, 1e-3
 
 _EXCEEDED = "following it took more processor time or memory than one request may have"
 
 
 class Pool(Protocol):
-    """Where the processes are."""
+    """What a cursor needs of `GrammarPool`, which documents these methods."""
 
     def knows(self, cursor: GrammarCursor) -> bool: ...
 
@@ -35,27 +35,27 @@ class Pool(Protocol):
 
 
 class GrammarCursor:
-    """Masks behind the fixed bytes and behind bytes drafted after them, the tape.
+    """Masks after the fixed bytes and along the tape: drafted or forced bytes that follow them.
 
-    They are made by a process of the pool, which is asked where they run out; until it answers the cursor is `waiting`,
-    and must not be moved on. The answer is a function of the bytes, whenever it comes and however often it was asked
-    for. Where the process knows of the completion no more, it is told of it from the start.
+    A process of the pool makes the masks. When they run out, the cursor asks for more. Until the answer arrives the
+    cursor is `waiting` and must not be moved. The answer depends on the bytes only, not on when or how often it was
+    asked for. A process that does not know the completion, or no longer does, is sent all its bytes.
     """
 
     def __init__(self, pool: Pool, structured: StructuredOutput, key: int) -> None:
         self.structured = structured
         self.key = key
-        #: Seconds for which steps may still be kept waiting.
+        #: Seconds for which it may still delay steps.
         self.patience = PATIENCE
-        #: Whether an answer is to come.
+        #: Whether an answer is outstanding.
         self.waiting = False
-        #: Why nothing is known behind the fixed bytes, nor ever will be.
+        #: Why there are no masks after the fixed bytes and never will be; None if all is well.
         self.failure: str | None = None
-        #: Whether that is because the grammar cannot be used at all.
+        #: Whether `failure` means that the grammar cannot be used at all.
         self.refused = False
-        #: Whether it was dear enough to be left to a process for good.
+        #: Whether it was so expensive that from now on a process must do its work, not the engine's thread.
         self.dear = False
-        #: Processor time that it has taken.
+        #: Processor seconds used so far.
         self.seconds = 0.0
         self._pool = pool
         self._fixed = bytearray()
@@ -63,7 +63,7 @@ class GrammarCursor:
         self._lost = False
         self._path = b""
         self._tape: list[int] = []
-        #: Behind each beginning of the tape, bool [260]. One less than there are where `_problem` says why.
+        #: bool [260] after each prefix of the tape. The one after the whole tape is missing if `_problem` says why.
         self._masks: list[np.ndarray] = []
         self._problem: str | None = None
         self._ask(b"")
@@ -84,7 +84,7 @@ class GrammarCursor:
         return self._pool.follows(self)
 
     def commit(self, token: int) -> None:
-        """One more id is fixed: a byte that was allowed."""
+        """Fix one more id. It must be a byte that was allowed."""
         self._fixed.append(token - BYTE_OFFSET)
         if not self._tape or self._tape[0] != token:
             self._tape, self._masks, self._problem = [], [], None
@@ -95,7 +95,7 @@ class GrammarCursor:
             self.failure = self._problem
 
     def ready(self, path: Sequence[int]) -> bool:
-        """Whether all that `along` can say of `path` is known; if not, it is asked for."""
+        """Whether all masks along `path` are known. Requests them if not."""
         if self.failure is not None:
             return True
         if self.waiting:
@@ -109,16 +109,16 @@ class GrammarCursor:
         return True
 
     def reach(self, path: Sequence[int]) -> bool:
-        """`ready`, after as long a wait as a step may have."""
+        """Like `ready`, but waits for the answer as long as a step may."""
         if not self.ready(path) and self.waiting:
             self._pool.wait([self], alone=False)
         return self.ready(path)
 
     def along(self, path: Sequence[int]) -> list[np.ndarray]:
-        """bool [260] each: what may follow the fixed ids, and those with the first, second, ... of `path`.
+        """Masks, bool [260] each: mask i says what may follow the fixed ids and the first i ids of `path`.
 
-        The list ends behind the last id that is allowed, before EOS, where the grammar gets too complex, or where more
-        is not known.
+        The list ends after the last allowed id of `path`, before EOS, where the grammar gets too complex, or where the
+        known masks end.
         """
         known = 0
         for at, token in enumerate(path):
@@ -133,10 +133,10 @@ class GrammarCursor:
         """The completion has ended."""
         self._pool.forget(self)
 
-    # For the pool.
+    # Called by the pool.
 
     def take(self, masks: list[np.ndarray], tape: list[int], seconds: float, problem: str | None) -> None:
-        """What was found, in so many seconds of processor time."""
+        """Take an answer, which cost `seconds` of processor time."""
         self.waiting = self._lost = False
         self.patience = min(max(self.patience, 0.0) + PATIENCE_GAINED, PATIENCE)
         self.seconds += seconds
@@ -147,7 +147,7 @@ class GrammarCursor:
             self._fail(_EXCEEDED)
 
     def ask_again(self) -> None:
-        """What was asked will not be answered by whom it was asked."""
+        """Repeat the last request: the process that got it will not answer."""
         self._ask(self._path)
 
     def refuse(self, reason: str) -> None:
@@ -156,7 +156,7 @@ class GrammarCursor:
         self._fail(reason)
 
     def lose(self, seconds: float) -> None:
-        """The process ended after so many seconds' work on it. That may have had other reasons, but not twice."""
+        """The process ended while it worked on this cursor, for `seconds`. At the second time in a row, fail."""
         self.seconds += seconds
         if self._lost or self._left <= 0:
             self._fail(_EXCEEDED)
@@ -178,6 +178,6 @@ class GrammarCursor:
 
 
 def _bytes(path: Sequence[int]) -> bytes:
-    """Up to the first id that is no byte."""
+    """The bytes of `path` up to the first id that is not a byte."""
     whole = next((at for at, token in enumerate(path) if token < BYTE_OFFSET), len(path))
     return bytes(token - BYTE_OFFSET for token in path[:whole])

@@ -1,7 +1,7 @@
-"""Structured output: grammars over ids, compiled by llguidance, and where a completion stands in one.
+"""Structured output: grammars over ids, compiled by llguidance, and the state of a completion in one.
 
-The library takes our vocabulary as it is: the tokens are the 256 bytes and EOS. Nothing here needs torch. What a call
-costs is bounded by nothing but the process that makes it (`grammar_worker`).
+llguidance ("the library" below) gets our vocabulary: the 256 bytes and the specials. Nothing here needs torch. A call
+may take any amount of time and memory: only the limits of the process that makes it bound it (`grammar_worker`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredO
 #: Compiled grammars that are kept.
 CACHED_GRAMMARS = 64
 
-#: In the library's reasons for failures of the automaton that copies of a matcher share.
+#: Occurs in the library's error message when the lexer fails that copies of a matcher share.
 _LEXER = "lexer error"
 
-#: Letters of the library's reasons that a client gets.
+#: Letters of the library's error message that a client gets.
 _REASON = 500
 
-#: Whitespace between two JSON tokens, at most: a model in doubt would go on with it to the end of its bytes.
+#: Whitespace between two JSON tokens. It is bounded because an uncertain model may produce whitespace up to max_tokens.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
-#: The library's words for what it may build; its defaults, or a quarter of them where these take milliseconds. They
-#: keep mistakes short, and bound neither a step's time nor a request's: items are counted after they were made.
+#: The library's limits: its defaults, or a quarter of them where the defaults allow milliseconds. They end bad grammars
+#: early, but do not bound the time of a step or a request: the library counts items after it has made them.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
     step_lexer_fuel=50_000,
@@ -45,11 +45,11 @@ _LIMITS = LLParserLimits(
 
 
 class GrammarError(RuntimeError):
-    """A grammar turned out too complex in the middle of a completion; the message says how."""
+    """A grammar became too complex during a completion. The message says why."""
 
 
 class _Bytes:
-    """Our vocabulary in the library's words."""
+    """Our vocabulary in the form that the library's TokenizerWrapper expects."""
 
     bos_token_id = BOS_ID
     eos_token_id = EOS_ID
@@ -66,14 +66,14 @@ def _vocabulary() -> LLTokenizer:
 
 
 def load_library() -> None:
-    """Have all that every grammar needs."""
+    """Load what all grammars share, so that forked processes need not."""
     _vocabulary()
 
 
 def compile_grammar(structured: StructuredOutput) -> LLMatcher:
     """A matcher at the grammar's start. Raises InvalidRequestError with the library's reason.
 
-    A few bytes of grammar can ask for hours and for all memory.
+    A grammar of a few bytes can take hours and all memory, so call it only where both are limited.
     """
     try:
         match structured.kind:
@@ -91,7 +91,7 @@ def compile_grammar(structured: StructuredOutput) -> LLMatcher:
     except (ValueError, RecursionError) as error:
         raise refusal(structured, str(error)) from None
     matcher = LLMatcher(_vocabulary(), grammar, limits=_LIMITS, log_level=0)
-    # Some grammars only fail at the first byte, those that nothing satisfies among them.
+    # Some grammars fail only when the first mask is computed, such as those that no text satisfies.
     allowed = b"" if matcher.is_error() else matcher.compute_logit_bias()
     if matcher.is_error():
         raise refusal(structured, _reason(matcher))
@@ -107,12 +107,12 @@ def _accepts(schema: dict[str, Any], text: str) -> bool:
 
 
 def refusal(structured: StructuredOutput, reason: str) -> InvalidRequestError:
-    """What a client is told of a grammar that cannot be used."""
+    """The error that a client gets for a grammar that cannot be used."""
     return InvalidRequestError(f"the {structured.kind} cannot be used: {reason[:_REASON]}", "structured_outputs")
 
 
 class Grammars:
-    """Compiled grammars; the most recently used are kept. Confined to one thread."""
+    """A cache of compiled grammars, least recently used evicted first. Not thread-safe."""
 
     def __init__(self, bound: int = CACHED_GRAMMARS) -> None:
         self._bound = bound
@@ -127,7 +127,7 @@ class Grammars:
         return structured in self._compiled
 
     def _matcher(self, structured: StructuredOutput, worn: LLMatcher | None) -> LLMatcher:
-        """A matcher at the grammar's start, which is not to be moved; another one than `worn`."""
+        """The cached matcher at the grammar's start, to be copied and not advanced. A new one if it would be `worn`."""
         matcher = self._compiled.get(structured)
         if matcher is None or matcher is worn:
             matcher = compile_grammar(structured)
@@ -139,26 +139,26 @@ class Grammars:
 
 
 class GrammarState:
-    """Where one completion stands in its grammar, and where its draft does.
+    """The state of one completion in its grammar, and that of its draft.
 
-    The matcher may stand behind the fixed ids, on drafted ones: those it has taken are the tape, and are rolled back
-    when others turn out to stand there. So a draft's masks are computed once, though it is drafted byte by byte and
-    then verified. EOS is never given to the matcher.
+    The matcher may be ahead of the fixed ids. The drafted ids that it has consumed are the tape. They are rolled back
+    when other ids follow. So the masks of a draft are computed once, although it is first drafted byte by byte and then
+    verified. The matcher is never given EOS.
 
-    Copies of a matcher share an automaton (the library's lexer) that grows with all that they see, up to the library's
-    limits; then all of them fail for good. So who fails by it starts again on a new one (`supply` gives another than
-    the one it is told), and has really failed only if that fails too: on its own ids, whatever others did.
+    Copies of a matcher share a lexer that grows with everything they consume, up to the library's limits. Then all
+    copies fail for good. A state that fails this way starts again on a new matcher: `supply(m)` returns one other than
+    `m`. It has really failed only if the new one fails too, on the ids of this completion alone.
     """
 
     def __init__(self, supply: Callable[[LLMatcher | None], LLMatcher]) -> None:
         self._supply = supply
         self._fixed: list[int] = []
         self._tape: list[int] = []
-        #: Why the last `along` ended before the draft did; None where the draft is not allowed.
+        #: The error that ended the last `along` early; None if it ended for another reason.
         self.problem: str | None = None
         self._origin = supply(None)
         self._matcher = self._origin.deep_copy()
-        #: Behind each prefix of the tape: bool [260], what may follow.
+        #: bool [260] after each prefix of the tape: what may follow.
         self._masks = [self._next_mask()]
 
     @property
@@ -167,7 +167,7 @@ class GrammarState:
         return self._masks[0]
 
     def commit(self, token: int) -> None:
-        """One more id is fixed; it must be allowed, and not EOS. Raises GrammarError, and is useless after that."""
+        """Fix one more id. It must be allowed and not EOS. Raises GrammarError, after which the state is unusable."""
         if not self._tape or self._tape[0] != token:
             self._roll_back(0)
             self._take(token)
@@ -175,9 +175,9 @@ class GrammarState:
         del self._tape[0], self._masks[0]
 
     def along(self, draft: Sequence[int]) -> list[np.ndarray]:
-        """bool [260] each: what may follow the fixed ids, and those with the first, second, ... of the draft.
+        """Masks, bool [260] each: mask i says what may follow the fixed ids and the first i ids of the draft.
 
-        The list ends behind the last drafted id that is allowed, before EOS, or where the grammar gets too complex.
+        The list ends after the last allowed id of the draft, before EOS, or where the grammar gets too complex.
         """
         same, self.problem = 0, None
         for ours, theirs in zip(self._tape, draft, strict=False):
@@ -193,7 +193,7 @@ class GrammarState:
             try:
                 self._take(token)
             except GrammarError as error:
-                # The draft may be refused before it gets there.
+                # Not raised: verification may refuse the draft before this id.
                 self.problem = str(error)
                 masks, self._masks, self._tape = self._masks, self._masks[:1], []
                 self._start_again()
@@ -201,7 +201,7 @@ class GrammarState:
         return self._masks.copy()
 
     def _roll_back(self, keep: int) -> None:
-        """Leave `keep` drafted ids on the tape."""
+        """Remove all but the first `keep` ids from the tape."""
         back = len(self._tape) - keep
         if back:
             self._matcher.rollback(back)
@@ -228,7 +228,7 @@ class GrammarState:
         self._matcher.consume_tokens(self._fixed + self._tape)
 
     def _mask(self) -> np.ndarray | None:
-        """None: the matcher has failed."""
+        """bool [260]: what may follow the tape; None if the matcher has failed."""
         allowed = None if self._matcher.is_error() else self._matcher.compute_logit_bias()
         if allowed is None or self._matcher.is_error():
             return None

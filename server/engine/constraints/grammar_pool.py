@@ -1,4 +1,4 @@
-"""The engine's end of the grammars' processes: which of them there are, and how long the engine waits for one."""
+"""The engine's side of the grammar processes: it starts and ends them, and decides how long to wait for answers."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ from fastblt.server.request import StructuredOutput
 
 logger = logging.getLogger("fastblt.grammar")
 
-#: Seconds for which a step may wait in all, and where nobody could go on anyway.
+#: Seconds that one step may wait for masks in all, and at a time when no other request could go on.
 STEP_WAIT_SECONDS, IDLE_SECONDS = 0.004, 0.005
 
-#: Seconds without an answer after which a process gives way to all others.
+#: Seconds without an answer after which a process gets the lowest scheduling priority.
 _LATE_SECONDS = 0.02
 
-#: Processes beyond those of the requests that run: they compile the grammars of requests that come or wait, and are
-#: kept although no completion needs them.
+#: Processes in addition to those of running requests. They compile the grammars of requests that arrive or wait, and
+#: are kept when no completion uses them, because their grammars are compiled.
 _SPARE = 16
 
 _CHUNK = 1 << 18
 
-#: Seconds of the engine's thread for an answer, for all of a completion's at first, and for every byte of it. What
-#: takes longer is done by a process from then on.
+#: Seconds of the engine's thread that one answer may take, that all answers for a completion may take, and what is
+#: added to the latter for each byte. A completion that takes longer is moved to a process.
 _STEP_SECONDS, _SECONDS, _SECONDS_PER_BYTE = 3e-3, 3e-2, 1e-4
 
-#: Seconds of the engine's thread for compiling grammars: what may be saved for it, and the part of all time.
+#: The budget of the engine's thread for compiling grammars: its most seconds, and how many it gains per second.
 _COMPILING_SECONDS, _COMPILING_SHARE = 0.05, 0.1
 
 _TOO_LONG = f"it took more than {COMPILE_SECONDS:g} s or {MEMORY_BYTES >> 20} MiB to compile; make it simpler"
@@ -66,7 +66,7 @@ _COMMAND = (sys.executable, "-P", "-m", "fastblt.server.engine.constraints.gramm
 
 
 class _Nursery:
-    """The process that forks the others; all engines of this process share it. It starts with the first grammar."""
+    """The process that forks the grammar processes. It starts with the first grammar, and all engines here share it."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -77,7 +77,7 @@ class _Nursery:
         atexit.register(self.close)
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new process: its number, and the socket that it listens to, which is closed if it could not be had.
+        """Start a process. Returns its number, and our end of its socket. If the fork fails, the other end is closed.
 
         Raises OSError.
         """
@@ -89,7 +89,7 @@ class _Nursery:
                 try:
                     socket.send_fds(self._started(), [order], [theirs.fileno()])
                 except OSError:
-                    # It was killed.
+                    # The forking process was killed. Start another.
                     self._end()
                     socket.send_fds(self._started(), [order], [theirs.fileno()])
         except OSError:
@@ -100,13 +100,13 @@ class _Nursery:
         return number, ours
 
     def tell(self, kind: bytes, number: int) -> None:
-        """KILL or LOWER a process."""
+        """Send KILL or LOWER for a process."""
         with self._lock:
             try:
                 if self._control is not None and self._owner == os.getpid():
                     self._control.sendall(ORDER.pack(kind, number))
             except OSError:
-                # Its children ended with it.
+                # The forking process has ended, and its children with it.
                 self._end()
 
     def close(self) -> None:
@@ -116,10 +116,10 @@ class _Nursery:
     def _started(self) -> socket.socket:
         if self._control is None or self._owner != os.getpid():
             ours, theirs = socket.socketpair()
-            # Numerical libraries need no threads there.
+            # Numerical libraries need no threads in that process.
             environment = {**child_environment(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             with theirs:
-                # A terminal's interrupt is not for it.
+                # A new session, so that Ctrl-C in the terminal does not reach it.
                 self._process = subprocess.Popen(
                     _COMMAND, stdin=theirs.fileno(), stderr=subprocess.DEVNULL, env=environment, start_new_session=True
                 )
@@ -139,15 +139,16 @@ _nursery = _Nursery()
 
 
 class _Worker:
-    """A process, the cursors that it knows of by key, and what it has been asked and is to be asked."""
+    """A grammar's process: the cursors that it knows, by key, and its outstanding and queued requests."""
 
     def __init__(self, structured: StructuredOutput) -> None:
         self.structured = structured
         self.number, self.sock = _nursery.fork()
         self.unpacker: Unpacker[Answer] = Unpacker(Answer)
         self.members: dict[int, GrammarCursor] = {}
-        #: Who waits for an answer, None for the compiler's; and what has not been sent, for that is not answered.
+        #: Who waits for the answers that are outstanding, in order. None stands for the answer to Compile.
         self.unanswered: deque[GrammarCursor | None] = deque()
+        #: Commands that are sent once all outstanding answers have arrived.
         self.queue: deque[tuple[GrammarCursor | None, Command]] = deque()
         self.since = 0.0
         self.lowered = False
@@ -158,13 +159,14 @@ class _Worker:
 
 
 class GrammarPool:
-    """Processes for up to `bound` grammars at once, and _SPARE more. Confined to one thread; nothing but `wait` waits.
+    """Processes for up to `bound` + _SPARE grammars at once. Not thread-safe. Only `wait`, and `poll` with a timeout,
+    block.
 
-    A grammar whose steps are surely small (`is_regular`), and were so far, is followed on the spot, which takes less
-    time than asking for it. A process has compiled it before.
+    A grammar whose steps are certain to be cheap (`is_regular`), and have been so far, is followed in the engine's own
+    thread, which takes less time than a request to a process. A process compiles it first, to measure the time.
 
-    A process is asked again when it has answered, so what it is sent never waits for it. If it ends, that is the doing
-    of the cursor whose answer is due; the others are put to another process.
+    A process is sent new commands only when it has answered all earlier ones, so sending never blocks. If it ends, the
+    cursor whose answer was due is taken for the cause. The other cursors ask another process.
     """
 
     def __init__(self, bound: int = 16) -> None:
@@ -173,22 +175,23 @@ class GrammarPool:
         self._workers: OrderedDict[StructuredOutput, _Worker] = OrderedDict()
         self._selector = selectors.DefaultSelector()
         self._keys = itertools.count()
-        #: For how long this step may still wait.
+        #: Seconds that this step may still wait.
         self._wait_left = STEP_WAIT_SECONDS
-        #: Those that are followed on the spot, and the time for compiling more of them at a time.
+        #: Grammars that are followed in this thread. `_compiling` is what is left of the budget for compiling them, in
+        #: seconds, as of the time `_compiling_at`.
         self._grammars = Grammars()
         self._compiling, self._compiling_at = _COMPILING_SECONDS, time.monotonic()
-        #: Of the cursors that are followed on the spot, by key.
+        #: States of the cursors that are followed in this thread, by key.
         self._states: dict[int, GrammarState] = {}
-        #: Cursors for which there is no process until another ends.
+        #: Cursors that wait until there is room for another process.
         self._homeless: deque[GrammarCursor] = deque()
 
     def start(self, structured: StructuredOutput) -> GrammarCursor:
-        """A cursor at the grammar's start. What the grammar allows there, or why it cannot be used, comes later."""
+        """A cursor at the grammar's start. Its first mask comes later, or the reason why the grammar cannot be used."""
         return GrammarCursor(self, structured, next(self._keys))
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Take the answers that are there, or the first that comes in `timeout` seconds."""
+        """Take the answers that have arrived. If there are none, wait up to `timeout` seconds for the first."""
         for key, _ in self._selector.select(timeout):
             self._read(key.data)
         now = time.monotonic()
@@ -200,12 +203,15 @@ class GrammarPool:
             self._homeless.popleft().ask_again()
 
     def begin_step(self) -> None:
-        """All waiting from now on is another step's."""
+        """Begin a step of the engine: resets the time that it may wait."""
         self._wait_left = STEP_WAIT_SECONDS
 
     def wait(self, cursors: Sequence[GrammarCursor], *, alone: bool) -> None:
-        """Take answers until none of `cursors` waits for one, for as long as they may keep a step waiting: that is what
-        is left of STEP_WAIT_SECONDS and of what one of them has saved, or IDLE_SECONDS where they are `alone`."""
+        """Take answers until none of `cursors` is waiting, or until the time is up.
+
+        The time is what is left of STEP_WAIT_SECONDS for this step, and at most the largest `patience` of the waiting
+        cursors. If they are `alone`, that is if no other request could go on, it is IDLE_SECONDS.
+        """
         self.poll()
         now = time.monotonic()
         idle_until = now + IDLE_SECONDS
@@ -220,21 +226,21 @@ class GrammarPool:
                 for cursor in late:
                     cursor.patience -= now - before
 
-    # For cursors.
+    # Called by cursors.
 
     def follows(self, cursor: GrammarCursor) -> bool:
         """Whether the cursor is followed on the spot."""
         return cursor.key in self._states
 
     def knows(self, cursor: GrammarCursor) -> bool:
-        """Whether the cursor has a place here, or in a process, from before."""
+        """Whether this thread or a process already keeps a state of the cursor."""
         if self.follows(cursor):
             return True
         worker = self._workers.get(cursor.structured)
         return worker is not None and cursor.key in worker.members
 
     def ask(self, cursor: GrammarCursor, walk: Walk) -> None:
-        """Answer at once, or send `walk` to the grammar's process, for which the cursor may have to wait."""
+        """Answer `walk` at once, or send it to the grammar's process. The cursor may have to wait for a process."""
         if walk.fresh and cursor.structured in self._grammars and not cursor.dear:
             self._states[cursor.key] = self._grammars.start(cursor.structured)
         if (state := self._states.get(cursor.key)) is not None:
@@ -260,7 +266,7 @@ class GrammarPool:
         self._send(worker)
 
     def forget(self, cursor: GrammarCursor) -> None:
-        """The completion has ended. A process that works for nobody else now does not go on with it."""
+        """The completion has ended. A process that is working for this cursor alone is killed."""
         self._states.pop(cursor.key, None)
         if cursor in self._homeless:
             self._homeless.remove(cursor)
@@ -290,7 +296,7 @@ class GrammarPool:
     # Processes
 
     def _room(self) -> bool:
-        """Whether there may be one process more; the least recently used that does nothing makes room."""
+        """Whether one more process may start. If there are too many, ends the least recently used idle one."""
         if len(self._workers) >= self._bound:
             idle = [worker for worker in self._workers.values() if worker.idle]
             if not idle:
@@ -299,7 +305,7 @@ class GrammarPool:
         return True
 
     def _send(self, worker: _Worker) -> None:
-        """Send what is queued, if the process is free to read it."""
+        """Send the queued commands, unless an answer is outstanding."""
         if worker.unanswered or not worker.queue:
             return
         commands = [command for _, command in worker.queue]
@@ -341,11 +347,11 @@ class GrammarPool:
         self._send(worker)
 
     def _takes(self, structured: StructuredOutput, seconds: float) -> bool:
-        """Whether a grammar that a process compiled in so many seconds is followed on the spot from now on."""
+        """Whether this thread follows a grammar from now on. A process took `seconds` to compile it."""
         now = time.monotonic()
         self._compiling += _COMPILING_SHARE * (now - self._compiling_at)
         self._compiling, self._compiling_at = min(self._compiling, _COMPILING_SECONDS), now
-        # One that is already has a process for those that turned out dear.
+        # A grammar that is already followed here has a process only for cursors that were too expensive.
         if structured in self._grammars or seconds > self._compiling or not is_regular(structured):
             return False
         self._compiling -= seconds
@@ -353,7 +359,7 @@ class GrammarPool:
         return True
 
     def _lost(self, worker: _Worker) -> None:
-        """The process has ended by itself."""
+        """A process has ended without being told to."""
         self._drop(worker)
         culprit = worker.unanswered[0] if worker.unanswered else None
         if worker.unanswered and culprit is None:

@@ -1,12 +1,13 @@
-"""The processes that do the grammars' work, each for one grammar, and the one that they are forked from.
+"""The grammar processes, one for each grammar, and the process that they are forked from.
 
-What a grammar costs cannot be told from its text, and native code cannot be interrupted. So the engine's thread does
-none of that work: a process with little memory does it, within the processor time that the request has left, and ends
-when that is used up.
+The cost of a grammar cannot be predicted from its text, and native code cannot be interrupted. So a separate process
+with limited memory does the work, within the processor time that the request has left. When that is used up, the
+system ends the process.
 
-Run as a program this module is the process that the others are forked from, which takes a millisecond where a start
-takes a tenth of a second. It never sees a grammar. Its standard input is a socket: an order is five bytes, `FORK` with
-the new process's socket beside it, `KILL` or `LOWER`, and the number that the process has or is to have.
+Run as a program, this module is the process that the others are forked from. A fork takes a millisecond, a start a
+tenth of a second. This process never handles a grammar. Its standard input is a socket that receives orders of five
+bytes (`ORDER`): `FORK`, `KILL` or `LOWER` (the scheduling priority), and the number of the process concerned. `FORK`
+comes with the new process's socket as a file descriptor.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from fastblt.server.engine.constraints.grammar import GrammarState
 
-#: Processor time for compiling a grammar, and memory for a process beyond what it begins with.
+#: Processor seconds for compiling a grammar, and bytes that a process may allocate beyond what it starts with.
 COMPILE_SECONDS = 1.0
 MEMORY_BYTES = 2**27
 
-#: Bytes that can only be followed by one byte: that many masks are told before anybody asks.
+#: Where the grammar allows only one byte, the answer goes on along such forced bytes, up to this many.
 _FORCED = 16
 
 _CHUNK = 1 << 16
@@ -50,10 +51,10 @@ class Compile(Message):
 
 
 class Walk(Message):
-    """Asks what may follow the bytes of a completion, `key`, and bytes drafted behind them, `path`; answered by Walked.
+    """Asks for the masks after the bytes of completion `key` and along `path`, drafted bytes; answered by Walked.
 
-    `fixed` are all bytes of the completion with `fresh`, else those that were not told yet. `seconds` is the processor
-    time that this may take.
+    `fixed` has the bytes of the completion that this process has not been sent; with `fresh`, all of them. `seconds` is
+    the processor time that the answer may take.
     """
 
     key: int
@@ -70,17 +71,17 @@ class Forget(Message):
 
 
 class Compiled(Message):
-    """`refusal` says why the grammar cannot be used; compiling took `seconds` of processor time."""
+    """`refusal` says why the grammar cannot be used, or is None. Compiling took `seconds` of processor time."""
 
     refusal: str | None
     seconds: float
 
 
 class Walked(Message):
-    """What may follow the fixed bytes, and each beginning of `tape`: a mask has a byte for each of the 260 ids.
+    """The masks after the fixed bytes and after each prefix of `tape`. A mask has a byte, 0 or 1, for each of 260 ids.
 
-    `tape` is the path as far as it is allowed, and the bytes after it that nothing else could stand for. `problem` is
-    why there is no mask behind the whole of `tape`; `seconds` the processor time that was used.
+    `tape` is the allowed part of the path, followed by forced bytes, where the grammar allows only one. `problem` says
+    why there is no mask after the whole of `tape`. `seconds` is the processor time that was used.
     """
 
     masks: list[bytes]
@@ -108,7 +109,7 @@ def serve(sock: socket.socket) -> None:
                     states.pop(command.key, None)
                 case Compile():
                     structured = command.structured
-                    # The signal's default is to end the process, whatever code it is in.
+                    # SIGPROF ends the process by default, even inside native code.
                     signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
                     refusal, began = None, time.thread_time()
                     try:
@@ -136,7 +137,7 @@ def serve(sock: socket.socket) -> None:
 def follow(
     state: GrammarState, fixed: list[int], path: list[int], forced: int = 0
 ) -> tuple[list[np.ndarray], list[int], str | None]:
-    """Masks, tape and problem of a Walked: bool [260] each, and ids. Up to `forced` bytes are told beyond the path."""
+    """The masks (bool [260] each), tape (ids) and problem of a Walked, with up to `forced` bytes beyond the path."""
     from fastblt.server.engine.constraints.grammar import GrammarError
 
     try:
@@ -157,20 +158,21 @@ def follow(
                 break
             tape.append(only)
     if state.problem is not None:
-        # It arose behind the next byte of the path, or of those that are forced.
+        # The error occurred after the next byte of the path, or after a forced byte: include that byte.
         tape.append(path[len(tape)] if len(tape) < len(path) else only)
     return masks, tape, state.problem
 
 
 def main() -> None:
-    """Fork processes until the socket is closed, and end them then."""
+    """Fork processes as ordered, until the socket is closed. Then end them all."""
     from fastblt.server.engine.constraints.grammar import load_library
 
     load_library()
-    # What is here by now is never freed; the collector would copy the pages that all processes share.
+    # These objects are never freed. Without freezing them, the garbage collector would write to them, and so copy the
+    # memory pages that the forked processes share.
     gc.freeze()
     control = socket.socket(fileno=os.dup(0))
-    # Forked processes must not keep it open.
+    # Forked processes must not keep the control socket open as their standard input.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     children: dict[int, int] = {}
@@ -192,7 +194,7 @@ def main() -> None:
             try:
                 pid = os.fork()
             except OSError:
-                # Whoever waits at the other end of its socket sees that closed.
+                # The engine sees that the other end of the socket is closed.
                 pid = -1
             if pid == 0:
                 try:
@@ -213,7 +215,7 @@ def main() -> None:
 
 
 def _reap(children: dict[int, int]) -> None:
-    """Forget processes that have ended; only then may others have their ids."""
+    """Collect processes that have ended. Until then the system does not reuse their ids."""
     for number, pid in list(children.items()):
         if os.waitpid(pid, os.WNOHANG)[0]:
             del children[number]
@@ -223,7 +225,7 @@ def _limit_memory() -> None:
     try:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
-        # A system that does not say so does not keep such a limit either.
+        # A system without /proc does not enforce this limit either.
         return
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, size + MEMORY_BYTES))
 

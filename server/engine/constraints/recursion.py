@@ -1,7 +1,7 @@
-"""Which grammars surely have small steps: those whose rules do not come back to themselves.
+"""Finds grammars whose steps are certain to be cheap: those without recursive rules.
 
-Nothing in them can be read in more ways the longer the text gets. It is told from the text, and where that is not clear
-the answer is no.
+In these, the number of ways to parse a text does not grow with its length. The check reads the grammar's text. Where
+that is unclear, the answer is no.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from urllib.parse import unquote
 
 from fastblt.server.request import GrammarKind, StructuredOutput
 
-#: Literals and comments of a grammar in Lark's notation or GBNF; what stands in them is no name and no operator.
+#: Literals and comments of a grammar in Lark's notation or GBNF. Names and operators inside them do not count.
 _LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"i?|/(?!/)(?:\\.|[^/\\\n])+/[a-z]*|\[(?:\\.|[^\]\\\n])*\]|//.*|#.*')
 _RULE = re.compile(r"^[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\.-?\d+)?[ \t]*(?:::=|:)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
 def is_regular(structured: StructuredOutput) -> bool:
-    """Whether it is a regular expression in other words, as far as can be told."""
+    """Whether the grammar is certainly equivalent to a regular expression."""
     match structured.kind:
         case GrammarKind.REGEX | GrammarKind.CHOICE:
             return True
@@ -34,7 +34,7 @@ def is_regular(structured: StructuredOutput) -> bool:
 
 
 def _is_flat(grammar: str) -> bool:
-    """Whether no rule leads to itself, be it by repetition."""
+    """Whether no rule refers to itself, directly or through others, and none uses repetition."""
     bare = _LITERAL.sub(" ", grammar)
     if re.search(r"[*+~{}%<>\"'/\[\]@]", bare):
         return False
@@ -45,7 +45,7 @@ def _is_flat(grammar: str) -> bool:
 
 
 def _comes_back(schema: Any) -> bool:
-    """Whether following references leads to one of them again. References are of the form #/a/b."""
+    """Whether the references in a JSON schema form a cycle. One that is not of the form #/a/b counts as a cycle."""
     uses: dict[str, set[str]] = {"#": set(_references(schema))}
     new = list(uses["#"])
     while new:
@@ -62,7 +62,7 @@ def _comes_back(schema: Any) -> bool:
             target = target[step]
         uses[reference] = set(_references(target))
         new += uses[reference]
-    # What the root has, it has for the sake of its own references: only these tell of a cycle.
+    # The root contains every definition, so its references are no sign of a cycle. A reference to the root is one.
     del uses["#"]
     return "#" in set().union(*uses.values(), _references(schema)) or _has_cycle(uses)
 

@@ -1,11 +1,11 @@
-"""What of a JSON schema the compiler would take and not keep: refused, or said in words that it keeps."""
+"""Handles JSON schema keywords that llguidance accepts but does not enforce: rewrites or refuses them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-#: Keywords that the compiler keeps or refuses by itself, and those that ask for nothing.
+#: Keywords that llguidance enforces or refuses itself, and annotations, which have no effect.
 _KNOWN = frozenset(
     [
         "$anchor",
@@ -81,21 +81,21 @@ _COUNTS = frozenset(["maxItems", "maxLength", "maxProperties", "minItems", "minL
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
-#: Whole numbers up to here are doubles, which the compiler counts in.
+#: Whole numbers up to this are exact in float64, which llguidance uses.
 _EXACT = 2**53
 
 
 class SchemaError(ValueError):
-    """The schema asks for what would not be kept; the message names it."""
+    """The schema asks for something that would not be enforced. The message names it."""
 
 
 def checked(schema: Any, accepts: Callable[[dict[str, Any], str], bool]) -> Any:
-    """The schema as the compiler keeps it. `accepts` tells whether a schema, compiled, takes a text.
+    """An equivalent schema that llguidance enforces. `accepts(schema, text)` compiles a schema and tries a text on it.
 
-    Raises SchemaError.
+    Raises SchemaError for a keyword or value that would not be enforced.
     """
     schema = _kept(schema, "#")
-    # Within allOf, and beside references, bounds from different places come together.
+    # With allOf, or with keywords next to a reference, bounds from different objects can apply to one number.
     parts = list(_objects(schema))
     together = any("allOf" in part or ("$ref" in part and len(part) > 1) for part in parts)
     groups = [parts] if together else [[part] for part in parts]
@@ -129,7 +129,7 @@ def _kept(schema: Any, path: str) -> Any:
         elif key in _COUNTS and isinstance(value, float) and value.is_integer():
             value = int(value)
         elif key == "format" and value not in _FORMATS:
-            # The standard says that it is an annotation then.
+            # The standard allows unknown formats to be ignored.
             continue
         elif isinstance(value, list):
             value = [_kept(part, f"{where}/{at}") for at, part in enumerate(value)]
@@ -152,7 +152,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a schema, be they schemas or not."""
+    """All objects in a schema, whether they are schemas themselves or not."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):

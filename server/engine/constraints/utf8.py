@@ -1,8 +1,8 @@
-"""UTF-8 as an automaton over ids: which ids lead from what stands there to whole characters, within the room left.
+"""UTF-8 as an automaton over ids: which ids lead to a text of whole characters within the bytes that are left.
 
-A state says what may follow: how many continuation bytes, and for the first of them which (RFC 3629 leaves out overlong
-forms, surrogates, and all above U+10FFFF). `OVER` is reached by EOS and never left. Sets of states are integers, a bit
-a state.
+A state says what may follow: how many continuation bytes, and which values the first of them may have (RFC 3629
+excludes overlong forms, surrogates, and all above U+10FFFF). EOS leads to `OVER`, which has no way out. An invalid byte
+leads to `DEAD`. A set of states is an integer with one bit for each state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STATES = 10
 
 #: Bytes that each state still needs.
 _NEEDS = (0, 1, 2, 3, 2, 2, 3, 3, 0, 5)
-#: More room than this makes no difference.
+#: A character has at most 4 bytes, so more room than this makes no difference.
 _ROOM = 4
 
 
@@ -57,25 +57,25 @@ def _transitions() -> list[list[int]]:
 
 _NEXT = _transitions()
 _NEXT_ARRAY = np.array(_NEXT)
-#: By state, the states that some byte leads to. EOS is no byte: nobody plans to end where the model has not.
+#: For each state, the set of states that some byte leads to. EOS is left out: an open position is planned as a byte.
 _BY_BYTES = [
     sum(1 << to for to in {_NEXT[state][b + BYTE_OFFSET] for b in range(256)} - {DEAD}) for state in range(_STATES)
 ]
 
 
 def _within(room: int) -> int:
-    """The states from which at most `room` bytes make the last character whole."""
+    """The states in which at most `room` more bytes complete the last character."""
     return sum(1 << state for state in range(_STATES) if _NEEDS[state] <= room)
 
 
 def step(state: int, token: int) -> int:
-    """The state after one more id; DEAD if it cannot stand there."""
+    """The state after one more id; DEAD if the id is invalid there."""
     return _NEXT[state][token]
 
 
 @lru_cache(maxsize=4096)
 def mask(before: int, after: int) -> np.ndarray:
-    """bool [260], not to be written to: the ids that lead from a state of `before` to one of `after`."""
+    """bool [260], read-only: the ids that lead from some state of `before` to some state of `after`."""
     sources = [state for state in range(_STATES) if before >> state & 1]
     targets = np.array([after >> state & 1 for state in range(_STATES)], dtype=bool)
     allowed: np.ndarray = targets[_NEXT_ARRAY[sources]].any(0)
@@ -85,7 +85,7 @@ def mask(before: int, after: int) -> np.ndarray:
 
 @lru_cache(maxsize=1 << 16)
 def _behind(before: int, token: int) -> int:
-    """The states that an id leads to from any of `before`; [MASK] is any byte."""
+    """The states that an id leads to from the states of `before`. MASK_ID stands for any byte."""
     after = 0
     for state in range(_STATES):
         if before >> state & 1:
@@ -95,16 +95,16 @@ def _behind(before: int, token: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def _ahead(token: int, after: int) -> int:
-    """The states from which an id leads to one of `after`; [MASK] is any byte."""
+    """The states from which an id leads to a state of `after`. MASK_ID stands for any byte."""
     if token == MASK_ID:
         return sum(1 << state for state in range(_STATES) if _BY_BYTES[state] & after)
     return sum(1 << state for state in range(_STATES) if after >> _NEXT[state][token] & 1)
 
 
 def allowed(state: int, left: int) -> np.ndarray | None:
-    """bool [260]: what may stand next with `left` >= 1 bytes to come, this one included. None: nothing is forbidden.
+    """bool [260]: the ids that may come next, with `left` bytes still to come, this one included. None allows all.
 
-    Behind an end, and behind bytes that are no UTF-8 (drafts that will be refused), it does not matter.
+    After the end, after invalid bytes (a draft that will be refused) and with no bytes left, the result is None.
     """
     if state in (OVER, DEAD) or left < 1:
         return None
@@ -112,11 +112,12 @@ def allowed(state: int, left: int) -> np.ndarray | None:
 
 
 class BlockPaths:
-    """A block [n] that begins in `state`, with `left` bytes to come from its first on: some ids stand, [MASK] is open.
+    """Masks for a block of ids [n], from left to right. Open positions have MASK_ID.
 
-    A byte may stand at an open position iff it lies on a path through the standing ids to whole characters, within the
-    block and what may come after it. What lies beyond `left` is never seen. As long as a path exists to begin with and
-    every open position gets an allowed id, one exists in the end.
+    `state` is the state before the block. `left` is how many bytes the output may still have from the block's first
+    position on; positions beyond that are ignored. A byte is allowed at an open position iff some choice for the other
+    open positions leads to whole characters, within the block and the bytes that may follow it. If such a choice exists
+    at the start, and every open position gets an allowed id, then the finished block is part of one.
     """
 
     def __init__(self, state: int, left: int, ids: Sequence[int]) -> None:
@@ -124,7 +125,7 @@ class BlockPaths:
         self._seen = min(len(ids), left)
         self._before = 1 << state
         after = _within(min(left - self._seen, _ROOM))
-        #: By position: the states behind it from which the rest can go on.
+        #: For each position, the states after it from which the rest of the block can be completed.
         self._after = [after] * self._seen
         for at in range(self._seen - 1, 0, -1):
             after = _ahead(ids[at], after)
@@ -132,12 +133,12 @@ class BlockPaths:
         self._at = 0
 
     def allowed(self) -> np.ndarray | None:
-        """bool [260]: what may stand at the next position, given what `take` was told of those before."""
+        """bool [260]: the ids allowed at the next position, after those passed to `take`. None allows all."""
         if self._at >= self._seen or self._before == 1 << OVER:
             return None
         return mask(self._before, self._after[self._at])
 
     def take(self, token: int) -> None:
-        """Go on to the position after the next, whose id this is ([MASK]: still open)."""
+        """Record the id of the next position (MASK_ID if it stays open) and move past it."""
         self._before = _behind(self._before, token)
         self._at += 1
