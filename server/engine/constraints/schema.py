@@ -128,6 +128,10 @@ def _kept(schema: Any, path: str) -> Any:
             _check_numbers(value, where)
         elif key in _COUNTS and isinstance(value, float) and value.is_integer():
             value = int(value)
+        elif key == "uniqueItems":
+            if value is not False:
+                raise SchemaError(f"{where}: that items differ cannot be kept; ask for a list and make it a set")
+            continue
         elif key == "format" and value not in _FORMATS:
             # The standard allows unknown formats to be ignored.
             continue
@@ -136,7 +140,18 @@ def _kept(schema: Any, path: str) -> Any:
         elif key not in ("default", "example", "examples", "discriminator", "x-guidance"):
             value = _kept(value, where)
         kept[key] = value
+    _check_count(kept, path)
     return kept
+
+
+def _check_count(schema: dict[str, Any], path: str) -> None:
+    """A name that is free may come again, and counts once where the text is read."""
+    least, required = schema.get("minProperties", 0), schema.get("required")
+    free = schema.get("additionalProperties") is not False or schema.get("patternProperties")
+    known = len(set(map(str, required))) if isinstance(required, list) else 0
+    if _is_number(least) and least > known + 1 and free:
+        raise SchemaError(f"{path}/minProperties: that names differ cannot be kept; name them in properties, with "
+                          "additionalProperties false, or in required")  # fmt: skip
 
 
 def _check_numbers(value: Any, path: str) -> None:

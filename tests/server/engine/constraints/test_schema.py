@@ -28,6 +28,9 @@ def accepts(schema: Any, text: str) -> bool:
         ({"type": "string", "maxlength": 1}, "unknown keyword 'maxlength'"),
         ({"items": {"type": "string", "nullable": True}}, "#/items/nullable"),
         ({"anyOf": [{"type": "null"}, {"minLenght": 1}]}, "#/anyOf/1/minLenght"),
+        ({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, "#/uniqueItems: .*differ"),
+        ({"type": "object", "minProperties": 2}, "#/minProperties: .*differ"),
+        ({"patternProperties": {"^x": {}}, "additionalProperties": False, "minProperties": 2}, "#/minProperties"),
         ({"$ref": "#"}, "no text satisfies it"),
     ],
     ids=str,
@@ -41,6 +44,8 @@ def test_what_asks_for_nothing_is_no_fault() -> None:
     for word in ("binary", "path", "password", "of-my-own"):
         assert accepts({"type": "string", "format": word}, '"x"')
     assert not accepts({"type": "string", "format": "date"}, '"x"')
+    assert accepts({"type": "array", "items": {"type": "null"}, "uniqueItems": False}, "[null,null]")
+    assert accepts({"type": "object", "minProperties": 2, "required": ["a"]}, '{"a":1,"b":2}')
     # Names of properties and values are no keywords.
     assert accepts(
         {"type": "object", "properties": {"nullable": {"const": {"maxlength": 1}}}}, '{"nullable":{"maxlength":1}}'
