@@ -167,7 +167,7 @@ def _shown(result: list[dict[str, Any]], query: Query) -> str:
 def _server() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "fastblt.server.cli", "serve", "--port", str(port), "--cache-size", "256MiB"]
+    command = [sys.executable, "-m", "fastblt", "serve", "--port", str(port), "--cache-size", "256MiB"]
     process = subprocess.Popen(command, cwd=DEPLOY.parent)
     try:
         url = f"http://127.0.0.1:{port}"

@@ -19,7 +19,7 @@ tags: [byte-latent-transformer, diffusion, python]
 # FastBLT: a small BLT-D for Python
 
 A Byte Latent Transformer with a diffusion head, {millions:.1f} million parameters ({tables:.1f} million of them hash
-tables), for trying out and testing FastBLT on any machine. It runs as `blt`, `blt-s`, `blt-d` and `blt-dv`
+tables), for trying out and testing FastBLT on any machine. It runs as `blt`, `blt-s`, `blt-d`, `blt-dv` and `blt-dsv`
 (blocks of {blocks}). It completes Python in the manner of the standard library and repeats itself soon: an instrument,
 not an assistant.
 

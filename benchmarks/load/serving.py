@@ -43,7 +43,7 @@ class Server:
 @contextmanager
 def serving(model: str, options: Sequence[str]) -> Iterator[Server]:
     """`fastblt serve` with these options, once it is ready. Raises RuntimeError where it does not start."""
-    with running(["fastblt.server.cli", "serve", model, *options], "/ready") as server:
+    with running(["fastblt", "serve", model, *options], "/ready") as server:
         yield server
 
 

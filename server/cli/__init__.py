@@ -20,7 +20,3 @@ for command in (serve, generate, convert, widen):
     app.command()(command)
 # Its options are the training program's own.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(train)
-
-
-def main() -> None:
-    app()

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def url(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of `fastblt serve` with an API key, ready. It goes through everything without a failure, and ends in order."""
     command = [
-        *(sys.executable, "-m", "fastblt.server.cli", "serve", checkpoint, "--served-model-name", MODEL, "--port", "0"),
+        *(sys.executable, "-m", "fastblt", "serve", checkpoint, "--served-model-name", MODEL, "--port", "0"),
         *(
             "--max-model-len",
             str(MAX_MODEL_LEN),

@@ -52,7 +52,7 @@ def test_a_request_s_way_passes_only_files_that_it_can() -> None:
 def test_where_a_method_goes_is_where_methods_are() -> None:
     """Files of server/ and models/ that name a method or a method's settings, but for the methods' own."""
     named = set(named_files(section("Add a decoding method")))
-    pattern = re.compile(r"DecodingMethod\.BLT_|\bBlt(S|D|DV)\b|\bdraft_length\b|\bblt_(s|d|dv)\b")
+    pattern = re.compile(r"DecodingMethod\.BLT_|\bBlt(S|D|DV|DSV)\b|\bdraft_length\b|\bblt_(s|d|dv|dsv)\b")
     for folder in ("server", "models"):
         for path in (ROOT / folder).rglob("*.py"):
             name = str(path.relative_to(ROOT))

@@ -20,6 +20,8 @@ DRAFTING: list[dict[str, Any]] = [
     {"method": "blt-dv", "unmasking": "confidence", "confidence_threshold": 0.05},
     {"method": "blt-dv", "unmasking": "confidence", "max_steps": 2, "paper_accounting": True},
     {"method": "blt-dv", "unmasking": "entropy", "entropy_bound": 8.0, "entropy_rule": "exclusive_max"},
+    *({"method": "blt-dsv", "block_size": 4, "draft_length": length} for length in (1, 6, 16)),
+    {"method": "blt-dsv", "unmasking": "confidence", "confidence_threshold": 0.05, "max_steps": 2},
 ]
 BLOCKS: list[dict[str, Any]] = [
     {"method": "blt-d"},

@@ -14,7 +14,9 @@ PUBLISHED = Path(__file__).resolve().parents[3] / "docs" / "evaluation"
 def test_the_published_page_is_of_the_published_results() -> None:
     text = page(PUBLISHED)
     assert (PUBLISHED / "README.md").read_text() == text
-    for name in ("humaneval", "quality", "diversity", "bits", "likelihood"):
+    names = {"humaneval", "quality", "diversity", "bits", "likelihood"}
+    assert {path.stem for path in PUBLISHED.rglob("*.json")} == names
+    for name in names:
         assert json.loads((PUBLISHED / f"{name}.json").read_text())["made"]
     for chart in ("quality.png", "diversity.png"):
         assert f"]({chart})" in text and (PUBLISHED / chart).read_bytes().startswith(b"\x89PNG")

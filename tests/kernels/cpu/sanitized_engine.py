@@ -14,6 +14,7 @@ METHODS = (
     DecodingParams(DecodingMethod.BLT),
     DecodingParams(DecodingMethod.BLT_S, draft_length=8),
     DecodingParams(DecodingMethod.BLT_DV, block_size=8),
+    DecodingParams(DecodingMethod.BLT_DSV, draft_length=12, block_size=4),
     DecodingParams(DecodingMethod.BLT_D, block_size=8, confidence_threshold=0.7),
 )
 

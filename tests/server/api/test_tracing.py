@@ -83,8 +83,8 @@ def test_without_a_collector_nothing_is_amiss() -> None:
 
 def test_without_the_extra_the_command_says_so() -> None:
     code = (
-        "import sys; sys.modules['opentelemetry.exporter'] = None; from fastblt.server.cli import main;"
-        "sys.argv[1:] = ['serve', '--port', '0', '--otlp-endpoint', 'http://127.0.0.1:9']; main()"
+        "import sys; sys.modules['opentelemetry.exporter'] = None; from fastblt.server.cli import app;"
+        "sys.argv[1:] = ['serve', '--port', '0', '--otlp-endpoint', 'http://127.0.0.1:9']; app()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "pip install 'fastblt[otel]'" in result.stderr

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "fastblt.server.cli", *args]
+    return [sys.executable, "-m", "fastblt", *args]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,3 +1,0 @@
-from fastblt.server.cli import main
-
-main()
