@@ -11,6 +11,9 @@ from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredO
 #: Keys of an object in these fields. Every valid object has fewer. This bounds the error message of an invalid one.
 _MAX_KEYS = 32
 
+#: Options that are on or off; off is as if they were not there. Any other false value is a client's mistake.
+_SWITCHES = frozenset(["json_object", "disable_any_whitespace"])
+
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -44,7 +47,12 @@ def _response_format(value: Any) -> StructuredOutput | None:
 
 def _structured_outputs(value: Any) -> StructuredOutput | None:
     field = "structured_outputs"
-    options = {key: option for key, option in _object(value, field).items() if option not in (None, False)}
+    options = {key: option for key, option in _object(value, field).items() if option is not None}
+    for key in _SWITCHES & options.keys():
+        if not isinstance(options[key], bool):
+            raise InvalidRequestError(f"{field}.{key} must be true or false", field)
+        if not options[key]:
+            del options[key]
     whitespace = {
         "x-guidance": {
             **({"whitespace_flexible": False} if options.pop("disable_any_whitespace", None) else {}),

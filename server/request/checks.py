@@ -31,6 +31,19 @@ def within(value: float | None, low: float, high: float, name: str, *, open_low:
         )
 
 
+def whole(value: int | None, low: int, high: int, name: str) -> None:
+    """Raise InvalidRequestError unless value is None or a whole number in [low, high]."""
+    if value is not None and not isinstance(value, int):
+        raise InvalidRequestError(f"{name} must be a whole number", name)
+    within(value, low, high, name)
+
+
+def needed(value: object, kind: type | tuple[type, ...], name: str, what: str) -> None:
+    """Raise InvalidRequestError unless value is a `kind`; `what` says that in words."""
+    if not isinstance(value, kind):
+        raise InvalidRequestError(f"{name} must be {what}", name)
+
+
 def member(value: str | None, kind: type[StrEnum], name: str) -> StrEnum | None:
     """A member of `kind` from its name, or None. Raises InvalidRequestError with the names there are."""
     if value is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fastblt.server.request.checks import member, within
+from fastblt.server.request.checks import member, whole, within
 
 #: Bytes that one draft, and one diffusion block, may have at most.
 MAX_DRAFT_LENGTH = 32
@@ -53,8 +53,8 @@ class DecodingParams:
     def __post_init__(self) -> None:
         for name, kind in (("method", DecodingMethod), ("unmasking", Unmasking), ("entropy_rule", EntropyRule)):
             object.__setattr__(self, name, member(getattr(self, name), kind, f"decoding.{name}"))
-        within(self.block_size, 1, MAX_BLOCK_SIZE, "decoding.block_size")
-        within(self.draft_length, 1, MAX_DRAFT_LENGTH, "decoding.draft_length")
+        whole(self.block_size, 1, MAX_BLOCK_SIZE, "decoding.block_size")
+        whole(self.draft_length, 1, MAX_DRAFT_LENGTH, "decoding.draft_length")
         within(self.confidence_threshold, 0.0, 1.0, "decoding.confidence_threshold")
         within(self.entropy_bound, 0.0, 1e6, "decoding.entropy_bound")
-        within(self.max_steps, 1, MAX_BLOCK_SIZE, "decoding.max_steps")
+        whole(self.max_steps, 1, MAX_BLOCK_SIZE, "decoding.max_steps")

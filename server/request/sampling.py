@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from fastblt.models.vocabulary import BYTE_OFFSET
-from fastblt.server.request.checks import InvalidRequestError, member, within
+from fastblt.server.request.checks import InvalidRequestError, member, needed, whole, within
 from fastblt.server.request.decoding import DecodingParams
 
 #: Bounds of what one request may ask for.
@@ -83,6 +83,13 @@ class StructuredOutput:
         return cls(GrammarKind.GRAMMAR, text)
 
 
+#: Fields that are always numbers.
+_NUMBERS = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """What to draw and when to stop. Counts are bytes; `temperature` 0 is greedy, and so is any below GREEDY_BELOW;
@@ -117,30 +124,31 @@ class SamplingParams:
     decoding: DecodingParams = field(default_factory=DecodingParams)
 
     def __post_init__(self) -> None:
+        self._check_types()
         stop = (self.stop,) if isinstance(self.stop, str | bytes) else tuple(self.stop or ())
         encoded = tuple(s.encode("utf-8", "surrogatepass") if isinstance(s, str) else s for s in stop)
         object.__setattr__(self, "stop", encoded)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        within(self.max_tokens, 1, 2**31, "max_tokens")
-        within(self.min_tokens, 0, self.max_tokens, "min_tokens")
+        whole(self.max_tokens, 1, 2**31, "max_tokens")
+        whole(self.min_tokens, 0, self.max_tokens, "min_tokens")
         within(self.temperature, 0.0, 100.0, "temperature")
-        within(self.top_k, 0, 2**31, "top_k")
+        whole(self.top_k, 0, 2**31, "top_k")
         within(self.top_p, 0.0, 1.0, "top_p", open_low=True)
         within(self.min_p, 0.0, 1.0, "min_p")
-        within(self.seed, -(2**63), 2**63 - 1, "seed")
+        whole(self.seed, -(2**63), 2**63 - 1, "seed")
         if self.seed == -1:
             # As in vLLM: draw one.
             object.__setattr__(self, "seed", None)
         within(self.presence_penalty, -2.0, 2.0, "presence_penalty")
         within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")
         within(self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0, "repetition_penalty")
-        within(self.logprobs, 0, MAX_LOGPROBS, "logprobs")
-        within(self.prompt_logprobs, 0, MAX_LOGPROBS, "prompt_logprobs")
+        whole(self.logprobs, 0, MAX_LOGPROBS, "logprobs")
+        whole(self.prompt_logprobs, 0, MAX_LOGPROBS, "prompt_logprobs")
         for key, value in self.logit_bias.items():
-            within(key, 0, 259, "logit_bias")
+            whole(key, 0, 259, "logit_bias")
             within(value, -100.0, 100.0, "logit_bias")
         for token in self.stop_token_ids:
-            within(token, 0, 259, "stop_token_ids")
+            whole(token, 0, 259, "stop_token_ids")
         if len(encoded) > MAX_STOP_STRINGS:
             raise InvalidRequestError(
                 f"stop has {len(encoded)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop"
@@ -150,6 +158,23 @@ class SamplingParams:
         object.__setattr__(self, "utf8", member(self.utf8, Utf8, "utf8") or Utf8.REPLACE)
         if self.utf8 == Utf8.STRICT:
             self._check_stops()
+
+    def _check_types(self) -> None:
+        """Raise InvalidRequestError for what the checks of the values, or the engine, would stumble over."""
+        for name in _NUMBERS:
+            needed(getattr(self, name), (int, float), name, "a number")
+        needed(self.logit_bias, dict, "logit_bias", "a dict from ids to numbers")
+        needed(self.stop or (), (str, bytes, list, tuple), "stop", "a string, bytes, or a list of these")
+        if not isinstance(self.stop, str | bytes):
+            for stop in self.stop or ():
+                needed(stop, (str, bytes), "stop", "a string, bytes, or a list of these")
+        needed(self.stop_token_ids or (), (list, tuple), "stop_token_ids", "a list of ids")
+        for token in [*self.logit_bias, *self.logit_bias.values()]:
+            needed(token, (int, float), "logit_bias", "a dict from ids to numbers")
+        for token in self.stop_token_ids or ():
+            needed(token, int, "stop_token_ids", "a list of ids")
+        needed(self.structured_output, (StructuredOutput, type(None)), "structured_output", "a StructuredOutput")
+        needed(self.decoding, DecodingParams, "decoding", "a DecodingParams")
 
     def _check_stops(self) -> None:
         """Raise InvalidRequestError where a stop could cut a character of strict UTF-8."""
