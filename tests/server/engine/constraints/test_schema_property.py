@@ -58,6 +58,9 @@ _LEAVES = st.one_of(
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["null", "integer"]}, True, {}]),
     st.builds(lambda value: {"const": value}, _VALUES),
     st.builds(lambda values: {"enum": values}, st.lists(_VALUES, min_size=1, max_size=3)),
+    st.builds(
+        lambda value, bounds: {"enum": [value, 3, "ab"], **bounds}, _VALUES, _keywords(**_BOUNDS, maxLength=_COUNTS)
+    ),
     st.builds(lambda name: {"$ref": f"#/$defs/{name}"}, st.sampled_from("pq")),
 )
 
@@ -83,9 +86,6 @@ def _combined(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]
             maxProperties=_COUNTS,
         ),
         st.builds(lambda key, of: {key: of}, st.sampled_from(["anyOf", "oneOf", "allOf"]), some),
-        st.builds(
-            lambda value, bounds: {"enum": [value, 3, "ab"], **bounds}, _VALUES, _keywords(**_BOUNDS, maxLength=_COUNTS)
-        ),
         st.builds(lambda part, bounds: {"allOf": [part, bounds]}, parts, _keywords(**_BOUNDS, maxLength=_COUNTS)),
     )
 
@@ -125,11 +125,13 @@ def _passes(matcher: LLMatcher, text: str) -> bool:
 
 
 def _near(schema: str) -> list[str]:
-    """The numbers of a schema, as they can be written: its bounds among them."""
+    """The numbers of a schema, its bounds among them, as they can be written, and whole ones beside them."""
     numbers = {
         number for written in _NUMBER.findall(schema) for number in (written, written.lstrip("-"), f"-{written}")
     }
-    return sorted({*numbers, *(f"{number}.0" for number in numbers if number.lstrip("-").isdigit())})
+    whole = [int(number) for number in numbers if number.lstrip("-").isdigit() and not number.startswith("--")]
+    beside = {f"{number + step}{end}" for number in whole for step in (-1, 0, 1) for end in ("", ".0")}
+    return sorted(numbers | beside)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
