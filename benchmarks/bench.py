@@ -1,4 +1,4 @@
-"""The commands `fastblt bench ...`. Everything heavy is imported inside them."""
+"""The commands `fastblt bench ...`. Large packages are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 @contextmanager
 def _engine_errors() -> Iterator[None]:
-    # Must be set before torch is imported.
+    # This must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with clean_errors("bench"):
         yield

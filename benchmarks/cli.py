@@ -1,4 +1,4 @@
-"""The whole command `fastblt`: the server's commands, and what measures them, which stands above the server."""
+"""The command `fastblt`: the server's commands, and `bench` and `eval`, which the server must not import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes commands of measurements: options, JSON with the machine's facts, and a comparison with another checkout.
+"""Turns measurements into commands: options, a JSON file that records the machine, and comparison of checkouts.
 
 A measurement is a function that prints its tables and returns a dict. Its parameters become options:
 
@@ -11,18 +11,18 @@ A measurement is a function that prints its tables and returns a dict. Its param
 
 With this, `python -m fastblt.benchmarks.FOLDER.FILE` has the options
 
-    --requests 8 --rounds 5     what the function is given; a list's option is given once an item
-    --json FILE                 also write the dict there, with date, machine, versions and checkpoint
-    --against CHECKOUT          measure with the models, kernels and server of another checkout too
-    --turns 3                   how often each checkout has its turn; the ratios are those of medians
+    --requests 8 --rounds 5     the function's parameters; the option of a list is repeated for each item
+    --json FILE                 also write the dict to FILE, with date, machine, versions and checkpoint
+    --against CHECKOUT          also measure with the models, kernels and server of another checkout
+    --turns 3                   how often each checkout is measured, in turns; ratios are of medians
 
-Both checkouts are measured by this checkout's scripts, in a process a turn, so CHECKOUT needs only the names that the
-script imports (and `src/fastblt`, as this repository has it):
+Both checkouts are measured by this checkout's scripts, in a new process for each turn. So CHECKOUT needs only the names
+that the script imports, and a folder `src/fastblt` like this repository's:
 
     git worktree add ../before COMMIT
     python -m fastblt.benchmarks.engine.speed auto --setting blt --setting 'blt-s k16' --rounds 1 --against ../before
 
-A dict with `passed: False` makes the exit status 1: that is what the checks return.
+A dict with `passed: False`, as checks return it, makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _OWN = {"json_path": (_JSON, None), "against": (_AGAINST, None), "turns": (_TURN
 
 
 def command(*measures: Measure) -> typer.Typer:
-    """A command of one measurement, or with a subcommand for each of several. The module's docstring is its help."""
+    """A command for one measurement, or one with a subcommand for each. The module's docstring is the help text."""
     module = inspect.getmodule(measures[0])
-    # \b keeps click from filling paragraphs that are laid out by hand.
+    # \b tells click not to rewrap a paragraph.
     text = "\n\n".join(f"\b\n{paragraph}" for paragraph in ((module and module.__doc__) or "").split("\n\n"))
     options = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
     app = typer.Typer(help=text, no_args_is_help=len(measures) > 1, **options)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def command(*measures: Measure) -> typer.Typer:
 
 
 def _with_output(measure: Measure) -> Callable[..., None]:
-    """The measurement with the options of every command."""
+    """The measurement with the options --json, --against and --turns added."""
 
     @functools.wraps(measure)
     def run(
@@ -88,7 +88,7 @@ def _with_output(measure: Measure) -> Callable[..., None]:
     kind = inspect.Parameter.KEYWORD_ONLY
     given = inspect.signature(measure, eval_str=True).parameters.values()
     added = [inspect.Parameter(name, kind, default=value, annotation=hint) for name, (hint, value) in _OWN.items()]
-    # Typer takes lists for options that are given again, and no other sequences.
+    # For options that may be repeated, typer accepts lists but no other sequences.
     lists = {one.name: list[get_args(one.annotation)] for one in given if get_origin(one.annotation) is Sequence}  # type: ignore[misc]
     parameters = [*(one.replace(annotation=lists.get(one.name, one.annotation)) for one in given), *added]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -97,9 +97,9 @@ def _with_output(measure: Measure) -> Callable[..., None]:
 
 
 def compare(module: str, arguments: Sequence[str], checkout: Path, turns: int) -> dict[str, Any]:
-    """Run a command of `module` with both checkouts, in turns; every number of their results by its path.
+    """Run a command of `module` with both checkouts, in turns. Returns all numbers of their results.
 
-    Prints medians and ratios. Raises RuntimeError where a run fails.
+    Prints medians and ratios. Raises RuntimeError if a run fails.
     """
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -125,7 +125,7 @@ def compare(module: str, arguments: Sequence[str], checkout: Path, turns: int) -
 
 
 def _mixed(checkout: Path, folder: Path) -> str:
-    """A package `fastblt` of a checkout, but with this one's benchmarks: its place on the path."""
+    """Make a package `fastblt` of another checkout with this one's benchmarks. Returns the folder for PYTHONPATH."""
     package = folder / "fastblt"
     package.mkdir()
     for path in (checkout.resolve() / "src" / "fastblt").iterdir():
@@ -136,7 +136,7 @@ def _mixed(checkout: Path, folder: Path) -> str:
 
 
 def _numbers(result: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a result's dicts, but for those of the machine."""
+    """The numbers in a result's nested dicts, without those of the machine, each with its path."""
     if isinstance(result, dict):
         for name, value in result.items():
             if path or name not in ("machine", "versions"):
@@ -146,7 +146,7 @@ def _numbers(result: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Arguments but for these options and their values."""
+    """The arguments without these options and their values."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -159,7 +159,7 @@ def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
 
 @contextmanager
 def clean_errors(extra: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """What a user of `fastblt bench` or `fastblt eval` can cause ends in one line; `extra` has the packages."""
+    """Show errors that a user can cause as one line, and exit. `extra` names the extra with the needed packages."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The harness of everything that measures the engine: start it, keep it busy, time it, change it, compare.
+"""Functions for all measurements of the engine: start it, keep it busy, time it, patch it, compare.
 
     engines = {name: start(model, requests=8) for name in settings}
     for name, engine in engines.items():
@@ -6,9 +6,9 @@
     speeds = in_turns(5, {name: partial(stretch, engine, count=1000) for name, engine in engines.items()})
     print(ratio(speeds["auto"], speeds["blt"]))
 
-or, where requests are to come to their ends: `complete(start(model, 8), prompts, params)`. What is timed once says
-little on a machine that others use: let alternatives take turns, and compare medians of the ratios of a turn.
-`replaced` puts other functions into the engine for a while. Commands are made by `fastblt.benchmarks.command`.
+To run requests to their ends: `complete(start(model, 8), prompts, params)`. A single time says little on a shared
+machine, so measure alternatives in turns, and compare medians of the ratios within a turn. `replaced` patches functions
+of the engine temporarily. `fastblt.benchmarks.command` turns measurements into commands.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ _numbers = itertools.count()
 
 
 def start(model: Blt, requests: int, **settings: Any) -> Engine:
-    """An engine that runs so many requests at once; `settings` are fields of EngineSettings."""
+    """An engine that runs up to `requests` requests at once. `settings` are fields of EngineSettings."""
     return Engine(model, EngineSettings(max_running=requests, **settings))
 
 
 def whole_length(decoding: DecodingParams, length: int, temperature: float = 0.0, seed: int = 0) -> SamplingParams:
-    """Parameters of a request that gives exactly `length` bytes."""
+    """Parameters of a request for exactly `length` bytes."""
     return SamplingParams(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=True, decoding=decoding)
 
 
 def endless(decoding: DecodingParams, count: int, temperature: float = 0.0) -> list[SamplingParams]:
-    """Parameters of `count` requests that outlast a measurement, with seeds 0, 1, ..."""
+    """Parameters of `count` requests that are long enough to outlast a measurement, with seeds 0, 1, ..."""
     return [whole_length(decoding, 16_000, temperature, seed) for seed in range(count)]
 
 
 def submit(engine: Engine, ids: list[int], params: SamplingParams) -> str:
-    """Add a request; its id."""
+    """Add a request. Returns its id."""
     name = f"r{next(_numbers)}"
     engine.add(Request(name, ids, params, time.monotonic()))
     return name
 
 
 def begin(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[str]:
-    """Submit requests, one a step, as a server gets them; run until all of them decode. Their ids."""
+    """Submit requests, one before each step, and run until all have begun to decode. Returns their ids."""
     names: list[str] = []
     waiting: set[str] = set()
     for ids, one in zip(prompts, params, strict=True):
@@ -68,7 +68,7 @@ def begin(engine: Engine, prompts: Sequence[list[int]], params: Sequence[Samplin
 
 
 def stretch(engine: Engine, count: float = math.inf, seconds: float = math.inf) -> float:
-    """Bytes a second, until `count` more bytes are there or `seconds` have passed."""
+    """Run until `count` more bytes are generated or `seconds` have passed. Returns bytes per second."""
     begun, clock, made, passed = engine.stats().bytes_generated, time.perf_counter(), 0, 0.0
     while made < count and passed < seconds:
         engine.step()
@@ -86,7 +86,7 @@ def end(engine: Engine, names: Sequence[str]) -> None:
 
 @dataclass
 class Output:
-    """What one request gave, how it ended, and what it cost on its own."""
+    """The output of one request, how it ended, and its ledger."""
 
     ids: list[int] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
@@ -94,7 +94,7 @@ class Output:
     error: object = None
 
     def take(self, delta: Delta) -> None:
-        """Add a piece of the request's output."""
+        """Add a delta of the request."""
         self.ids += delta.ids
         self.ledger = delta.ledger or self.ledger
         if delta.finish_reason is not None:
@@ -109,9 +109,9 @@ def complete(
     after_step: Callable[[list[Output]], None] | None = None,
     errors: bool = False,
 ) -> list[Output]:
-    """Run requests to their ends, all at once; `after_step` sees their outputs as far as they are.
+    """Run requests to their ends, all submitted at once. `after_step` is called with their outputs so far.
 
-    Raises RuntimeError where one ends in an error, unless `errors` are wanted.
+    Raises RuntimeError if a request ends in an error, unless `errors` is true.
     """
     names = [submit(engine, ids, one) for ids, one in zip(prompts, params, strict=True)]
     outputs = {name: Output() for name in names}
@@ -126,7 +126,7 @@ def complete(
 
 
 def in_turns(rounds: int, measures: Mapping[str, Callable[[], T]], warm_up: int = 0) -> dict[str, list[T]]:
-    """What each measure gives in every round; all have a turn before the next round. `warm_up` rounds do not count."""
+    """The results of each measure by round. In a round every measure runs once. `warm_up` rounds are not returned."""
     found: dict[str, list[T]] = {name: [] for name in measures}
     for turn in range(warm_up + rounds):
         for name, measure in measures.items():
@@ -137,13 +137,14 @@ def in_turns(rounds: int, measures: Mapping[str, Callable[[], T]], warm_up: int 
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median over turns of one over another of the same turn."""
+    """The median over turns of `ours` / `theirs` within a turn."""
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
 @contextmanager
 def replaced(*changes: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
-    """Functions of classes, modules or objects, as `change` makes them of themselves: (place, name, change)."""
+    """Patch functions for a while. Each of `changes` is (class, module or object; name; change): the function is
+    replaced by `change(function)`."""
     before = [(place, name, vars(place).get(name)) for place, name, _ in changes]
     made = [(place, name, change(getattr(place, name))) for place, name, change in changes]
     try:
@@ -153,7 +154,7 @@ def replaced(*changes: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
     finally:
         for place, name, function in reversed(before):
             if function is None:
-                # An object has it of its class.
+                # The object had no attribute of its own: the function was its class's.
                 delattr(place, name)
             else:
                 setattr(place, name, function)

@@ -1,4 +1,4 @@
-"""What a figure was measured with, which stands in every JSON file: the machine, the versions, the checkpoint."""
+"""Describes the conditions of a measurement, for its JSON file: the machine, the versions, the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def measured_with(checkpoint: str | Path | None = None) -> dict[str, Any]:
-    """`date` (UTC), `machine`, `versions`, and the checkpoint's name and digest where a folder is given."""
+    """`date` (UTC), `machine`, `versions`, and the name and digest of the checkpoint if it is a folder."""
     result: dict[str, Any] = {
         "date": time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
         "machine": {
@@ -35,7 +35,7 @@ def measured_with(checkpoint: str | Path | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, making the folder where it is not there."""
+    """Write a result as JSON. Creates the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -51,9 +51,10 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def machine_limits(threads: int, device: str = "cpu") -> dict[str, float]:
-    """What no pass can beat here: `read_gb_s`, reading memory far larger than any cache, and `gflop_s`, fp32 products.
+    """The machine's limits: `read_gb_s`, GB per second of reading memory much larger than the caches, and `gflop_s`,
+    10^9 fp32 operations per second in matrix products.
 
-    On the device, and with as many CPU threads as the passes have.
+    Measured on `device`, with `threads` CPU threads.
     """
     import torch
 
@@ -62,7 +63,7 @@ def machine_limits(threads: int, device: str = "cpu") -> dict[str, float]:
     try:
         block = torch.ones(2**26, device=device)
         square = torch.ones(1024, 1024, device=device)
-        # The sum comes to the host, so a device is waited for.
+        # `float` copies the result to the host, and so waits for the device.
         read = fastest(lambda: float(block.sum()), 6)
         product = fastest(lambda: float((square @ square)[0, 0]), 6)
     finally:
@@ -71,7 +72,7 @@ def machine_limits(threads: int, device: str = "cpu") -> dict[str, float]:
 
 
 def fastest(call: Callable[[], object], rounds: int = 20) -> float:
-    """Least seconds of one call: what it takes where nothing comes between."""
+    """The least seconds of one call, over `rounds` calls: the time without interruptions."""
     times = []
     for _ in range(rounds):
         clock = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Markdown of tables, and the words for numbers in them."""
+"""Tables in Markdown, and the formats of numbers in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 class Table:
-    """A table on the output, each row as soon as it is measured."""
+    """A table that is printed row by row, as soon as each is measured."""
 
     def __init__(self, *columns: str) -> None:
         print(table(columns, ()), flush=True)
@@ -35,5 +35,5 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def day(date: str) -> str:
-    """20261129-004348 as 2026-11-29."""
+    """20261129-004348 -> 2026-11-29."""
     return f"{date[:4]}-{date[4:6]}-{date[6:8]}"

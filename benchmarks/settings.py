@@ -1,8 +1,8 @@
-"""Names of decoding settings, as every table here writes them: `blt-s k8`, `blt-d-8 a0.7`, `blt-dv-8 1step`.
+"""Names of decoding settings, as all tables write them: `blt-s k8`, `blt-d-8 a0.7`, `blt-dv-8 1step`.
 
-`k8` is a draft of 8 bytes, `-8` a block of 8; `blt-dsv-8 k32` drafts 32 bytes by blocks of 8. `a0.7` unmasks by
-confidence (the paper's alpha), `g1.0` by an entropy bound in nats (its gamma), `1step` all at once. `paper` spends
-the paper's two upstream passes a round, `aligned` begins blocks where patches do.
+`k8` is a draft of 8 bytes and `-8` a block of 8; `blt-dsv-8 k32` drafts 32 bytes in blocks of 8. `a0.7` unmasks by
+confidence (the paper's alpha), `g1.0` by an entropy bound in nats (its gamma), `1step` all positions at once. With
+`paper` a round costs two upstream passes, as in the paper. With `aligned` blocks begin where patches do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES = re.compile(
 
 
 def body(name: str) -> dict[str, Any]:
-    """The `decoding` of an HTTP request for a setting. Raises ValueError for a name that is none."""
+    """The field `decoding` of an HTTP request for a setting. Raises ValueError for an unknown name."""
     match = _NAMES.fullmatch(name)
     filtered = match is not None and match["diffusion"] == "blt-dsv"
     rule = match is not None and (match["one_step"] or match["confidence"] or match["entropy"])
@@ -52,21 +52,21 @@ def body(name: str) -> dict[str, Any]:
 
 
 def decoding(name: str) -> DecodingParams:
-    """A setting for the engine. Raises ValueError for a name that is none."""
+    """A setting for the engine. Raises ValueError for an unknown name."""
     return DecodingParams(**body(name))
 
 
-#: Lossless settings that stand for their methods in experiments.
+#: One lossless setting for each of BLT, BLT-S and BLT-DV, for experiments.
 LOSSLESS = ("blt", "blt-s k8", "blt-dv-8 1step")
 
 
 def with_diffusion(block_sizes: Sequence[int]) -> tuple[str, ...]:
-    """`LOSSLESS`, and BLT-D where a checkpoint was trained on blocks."""
+    """`LOSSLESS`, and BLT-D if the checkpoint was trained on blocks."""
     return (*LOSSLESS, "blt-d-8 a0.7") if block_sizes else LOSSLESS
 
 
 def every_method(block_sizes: Sequence[int]) -> list[str]:
-    """One setting of each method that a checkpoint of these block sizes can run, BLT-D at each size."""
+    """One setting of each method that a checkpoint with these block sizes can run, BLT-D with each size."""
     middle = [size for size in (8, *block_sizes) if size in block_sizes][:1]
     return [
         *("blt", "blt-s k8"),
@@ -77,7 +77,7 @@ def every_method(block_sizes: Sequence[int]) -> list[str]:
 
 
 def trade(block_sizes: Sequence[int]) -> list[str]:
-    """What the quality table compares: BLT-D at each size and threshold of the paper, and the lossless settings."""
+    """Settings of the quality table: BLT-D with each block size and four of the paper's rules; lossless settings."""
     return [
         *("blt", "blt-s k4", "blt-s k8", "blt-s k16"),
         *(f"blt-dv-{size} 1step" for size in block_sizes),
@@ -88,8 +88,8 @@ def trade(block_sizes: Sequence[int]) -> list[str]:
 def papers(block_sizes: Sequence[int]) -> list[str]:
     """BLT and the settings of the paper's tables 3 to 10 (arXiv 2605.08044).
 
-    Drafting methods come with one upstream pass a round, as the engine spends, and with the paper's two. BLT-D a0.7
-    also comes aligned.
+    Drafting methods are listed twice: with one upstream pass a round, as in this engine, and with the paper's two.
+    BLT-D a0.7 is also listed aligned.
     """
     drafts = [f"blt-s k{length}" for length in (4, 8, 16)]
     verified = [f"blt-dv-{size} {rule}" for size in block_sizes for rule in ("a0.3", "g1.5", "g2.0", "1step")]
@@ -100,13 +100,13 @@ def papers(block_sizes: Sequence[int]) -> list[str]:
 
 
 def filtered(block_sizes: Sequence[int]) -> list[str]:
-    """Settings of BLT-DSV beside the paper's."""
+    """Settings of BLT-DSV, which the paper does not have."""
     return [f"blt-dsv-{size} k{length}" for length in (16, 32) for size in block_sizes if size < length // 2]
 
 
 def chosen(block_sizes: Sequence[int], which: str) -> list[str]:
-    """`all` settings of the paper, and BLT-DSV; `headline`: BLT-S, BLT-D a0.7, BLT-DV in one step, BLT-DSV; or those
-    whose names contain `which`. BLT is always among them.
+    """The settings that `which` selects. `all`: those of the paper, and BLT-DSV. `headline`: BLT-S, BLT-D a0.7, BLT-DV
+    in one step, BLT-DSV. Any other text: those whose names contain it. BLT is always included.
     """
     names = [*papers(block_sizes), *filtered(block_sizes)]
     if which == "all":
@@ -117,7 +117,7 @@ def chosen(block_sizes: Sequence[int], which: str) -> list[str]:
 
 
 def family(name: str) -> str:
-    """The method, and the block size where quality depends on it."""
+    """The method of a setting; for BLT-D with its block size, on which the quality depends."""
     return name.partition(" ")[0] if name.startswith("blt-d-") else re.sub(r"-\d+$", "", name.partition(" ")[0])
 
 

@@ -1,4 +1,4 @@
-"""What decoded text is worth: repetition inflates acceptance and patch sizes, so it stands beside them."""
+"""Measures of repetition and of equality of decoded texts. Repetition inflates acceptance and patch sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def loops(ids: Sequence[int], tail: int = 64, longest: int = 32) -> bool:
-    """Whether the last `tail` ids repeat with a period of at most `longest`. Shorter texts never do."""
+    """Whether the last `tail` ids repeat with a period of at most `longest`. False for a text shorter than `tail`."""
     end = ids[-tail:]
     if len(end) < tail:
         return False
@@ -14,13 +14,13 @@ def loops(ids: Sequence[int], tail: int = 64, longest: int = 32) -> bool:
 
 
 def distinct4(ids: Sequence[int]) -> float:
-    """Different runs of four ids over all of them: 1 where none comes twice, and for texts too short to have two."""
+    """The number of different runs of four ids divided by the number of all runs; 1 for a text without such a run."""
     runs = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def leading_equal(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids two texts share from their start on."""
+    """The length of the common prefix of two texts, in ids."""
     for at, (one, other) in enumerate(zip(ids, others, strict=False)):
         if one != other:
             return at

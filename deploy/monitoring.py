@@ -1,8 +1,8 @@
-"""Asks a real Prometheus every query of the dashboard, and puts the alert rules to it.
+"""Runs every query of the dashboard, and the alert rules, on a real Prometheus.
 
-`python -m fastblt.deploy.monitoring` starts a server with the shipped checkpoint, loads it with all methods while
-Prometheus (Debian's package `prometheus`, which has `promtool` too) scrapes it, and prints what each panel's queries
-answer.
+`python -m fastblt.deploy.monitoring` starts a server with the shipped checkpoint and sends it requests of all methods
+while Prometheus scrapes it. Then it prints the answers to the queries of each panel. It needs Debian's package
+`prometheus`, which includes `promtool`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEPLOY = Path(__file__).resolve().parent
 DASHBOARD = DEPLOY / "grafana" / "fastblt.json"
 ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
 
-#: Of several methods, so that drafts, blocks and passes of each kind are there.
+#: Methods of the requests, so that the metrics of drafts and of blocks have values.
 METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "blt-dsv")
 
 
@@ -39,7 +39,7 @@ class Query:
     legend: str
 
     def bound(self, window: str, instance: str = ".*") -> str:
-        """The expression, with what Grafana puts in place of its variables."""
+        """The expression with values in place of Grafana's variables."""
         return self.expression.replace("$__rate_interval", window).replace("$instance", instance)
 
 
@@ -58,7 +58,7 @@ class Prometheus:
         self._http = httpx.Client(base_url=url, timeout=30)
 
     def ask(self, expression: str) -> list[dict[str, Any]]:
-        """The instant vector that an expression gives now. Raises ValueError for one that Prometheus refuses."""
+        """The current value of an expression, as an instant vector. Raises ValueError if Prometheus refuses it."""
         answer = self._http.get("/api/v1/query", params={"query": expression}).json()
         if answer["status"] != "success":
             raise ValueError(f"{expression}: {answer['error']}")
@@ -77,7 +77,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(target: str, interval: str = "1s") -> Iterator[Prometheus]:
-    """A Prometheus that scrapes `target` (host:port), with our rules. Raises FileNotFoundError without one."""
+    """A Prometheus that scrapes `target` (host:port), with our rules. Raises FileNotFoundError if none is installed."""
     program = shutil.which("prometheus")
     if program is None:
         raise FileNotFoundError("there is no `prometheus`; Debian has a package of this name")
@@ -111,7 +111,7 @@ def prometheus(target: str, interval: str = "1s") -> Iterator[Prometheus]:
 
 
 def promtool(*arguments: str, text: str | None = None) -> str:
-    """What promtool says. Raises ValueError if it finds anything wrong."""
+    """The output of promtool. Raises ValueError if it reports a problem."""
     done = subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True)
     if done.returncode != 0 or done.stderr:
         raise ValueError(f"promtool {' '.join(arguments)}: {done.stdout}{done.stderr}")
@@ -119,7 +119,7 @@ def promtool(*arguments: str, text: str | None = None) -> str:
 
 
 def load(url: str, seconds: float, clients: int = 4, max_tokens: int = 64) -> int:
-    """Requests of all methods until `seconds` have passed, with some that are refused; how many were answered."""
+    """Send requests of all methods, some of them invalid or abandoned, for `seconds`. Returns the number of rounds."""
     until = time.monotonic() + seconds
 
     def visit(number: int) -> int:
@@ -144,7 +144,7 @@ def main() -> None:
         target = url.removeprefix("http://")
         with prometheus(target) as asked:
             load(url, 5)
-            # Rates need a series to have been there before.
+            # Rates are computed only for series that existed at an earlier scrape.
             count = load(url, 30)
             print(f"{count} rounds of requests\n")
             print("promtool check rules:", promtool("check", "rules", str(ALERTS)).split("\n")[1].strip())

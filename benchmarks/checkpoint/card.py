@@ -1,4 +1,4 @@
-"""The README.md that lies beside exported weights."""
+"""The model card: the README.md in the folder of exported weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def card(
     lines: Mapping[str, int],
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The card's text, of the tables by name, the counts of first lines, and samples with `prompt` and `text`."""
+    """The card's text, from tables by name, the counts of `lines`, and samples with `prompt` and `text`."""
     record = json.loads((folder / RUNS_FILE).read_text())
     runs = record["runs"]
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,11 +1,12 @@
-"""Everything there is to know about a checkpoint, in one table each: prediction, drafts, decoding, text.
+"""Tables about a checkpoint: prediction, drafts, decoding, text.
 
     python -m fastblt.benchmarks.checkpoint.tables                 the shipped checkpoint
     python -m fastblt.benchmarks.checkpoint.tables FOLDER --write  of another, into its README.md and config.json
 
-Minutes on one core. "Along held-out text" drafts at positions of a given text (`benchmarks.checkpoint.teacher_forced`);
-"decoding" is the engine's, on the model's own text, whose loops flatter every figure: the share of texts that end in
-one (the last 64 bytes have a period of at most 32) and the share of distinct runs of four bytes stand beside them.
+It takes minutes on one core. "Along held-out text" are drafts at positions of a given text
+(`benchmarks.checkpoint.teacher_forced`). "Decoding" is the engine's, on the model's own text. Loops in that text
+inflate all figures, so the table also has the share of texts that end in a loop (the last 64 bytes have a period of at
+most 32) and the share of distinct runs of four bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from fastblt.models.vocabulary import decode, encode, with_bos
 from fastblt.server.settings import PRETRAINED
 
 TEMPERATURE = 0.8
-#: Bytes of a held-out sequence, as in training, and from where on drafts are made along it.
+#: Ids of a held-out sequence, as in training, and the position from which drafts are made along it.
 LENGTH, CONTEXT = 1024, 256
 BLT_D_THRESHOLD = 0.7
 
@@ -63,12 +64,12 @@ Rows = list[dict[str, Any]]
 
 
 def held_out_chunks() -> NDArray[np.uint16]:
-    """The held-out text in sequences of LENGTH ids, as training cuts it."""
+    """The held-out text in sequences of LENGTH ids, cut as in training: uint16 [N, LENGTH]."""
     return chunks(stream([source.data for source in held_out_sources()]), LENGTH)
 
 
 def prediction(model: Blt, text: NDArray[np.uint16]) -> dict[str, Any]:
-    """`evaluate`, and the leak check of every kind of start and block size."""
+    """The results of `evaluate`, and of `leak_check` for every kind of start and block size."""
     result = evaluate(model, text)
     rule = PatchRule(model.config.patching_threshold, model.config.max_patch_length)
     few = text[:: max(1, len(text) // 4)][:4, : LENGTH // 2]
@@ -87,7 +88,7 @@ def drafters(sizes: Iterable[int]) -> list[Drafter]:
 
 
 def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Rows:
-    """Rows of drafts along held-out sequences, and of BLT-D's blocks."""
+    """Rows of the table for drafts, and for BLT-D's blocks, along held-out sequences."""
     parameters = ModuleParameters.of(model)
     rounds = {drafter: Rounds() for drafter in drafters(model.config.block_sizes)}
     agreement: dict[int, list[float]] = {size: [] for size in model.config.block_sizes}
@@ -117,7 +118,7 @@ def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Rows
 
 
 def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature: float) -> Rows:
-    """Rows of the engine's decoding of the model's own text."""
+    """Rows of the table for the engine's decoding, on the model's own text."""
     wanted = {"blt"} | {drafter.name for drafter in drafters(model.config.block_sizes)}
     wanted |= {f"blt-d-{size} a{BLT_D_THRESHOLD}" for size in model.config.block_sizes}
     rows: Rows = []
@@ -132,13 +133,13 @@ def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature:
 
 
 def greedy(model: Blt, prompts: Sequence[list[int]], length: int) -> list[bytes]:
-    """Plain greedy text after each prompt."""
+    """The greedy text of BLT after each prompt."""
     params = [whole_length(decoding_of("blt"), length)] * len(prompts)
     return [decode(output.ids) for output in complete(engine_of(model, prompts, length), prompts, params)]
 
 
 def lines(model: Blt, together: int = 41, context: int = 900, length: int = 96) -> dict[str, int]:
-    """How many greedy first lines after the HumanEval prompts are Python there, and how many begin a doctest."""
+    """How many greedy first lines after the HumanEval prompts parse, and how many begin a doctest."""
     texts = humaneval_texts()
     written: list[str] = []
     for first in range(0, len(texts), together):
@@ -152,7 +153,7 @@ def lines(model: Blt, together: int = 41, context: int = 900, length: int = 96) 
 
 
 def measure(model: Blt, *, sequences: int, prompts: int, length: int) -> dict[str, Any]:
-    """All figures, each part printed as it is done."""
+    """All figures. Each part is printed as soon as it is done."""
     text = held_out_chunks()
     result: dict[str, Any] = {
         "threshold": model.config.patching_threshold,
@@ -246,7 +247,7 @@ def decoding_table(rows: Rows) -> str:
 
 
 def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
-    """Put the tables into the folder's model card, and the acceptance along held-out text into its `config.json`."""
+    """Write the tables to the folder's model card, and the acceptance along held-out text to its `config.json`."""
     tables = {
         "prediction": prediction_table(result),
         "along_greedy": along_table(result["along_greedy"]),

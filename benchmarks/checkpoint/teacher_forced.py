@@ -1,11 +1,11 @@
-"""Drafts along a held-out text instead of along the model's own, which repeats itself and flatters them.
+"""Measures drafts along held-out text. The model's own text repeats itself, which inflates acceptance.
 
-The bytes of a text are given. A draft is made at a position from what is known there, and compared, byte by byte, with
-what the model itself would choose at these positions given the text before each; so many as agree from the start on are
-accepted, and the next draft begins one byte after them. A BLT-S draft reads the text as its own bytes, so that it and
-the model's choice differ by the latent alone. Under a temperature both add the same noise, as in decoding (design §5).
+The bytes of the text are given. A draft is made at a position from the text before it. Its bytes are compared with the
+bytes that the model would choose at these positions, given the text before each. The common prefix is accepted, and the
+next draft begins one byte after it. A BLT-S draft reads the text in place of its own bytes, so it differs from the
+model's choice only by the latent. With a temperature both add the same noise, as in decoding (design §5).
 
-All drafts of a text are rows appended to the same clean prefix, so they are computed together.
+All drafts of a text are rows after the same clean prefix, so they are computed together.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fastblt.models.patching import PatchRule, entropies
 from fastblt.models.reference_options import Nfe
 from fastblt.models.vocabulary import EOS_ID, MASK_ID, NEVER_PRODUCED
 
-#: Drafts computed at once: each gathers a window of keys of its own.
+#: Drafts computed at once. The number is limited because each copies a window of keys.
 _TOGETHER = 128
 
 
 @dataclass
 class Known:
-    """What the model makes of a text ids [T], computed once.
+    """The model's results for a text ids [T], computed once.
 
-    choices [T + 1]: the byte it would choose at each position, given those before (0 at BOS); starts and patch_of
-    [T + 1] as of `BltOutput`; rows [T, d] decoder inputs; keys and values of the decoder's clean rows by layer; the
-    decoder's keys and values of latents, latent_kv [P, ...] by patch and forced_kv [T, ...] of the patch that a byte
-    ends, closed by force; noise [T + 1, 260] by position.
+    choices [T + 1]: the id it would choose at each position, given those before (0 at BOS). starts [T + 1]: patch
+    starts. patch_of [T + 1]: the patch of each position. rows [T, d]: decoder inputs. keys, values: of the decoder's
+    clean rows, by layer. latent_kv [P, ...]: the decoder's keys and values of each patch's latent. forced_kv [T, ...]:
+    the same for each byte's patch, closed by force after that byte. noise [T + 1, 260]: by position.
     """
 
     ids: Tensor
@@ -53,7 +53,7 @@ class Known:
 
 @torch.inference_mode()
 def know(model: Blt, ids: Tensor, temperature: float = 0.0, seed: int = 0) -> Known:
-    """Run a text ids int64 [T] through the model, with the latents that drafts at every position read."""
+    """Run a text ids int64 [T] through the model, and compute the latents for drafts at every position."""
     config = model.config
     length = len(ids)
     entropy = entropies(model.patcher(ids[None], CausalAttention(config.patcher, length, ids.device)))[0]
@@ -90,7 +90,7 @@ def know(model: Blt, ids: Tensor, temperature: float = 0.0, seed: int = 0) -> Kn
 
 
 class _Remembering:
-    """An attention that keeps the keys (not turned) and values of every layer."""
+    """An attention that stores the keys (not rotated) and values of every layer."""
 
     def __init__(self, inner: CausalAttention) -> None:
         self._inner = inner
@@ -104,7 +104,7 @@ class _Remembering:
 
 
 def _forced_latents(model: Blt, states: Tensor, starts: Tensor, latents: Tensor) -> Tensor:
-    """Latents [T, dg], of the patch of each byte, closed by force right after it."""
+    """Latents [T, dg]: for each byte, that of its patch, closed by force right after it."""
     length = len(states)
     places = (starts.long().cumsum(0) - 1)[:length]
     first = torch.nonzero(starts[:length])[:, 0][places]
@@ -112,7 +112,7 @@ def _forced_latents(model: Blt, states: Tensor, starts: Tensor, latents: Tensor)
     index = first[:, None] + torch.arange(int((last - first).max()) + 1)
     inside = index <= last[:, None]
     vectors = model.local_encoder.pool(states[index.clamp_max(length - 1)], inside).flatten(1)
-    # A forced patch stands where its patch does, and sees the closed ones before it.
+    # A force-closed patch has its patch's position, and sees the closed patches before it.
     global_ = model.config.global_
     rope = Rope(global_.head_dim, global_.rope_theta)
     closed = CausalAttention(global_, len(latents), states.device)
@@ -137,7 +137,7 @@ def _forced_latents(model: Blt, states: Tensor, starts: Tensor, latents: Tensor)
 
 
 def _padded(states: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """States [P, L, d] of every patch and which of them are there [P, L]."""
+    """The states of every patch, padded to [P, L, d], and which of them exist, bool [P, L]."""
     length = len(states)
     first = torch.nonzero(starts[:length])[:, 0]
     end = torch.cat([first[1:], torch.tensor([length])])
@@ -146,7 +146,7 @@ def _padded(states: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose(logits: Tensor, noise: Tensor) -> Tensor:
-    """Ids [...] of rows [..., 260]; no text ends."""
+    """The chosen ids [...] for logits and noise [..., 260], without EOS."""
     scores = logits.float() + noise
     scores[..., [*NEVER_PRODUCED, EOS_ID]] = float("-inf")
     return scores.argmax(-1)
@@ -154,7 +154,8 @@ def _choose(logits: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Drafter:
-    """`blt-s` or `blt-dv` (one step), so many bytes, on the newest closed latent or, as the paper, the forced one."""
+    """A way to draft `length` bytes: `blt-s` or `blt-dv` (in one step). They read the newest closed latent or, with
+    `paper`, that of the open patch, closed by force."""
 
     method: str
     length: int
@@ -168,7 +169,7 @@ class Drafter:
 
 @torch.inference_mode()
 def drafts(model: Blt, known: Known, drafter: Drafter, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Drafted bytes [S, length] at positions n = `places` >= 2, the byte at n - 1 being the last one known."""
+    """Drafted ids [S, length] at positions n = `places` >= 2. The last known byte is at n - 1."""
     parts = [
         _draft(model, known, drafter, torch.from_numpy(places[first : first + _TOGETHER]))
         for first in range(0, len(places), _TOGETHER)
@@ -179,13 +180,13 @@ def drafts(model: Blt, known: Known, drafter: Drafter, places: NDArray[np.int64]
 def _draft(model: Blt, known: Known, drafter: Drafter, places: Tensor) -> NDArray[np.int64]:
     offsets = torch.arange(drafter.length)
     if drafter.method == "blt-s":
-        # Rows n - 1, n, ..., each giving the byte after it.
+        # Rows n - 1, n, ... Each gives the byte after its position.
         rows = known.rows[places[:, None] - 1 + offsets]
         own = offsets[:, None] >= offsets
         positions = places[:, None] - 1 + offsets
         target = positions + 1
     else:
-        # The row of byte n - 1, which gives the byte at n, and masks at n, n + 1, ..., which give their own.
+        # The row of byte n - 1 gives the byte at n. Masked rows at n, n + 1, ... give the bytes at their own positions.
         mask = model.local_decoder.embed_tokens(torch.tensor(MASK_ID)).expand(len(places), drafter.length, -1)
         rows = torch.cat([known.rows[places - 1][:, None], mask], 1)
         own = torch.ones(drafter.length + 1, drafter.length + 1, dtype=torch.bool)
@@ -200,7 +201,7 @@ def _draft(model: Blt, known: Known, drafter: Drafter, places: Tensor) -> NDArra
 
 
 def _read(known: Known, paper: bool, places: Tensor) -> Tensor:
-    """Keys and values of the latent that drafts at `places` read [S, C, 2, k, Hkv, D]."""
+    """Keys and values [S, C, 2, k, Hkv, D] of the latents that drafts at `places` read."""
     if paper:
         return known.forced_kv[places - 1]
     return known.latent_kv[torch.from_numpy(known.patch_of)[places - 1] - 1]
@@ -211,8 +212,8 @@ def tail_logits(
 ) -> Tensor:
     """Logits [S, R, 260] of decoder rows [S, R, d] at consecutive `positions` [S, R] after a clean prefix.
 
-    Row 0 stands right after the prefix. own [R, R]: which of the rows each sees. Rows from `block_from` on form a block
-    and share the window of its first position (design §2.6).
+    Row 0 is at the position right after the prefix. own bool [R, R]: which of these rows each one sees. Rows from
+    `block_from` on form a block and share the window of its first position (design §2.6).
     """
     stack = model.config.decoder
     window = stack.window or len(known.ids)
@@ -243,7 +244,8 @@ def tail_logits(
 
 @torch.inference_mode()
 def blocks(model: Blt, known: Known, size: int, places: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Bytes [S, size] of BLT-D's blocks at `places`, unmasked by confidence: all above the threshold, or the best."""
+    """Ids [S, size] of BLT-D's blocks at `places`. A step unmasks all positions whose confidence exceeds the threshold,
+    or else the most confident one."""
     at = torch.from_numpy(places)
     positions = at[:, None] + torch.arange(size)
     table = model.local_decoder.embed_tokens
@@ -262,7 +264,8 @@ def blocks(model: Blt, known: Known, size: int, places: NDArray[np.int64], thres
 
 @dataclass
 class Rounds:
-    """Drafting and verifying along texts: what was drafted and accepted, and the passes of both ways to get there."""
+    """Totals of drafting and verifying along texts: bytes drafted and accepted, their passes, and the passes that plain
+    BLT needs for the same bytes."""
 
     rounds: int = 0
     drafted: int = 0
@@ -283,11 +286,11 @@ class Rounds:
         return self.bytes / self.rounds
 
     def weights(self, parameters: ModuleParameters) -> float:
-        """Weights read a byte relative to BLT's over the same bytes, all modules counted."""
+        """Weights read, relative to BLT's for the same bytes, over all modules."""
         return _weights(self.passes, parameters) / _weights(self.plain, parameters)
 
     def go(self, model: Blt, known: Known, drafter: Drafter, first: int) -> None:
-        """Add the rounds along a text from position `first` on, in stretches that are walked side by side."""
+        """Add the rounds along a text from position `first` on. The text is cut into stretches, computed together."""
         last = len(known.ids) - drafter.length
         ends = np.linspace(first, last, 1 + min(_TOGETHER, max(1, (last - first) // 48))).astype(np.int64)
         places, ends = ends[:-1], ends[1:]

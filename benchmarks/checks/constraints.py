@@ -1,14 +1,14 @@
-"""Constrained output on the shipped checkpoint: JSON by schema, strict UTF-8, and what the masks cost.
+"""Checks constrained output on the shipped checkpoint: JSON by schema, strict UTF-8, and the cost of the masks.
 
     python -m fastblt.benchmarks.checks.constraints   200 outputs a method and temperature, 1,000 a method in UTF-8
     python -m fastblt.benchmarks.checks.constraints --outputs 20 --utf8 100
 
-*Schemas*: held-out prompts, each with one of the schemas of `schemas.json`, in BLT, BLT-S and BLT-DV, greedy and
-sampled, mixed in one deterministic engine. An output is valid if it parses and validates (by the package jsonschema),
-and equal if it is BLT's. *UTF-8*: completions of 1 to 64 bytes at temperature 1.5, half of them with a bias to bytes
-that ASCII has not, in every method; the last column says how many of the same requests decode without `strict`.
-*Cost*: bytes a processor second of the same requests free, with strict UTF-8, and under a grammar that any text
-satisfies, as ratios of the median of alternating runs. Any output that fails makes the exit status 1.
+*Schemas*: held-out prompts, each with one of the schemas of `schemas.json`, by BLT, BLT-S and BLT-DV, greedy and
+sampled, mixed in one deterministic engine. An output is valid if it parses and validates (package jsonschema), and
+equal if it equals BLT's. *UTF-8*: completions of 1 to 64 bytes at temperature 1.5 by every method, half of them with a
+bias towards bytes beyond ASCII. The last column says how many outputs of the same requests without `strict` are UTF-8.
+*Cost*: bytes a processor second with strict UTF-8, and with a grammar that any text satisfies, relative to the same
+requests without constraints; medians of alternating runs. The exit status is 1 if any output fails.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastblt.server.settings import PRETRAINED
 
 SCHEMAS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("schemas.json").read_text())
 
-#: Room for the longest output that the schemas allow, whitespace included, is more than any model takes.
+#: Enough for the outputs in practice. The longest that the schemas allow, with whitespace, exceeds any max_model_len.
 _MAX_TOKENS = 2000
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
@@ -47,7 +47,7 @@ TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
 @dataclass
 class Checked:
-    """Outputs of one setting: how many are as they should be, and the first few that are not."""
+    """Counts of the outputs of one setting, and a description of each invalid one."""
 
     outputs: int = 0
     valid: int = 0
@@ -59,7 +59,7 @@ class Checked:
 
 @dataclass
 class Utf8Tally:
-    """Outputs of one method under `strict`, and how many decode when the same is asked without."""
+    """Outputs of one method with `strict`, and how many of the same requests give UTF-8 without it."""
 
     outputs: int = 0
     decoded: int = 0
@@ -68,20 +68,20 @@ class Utf8Tally:
 
 
 def verified_settings(block_size: int) -> list[str]:
-    """BLT, and what must equal it."""
+    """BLT, and settings whose outputs must equal BLT's."""
     return ["blt", "blt-s k8", f"blt-dv-{block_size} 1step", f"blt-dv-{block_size} a0.3"]
 
 
 def run_all(
     model: Blt, prompts: Sequence[list[int]], params: Sequence[SamplingParams], *, deterministic: bool = False
 ) -> list[Output]:
-    """Run requests in one engine; an error is an end as any other."""
+    """Run requests in one engine. A request may end in an error."""
     engine = start(model, 64, deterministic=deterministic, max_waiting=len(prompts))
     return complete(engine, prompts, params, errors=True)
 
 
 def check_schemas(model: Blt, count: int, temperature: float, seed: int = 0) -> dict[str, Checked]:
-    """`count` outputs of every setting; prompts and schemas in turn."""
+    """Check `count` outputs of every setting. Number i has prompt i and the schemas in turn."""
     prompts = held_out_prompts(count, 128)
     settings = verified_settings(max(model.config.block_sizes))
     jobs = [(setting, number) for setting in settings for number in range(count)]
@@ -126,7 +126,7 @@ def _problem(output: Output, schema: dict[str, Any]) -> str | None:
 
 
 def check_utf8(model: Blt, count: int) -> dict[str, Utf8Tally]:
-    """`count` outputs of every method, with and without `strict`."""
+    """Check `count` outputs of every method, with and without `strict`."""
     size = max(model.config.block_sizes)
     settings = {
         "blt": "blt",
@@ -147,7 +147,7 @@ def check_utf8(model: Blt, count: int) -> dict[str, Utf8Tally]:
                     max_tokens=1 + number % 64,
                     temperature=1.5,
                     seed=number,
-                    # A hundred ids are as many as a request may bias.
+                    # A request may bias at most a hundred ids.
                     logit_bias=dict(random.Random(number).sample(beyond, 100)) if number % 2 else {},
                     utf8=utf8,
                     decoding=decoding(setting),
@@ -173,7 +173,7 @@ def _decodes(text: bytes) -> bool:
 
 
 def cost(model: Blt, repeats: int, requests: int = 32, length: int = 128) -> dict[str, dict[str, float]]:
-    """Bytes a processor second, as ratios to those without a constraint, by method and constraint."""
+    """Bytes a processor second relative to those without a constraint, by method and constraint."""
     prompts = held_out_prompts(requests, 128)
     any_text = StructuredOutput.grammar("start: /(?s:.)*/")
     constraints: dict[str, dict[str, Any]] = {
@@ -206,7 +206,10 @@ def cost(model: Blt, repeats: int, requests: int = 32, length: int = 128) -> dic
 
 
 def check(*, model: str = str(PRETRAINED), outputs: int = 200, utf8: int = 1000, repeats: int = 5) -> dict[str, Any]:
-    """`outputs` of JSON of each setting and temperature, `utf8` ones of each method, and each cost `repeats` times."""
+    """Check `outputs` JSON outputs of each setting and temperature, and `utf8` outputs of each method.
+
+    Each cost is measured `repeats` times.
+    """
     torch.set_num_threads(1)
     blt = load_checkpoint(model)
     result: dict[str, Any] = {}

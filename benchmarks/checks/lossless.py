@@ -1,12 +1,12 @@
-"""BLT-S and BLT-DV give BLT's bytes: greedy and sampled, byte for byte, on the shipped checkpoint.
+"""Checks that BLT-S, BLT-DV and BLT-DSV give BLT's bytes, greedy and sampled, on the shipped checkpoint.
 
     python -m fastblt.benchmarks.checks.lossless                 200 greedy prompts and 8 sampled ones, 256 bytes each
     python -m fastblt.benchmarks.checks.lossless --processes 4   the prompts split over processes of one thread each
 
-Half of the prompts are held-out text, half the ends of HumanEval's. Every prompt is decoded with BLT and with every
-drafting setting, all of them mixed in one deterministic engine, so that batches hold many methods at different stages.
-The sampled prompts go through every row of `SAMPLED` with a seed of their own. A line a setting says how many outputs
-differ anywhere from BLT's with the same prompt, parameters and seed; any difference makes the exit status 1.
+Half of the prompts are held-out text, half are the ends of HumanEval prompts. Every prompt is decoded by BLT and by
+every drafting setting, all mixed in one deterministic engine, so that batches contain many methods at different stages.
+Sampled prompts are decoded with every row of `SAMPLED`, each prompt with its own seed. The table says for each setting
+how many outputs differ from BLT's with the same prompt, parameters and seed. The exit status is 1 if any differs.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "greedy with penalties": {"temperature": 0.0, "frequency_penalty": 0.3, "repetition_penalty": 1.3},
 }
 
-#: A request: its prompt's number, which is the seed, its parameters' name, its setting.
+#: A request: the number of its prompt, which is also its seed; the name of its parameters; its setting.
 Job = tuple[int, str, str]
 
 
 def drafting_settings(sizes: Sequence[int]) -> list[str]:
-    """All that must equal BLT, for a checkpoint of these block sizes."""
+    """All settings whose outputs must equal BLT's, for a checkpoint with these block sizes."""
     names = [f"blt-s k{length}" for length in (1, 4, 8, 16, 32)]
     names += [f"blt-dv-{size} {rule}" for size in sizes for rule in ("1step", "a0.3", "g1.5")]
     filtered = [f"blt-dsv-{size} k{length}" for size in sizes for length in (8, 16, 32)]
@@ -71,7 +71,7 @@ def drafting_settings(sizes: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """An output that is not BLT's: from which byte on, and of which prompt (its number is the seed) and parameters."""
+    """An output that differs from BLT's: the first different byte, the seed (number of the prompt), the parameters."""
 
     position: int
     seed: int
@@ -80,7 +80,7 @@ class Difference:
 
 @dataclass
 class Tally:
-    """Outputs of one setting, the bytes that BLT gave in their place, and what differs."""
+    """The outputs of one setting: their number, the bytes of BLT's outputs, and the differences."""
 
     outputs: int = 0
     bytes: int = 0
@@ -100,7 +100,7 @@ def compare(
     max_running: int = 64,
     progress: bool = False,
 ) -> dict[str, Tally]:
-    """Decode every prompt with BLT and every drafting setting, mixed in one engine. Keys of `prompts` are seeds."""
+    """Decode every prompt by BLT and every drafting setting, mixed in one engine. The keys of `prompts` are seeds."""
     settings = ["blt", *drafting_settings(model.config.block_sizes)]
     jobs = [(seed, name, setting) for seed in prompts for name in parameters for setting in settings]
     random.Random(0).shuffle(jobs)
@@ -125,7 +125,7 @@ def compare(
 
 
 def tally(jobs: Sequence[Job], outputs: Sequence[Output]) -> dict[str, Tally]:
-    """Every output against BLT's of the same seed and parameters: bytes, finish reasons, errors."""
+    """Compare every output with BLT's of the same seed and parameters: bytes, finish reasons, errors."""
     plain = {
         (seed, name): output for (seed, name, setting), output in zip(jobs, outputs, strict=True) if setting == "blt"
     }
@@ -145,14 +145,14 @@ def tally(jobs: Sequence[Job], outputs: Sequence[Output]) -> dict[str, Tally]:
 def _work(
     model: str, prompts: dict[int, list[int]], length: int, parameters: dict[str, Any], loud: bool
 ) -> dict[str, Tally]:
-    """What one process does."""
+    """`compare` in one process, which loads the model itself."""
     return compare(load_checkpoint(model), prompts, length, parameters, progress=loud)
 
 
 def in_processes(
     model: str, prompts: list[list[int]], length: int, parameters: dict[str, dict[str, Any]], processes: int
 ) -> dict[str, Tally]:
-    """`compare` with the prompts split over processes of one thread each; one is this process."""
+    """`compare` with the prompts split over processes of one thread each. With one, in this process."""
     seeded = list(enumerate(prompts))
     if processes == 1:
         return _work(model, dict(seeded), length, parameters, loud=True)
@@ -168,7 +168,7 @@ def in_processes(
 
 
 def mixed_prompts(count: int, length: int) -> list[list[int]]:
-    """Held-out text and the last `length` bytes of HumanEval prompts in turn, BOS first."""
+    """Held-out text and the last `length` bytes of HumanEval prompts, alternating, each with BOS first."""
     others = [with_bos(encode(text.encode()[-length:])) for text in humaneval_texts()[: count // 2]]
     half = held_out_prompts(count - len(others), length)
     prompts = [ids for pair in zip(half, others, strict=False) for ids in pair]
@@ -184,7 +184,7 @@ def check(
     length: int = 256,
     processes: int = 2,
 ) -> dict[str, Any]:
-    """`prompts` greedy ones, and `sampled` ones of each row of `SAMPLED`, of `length` bytes each."""
+    """Decode `prompts` prompts greedily, and `sampled` prompts with each row of `SAMPLED`, `length` bytes each."""
     result: dict[str, Any] = {}
     compared = differing = 0
     for title, count, parameters in (("greedy", prompts, GREEDY), ("sampled", sampled, SAMPLED)):

@@ -1,11 +1,11 @@
-"""Replicas on Ray Serve under load: throughput of one and of two, and what a killed replica costs.
+"""Ray Serve replicas under load: the throughput of one and of two, and the effect of a killed replica.
 
     python -m fastblt.benchmarks.checks.replicas                  all phases: one, two, killed, upgraded, growing
     python -m fastblt.benchmarks.checks.replicas --phases killed  one of them
 
-Starts a Ray of its own on this machine; needs the extras `bench` and `ray`. 200 streamed requests with 16 clients,
-against one replica, two, two of which one is killed (SIGKILL, its engine with it) when half of the requests have ended,
-two that are replaced by others then, and one that may become two.
+It starts its own Ray on this machine and needs the extras `bench` and `ray`. In each phase 16 clients stream 200
+requests: from one replica; from two; from two of which one is killed (SIGKILL, with its engine) when half of the
+requests have ended; from two that are upgraded at that time; from one that may scale to two.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastblt.server.child_process import child_environment
 
 @dataclass
 class Outcome:
-    """How a request ended: `complete`, or the code of the error that it read. `first` and `whole` are seconds."""
+    """How a request ended: `complete`, or an error code. `first` (byte) and `whole` (answer) are seconds."""
 
     end: str
     bytes: int = 0
@@ -68,7 +68,7 @@ class Load:
 
 @contextmanager
 def serving(options: Options, cpus: float) -> Iterator[str]:
-    """A Ray of this process's own with the application in it; gives its URL once all replicas are there."""
+    """Start Ray for this process and deploy the application. Yields its URL once all replicas are healthy."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     environment = {
@@ -94,24 +94,24 @@ def serving(options: Options, cpus: float) -> Iterator[str]:
 
 
 def deploy(options: Options) -> None:
-    """Start the application, or replace it; returns when it is healthy."""
+    """Start the application, or replace it. Returns when it is healthy."""
     serve.run(build(options), name="fastblt", route_prefix="/")
 
 
 def replica_pids() -> set[int]:
-    """Processes of this machine that are a replica of ours."""
+    """The process ids of our replicas on this machine."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if path.read_bytes().startswith(b"ray::ServeReplica:fastblt:Replica"):
                 found.add(int(path.parent.name))
         except OSError:
-            continue  # It has just ended.
+            continue  # The process has just ended.
     return found
 
 
 async def ask(client: httpx.AsyncClient, prompt: str, max_tokens: int) -> Outcome:
-    """One streamed request, read to its end."""
+    """Send one streamed request and read its answer to the end."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     began = time.monotonic()
     outcome = Outcome("no end")
@@ -134,7 +134,7 @@ async def ask(client: httpx.AsyncClient, prompt: str, max_tokens: int) -> Outcom
 
 
 async def load(url: str, count: int, clients: int, max_tokens: int, half: Callable[[], None] | None = None) -> Load:
-    """`count` requests from `clients` clients; `half` is called when half of them have ended."""
+    """Send `count` requests from `clients` clients. `half` is called when half of them have ended."""
     rng = random.Random(0)
     prompts = [f"# {rng.random()}\ndef function_{number}(a, b):\n" for number in range(count)]
     result = Load()
@@ -155,7 +155,7 @@ async def load(url: str, count: int, clients: int, max_tokens: int, half: Callab
 
 
 class Kill:
-    """Ends one replica without a word, when called; with `engine`, only the engine that it has."""
+    """Kills one replica when called; with `engine`, only the replica's engine."""
 
     def __init__(self, *, engine: bool = False) -> None:
         self._engine = engine
@@ -177,7 +177,7 @@ class Kill:
 
 
 class Upgrade:
-    """Deploys the application anew with other options, when called; replicas are replaced one by one."""
+    """Deploys the application with other options when called. Ray then replaces the replicas one by one."""
 
     def __init__(self, options: Options) -> None:
         self._thread = threading.Thread(target=deploy, args=[options])
@@ -187,7 +187,7 @@ class Upgrade:
         self._thread.start()
 
     def finish(self) -> int:
-        """How many replicas of before are left, once it is done: none."""
+        """Wait for the upgrade. Returns how many of the old replicas are left, which should be 0."""
         self._thread.join()
         return len(self.before & replica_pids())
 
@@ -203,7 +203,7 @@ def check(
     model: str | None = None,
     phases: Sequence[str] = PHASES,
 ) -> dict[str, Any]:
-    """The load in each of these phases, with the shipped checkpoint or that of a folder."""
+    """Run the load in each of `phases`, with the shipped checkpoint or another `model`."""
     engine = {"cache_bytes": 256 << 20, "max_running": 16, "threads": 1}
     options = Options(replicas=1, model=model, engine=engine)
     result: dict[str, Any] = {}
@@ -214,7 +214,7 @@ def check(
 
     if "one" in phases:
         with serving(options, cpus=2) as url:
-            asyncio.run(load(url, 8, 8, 16))  # What compiles, compiles now.
+            asyncio.run(load(url, 8, 8, 16))  # A warm-up, so that compilation is not timed.
             measure("1 replica", url)
     if {"two", "killed", "upgraded"} & set(phases):
         with serving(options.model_copy(update={"replicas": 2}), cpus=2) as url:

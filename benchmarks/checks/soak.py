@@ -1,17 +1,17 @@
-"""A server under more load than it can carry, for a while: does anything slow down, leak, hang or get lost?
+"""Overloads a server for a while, and checks that nothing slows down, leaks, hangs or is lost.
 
     python -m fastblt.benchmarks.checks.soak                ten minutes; the exit status is 0 if every criterion holds
     python -m fastblt.benchmarks.checks.soak --seconds 60   a shorter one
 
-More clients than the server has places ask at once: every method, greedy and sampled, streamed and whole, with
-logprobs, several choices, stop strings; a share of them leaves midway, another sends what can never be served, and
-whoever gets 429 tries again after a pause. Clients read to the letter: one terminal event each, then nothing. Server,
-engine and clients share this machine, and only its loopback interface is used.
+There are more clients than the server has room for. They use every method, greedy and sampled, streamed and whole, with
+logprobs, several choices and stop strings. Some disconnect midway, some send invalid requests, and after a 429 they
+pause and retry. Clients check that each choice ends exactly once. Server, engine and clients share this machine and use
+only its loopback interface.
 
-Criteria: the bytes per second of the last fifth are within 10 % of those of the first fifth after the warm-up; the
-private memory of neither process grows by more than 5 % and 16 MiB after half of the time; when the clients are gone
-nothing is running or waiting, and every page is free or cached; the 429s that clients got are those that the metric
-counted; no answer was a 5xx; no client was told of its end other than once.
+Criteria: the bytes per second of the last fifth are within 10 % of those of the first fifth after the warm-up. The
+private memory of neither process grows by more than 5 % or 16 MiB, whichever is more, in the second half. When the
+clients are gone, nothing is running or waiting, and every page is free or cached. The metric counted the 429s that were
+sent. There was no 5xx. Every answer that was read ended exactly once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastblt.server.settings import PRETRAINED
 
 METHODS = ("blt", "blt-s", "blt-d", "blt-dv", "blt-dsv", "auto")
 
-#: What can never be served, with the status it gets.
+#: Invalid bodies, with the status that each gets.
 BAD: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{", 400),
@@ -60,7 +60,7 @@ THROUGHPUT_SHARE = 0.10
 
 @dataclass
 class Tally:
-    """What the clients saw. `ends` has one entry for everyone who stayed."""
+    """What the clients saw. `ends` counts the finish reasons of clients that stayed, `left` those that did not."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
@@ -70,8 +70,8 @@ class Tally:
 
 @dataclass
 class Sample:
-    """`bytes` generated, private memory (bytes), requests running and waiting, the engine's processor time (s),
-    `seconds` after the start.
+    """State of the server `seconds` after the start: `bytes` generated, private memory (bytes), requests running and
+    waiting, the engine's processor time (seconds).
     """
 
     seconds: float
@@ -84,7 +84,7 @@ class Sample:
 
 
 def sample(server: Server, seconds: float) -> Sample:
-    """What the server and its engine say and have now."""
+    """Read the current metrics and memory of the server and its engine."""
     values, pid = server.metrics(), server.process.pid
     [engine] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return Sample(
@@ -99,13 +99,13 @@ def sample(server: Server, seconds: float) -> Sample:
 
 
 def private_memory(pid: int) -> int:
-    """Bytes that a process has for itself."""
+    """Bytes of memory that a process does not share."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text)) * 1024
 
 
 class Client:
-    """Asks again and again until `until`; draws what it asks from its own seed."""
+    """Sends requests until the monotonic time `until`. They are random, by the client's seed."""
 
     def __init__(self, session: aiohttp.ClientSession, seed: int, text: str, tally: Tally, until: float) -> None:
         self._session = session
@@ -152,7 +152,7 @@ class Client:
         status, kind, content = await self._ask(json.dumps(body).encode())
         self._tally.statuses[status] += 1
         if status == 429:
-            # What Retry-After says is a second.
+            # Retry-After is one second.
             await asyncio.sleep(self._rng.uniform(0.5, 1.0))
         elif status == 200:
             reasons = _reasons(kind, content)
@@ -164,7 +164,7 @@ class Client:
             self._tally.wrong.append(f"{status}: {content[:200]!r}")
 
     async def _leave(self, body: dict[str, Any]) -> None:
-        """Ask, and close the connection after a moment, whatever has come by then."""
+        """Send a request, and close the connection after a moment."""
         status = None
         with suppress(TimeoutError, aiohttp.ClientError):
             async with (
@@ -176,11 +176,11 @@ class Client:
         if status is not None:
             self._tally.statuses[status] += 1
         else:
-            # It may have been refused just then; nobody read it.
+            # The server may have refused it at that moment, unread.
             self._tally.left += 1
 
     async def _ask(self, body: bytes) -> tuple[int, str, bytes]:
-        """Status, content type and content of the answer to one request."""
+        """Send one request. Returns status, content type and content of the answer."""
         headers = {"content-type": "application/json"}
         async with self._session.post("/v1/completions", data=body, headers=headers) as answer:
             return answer.status, answer.content_type, await answer.read()
@@ -191,7 +191,7 @@ async def load(server: Server, seconds: float, clients: int) -> tuple[Tally, lis
     start = time.monotonic()
     tally, samples = Tally(), []
     text = library_text().decode("utf-8", "replace")
-    # Every request has a connection of its own, as of clients that come once.
+    # Every request opens a new connection, as separate clients would.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as session:
@@ -210,7 +210,7 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
     warm = [sample for sample in samples if sample.seconds >= WARM_UP * seconds]
     fifth = max(len(warm) // 5, 2)
     first, last = warm[:fifth], warm[-fifth:]
-    # Caches take their memory as they are first used, the prefix cache to its last page.
+    # Cache memory grows until every page has been used once, so growth is measured from the middle.
     middle = warm[2 * fifth : 3 * fifth] or first
     before, after = _rate(first), _rate(last)
     memory = {}
@@ -231,7 +231,7 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
         "memory": all(process["flat"] for process in memory.values()),
         "nothing stuck": final["fastblt_num_requests_running"] == final["fastblt_num_requests_waiting"] == 0,
         "pages balance": _balanced(final),
-        # Some who left had been refused, and did not wait to read it.
+        # Some clients that left had been refused, without reading it.
         "429s counted": counted == refused and 0 <= counted - tally.statuses[429] <= tally.left,
         "overload": tally.statuses[429] > 0,
         "no 5xx": not any(status >= 500 for status in tally.statuses),
@@ -240,7 +240,7 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
     return {
         "seconds": seconds,
         "bytes_per_second": {"first_fifth": before, "last_fifth": after, "ratio": after / before},
-        # Does not depend on what else the machine does.
+        # This hardly depends on other jobs on the machine.
         "bytes_per_engine_cpu_second": {
             "first_fifth": before / _busy(first),
             "last_fifth": after / _busy(last),
@@ -266,11 +266,11 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
 
 
 def settle(server: Server) -> dict[str, float]:
-    """The metrics once nothing runs any more, or after half a minute."""
+    """Wait until nothing runs any more, or half a minute. Returns the metrics."""
     deadline = time.monotonic() + 30
     while json.loads(server.get("/load"))["server_load"] and time.monotonic() < deadline:
         time.sleep(0.1)
-    # The engine tells its counters once a second when it is idle.
+    # An idle engine reports its counters once a second.
     time.sleep(2)
     return server.metrics()
 
@@ -280,7 +280,7 @@ def _rate(samples: list[Sample]) -> float:
 
 
 def _busy(samples: list[Sample]) -> float:
-    """Processors that the engine had, on average."""
+    """The mean number of processors that the engine used."""
     return (samples[-1].engine_cpu - samples[0].engine_cpu) / (samples[-1].seconds - samples[0].seconds)
 
 
@@ -292,7 +292,7 @@ def _balanced(final: dict[str, float]) -> bool:
 
 
 def _reasons(kind: str, content: bytes) -> list[str]:
-    """How the choices of an answer ended; nothing at all if the answer is not whole."""
+    """The finish reasons of an answer's choices; empty if the answer is not complete."""
     if kind == "application/json":
         return [choice["finish_reason"] for choice in json.loads(content)["choices"]]
     if not content.endswith(b"\n\ndata: [DONE]\n\n"):
@@ -312,7 +312,7 @@ def check(
     max_running: int = 16,
     max_waiting: int = 16,
 ) -> dict[str, Any]:
-    """Load a server for so many seconds, then judge."""
+    """Load a server for `seconds`, then check the criteria."""
     options = ["--max-running", str(max_running), "--max-waiting", str(max_waiting), "--cache-size", "48MiB"]
     with serving(model, [*options, "--max-model-len", "4096", "--log-level", "warning"]) as server:
         tally, samples = asyncio.run(load(server, seconds, clients))

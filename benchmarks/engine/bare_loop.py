@@ -1,7 +1,7 @@
-"""The yardstick of the engine: a bare loop over `models/` with dense preallocated caches.
+"""The engine's baseline: a plain decoding loop over `models/` with dense preallocated caches.
 
-It decodes a fixed batch in lockstep, greedily, with no scheduler, pages, sampling parameters, stop conditions or
-streams. What the engine loses against it is the price of serving.
+It decodes a fixed batch greedily in lockstep, without scheduler, pages, sampling parameters, stop conditions or
+streams. The difference to the engine's speed is the cost of serving.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fastblt.models.config import StackConfig
 from fastblt.models.layers import Rope, rotate
 from fastblt.models.patching import PatchRule, entropies
 
-#: (layer, queries, keys, values) -> what attention makes of them.
+#: (layer, queries, keys, values) -> attention output.
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Dense:
-    """Keys and values of one stack: a preallocated tensor [batch, heads, length, D] a layer."""
+    """Keys and values of one stack: a preallocated tensor [batch, heads, length, D] for each layer."""
 
     def __init__(self, stack: StackConfig, batch: int, length: int) -> None:
         shape = (batch, stack.num_kv_heads, length, stack.head_dim)
@@ -33,7 +33,7 @@ class _Dense:
         self.turns = Rope(stack.head_dim, stack.rope_theta).table(length)
 
     def at(self, position: int) -> Attention:
-        """Attention of one row a sequence, all at the same position."""
+        """Attention for one row of each sequence, all at the same position."""
         low = 0 if self.window is None else max(0, position + 1 - self.window)
         turns = self.turns[position]
 
@@ -47,7 +47,7 @@ class _Dense:
         return attend
 
     def ragged(self, rows: Tensor, positions: Tensor) -> Attention:
-        """Attention of one row each of some sequences, at positions of their own."""
+        """Attention for one row of each of the sequences `rows`, each at its own position."""
         longest = int(positions.max()) + 1
         mask = (torch.arange(longest) <= positions[:, None])[:, None, None]
         turns = self.turns[positions]
@@ -63,7 +63,7 @@ class _Dense:
 
 
 class BareLoop:
-    """Greedy BLT over `prompts` (ids, all of one length); `step` gives every sequence its next byte."""
+    """Greedy BLT over `prompts` (ids, all of one length). `step` decodes the next byte of every sequence."""
 
     def __init__(self, model: Blt, prompts: list[list[int]], length: int) -> None:
         config = model.config
@@ -87,7 +87,7 @@ class BareLoop:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """The next byte of every sequence, int64 [batch]."""
+        """The id of the next byte of every sequence, int64 [batch]."""
         self._ids[:, self.position + self._model.hash_window - 1] = self._next
         self._next = self._step()
         return self._next

@@ -1,10 +1,11 @@
-"""What holding requests for one another saves and costs: weights read, bytes per second, latency.
+"""What holding requests, so that they share upstream passes, saves and costs: weights read, speed, latency.
 
     python -m fastblt.benchmarks.engine.holding weights   at most 1, 8 and 64 passes a beat, 32 requests
     python -m fastblt.benchmarks.engine.holding latency   --max-hold-ms 0, 300 and none at the 1B shape
 
-A request that needs the global transformer is held until the others can go no further either, for at most so many
-decoder passes or milliseconds: 1 pass, or 0 ms, never holds. Requests start one pass after another.
+A request that needs the global transformer is held until all others need it too, for at most the given number of
+decoder passes or milliseconds. With 1 pass, or 0 ms, requests are never held. Each request starts one pass after the
+one before it.
 """
 
 from __future__ import annotations
@@ -33,18 +34,21 @@ from fastblt.server.engine.engine import Engine
 from fastblt.server.request import FinishReason, Ledger
 from fastblt.server.settings import PRETRAINED
 
-#: The paper's 1B model, whose accounting has no entropy model (arXiv 2605.08044 §4.2); encoder and global
-#: transformer in one.
+#: The paper's 1B model (arXiv 2605.08044 §4.2). The paper does not count the entropy model, and counts encoder and
+#: global transformer together.
 PAPER_1B = ModuleParameters(patcher=0, encoder=0, global_=1_304_014_848, decoder=157_852_672)
 _MODULES = tuple(asdict(PAPER_1B))
 
-#: Passes of each module, and the bytes that they made.
+#: The number of passes of each module.
 Counts = dict[str, int]
 
 
 class Run:
-    """An engine in full swing, and what its stretches have come to: passes of the engine's ledger, where one counts
-    once however many requests share it, and of the requests' own."""
+    """A running engine, and totals over its measured stretches.
+
+    `shared` are passes by the engine's ledger, which counts a pass once, however many requests share it. `own` are the
+    sums of the requests' ledgers.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -53,7 +57,7 @@ class Run:
         self.own: Counts = dict.fromkeys(_MODULES, 0)
 
     def stretch(self, count: int) -> float:
-        """Run until `count` more bytes are there: bytes a second."""
+        """Run until `count` more bytes are generated. Returns bytes per second."""
         before, shared, own = self._engine.stats().bytes_generated, self._engines(), self._requests()
         speed = stretch(self._engine, count)
         self.bytes += self._engine.stats().bytes_generated - before
@@ -74,7 +78,7 @@ def _counts(ledgers: Sequence[Ledger]) -> Counts:
 
 
 def figures(run: Run, requests: int, own: ModuleParameters) -> dict[str, float]:
-    """What a run read. Weights are in millions a byte of each request."""
+    """Figures of a run. Weights read are millions of parameters for each byte of each request."""
     upstream = PAPER_1B.encoder + PAPER_1B.global_
 
     def weights(parameters: ModuleParameters, passes: Counts) -> float:
@@ -99,13 +103,13 @@ def weights(
     rounds: int = 5,
     temperature: float = 0.0,
 ) -> dict[str, Any]:
-    """Weights read a byte, by method and most passes a beat.
+    """Weights read per byte, by method and most passes a beat.
 
     They are millions of parameters per byte *of each request*: with this checkpoint's modules, entropy model included,
-    and with decoder, encoder and global transformer of the paper's 1B model in their place. Beside the latter stands
-    what it would be by the requests' own passes: `apart` where every decoder pass comes with an upstream pass,
-    `together` where all requests are in step. With the paper's acceptance and patches the model of design §3 says 1572
-    and 332 for BLT-S, 375 and 208 for BLT-DV, and 1462 for BLT apart.
+    and with those of the paper's 1B model in their place. For the latter there are also two bounds from the requests'
+    own passes: `apart`, if every decoder pass came with an upstream pass, and `together`, if all requests were in step.
+    With the paper's acceptance and patches the model of design §3 predicts 1572 and 332 for BLT-S, 375 and 208 for
+    BLT-DV, and 1462 for BLT apart.
     """
     blt = load_checkpoint(model)
     rows = compare_weights(blt, held_out_prompts(requests, 256), holds, length, rounds, temperature)
@@ -115,7 +119,7 @@ def weights(
 def compare_weights(
     model: Blt, prompts: list[list[int]], holds: Sequence[int], length: int, rounds: int, temperature: float = 0.0
 ) -> dict[str, dict[str, float]]:
-    """Print and return a row for each method and most passes a beat. `length` is bytes a request and stretch."""
+    """Print and return a row for each method and limit of passes a beat. `length`: bytes of a request in a stretch."""
     own = ModuleParameters.of(model)
     rows: dict[str, dict[str, float]] = {}
     columns = ("decoder/byte", "global/byte", "weights read, M", "as 1B, M", "apart", "together", "bytes/s")
@@ -146,9 +150,9 @@ def latency(
     length: int = 32,
     rounds: int = 1,
 ) -> dict[str, Any]:
-    """Bytes a second and latency by `--max-hold-ms`: 0, 300, and none, which the engine ends after 64 passes.
+    """Bytes per second and latency by `--max-hold-ms`: 0, 300, and none, with which 64 passes are the limit.
 
-    Gaps are between the pieces of one request's text, `in all` from its submission to its end.
+    Gaps are times between the deltas of one request. `in all` is the time from its submission to its end.
     """
     blt = load_checkpoint(model)
     if shape != "none":
@@ -157,14 +161,14 @@ def latency(
     return {"shape": shape, "bytes": length, "threads": threads(), "runs": rows}
 
 
-#: Longest waits in milliseconds; None: as many passes as a beat may have.
+#: Longest holds in milliseconds. None: only the number of passes in a beat limits them.
 HOLDS: tuple[float | None, ...] = (0.0, 300.0, None)
 
 
 def compare_latency(
     model: Blt, prompts: Sequence[list[int]], counts: Sequence[int], length: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Print and return medians over the rounds."""
+    """Print and return medians over the rounds, by method, number of requests and hold."""
     rows: list[dict[str, Any]] = []
     table = Table("method", "requests", "hold, ms", "bytes/s", "global/byte", "gap p50, ms", "gap p99", "in all p99, s")
     for name in LOSSLESS[1:]:
@@ -182,7 +186,7 @@ def compare_latency(
 def to_the_end(
     model: Blt, prompts: Sequence[list[int]], setting: str, hold: float | None, length: int
 ) -> dict[str, float]:
-    """Figures of one run of all prompts to their ends."""
+    """Run all prompts to their ends. Returns the run's figures."""
     engine = start(model, len(prompts), max_hold_ms=hold, max_model_len=2048, prefix_cache=False)
     params = whole_length(decoding(setting), length)
     waiting = list(prompts)

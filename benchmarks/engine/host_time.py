@@ -1,21 +1,21 @@
-"""Host Python per pass: what a step costs beside the modules and the selection kernels.
+"""Host time per pass: the Python time of a step, without the modules and the selection kernels.
 
     python -m fastblt.benchmarks.engine.host_time    BLT, BLT-S, BLT-DV and BLT-D at 1 and 32 requests
 
-The device's side of a step are the calls that only give it work, from integers that the host has staged, and never wait
-for it or loop over requests: the modules' passes, the choice of bytes, the packing of results (`_DEVICE`). All else,
-planning, laying out rows, fetching and postprocessing, is the host's, and would leave an accelerator idle. It is
-measured twice, in microseconds of this thread's processor time per decoder pass; a call that makes several passes asks
-the host once for all of them:
+The device's side of a step are calls that only give a device work, from staged integers, and neither wait for it nor
+loop over requests: the passes of the modules, sampling, packing of results (`_DEVICE`). All else is the host's and
+would leave an accelerator idle: planning, laying out rows, fetching, postprocessing. Host time is measured twice, in
+microseconds of this thread's processor time per decoder pass. A call that makes several passes needs the host once for
+all of them.
 
-  beside   with timers around the device's calls, which run on the same processor. Every pass then reads all weights
-           through its caches, and the host's code and data come from memory again.
-  alone    the run once more with the device's calls left out and the results of the first run handed to the host:
-           what remains where a device of its own does that work. The same plans, rows and bytes.
+  beside   the device's calls run on the same processor and are subtracted. Every pass then reads all weights through
+           the processor's caches, so the host's code and data come from memory again.
+  alone    the same run again, with the device's calls left out and the results of the first run given to the host:
+           the host time with a separate device. Plans, rows and bytes are the same.
 
-Against the target of 200 us a pass and 20 for each request in it. What others do on the machine only ever adds to it:
-of `--rounds` runs the one that had least alone is reported, beside what the others had, and beside what a fixed piece
-of Python of this module took right behind each: where that takes longer, it is the minute that is slow.
+The target is 200 us a pass plus 20 us for each request in it. Other jobs on the machine can only add time. So of
+`--rounds` runs the one with the least time alone is reported, together with the times of the others. After each run a
+fixed piece of Python is timed: if that is slow, the machine was slow at that time.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from fastblt.server.engine.device.staging import Fetch
 from fastblt.server.engine.runner.sampler import Sampler
 from fastblt.server.settings import PRETRAINED
 
-#: Microseconds of a pass, and of each request in it.
+#: Target in microseconds for a pass, and for each request in it.
 TARGET = (200, 20)
 
-#: The device's side, but for the calls that have results for the host.
+#: The device's calls that return nothing to the host.
 _DEVICE: list[tuple[Any, str]] = [
     (ModuleForward, "entropies"),
     (ModuleForward, "encode"),
@@ -51,13 +51,13 @@ _DEVICE: list[tuple[Any, str]] = [
     (Sampler, "choose"),
     (Fetch, "pack"),
 ]
-#: What has results for the host: calls of many passes, which are the device's too, and the fetching of all others.
+#: The calls that return results to the host: device calls of many passes, and the fetching of all other results.
 _CALLS: list[tuple[Any, str]] = [(ModuleForward, "steps"), (ModuleForward, "decode_steps")]
 _FETCH = (Fetch, "__call__")
 
 
 class Timer:
-    """Processor time of this thread in the calls it was put around; a call within another counts once."""
+    """Sums this thread's processor time in the calls that it wraps. A wrapped call inside another counts once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -85,8 +85,8 @@ class _Thing:
 
 
 def yardstick() -> float:
-    """Microseconds of this thread's processor time that a fixed piece of Python takes: objects, attributes, short
-    lists, a dict; the best of a few, so that it says how fast the minute is, and nothing of single interruptions."""
+    """Microseconds of this thread's processor time for a fixed piece of Python: objects, attributes, short lists, a
+    dict. It is the least of a few runs, so that it shows the speed of the machine without single interruptions."""
 
     def once() -> float:
         clock, named = time.thread_time(), dict[int, _Thing]()
@@ -99,7 +99,7 @@ def yardstick() -> float:
 
 
 def run(model: Blt, prompts: list[list[int]], setting: str, steps: int, timer: Timer) -> dict[str, float]:
-    """Microseconds of the host per decoder pass, while all the requests run; `timer` has the device's share."""
+    """Host microseconds per decoder pass while all requests run. `timer` has the device's time, which is subtracted."""
     engine = start(model, len(prompts))
     begin(engine, prompts, endless(decoding(setting), len(prompts)))
     host: list[float] = []
@@ -132,7 +132,7 @@ def _nothing(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def host_time(model: Blt, prompts: list[list[int]], setting: str, steps: int) -> dict[str, Any]:
-    """The host's time beside the device's work and alone."""
+    """Host time `beside` and `alone`. Raises RuntimeError if the second run does not repeat the first."""
     timer = Timer()
     results: dict[str, list[Any]] = {name: [] for _, name in (*_CALLS, _FETCH)}
 
@@ -173,7 +173,7 @@ def host_time(model: Blt, prompts: list[list[int]], setting: str, steps: int) ->
 
 
 def compare(model: Blt, prompts: list[list[int]], steps: int, counts: Sequence[int], rounds: int = 1) -> dict[str, Any]:
-    """Print and return the host time of every method at every number of requests, the best of some rounds."""
+    """Print and return the host time of every method for each number of requests; the best of `rounds`."""
     rows: dict[str, Any] = {}
     columns = ("in a call", "its passes", "beside, mean us", "median", "alone, mean us", "median")
     table = Table("method", "requests", *columns, "of rounds (fixed Python)", "target")

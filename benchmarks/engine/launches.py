@@ -1,12 +1,12 @@
-"""What a pass gives a device to do: kernels launched and copies made, counted by method.
+"""Counts the kernels that a pass launches and the copies that it makes, by method.
 
     python -m fastblt.benchmarks.engine.launches    BLT, BLT-S, BLT-DV and BLT-D, two requests each
 
-Runs the shipped checkpoint as a GPU would: Triton kernels (under their interpreter, where there is no GPU), rows padded
-to buckets, integers staged, results fetched in one copy. Counted are calls of Triton kernels, calls of torch's
-operators that start a kernel (views and allocations do not), copies to the device (`Staging.send`) and copies back. A
-read of a single value on the way would be a copy back too, and is counted as one. Figures are per decoder pass, with
-what comes before and behind it; the parts are those of `server/engine/device/forward.py` and the choice of bytes.
+Runs the shipped checkpoint as on a GPU: Triton kernels (in the interpreter if there is no GPU), rows padded to buckets,
+integers staged, results fetched in one copy. It counts calls of Triton kernels, calls of torch operators that launch a
+kernel (views and allocations do not), copies to the device (`Staging.send`) and copies back to the host, including
+reads of single values. Figures are per decoder pass and include the other modules' passes. The parts are the functions
+of `server/engine/device/forward.py`, sampling and packing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# Before triton is imported.
+# This must be set before triton is imported.
 os.environ.setdefault("FASTBLT_KERNELS", "triton")
 
 import torch
@@ -55,7 +55,7 @@ KINDS = ("triton", "torch", "to device", "to host")
 
 
 class Counts(TorchDispatchMode):
-    """Counts by part of the pass and kind, one of `KINDS`."""
+    """Counts launches and copies by part of the pass and kind (`KINDS`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Counts(TorchDispatchMode):
         self.counts[self.part, kind] += 1
 
     def launch(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A Triton launch; what its interpreter does inside is not the device's."""
+        """Count a Triton launch. torch operators that the interpreter calls inside it are not counted."""
 
         def launched(*args: Any, **kwargs: Any) -> Any:
             self.note("triton")
@@ -107,7 +107,7 @@ class Counts(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what the engine's passes do."""
+    """Count launches and copies of the engine's passes."""
     counts = Counts()
     parts = [(place, name, partial(counts.within, name)) for place, name in PARTS]
     if interpreted():
@@ -127,7 +127,7 @@ def counting() -> Iterator[Counts]:
 
 
 def count(model: Blt, prompts: list[list[int]], setting: str, passes: int, device: str) -> dict[str, dict[str, float]]:
-    """Counts per decoder pass, by part and kind, once the prompts are read; "calls" says how often a part ran."""
+    """Counts per decoder pass, by part and kind, after the prompts' passes. "calls" is how often a part ran."""
     engine = start(model, len(prompts), max_model_len=384, device=device)
     for seed, ids in enumerate(prompts):
         submit(engine, ids, whole_length(decoding(setting), 256, seed=seed))

@@ -1,10 +1,10 @@
-"""How fast the engine is: against a bare loop, by decoding method; and how often a batch changes bytes.
+"""The engine's speed, against a bare loop and by decoding method, and how often a batch changes bytes.
 
     python -m fastblt.benchmarks.engine.speed overhead   one request and 32, engine and bare loop in turns
     python -m fastblt.benchmarks.engine.speed auto       `auto` and fixed settings at 1, 8 and 32 requests
     python -m fastblt.benchmarks.engine.speed modes      how often the default mode's bytes differ from a solo run's
 
-What a change to the engine brought, against the commit before it:
+To compare a change of the engine with the commit before it:
 
     git worktree add ../before HEAD~1
     python -m fastblt.benchmarks.engine.speed auto --against ../before --rounds 1 \\
@@ -37,7 +37,7 @@ SETTINGS = (
 
 
 def overhead(*, model: str = str(PRETRAINED), rounds: int = 5, length: int = 100) -> dict[str, Any]:
-    """The engine and a bare loop over the same modules, in turns of `length` bytes a request; greedy BLT."""
+    """The engine and a bare loop over the same modules, by turns of `length` bytes for each request; greedy BLT."""
     blt = load_checkpoint(model)
     result: dict[str, Any] = {"what": "overhead"}
     table = Table("requests", "engine, bytes/s", "bare loop", "engine over bare loop")
@@ -71,7 +71,7 @@ def overhead(*, model: str = str(PRETRAINED), rounds: int = 5, length: int = 100
 
 
 def modes(*, model: str = str(PRETRAINED), rounds: int = 2, requests: int = 32, length: int = 256) -> dict[str, Any]:
-    """Default mode: requests whose bytes in a batch differ from those of the same request alone."""
+    """Without `deterministic`: how many requests give other bytes in a batch than alone."""
     blt = load_checkpoint(model)
     count = differing = 0
     for turn in range(rounds):
@@ -95,10 +95,11 @@ def auto(
     setting: Sequence[str] = SETTINGS,
     length: int = 400,
 ) -> dict[str, Any]:
-    """Settings in turns, over `rounds` sets of held-out prompts after one to warm up.
+    """Settings in turns, over `rounds` sets of held-out prompts, after one set as a warm-up.
 
-    Bytes per second are medians; so are `over`, those of the first setting over each other's of the same prompts.
-    Engines outlive their prompts, as a server's does. `length` is bytes of one request; of many, each gives less.
+    Bytes per second are medians. `over` are medians of the ratios of the first setting's speed to each other one's on
+    the same prompts. Each engine is kept for all sets, as in a server. `length` is the bytes of a single request; in
+    larger batches each request gives fewer.
     """
     blt = load_checkpoint(model)
     result: dict[str, Any] = {"what": "auto"}

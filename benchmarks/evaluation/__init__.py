@@ -1,1 +1,1 @@
-"""What the bytes are worth: `fastblt eval`, against any server's HTTP endpoint."""
+"""`fastblt eval`: evaluates the quality of completions, through any server's HTTP endpoint."""

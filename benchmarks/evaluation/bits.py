@@ -1,4 +1,4 @@
-"""Bits per byte of any file: the causal head's likelihood, which every method shares, and which needs no task."""
+"""Bits per byte of any file, by the causal head. It is the same for every decoding method."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BOS, _BYTE = 1, 4
 
 
 def windows(data: bytes, length: int, stride: int) -> Iterator[tuple[bytes, int]]:
-    """Pieces of at most `length` bytes, and how many of each one's last bytes no piece before it had.
+    """Pieces of at most `length` bytes, each with the number of its last bytes that were in no earlier piece.
 
-    `stride` new bytes a piece: with `length` pieces stand alone, with less each byte but the first few has at least
-    `length - stride` before it. Raises ValueError unless 1 <= stride <= length.
+    Pieces start `stride` bytes apart. With `stride` = `length` they do not overlap. With less, each new byte of a later
+    piece has a context of at least `length - stride` bytes. Raises ValueError unless 1 <= stride <= length.
     """
     if not 1 <= stride <= length:
         raise ValueError(f"a stride of {stride} does not fit windows of {length} bytes; it must be between 1 and that")
@@ -30,7 +30,7 @@ def windows(data: bytes, length: int, stride: int) -> Iterator[tuple[bytes, int]
 
 
 async def score_all(endpoint: Endpoint, journal: Journal, pieces: list[tuple[str, bytes, int]]) -> None:
-    """Put the log-likelihood (nats) of each named piece's last bytes into the journal, where it lacks it."""
+    """Add the log-likelihood (nats) of each piece's new bytes to the journal, for the pieces that it does not have."""
     left = [piece for piece in pieces if piece[0] not in journal.records]
     with bar() as progress:
         task = progress.add_task("windows", total=len(pieces), completed=len(pieces) - len(left))
@@ -52,7 +52,10 @@ def total(journal: Journal, names: list[str]) -> Record:
 
 
 async def evaluate(target: Target, texts: dict[str, bytes], length: int, stride: int | None, output: Path) -> Record:
-    """Bits per byte of each text and of all. Raises ValueError where windows do not fit, and the endpoint's errors."""
+    """Bits per byte of each text and of all together.
+
+    Raises ValueError if the windows do not fit the model, EndpointError, JournalError.
+    """
     stride = stride or length
     async with target.open() as endpoint:
         served = await endpoint.served()

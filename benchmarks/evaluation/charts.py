@@ -1,4 +1,4 @@
-"""The two charts: quality against speed, and diversity against decoder passes."""
+"""The charts of quality against speed, and of diversity against decoder passes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _MARKERS = {0.8: "v", 0.9: "s", 0.95: "D", 1.0: "o"}
 
 
 def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None:
-    """Bytes of the next line that are right, and lines that parse, against bytes per second, alone and together.
+    """Right bytes of the next line, and lines that parse, against bytes per second, for one and for many requests.
 
-    `clock` is the speed: bytes_per_second of wall time, or bytes_per_processor_second, which other jobs hardly change.
+    `clock` names the speed: bytes_per_second (wall time), or bytes_per_processor_second, which depends little on other
+    jobs of the machine.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
@@ -38,7 +39,7 @@ def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None
                 axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
                 axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
             axis.grid(alpha=0.3)
-        # Room for the names of points at the top.
+        # Leave room for labels at the top.
         row[0].set_ylim(0, 1.1 * max(found[share] for found in result["settings"].values()) or 1)
         row[0].set_ylabel(label)
     for axis, title in zip(axes[0], titles.values(), strict=True):
@@ -50,7 +51,8 @@ def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None
 
 
 def diversity(result: Record, file: Path) -> None:
-    """Type-token ratio and distinct pairs of words against decoder passes; a color a block size, a marker a top-p."""
+    """Type-token ratio and distinct-2 of words against decoder passes, with colors for block sizes and markers for
+    top-p."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     for axis, name, title in zip(
@@ -85,7 +87,7 @@ def _legend(axis: Any) -> None:
 def _pyplot() -> Any:
     import matplotlib
 
-    # No window, whatever the machine has.
+    # Draw to files only, without a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -95,6 +97,6 @@ def _pyplot() -> Any:
 def _save(plt: Any, figure: Any, file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date: the same figures give the same file.
+    # No metadata that changes: the same figures give the same file.
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""pass@1 of completions that are programs: each is run in the sandbox, once, and its verdict kept."""
+"""pass@1 of completions that are programs. Each is run once in the sandbox, and its verdict is kept in the journal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastblt.benchmarks.settings import every_method
 def run_programs(
     sandbox: Sandbox, programs: Mapping[str, str], done: Callable[[str, Verdict], None] | None = None
 ) -> dict[str, Verdict]:
-    """Verdicts by name; `done` hears of each as it falls, in this thread."""
+    """Run programs in parallel; returns verdicts by name. `done` is called with each verdict, in this thread."""
     verdicts = {}
     with ThreadPoolExecutor(sandbox.workers) as pool, bar() as progress:
         task = progress.add_task("programs", total=len(programs))
@@ -34,7 +34,7 @@ def run_programs(
 
 
 def judge(journal: Journal, sandbox: Sandbox, programs: Mapping[str, str]) -> None:
-    """Run what the journal has no verdict of; `programs` are by the keys of their completions' records."""
+    """Run the programs for which the journal has no verdict. `programs` has them by the keys of their completions."""
     left = {key: program for key, program in programs.items() if _verdict_key(key) not in journal.records}
 
     def keep(key: str, verdict: Verdict) -> None:
@@ -44,7 +44,7 @@ def judge(journal: Journal, sandbox: Sandbox, programs: Mapping[str, str]) -> No
 
 
 def score(journal: Journal, keys: list[str]) -> Record:
-    """Share of the completions that passed, and what ended the others, by kind."""
+    """The share of completions that passed, and the kinds of failure of the others."""
     verdicts = [journal.records[_verdict_key(key)] for key in keys]
     passed = sum(verdict["passed"] for verdict in verdicts)
     reasons = Counter(verdict["reason"].partition(":")[0] for verdict in verdicts if not verdict["passed"])
@@ -72,7 +72,10 @@ class Solved(Protocol):
 
 
 def prove(name: str, sandbox: Sandbox, problems: Sequence[Solved]) -> dict[str, int]:
-    """How many of a task's own solutions pass, as they are and broken, and say so: a scorer gives all and none."""
+    """Test the scorer with a task's own solutions. All should pass as they are, and none when broken.
+
+    Prints and returns how many of each passed.
+    """
     counts = {}
     for kind in ("solved", "broken"):
         programs = {problem.name: getattr(problem, kind)() for problem in problems}
@@ -90,7 +93,10 @@ async def evaluate(
     sandbox: Sandbox,
     output: Path,
 ) -> Record:
-    """pass@1 and cost by setting; `programs` make a job's completion a program. Raises EndpointError, JournalError."""
+    """pass@1 and cost by setting. `programs[job.name]` makes a program of the job's completion.
+
+    Raises EndpointError, JournalError.
+    """
     async with target.open() as endpoint:
         served = await endpoint.served()
         settings = list(settings or every_method(served.block_sizes))

@@ -1,4 +1,4 @@
-"""`fastblt eval`: one command an evaluation. What is heavy is imported inside them."""
+"""`fastblt eval`, with a command for each evaluation. Large packages are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Bytes of a completion at mo
 
 
 def clean_errors() -> AbstractContextManager[None]:
-    """What a user can cause ends in one line."""
+    """Show errors that a user can cause as one line, and exit."""
     return clean("eval", "interrupted; the same command goes on")
 
 
 def write(folder: Path, name: str, result: Record) -> None:
-    """Put a result into the folder as `name`.json."""
+    """Write a result to `name`.json in the folder."""
     write_json(folder / f"{name}.json", result)
 
 

@@ -1,4 +1,4 @@
-"""Many completions of many settings, with progress, kept in a journal."""
+"""Makes the completions of many settings, with a progress bar, and keeps them in a journal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastblt.benchmarks.settings import body
 
 @dataclass(frozen=True)
 class Job:
-    """One completion to be made: its name within its setting, its prompt, and the request's other fields."""
+    """One completion to make: its name, unique within a setting, its prompt, and the other fields of the request."""
 
     name: str
     prompt: str | list[int]
@@ -27,18 +27,21 @@ class Job:
 
 
 def digest(jobs: Sequence[Job]) -> str:
-    """Tells whether two runs ask for the same."""
+    """SHA-256 of the jobs, to tell whether two runs have the same."""
     return hashlib.sha256(json.dumps([vars(job) for job in jobs]).encode()).hexdigest()
 
 
 def bar() -> Progress:
-    """Progress on the error output."""
+    """A progress bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr))
 
 
 async def complete_all(endpoint: Endpoint, journal: Journal, settings: Sequence[str], jobs: Sequence[Job]) -> None:
-    """Make what the journal lacks, a setting after the other, the jobs of one at once. Raises EndpointError."""
+    """Make the completions that the journal lacks, setting by setting, all jobs of a setting at once.
+
+    Raises EndpointError.
+    """
     with bar() as progress:
         for setting in settings:
             left = [job for job in jobs if key(setting, job.name) not in journal.records]
@@ -57,7 +60,7 @@ def key(setting: str, name: str) -> str:
 
 
 def record(completion: Completion) -> Record:
-    """What is kept of a completion. `data` is its bytes as Latin-1 characters, for what is no text."""
+    """The journal's record of a completion. `data` has its bytes as Latin-1 characters, since they may not be UTF-8."""
     efficiency = completion.efficiency
     return {
         "text": completion.text,
@@ -74,7 +77,7 @@ def record(completion: Completion) -> Record:
 
 
 def cost(records: Sequence[Record]) -> Record:
-    """What the completions of one setting cost: bytes, bytes a second of wall time while any was under way, passes."""
+    """The cost of a setting's completions: passes, and bytes per second of the time in which any was running."""
     made = sum(record["bytes"] for record in records)
     seconds = busy_seconds([(record["started"], record["ended"]) for record in records])
     counted = [record for record in records if record["decoder_nfe"] is not None]

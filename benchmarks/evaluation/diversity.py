@@ -1,8 +1,9 @@
-"""Diversity against decoder passes, as section 6 of the paper: unconditional samples of BLT-D, from BOS alone.
+"""Diversity against decoder passes, as in arXiv 2605.08044 §6: unconditional samples of BLT-D, from BOS alone.
 
-Entropy-bounded unmasking at several bounds, with top-p, at temperature 1. Diversity is the type-token ratio of words
-(split at white space), and the share of different pairs of words and of runs of four bytes; the cost is decoder passes
-a sample. Repetitive text has low entropy and so is decoded in fewer steps: speed at a low top-p is in part repetition.
+Blocks are unmasked by several entropy bounds, with top-p, at temperature 1. Diversity is the type-token ratio of words
+(split at white space), and the share of different pairs of words and of different runs of four bytes. The cost is
+decoder passes per sample. Repetitive text has low entropy and takes fewer steps, so speed at a low top-p comes partly
+from repetition.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ T = TypeVar("T")
 
 
 def distinct(items: Sequence[T], run: int = 1) -> float:
-    """Different runs of items over all of them: for words and 1, their type-token ratio; 0 where there is none."""
+    """The number of different runs of `run` items divided by the number of all runs, or 0 without any.
+
+    For words and `run` = 1 this is the type-token ratio.
+    """
     runs = [tuple(items[at : at + run]) for at in range(len(items) - run + 1)]
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
 async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, length: int) -> Record:
-    """Means over samples of `length` bytes, of seeds 0, 1, ..."""
+    """Means over `samples` samples of `length` bytes with seeds 0, 1, ... Raises EndpointError."""
     answers = await together(
         endpoint.complete(
             _UNCONDITIONAL,
@@ -65,11 +69,11 @@ async def sample(endpoint: Endpoint, setting: str, top_p: float, samples: int, l
 async def sample_all(
     endpoint: Endpoint, journal: Journal, points: Sequence[tuple[str, float]], samples: int, length: int
 ) -> None:
-    """Put the points that the journal lacks into it, several at a time. Raises EndpointError."""
+    """Measure the points that the journal lacks, several at a time. Raises EndpointError."""
     left = [point for point in points if _key(*point) not in journal.records]
     with bar() as progress:
         task = progress.add_task("points", total=len(points), completed=len(points) - len(left))
-        # Enough to keep the endpoint busy, and few enough that each is soon on the disk.
+        # Enough points to keep the endpoint busy, and few enough that each is soon complete and saved.
         turns = asyncio.Semaphore(max(1, 2 * endpoint.concurrency // samples))
 
         async def one(setting: str, top_p: float) -> None:
@@ -83,7 +87,10 @@ async def sample_all(
 async def evaluate(
     target: Target, sizes: Sequence[int] | None, bounds: Sequence[float], samples: int, length: int, output: Path
 ) -> Record:
-    """A point for BLT and for BLT-D of every size and bound, at every top-p. Raises EndpointError, JournalError."""
+    """A point for BLT, and for BLT-D with every block size and bound, at every top-p.
+
+    Raises ValueError if the model has no diffusion head, EndpointError, JournalError.
+    """
     async with target.open() as endpoint:
         served = await endpoint.served()
         sizes = tuple(sizes or served.block_sizes)
@@ -100,7 +107,7 @@ async def evaluate(
 
 
 def table(rows: Sequence[Record]) -> str:
-    """In Markdown."""
+    """The points as a Markdown table."""
     ratios = ("type_token_ratio", "distinct_2", "distinct_4_bytes")
     cells = [
         [

@@ -1,4 +1,4 @@
-"""A running server's completions endpoint, as every evaluation asks it."""
+"""A client for the completions endpoint of a running server, used by all evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import httpx
 
 from fastblt.benchmarks.load.serving import serving
 
-#: Seconds between tries at a server that is full or not ready, where it does not say when to come back.
+#: Seconds between attempts if the server is full or not ready and sends no Retry-After.
 _PAUSE = 1.0
 _TRIES = 60
 _FIXED = [1, *(byte + 4 for byte in b"def mean(values):\n    return sum(values) / len(values)\n")]
@@ -28,13 +28,14 @@ T = TypeVar("T")
 
 
 class EndpointError(RuntimeError):
-    """The server cannot be asked, or refused a request that it would refuse again; the message says why."""
+    """The server cannot be reached, or refused a request for good. The message says why."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of its model. Lengths are bytes, the threshold nats; `fingerprint` is the log-likelihood
-    (nats) of a text that never changes, and so tells weights apart that have the same name.
+    """A server's description of its model. Lengths are bytes, the threshold is nats.
+
+    `fingerprint` is the log-likelihood (nats) of a fixed text. It distinguishes weights that have the same name.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Served:
 
 @dataclass
 class Completion:
-    """A choice of an answer, with the usage and the cost of the whole call. Times are seconds since the epoch."""
+    """The first choice of an answer, with usage and cost of the whole call. Times are seconds since the epoch."""
 
     text: str
     data: bytes
@@ -60,9 +61,9 @@ class Completion:
 
 
 class Endpoint:
-    """Asks `concurrency` completions at a time; a full queue is waited for.
+    """Requests up to `concurrency` completions at a time. Waits and retries when the server's queue is full.
 
-    `base_url` is that of the server, with or without `/v1`; `timeout`, in seconds, that of one answer.
+    `base_url` may end with `/v1` or not. `timeout` is seconds for one answer.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Endpoint:
         await self._client.aclose()
 
     async def served(self) -> Served:
-        """The model. Raises EndpointError."""
+        """The server's model. Raises EndpointError."""
         [card, *_] = (await self._ask("GET", "/v1/models"))["data"]
         return Served(
             card["id"],
@@ -92,12 +93,12 @@ class Endpoint:
             tuple(card.get("block_sizes") or ()),
             card.get("patching_threshold"),
             card.get("max_patch_length"),
-            # Rounded to what arithmetic in another batch does not change.
+            # Rounded, since another batch may change the last digits.
             round(math.fsum(await self.score(_FIXED)), 2),
         )
 
     async def complete(self, prompt: str | list[int], **body: Any) -> Completion:
-        """One completion. Raises EndpointError where it is refused or does not come to its end."""
+        """One completion. Raises EndpointError if it is refused, or ends other than by stop or length."""
         async with self._turns:
             started = time.time()
             answer = await self._ask("POST", "/v1/completions", {"prompt": prompt, "return_token_ids": True, **body})
@@ -107,7 +108,7 @@ class Endpoint:
             raise EndpointError(f"a completion ended with {choice['finish_reason']}")
         return Completion(
             choice["text"],
-            # Bytes are ids less four; the few specials stand for none.
+            # A byte is its id less four. Specials have no byte.
             bytes(token - 4 for token in choice["token_ids"] if token >= 4),
             choice["finish_reason"],
             answer["usage"]["completion_tokens"],
@@ -118,7 +119,7 @@ class Endpoint:
         )
 
     async def score(self, ids: list[int]) -> list[float]:
-        """Log-probabilities (nats) of all ids but the first, which is to be BOS. Raises EndpointError."""
+        """Log-probabilities (nats) of all ids but the first, which must be BOS. Raises EndpointError."""
         answer = await self.complete(ids, max_tokens=0, echo=True, logprobs=0, temperature=0)
         scores = [value for value in answer.logprobs if value is not None]
         if len(scores) != len(ids) - 1:
@@ -126,7 +127,7 @@ class Endpoint:
         return scores
 
     async def processor_seconds(self) -> float | None:
-        """What the engine's process has used so far; None where the server does not tell."""
+        """Processor seconds of the engine process so far; None if the server has no such metric."""
         try:
             response = await self._client.get("/metrics")
         except httpx.HTTPError:
@@ -164,7 +165,7 @@ def _message(response: httpx.Response) -> str:
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order. The first error ends the others and is raised: one reason is enough."""
+    """Run coroutines concurrently; returns their results in order. The first error cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
@@ -175,7 +176,7 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 @dataclass(frozen=True)
 class Target:
-    """Which server to ask, and how: the one at `base_url`, or one of `model` that runs as long as it is asked."""
+    """The server to evaluate: the one at `base_url`, or else one that is started with `model` for the time of use."""
 
     base_url: str | None
     model: str
@@ -184,18 +185,18 @@ class Target:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Endpoint]:
-        """Raises RuntimeError where a server of `model` does not start."""
+        """An endpoint of the server. Raises RuntimeError if a server of `model` does not start."""
         with self.running() as url:
             async with Endpoint(url, self.api_key, self.concurrency) as endpoint:
                 yield endpoint
 
     @contextmanager
     def running(self) -> Iterator[str]:
-        """The server's URL."""
+        """The URL of the running server. Raises RuntimeError as `open` does."""
         if self.base_url is not None:
             yield self.base_url
             return
-        # Pages are for so many running requests: half of them for those, half for what the prefix cache keeps.
+        # The cache is sized by --max-running. With twice the concurrency, half of it is left for the prefix cache.
         options = ["--max-running", str(2 * self.concurrency), "--log-level", "warning"]
         with _in_order(), serving(self.model, options) as server:
             yield server.url
@@ -203,7 +204,7 @@ class Target:
 
 @contextmanager
 def _in_order() -> Iterator[None]:
-    """Let SIGTERM end the process as Ctrl-C does: a server that was started is not left behind."""
+    """Make SIGTERM exit the process in order, so that a server that it started is stopped too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""Translation, 4-shot, judged by BLEU over SentencePiece pieces (spBLEU), from files of one sentence a line.
+"""Translation, 4-shot, judged by BLEU over SentencePiece pieces (spBLEU). Input files have one sentence on each line.
 
-FLORES-101's own files fit: `dev` for the examples, `devtest` for the test. The paper prints no template; this one names
-the languages, a line a sentence.
+These may be FLORES-101's own files: `dev` for the examples, `devtest` for the test. The paper (arXiv 2605.08044) gives
+no prompt template. This one has a line for each sentence, after the name of its language.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastblt.benchmarks.settings import every_method
 
 SHOTS = 4
 MAX_TOKENS = 512
-#: Of sacrebleu, with the SentencePiece model that each takes from ~/.sacrebleu/models or downloads.
+#: sacrebleu's tokenizers with SentencePiece, and the model file of each, in ~/.sacrebleu/models or downloaded.
 PIECES = {
     "flores101": "sacrebleu_tokenizer_spm.model",
     "flores200": "flores200sacrebleuspm",
@@ -34,7 +34,7 @@ class Pair:
 
 
 def read(source: Path, target: Path) -> list[Pair]:
-    """Raises ValueError where the files do not have the same number of lines, or none."""
+    """The sentence pairs of two files. Raises ValueError if the files are empty or differ in their number of lines."""
     sides = [path.read_text(encoding="utf-8").split("\n") for path in (source, target)]
     for lines in sides:
         if lines[-1] == "":
@@ -49,7 +49,7 @@ def read(source: Path, target: Path) -> list[Pair]:
 def jobs(
     examples: Sequence[Pair], test: Sequence[Pair], languages: tuple[str, str], max_tokens: int = MAX_TOKENS
 ) -> list[Job]:
-    """Greedy translations of the test after the first four examples. Raises ValueError where there are fewer."""
+    """Jobs for greedy translations of `test`, after the first four examples. Raises ValueError if there are fewer."""
     if len(examples) < SHOTS:
         raise ValueError(f"{len(examples)} example sentences were given; {SHOTS} are needed")
 
@@ -62,15 +62,15 @@ def jobs(
 
 
 def bleu(written: Sequence[str], wanted: Sequence[str], tokenizer: str = "flores101") -> Record:
-    """Corpus BLEU over the tokenizer's pieces with sacrebleu's signature, and chrF++, which needs no tokenizer.
+    """Corpus BLEU over the tokenizer's pieces, with sacrebleu's signature, and chrF++, which needs no tokenizer.
 
-    Raises RuntimeError where the tokenizer's model can neither be found nor downloaded.
+    Raises RuntimeError if the tokenizer's model is neither present nor can be downloaded.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
     try:
         metric = BLEU(tokenize=tokenizer)
-    # It ends the process where a download fails.
+    # sacrebleu exits the process when a download fails.
     except (OSError, ImportError, SystemExit) as error:
         file = PIECES.get(tokenizer)
         raise RuntimeError(
@@ -96,7 +96,7 @@ async def evaluate(
     output: Path,
 ) -> Record:
     """BLEU and cost by setting. Raises EndpointError, JournalError, and RuntimeError without a tokenizer's model."""
-    # Before hours of translating, and not after them.
+    # Fail now if the tokenizer is missing, and not after hours of translation.
     bleu(["a"], ["a"], tokenizer)
     async with target.open() as endpoint:
         served = await endpoint.served()

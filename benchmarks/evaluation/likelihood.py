@@ -1,7 +1,7 @@
 """Likelihood tasks through lm-evaluation-harness: its own (ARC, PIQA, HellaSwag, MMLU), and files in ARC's format.
 
-Scores are the causal head's, whatever the decoding method: it is the prompt's log-probabilities that are asked for.
-They can be compared with those of one forward pass of the model a text, without a server or a harness.
+The scores are log-probabilities of prompts. They come from the causal head and do not depend on the decoding method.
+`largest_difference` compares them with one forward pass of the model for each text, without server and harness.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastblt.benchmarks.markdown import percent
 from fastblt.models.blt import Blt
 from fastblt.models.vocabulary import encode, with_bos
 
-#: The paper's five.
+#: The five tasks of the paper (arXiv 2605.08044).
 TASKS = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "mmlu")
 
 
 def local_task(data: Path, folder: Path) -> str:
-    """Describe a JSON-lines file in ARC's format in `folder`; the name of the task, which is the file's.
+    """Write a task description for a JSON-lines file in ARC's format to `folder`. Returns the name of the task.
 
-    Prompt, choices and metrics are the harness's own for ARC. Raises ValueError where the file has another format.
+    Prompt, choices and metrics are the harness's own for ARC. Raises ValueError if the file has another format.
     """
     import lm_eval
     import yaml
@@ -48,7 +48,7 @@ def local_task(data: Path, folder: Path) -> str:
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
         "test_split": "test",
     }
-    # JSON is YAML.
+    # The harness reads YAML, of which JSON is a part.
     (folder / f"{name}.yaml").write_text(json.dumps(task))
     return name
 
@@ -63,17 +63,17 @@ def run(
     limit: int | None = None,
     samples: bool = False,
 ) -> Record:
-    """The harness's results of tasks at the server at `url`. Where `local` it knows those of `folder` only, and nothing
-    is downloaded; else those beside its own.
+    """The harness's results for tasks on the server at `url`.
 
-    What it has asked of a model it keeps in `folder` and does not ask again. Raises EndpointError, and ImportError
-    without the extra `harness`.
+    With `local`, only the tasks described in `folder` are known, and nothing is downloaded. Otherwise the harness's own
+    are known too. Answers are cached in `folder`, by model. Raises EndpointError, and ImportError without the extra
+    `harness`.
     """
     served = asyncio.run(_served(url, target))
     of = hashlib.sha256(json.dumps(vars(served)).encode()).hexdigest()[:12]
     offline = {"HF_HUB_OFFLINE": "1"} if local else {}
     with _environment({"OPENAI_API_KEY": target.api_key or "none", **offline}):
-        # They read the environment when they are imported.
+        # These packages read the environment when they are imported.
         import lm_eval
         from lm_eval.tasks import TaskManager
 
@@ -83,7 +83,7 @@ def run(
                 "model": served.name,
                 "base_url": f"{url}/v1/completions",
                 "tokenizer_backend": "remote",
-                # Bytes; the harness's own default would cut prompts.
+                # In bytes. The harness's default is too short and would cut prompts.
                 "max_length": min(served.max_model_len, 8192),
                 "num_concurrent": target.concurrency,
                 "max_retries": 5,
@@ -106,7 +106,7 @@ async def _served(url: str, target: Target) -> Served:
 
 
 def table(results: Record) -> str:
-    """In Markdown: shares of questions whose likeliest choice is right, plain and by length."""
+    """A Markdown table: the share of questions whose most likely choice is right, plain and normalized by length."""
     rows = []
     for task, row in results["results"].items():
         cells = [percent(row.get(f"{metric},none"), 2) or "-" for metric in ("acc", "acc_norm")]
@@ -115,9 +115,9 @@ def table(results: Record) -> str:
 
 
 def loglikelihood(model: Blt, context: str, continuation: str) -> float:
-    """Log-probability (nats) of a continuation, by float64 sums of the model's log-softmax.
+    """Log-probability (nats) of a continuation: float64 sums of the model's log-softmax.
 
-    As the harness does, spaces at the end of the context belong to the continuation.
+    As in the harness, white space at the end of the context counts as part of the continuation.
     """
     bare = context.rstrip()
     ids = with_bos(encode((context + continuation).encode()))
@@ -128,7 +128,7 @@ def loglikelihood(model: Blt, context: str, continuation: str) -> float:
 
 
 def largest_difference(model: Blt, samples: list[dict[str, object]]) -> float:
-    """Between the harness's log-likelihoods and the model's own, over all choices of its logged samples."""
+    """The largest difference (nats) between the harness's log-likelihoods in `samples` and the model's own."""
     worst = 0.0
     for sample in samples:
         for (context, continuation), [(value, _)] in zip(sample["arguments"], sample["resps"], strict=True):  # type: ignore[call-overload]
@@ -154,7 +154,7 @@ def _check(data: Path) -> None:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """The harness takes its key from the environment."""
+    """Set environment variables for a while: the harness reads its key from there."""
     before: dict[str, Any] = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

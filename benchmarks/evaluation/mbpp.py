@@ -1,7 +1,7 @@
-"""MBPP, 3-shot: small functions from a sentence and their tests, judged by whether the tests pass (pass@1).
+"""MBPP, 3-shot: small functions to write from a sentence and their tests, judged by the tests (pass@1).
 
-The data are a file given: `mbpp.jsonl` as published, or the sanitized `.json`. Examples are tasks 2, 3 and 4 and the
-test set tasks 11 to 510, as in its paper, whose prompt this is.
+The data come from a file: `mbpp.jsonl` as published, or the sanitized `.json`. As in MBPP's paper (arXiv 2108.07732),
+the examples are tasks 2, 3 and 4, the test set is tasks 11 to 510, and the prompt is the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DONE = "\n[DONE]"
 
 @dataclass(frozen=True)
 class Problem:
-    """A task, the asserts it must pass, what stands before them, and a solution."""
+    """A task, the asserts that it must pass, the setup code before them, and a solution."""
 
     number: int
     text: str
@@ -42,7 +42,7 @@ class Problem:
         )
 
     def program(self, completion: str) -> str:
-        """What is run to judge a completion: it passes if it comes to its end."""
+        """The program that judges a completion: it passes if it runs to its end without an error."""
         return "\n".join((self.setup, completion, *self.tests)) + "\n"
 
     def solved(self) -> str:
@@ -50,12 +50,12 @@ class Problem:
         return self.program(self.solution)
 
     def broken(self) -> str:
-        """A program that must not: nothing ever returns."""
+        """A program that must fail: the solution returns nothing."""
         return self.program(self.solution.replace("return ", "None  # "))
 
 
 def read(path: Path) -> list[Problem]:
-    """The problems of a file. Raises ValueError where it is not in either form of MBPP."""
+    """The problems of a file. Raises ValueError if it is in neither of MBPP's formats."""
     text = path.read_text()
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
@@ -68,7 +68,7 @@ def read(path: Path) -> list[Problem]:
 
 
 def split(problems: Sequence[Problem], limit: int | None = None) -> tuple[list[Problem], list[Problem]]:
-    """The examples and the test set, or its first problems. Raises ValueError where the file lacks them."""
+    """The examples, and the test set (at most `limit` problems of it). Raises ValueError if the file lacks either."""
     by_number = {problem.number: problem for problem in problems}
     missing = [number for number in EXAMPLES if number not in by_number]
     test = [problem for problem in problems if problem.number in TEST][:limit]
@@ -79,7 +79,7 @@ def split(problems: Sequence[Problem], limit: int | None = None) -> tuple[list[P
 
 
 def jobs(examples: Sequence[Problem], test: Sequence[Problem], max_tokens: int = MAX_TOKENS) -> list[Job]:
-    """Greedy completions after the examples."""
+    """Jobs for greedy completions of `test`, after the examples."""
     shots = "".join(f"{example.question()}{example.solution.strip()}{_DONE}\n\n" for example in examples)
     body = {"max_tokens": max_tokens, "temperature": 0, "stop": [_DONE]}
     return [Job(problem.name, shots + problem.question(), body) for problem in test]

@@ -1,6 +1,6 @@
-"""Next lines: held-out code cut at the end of a line, with the line that really follows; and what a line is worth.
+"""Next lines: held-out code that is cut at the end of a line, and checks of the line that a model writes next.
 
-So small a model as the shipped one solves no problems; what it must do is write Python.
+The shipped model is too small to solve problems. It can be judged by whether it writes Python.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from fastblt.benchmarks.prompts import held_out_sources
 
 @dataclass(frozen=True)
 class Cut:
-    """A piece of a file, from a statement on the left margin on, and the line that follows, without its end."""
+    """A piece of a file that begins with a statement on the left margin, and the next line, without its line end.
+
+    `others` are up to three other lines of the same file, of similar indentation.
+    """
 
     prompt: str
     line: str
@@ -23,11 +26,10 @@ class Cut:
 
 
 def cuts(count: int, shortest: int = 256, longest: int = 1500, seed: int = 0) -> list[Cut]:
-    """`count` cuts from as many held-out files as there are, spread over each: always the same ones for a release of
-    Python. Prompts have `shortest` to `longest` bytes, and the former lie between two cuts. With its own next line each
-    prompt parses. Raises ValueError where the files have too few places.
+    """`count` cuts, spread over all held-out files. They are always the same for one release of Python.
 
-    `others` are up to three other lines of the same file, indented alike where there are such.
+    Prompts have `shortest` to `longest` bytes, and cuts in a file are at least `shortest` bytes apart. Each prompt with
+    its own next line parses. Raises ValueError if the files have too few places.
     """
     rng = random.Random(seed)
     files = [found for source in held_out_sources() if (found := _places(source.data, shortest, longest, rng))]
@@ -55,14 +57,14 @@ def _places(data: bytes, shortest: int, longest: int, rng: random.Random) -> lis
         line = lines[at].rstrip()
         if not line.strip() or line.lstrip().startswith("#") or offsets[at] < free:
             continue
-        # The latest statement that gives a prompt of the shortest length, or more.
+        # The last statement from which the prompt is long enough.
         begin = max((start for start in starts if offsets[at] - offsets[start] >= shortest), default=None)
         if begin is None or offsets[at] - offsets[begin] > longest or rng.random() < 0.7:
             continue
         prompt = "".join(lines[begin:at])
         if parses(prompt, line):
             found.append(Cut(prompt, line, _others(lines, line, rng)))
-            # Lines that stand together are too much alike.
+            # Lines that are close together are too similar.
             free = offsets[at] + shortest
     rng.shuffle(found)
     return found
@@ -77,7 +79,7 @@ def _others(lines: list[str], line: str, rng: random.Random) -> tuple[str, ...]:
 
 
 def first_line(text: str) -> str:
-    """A text up to and including its first line that is not blank, without that line's end."""
+    """A text up to and including its first line that is not blank, without the line end."""
     at = 0
     for line in text.splitlines(keepends=True):
         at += len(line)
@@ -87,7 +89,7 @@ def first_line(text: str) -> str:
 
 
 def parses(prompt: str, line: str) -> bool:
-    """Whether the prompt and the line after it are a program; a line that opens a block is given a body."""
+    """Whether prompt and line together are valid Python. A line that opens a block is given a body."""
     if not line.strip():
         return False
     indent = line[: len(line) - len(line.lstrip())]
@@ -107,7 +109,7 @@ def parses(prompt: str, line: str) -> bool:
 
 
 def parses_strictly(prompt: str, line: str) -> bool:
-    """Whether the prompt and the line are a program as they stand."""
+    """Whether prompt and line together are valid Python without any addition."""
     if not line.strip():
         return False
     try:

@@ -1,11 +1,11 @@
-"""Everything of docs/evaluation/ anew, for the checkpoint that ships: about 25 minutes on two idle cores.
+"""Makes all files of docs/evaluation/ again, for the shipped checkpoint: about 25 minutes on two idle cores.
 
     python -m fastblt.benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
     python -m fastblt.benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
 
-One server is asked for it all: HumanEval of every method, the quality table, diversity, bits per byte of the held-out
-files, and a likelihood task in ARC's format (which of four lines of a file comes next) through lm-evaluation-harness,
-compared with the model's own log-likelihoods. docs/evaluation/README.md is written of it.
+One server runs all parts: HumanEval by every method, the quality table, diversity, bits per byte of the held-out files,
+and a likelihood task in ARC's format (which of four lines of a file comes next) through lm-evaluation-harness, compared
+with the model's own log-likelihoods. docs/evaluation/README.md is written from the results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ PARTS = ("humaneval", "quality", "diversity", "bits", "likelihood")
 
 
 def questions(chosen: list[Cut]) -> list[Record]:
-    """ARC's format: a prompt, its next line and three others of its file, the right one at each place in turn."""
+    """Questions in ARC's format: a prompt, and as choices its next line and three others, the right one at varying
+    places."""
     rows = []
     for number, cut in enumerate(cut for cut in chosen if len(cut.others) == 3):
         right = number % 4
@@ -56,7 +57,7 @@ def questions(chosen: list[Cut]) -> list[Record]:
 
 
 def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) -> Record:
-    """The harness's accuracy on the questions, and how far its log-likelihoods are from the model's own."""
+    """The harness's accuracy on `count` questions, and the largest difference of its log-likelihoods to the model's."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "next_lines.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in questions(cuts(count))))
@@ -71,7 +72,7 @@ def ask_harness(target: Target, url: str, model: str, count: int, folder: Path) 
 
 
 class Publisher:
-    """Makes the parts one by one, with `scale` times the usual prompts, samples, and bytes of HumanEval."""
+    """Makes the parts one by one. `scale` multiplies the number of prompts and samples, and HumanEval's bytes."""
 
     def __init__(self, url: str, model: str, output: Path, work: Path, scale: float, clock: str) -> None:
         self._target = Target(url, model)
@@ -83,7 +84,7 @@ class Publisher:
         self._clock = clock
 
     def make(self, part: str) -> None:
-        """Make one of PARTS: its JSON, its chart if it has one, and its table on the output."""
+        """Make one of PARTS: write its JSON, its chart if it has one, and the page, and print its table."""
         began = time.monotonic()
         result = getattr(self, part)()
         made = {"scale": self._scale, "other_jobs": self._clock != "bytes_per_second"}
@@ -132,7 +133,7 @@ def publish(
     scale: Annotated[float, typer.Option(help="Times the usual number of prompts, samples, bytes.")] = 1.0,
     processor_clock: Annotated[bool, typer.Option(help="Chart the engine's processor time.")] = False,
 ) -> dict[str, Any]:
-    """Make the parts, and the page after each."""
+    """Make the parts, and the page after each of them."""
     clock = "bytes_per_processor_second" if processor_clock else "bytes_per_second"
     with tempfile.TemporaryDirectory() as folder, Target(None, model).running() as url:
         publisher = Publisher(url, model, output, work or Path(folder), scale, clock)

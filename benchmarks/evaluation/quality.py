@@ -1,12 +1,12 @@
-"""The trade of a model on held-out code: what each setting's next line is worth, beside the bytes a second it makes.
+"""Quality against speed on held-out code: how good each setting's next line is, and its bytes per second.
 
-Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank is the real
-one, and parses if prompt and line are Python (a line that opens a block is given a body); of a weak model the bytes
-before the first wrong one say more.
+Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank equals the
+real one. It parses if prompt and line are valid Python (a line that opens a block is given a body). For a weak model
+the number of bytes before the first wrong one says more.
 
-Speed is taken of groups of `concurrency` requests and, on fewer prompts, of requests one at a time. All settings take
-their turn at a group, in another order each time, before the next group comes: whatever else slows a machine for
-minutes slows all of them. They find the group's prompts in the server's prefix cache: speed is that of decoding.
+Speed is measured with groups of `concurrency` requests and, on fewer prompts, with one request at a time. All settings
+run on a group, in a different order each time, before the next group begins, so that a slow period of the machine
+affects all of them. The group's prompts are in the server's prefix cache, so the speed is that of decoding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def complete(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], leng
 
 
 async def timed(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length: int) -> Record:
-    """The same with seconds of wall time and of the engine's processor time; of each answer what `judge` reads."""
+    """The same, with seconds of wall time and of the engine's processor time, and what `judge` needs of each answer."""
     before, clock = await endpoint.processor_seconds(), time.perf_counter()
     answers = await complete(endpoint, setting, chosen, length)
     seconds, after = time.perf_counter() - clock, await endpoint.processor_seconds()
@@ -56,10 +56,10 @@ async def timed(endpoint: Endpoint, setting: str, chosen: Sequence[Cut], length:
 
 
 def speed(groups: Sequence[Record]) -> Record:
-    """Bytes a second of wall time and of processor time over all groups of a setting."""
+    """Bytes per second of wall time and of processor time, over all groups of a setting."""
     made = sum(answer["bytes"] for group in groups for answer in group["answers"])
     used = [group["processor_seconds"] for group in groups]
-    # A server that does not tell its processor time never does.
+    # A server without the metric of processor time gives None for all groups.
     processor = None if None in used else sum(used)
     return {
         "bytes_per_second": round(made / sum(group["seconds"] for group in groups), 1),
@@ -68,7 +68,7 @@ def speed(groups: Sequence[Record]) -> Record:
 
 
 def judge(chosen: Sequence[Cut], answers: Sequence[Record]) -> Record:
-    """Shares of the completions, and their mean cost a byte."""
+    """Quality of the completions, as shares and means, and their mean cost per byte."""
     lines = [first_line(answer["text"]) for answer in answers]
     made = sum(answer["bytes"] for answer in answers)
     right = [line.strip("\r\n").rstrip() == cut.line for line, cut in zip(lines, chosen, strict=True)]
@@ -91,9 +91,9 @@ def judge(chosen: Sequence[Cut], answers: Sequence[Record]) -> Record:
 async def evaluate(
     target: Target, settings: Sequence[str] | None, prompts: int, alone: int, length: int, output: Path
 ) -> Record:
-    """A row of the table for every setting; `alone` prompts are completed one at a time, too.
+    """A row of the table for every setting. The first `alone` prompts are also completed one at a time.
 
-    Raises EndpointError, JournalError, ValueError.
+    Raises EndpointError, JournalError, and ValueError if there are too few held-out prompts.
     """
     chosen = cuts(prompts)
     async with target.open() as endpoint:
@@ -110,7 +110,7 @@ async def evaluate(
                     turns = [settings[(number + at) % len(settings)] for at in range(len(settings))]
                     due = [setting for setting in turns if _key(setting, where, number) not in journal.records]
                     if due:
-                        # The prompts come into the cache, and whatever a server does at first is done.
+                        # A warm-up: afterwards the prompts are in the prefix cache.
                         await complete(endpoint, "blt", group, 1)
                     for setting in due:
                         journal.add(_key(setting, where, number), await timed(asked, setting, group, length))
@@ -135,7 +135,7 @@ def _key(setting: str, where: str, number: int) -> str:
 
 
 def table(rows: dict[str, Record]) -> str:
-    """In Markdown. Bytes a second are of wall time, in brackets of the engine's processor time."""
+    """A Markdown table. Bytes a second are of wall time; in brackets, of the engine's processor time."""
     columns = ("setting", "right lines %", "bytes right", "parse %", "as they stand %", "bytes/s, one")
     cells = []
     for setting, row in rows.items():

@@ -1,4 +1,4 @@
-"""The page of published figures, from the JSON that `publish` leaves."""
+"""The page of published figures, made from the JSON files that `publish` writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastblt.benchmarks.evaluation.journal import Record
 
 
 def page(folder: Path) -> str:
-    """In Markdown: a section for every part that the folder has. Raises ValueError where it has none."""
+    """The page in Markdown, with a section for every result in the folder. Raises ValueError if there is none."""
     found = {name: json.loads(path.read_text()) for name in _SECTIONS if (path := folder / f"{name}.json").is_file()}
     if not found:
         raise ValueError(f"{folder} has no results; run python -m fastblt.benchmarks.evaluation.publish")
@@ -27,7 +27,7 @@ fingerprint (the log-likelihood of a fixed text, in nats) stands with each part.
 
 
 def _made(result: Record) -> str:
-    """Which checkpoint, and how much of it."""
+    """The checkpoint and the conditions of a result, as a sentence."""
     text = f"Fingerprint {result['model']['fingerprint']}"
     if result["made"]["scale"] != 1:
         text += f"; --scale {result['made']['scale']:g}"

@@ -1,15 +1,15 @@
-"""Runs programs that a model wrote, each in a process that can do nothing but compute.
+"""Runs programs written by a model, each in a process that can do nothing but compute.
 
     with Sandbox() as sandbox:
         sandbox.run("assert 1 + 1 == 2")        # Verdict(passed=True, ...)
 
-A program has a process group and an empty folder of its own, an unprivileged user where it is started by root, no
-system calls but those of `seccomp.py`, and limits of memory, file size, processor time and wall time. It reads what its
-user may read, which is why it can send nothing anywhere. A new sandbox tries all that on programs of its own first, and
-refuses to work where a protection is missing.
+A program has its own process group and an empty folder. If it is started by root, it runs as an unprivileged user. It
+can make only the system calls of `seccomp.py`, and its memory, file size, processor time and wall time are limited. It
+can read what its user may read, but has no way to send it anywhere. A new sandbox first tests all protections with
+programs of its own, and refuses to work if one is missing.
 
-The program and its tests share an interpreter: one written to find the token of its verdict in memory could. This
-protects the machine from a program, not a score from a cheat.
+The program and its tests share an interpreter, so a program could be written to find the verdict's token in memory.
+This protects the machine from programs, but not a score from cheating.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from types import TracebackType
 from fastblt.benchmarks.evaluation.seccomp import SeccompUnavailableError, compile_filter
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
-#: Users of programs that root starts: one for each that runs at a time, so that none can touch another.
+#: The first user id of programs that root starts. Programs that run at the same time have different users, so that
+#: none can reach another.
 _FIRST_UID = 61_000
 _ANSWER_BYTES = 4096
 
 
 class SandboxError(RuntimeError):
-    """A protection is missing; the message names it and what to do."""
+    """A protection is missing. The message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: processor and wall time in seconds, address space and files in bytes."""
+    """Limits of one program: processor and wall time in seconds, address space and file size in bytes."""
 
     cpu_seconds: int = 5
     wall_seconds: float = 20.0
@@ -54,7 +55,7 @@ class Limits:
     threads: int = 16
 
     def resources(self, uid: int | None) -> dict[str, int]:
-        """As setrlimit takes them. Threads are counted by user, and so limited where the user is the program's own."""
+        """The limits for setrlimit. Linux counts threads by user: they are limited only if the program has its own."""
         limits = {
             "RLIMIT_CPU": self.cpu_seconds,
             "RLIMIT_AS": self.memory,
@@ -67,13 +68,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program came to its end without an error, and what stopped it if not."""
+    """Whether a program ran to its end without an error, and what stopped it if not."""
 
     passed: bool
     reason: str
 
 
-#: Programs that must not pass, by the protection that stops them.
+#: Programs that must fail, by the protection that stops them.
 PROBES = {
     "processes": "import os\nif os.fork() == 0: os._exit(0)\n",
     "other programs": "import os\nos.posix_spawn('/bin/true', ['true'], {})\n",
@@ -84,14 +85,14 @@ PROBES = {
     "memory": "b'x' * 2**40\n",
     "root": "import os\nassert os.getuid() == 0 or os.geteuid() == 0\n",
 }
-#: What must pass: a program that does nothing, and modules that are loaded late.
+#: A harmless program that must pass. It loads modules late.
 _CONTROL = "import hashlib, statistics\nassert 'ä'.encode('utf-16') and hashlib.sha256(b'')\n"
 
 
 class Sandbox:
-    """Runs at most `workers` programs at a time, from as many threads.
+    """Runs at most `workers` programs at a time. `run` may be called from several threads.
 
-    `allow_weak` lets programs run where a protection is missing (see `missing`). Raises SandboxError without it.
+    If a protection is missing, raises SandboxError, unless `allow_weak` is true; `missing` then names it.
     """
 
     def __init__(self, limits: Limits | None = None, workers: int = 2, allow_weak: bool = False) -> None:
@@ -102,7 +103,7 @@ class Sandbox:
         for number in range(workers):
             self._uids.put(_FIRST_UID + number if root else None)
         self._folder = Path(tempfile.mkdtemp(prefix="fastblt-sandbox-"))
-        # Programs walk through it to folders of their own.
+        # Programs of other users must be able to enter their own folders below it.
         self._folder.chmod(0o711)
         self._filter: str | None = None
         unfiltered = ""
@@ -122,7 +123,7 @@ class Sandbox:
             raise
 
     def run(self, program: str) -> Verdict:
-        """Run a program to its end or its limits. Whatever it does is a verdict; never raises for it."""
+        """Run a program to its end or its limits. Whatever it does gives a verdict and no exception."""
         uid = self._uids.get()
         try:
             return self._run(program, uid)
@@ -139,10 +140,10 @@ class Sandbox:
         self.close()
 
     def _probe(self) -> list[str]:
-        """The protections that are missing, tried out. Raises SandboxError where not even a harmless program runs."""
+        """Test the protections; returns those that are missing. Raises SandboxError if a harmless program fails."""
         control = self.run(_CONTROL)
         if not control.passed and self._filter is not None:
-            # The kernel of a container may know no filters.
+            # The kernel may not support seccomp filters, as in some containers.
             self._filter = None
             control = self.run(_CONTROL)
         if not control.passed:
@@ -161,7 +162,7 @@ class Sandbox:
     def _wait(self, program: str, uid: int | None, folder: Path) -> Verdict:
         token = secrets.token_hex(16)
         head = {"token": token, "uid": uid, "filter": self._filter, "limits": self.limits.resources(uid)}
-        # The interpreter beneath a virtual environment: the standard library and nothing else.
+        # The interpreter of the virtual environment's base, which has the standard library only.
         python = getattr(sys, "_base_executable", None) or sys.executable
         deadline = time.monotonic() + self.limits.wall_seconds
         process = subprocess.Popen(
@@ -182,7 +183,7 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 return Verdict(False, f"not done after {self.limits.wall_seconds:g} s")
             finally:
-                # Its whole group, should it have found a way to have one.
+                # Kill the whole process group, in case the program has started others.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -190,7 +191,7 @@ class Sandbox:
 
 
 def _read(pipe: int) -> bytes:
-    """What a pipe holds, no more than an answer may be long, without waiting for writers."""
+    """Read what a pipe holds, at most _ANSWER_BYTES, without waiting for writers."""
     os.set_blocking(pipe, False)
     try:
         return os.read(pipe, _ANSWER_BYTES)
@@ -209,6 +210,6 @@ def _verdict(token: str, status: int, answer: bytes, errors: bytes) -> Verdict:
         return Verdict(False, f"killed by {signal.Signals(-status).name}")
     if answer:
         return Verdict(False, answer.decode("utf-8", "replace"))
-    # From the launcher itself, before the program had begun.
+    # An error of the launcher, before the program began.
     last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
     return Verdict(False, last or f"ended by itself with status {status}")

@@ -1,7 +1,7 @@
-"""Runs one program with as few rights as this system lets it give up; started by `sandbox.py`, as a script of its own.
+"""Runs one program with as few rights as the system allows. `sandbox.py` starts it as a script.
 
-Standard input brings a line of JSON and then the program. Standard output takes one line: the token, if the program
-came to its end, or what ended it. Imports nothing but the standard library: it runs without site packages.
+Standard input has a line of JSON, then the program. Standard output gets one line: the token if the program ran to its
+end, or what ended it. It imports only the standard library, since it runs without site packages.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main() -> None:
     if settings["filter"] is not None:
         _load_filter(base64.b64decode(settings["filter"]))
     os.write(answer, _run(source, settings["token"]).encode("utf-8", "replace")[:500])
-    # Nothing that the program left to be run at the end is run.
+    # Exit without running exit handlers that the program may have registered.
     os._exit(0)
 
 
 def _run(source: bytes, token: str) -> str:
-    """The token, or the kind of the error that ended the program and the beginning of its text."""
+    """Run the program. Returns the token, or the type and message of the exception that ended it."""
     try:
         exec(compile(source, "program", "exec"), {"__name__": "program"})
     except BaseException as error:
@@ -66,9 +66,9 @@ def _limit(limits: dict[str, int]) -> None:
 
 
 def _reach_library() -> None:
-    """Open the folders of the standard library, so that modules load where another user may not walk the path to it.
+    """Open the folders of the standard library and import from these descriptors.
 
-    An interpreter under root's home is the usual case.
+    Otherwise another user cannot load modules if the path to them is closed to it, as below root's home folder.
     """
     moved = {}
     for folder in sys.path:
@@ -77,7 +77,7 @@ def _reach_library() -> None:
     sys.path[:] = moved.values()
     sys.path_importer_cache.clear()
     for module in list(sys.modules.values()):
-        # Packages that are loaded already find their modules by a path of their own.
+        # Packages that are already loaded have their own search path.
         if isinstance(paths := getattr(module, "__path__", None), list):
             paths[:] = [_moved(path, moved) for path in paths]
 
@@ -90,17 +90,17 @@ def _moved(path: str, folders: dict[str, str]) -> str:
 
 
 def _become(uid: int) -> None:
-    """Give up root for good."""
+    """Become the user `uid` for good."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    # /proc/self is root's otherwise.
+    # Otherwise /proc/self would still belong to root.
     _prctl(_PR_SET_DUMPABLE, 1)
 
 
 def _load_filter(code: bytes) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
-    # Eight bytes an instruction.
+    # A filter instruction has eight bytes.
     program = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))

@@ -1,7 +1,7 @@
-"""The system calls that a candidate program may make, as a compiled seccomp filter.
+"""The system calls that a program in the sandbox may make, as a compiled seccomp filter.
 
-What computing needs is allowed. What no answer to a puzzle needs kills the process: another process, another program,
-a socket, a change to any file, a signal to somebody else. Everything else fails with EPERM.
+Calls that computing needs are allowed. Calls that no solution needs kill the process: to start processes or programs,
+open sockets, change files, or send signals to others. All other calls fail with EPERM.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _KILLED = """
     umount2 pivot_root chroot unshare setns setuid setgid setreuid setregid setresuid setresgid setgroups
 """
 
-#: Arguments of `ioctl` that open files and terminals are asked with; others could type into a terminal.
+#: Requests of `ioctl` that query files and terminals. Others could write to a terminal.
 _IOCTLS = {"TCGETS": 0x5401, "TIOCGWINSZ": 0x5413, "FIONCLEX": 0x5450, "FIOCLEX": 0x5451}
 _CLONE_THREAD = 0x00010000
 
 
 class SeccompUnavailableError(RuntimeError):
-    """This machine cannot filter system calls; the message says what is missing."""
+    """This machine cannot filter system calls. The message says what is missing."""
 
 
 def compile_filter() -> bytes:
-    """The filter for this machine's architecture, as the kernel takes it (struct sock_filter[]).
+    """The filter for this machine's architecture, in the kernel's format (struct sock_filter[]).
 
-    Raises SeccompUnavailableError where the system is no Linux, or has no libseccomp.
+    Raises SeccompUnavailableError if the system is not Linux or has no libseccomp.
     """
     try:
-        # The binding looks for the library when it is imported.
+        # The binding loads libseccomp when it is imported.
         import pyseccomp as seccomp
     except (ImportError, OSError, RuntimeError) as error:
         raise SeccompUnavailableError(
@@ -57,7 +57,7 @@ def compile_filter() -> bytes:
             try:
                 number = seccomp.resolve_syscall(seccomp.system_arch(), name)
             except ValueError:
-                # Not every architecture has each, nor does an old library know the newest.
+                # Not every architecture has every call, and an old library does not know the newest.
                 continue
             if number >= 0:
                 rules.add_rule(action, number, *arguments)
@@ -76,7 +76,7 @@ def compile_filter() -> bytes:
             add(seccomp.KILL_PROCESS, name, bits(flags, flag, flag))
     add(seccomp.ALLOW, "clone", bits(0, _CLONE_THREAD, _CLONE_THREAD))
     add(seccomp.KILL_PROCESS, "clone", bits(0, _CLONE_THREAD, 0))
-    # Their flags lie in memory, where a filter cannot look: the C library falls back to those above.
+    # The flags of these calls are in memory, which a filter cannot read. The C library falls back to the calls above.
     add(seccomp.ERRNO(errno.ENOSYS), "clone3 openat2")
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)

@@ -1,4 +1,4 @@
-"""What `fastblt.benchmarks.kernels.run` counts and times: one call of each operation, fused and in torch."""
+"""The cases that `fastblt.benchmarks.kernels.run` measures: a call of each operation, fused (Triton) and in torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastblt.models.layers import Rope
 
 @dataclass
 class Case:
-    """`fused` returns the tensors it made; `arguments` are those it was given."""
+    """A call of an operation. `fused` returns the tensors that it made; `arguments` are the tensors that it got."""
 
     name: str
     fused: Callable[[], list[Tensor]]
@@ -46,7 +46,7 @@ def fused(kernel: Callable[..., Any], *given: Any, **options: Any) -> Callable[[
 
 
 def parameters(rows: int, generator: torch.Generator, *, sampled: bool, everything: bool) -> SelectionParams:
-    """Greedy or sampled rows, without truncation and penalties or with all of them."""
+    """Parameters of greedy or sampled rows; with `everything`, also truncation, penalties, bias and masks."""
     base = SelectionParams(
         temperature=torch.full((rows,), 0.8 if sampled else 0.0),
         top_k=torch.full((rows,), 40),
@@ -74,7 +74,7 @@ def parameters(rows: int, generator: torch.Generator, *, sampled: bool, everythi
 
 
 def ragged(spans: list[tuple[int, int, int]], lows: list[int], page: int, pages: int, requests: int) -> RaggedRows:
-    """Rows of (request, first position, count) that see [low of their span, their position]."""
+    """Rows of spans (request, first position, count). A row at p sees positions [the span's low, p]."""
     rows = [request for request, _, count in spans for _ in range(count)]
     positions = [first + i for _, first, count in spans for i in range(count)]
     low = [low for low, (*_, count) in zip(lows, spans, strict=True) for _ in range(count)]
@@ -104,7 +104,7 @@ def unfused(
 
 
 def cases() -> Iterator[Case]:
-    """Small calls, on torch's default device: the interpreter takes milliseconds a program."""
+    """The cases, on torch's default device. They are small: Triton's interpreter takes milliseconds a program."""
     from fastblt.kernels.gpu.hash_embedding import hash_embedding_triton
     from fastblt.kernels.gpu.paged_attention import paged_attention_triton
     from fastblt.kernels.gpu.selection import select_triton

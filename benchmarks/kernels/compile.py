@@ -1,10 +1,10 @@
-"""The Triton kernels compiled ahead of time, for GPUs that need not be here.
+"""Compiles the Triton kernels ahead of time. The GPU that is compiled for need not be present.
 
     python -m fastblt.benchmarks.kernels.compile                                 every target
     python -m fastblt.benchmarks.kernels.compile --target sm_90 --target gfx942  some
 
-Prints registers, spills, shared memory, an estimate of the occupancy and the instructions that must be there. The exit
-status is 1 where a kernel spills, does not fit, or lacks one of them.
+Prints registers, spills, shared memory, an estimate of the occupancy, and counts of the expected instructions. The exit
+status is 1 if a kernel spills registers, has too much shared memory, or lacks an expected instruction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastblt.benchmarks.command import command
 from fastblt.benchmarks.markdown import Table
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-#: Bytes of shared memory of one multiprocessor.
+#: Bytes of shared memory in one multiprocessor.
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma\w*)")
 ASYNC = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)")
@@ -59,7 +59,7 @@ _ROWS = {
     "span": "i32", "scale": "fp32",
 }  # fmt: skip
 _HASH = {"windows": "*i64", "powers": "*i64", "vocab": "i32", "dim": "i32"}
-#: Integers that are multiples of 16 where the kernels run, as the runtime would find out.
+#: Integer arguments that are multiples of 16 in practice. At run time Triton detects this itself.
 _SIXTEEN = {"span", "dim"}
 
 
@@ -73,7 +73,8 @@ SHAPES = {
 
 @dataclass
 class Variant:
-    """One kernel as it is launched: argument types, compile-time constants, options, and what its code must hold."""
+    """One kernel as it is launched: argument types, compile-time constants, options. `matrix`: whether its code must
+    have matrix instructions."""
 
     name: str
     kernel: str
@@ -84,7 +85,7 @@ class Variant:
 
 
 def variants(target: str) -> list[Variant]:
-    """What the shipped and the published shapes launch on a target."""
+    """The kernels that the shipped and the published shapes launch on a target."""
     import torch
     import triton.language as tl
 
@@ -114,7 +115,7 @@ def variants(target: str) -> list[Variant]:
             constants |= {"PARTS": 1 if dim == 32 else MOST_PARTS, "DOT": getattr(tl, str(dtype)[6:])}
             attend = "paged_attention.attend_kernel"
             found.append(Variant(f"attend {label}", attend, types, constants, options, short != "fp32"))
-    # `types` are those of bf16 now: the other types differ in their conversions only.
+    # After the loop `types` are those of bf16. Other types differ only in conversions.
     constants = {"PAGE": 64, "WIDTH": 16 * 64, "DIM": 64, "PAIRS": 8 * 64}
     found.append(Variant("write bf16", "paged_attention.write_kernel", types, constants))
     constants = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "BLOCK": 16, "PARTS": MOST_PARTS}
@@ -126,7 +127,7 @@ def variants(target: str) -> list[Variant]:
 
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
-    """Compile for a target that need not be here, and read the code."""
+    """Compile a kernel for a target, and read the figures from its code."""
     import importlib
 
     import triton
@@ -136,7 +137,7 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     module, name = variant.kernel.split(".")
     kernel = getattr(importlib.import_module(f"fastblt.kernels.gpu.{module}"), name)
     signature = {arg: "constexpr" if arg in variant.constants else variant.types[arg] for arg in kernel.arg_names}
-    # Without these the compiler must assume unaligned rows, and neither vectors nor asynchronous copies appear.
+    # Without these attributes the compiler assumes unaligned rows, and uses neither vectors nor asynchronous copies.
     places = [
         ((i, *at), arg, kind)
         for i, (arg, kinds) in enumerate(signature.items())
@@ -173,7 +174,7 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
 
 
 def _cuda(cubin: bytes, package: Path) -> tuple[int, int]:
-    """Registers, and the bytes of local memory a thread spills to, as the tool that comes with Triton reads them."""
+    """Registers of a thread, and the bytes of local memory that it spills to, by Triton's `cuobjdump`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -188,7 +189,7 @@ def _count(names: list[str]) -> dict[str, int]:
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """What is wrong with one compiled kernel."""
+    """The faults of one compiled kernel."""
     wrong = ["spills"] if result["spills"] else []
     if result["shared"] > SHARED[result["target"]]:
         wrong.append("too much shared memory")
@@ -200,7 +201,7 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 
 def compile_all(targets: list[str]) -> list[dict[str, Any]]:
-    """Every variant for every target, two targets at a time, each in a process that the interpreter cannot reach."""
+    """Compile every variant for every target, two targets at a time, in processes with Triton's interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "FASTBLT_KERNELS"}
     environment |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 
@@ -223,7 +224,7 @@ def compile_all(targets: list[str]) -> list[dict[str, Any]]:
 def main(
     *, target: Sequence[str] = TARGETS, worker: Annotated[str | None, typer.Option(hidden=True)] = None
 ) -> dict[str, Any]:
-    """Compile every kernel for every target; a `worker` prints what one target gives, as JSON."""
+    """Compile every kernel for every target. With `worker`, compile for that target and print the results as JSON."""
     if worker is not None:
         found = [compile_variant(variant, worker) for variant in variants(worker)]
         print(json.dumps(found))

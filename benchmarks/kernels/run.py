@@ -1,10 +1,10 @@
-"""The Triton kernels: how many bytes they move, and how long they take.
+"""Measures the Triton kernels: the bytes that they move, and their time.
 
     python -m fastblt.benchmarks.kernels.run traffic   bytes loaded and stored, under Triton's interpreter
     python -m fastblt.benchmarks.kernels.run gpu       microseconds on the GPU here
 
-`traffic` counts launches and bytes beside the least possible and beside the torch path's separate operations; its exit
-status is 1 where a kernel moves a quarter more than the least. `gpu` times each kernel against those operations.
+`traffic` compares launches and bytes with the least possible, and with the separate operations of the torch version.
+Its exit status is 1 if a kernel moves over a quarter more than the least. `gpu` times each kernel and those operations.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fastblt.benchmarks.harness import replaced
 from fastblt.benchmarks.machine import fastest
 from fastblt.benchmarks.markdown import Table
 
-#: Times the least bytes that a kernel may move.
+#: A kernel may move this many times the least bytes.
 MOST = 1.25
 
 
 class Meter:
-    """Counts what the interpreter's kernels load and store: an address once a load or store of a program."""
+    """Counts the bytes that kernels load and store in the interpreter. A load or store counts each address once."""
 
     def __init__(self, inner: Any, interface: list[Any]) -> None:
         self._inner = inner
@@ -41,7 +41,7 @@ class Meter:
         self.add(interface)
 
     def add(self, interface: list[Any]) -> None:
-        """More arguments or results of the operation."""
+        """Add arguments or results of the operation."""
         self._ranges += [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in interface]
 
     def __getattr__(self, name: str) -> Any:
@@ -70,8 +70,8 @@ class Meter:
 
 
 def torch_cost(call: Callable[[], Any]) -> tuple[int, int]:
-    """What the operations of a torch function read and write in bytes, each its arguments and its result, and how many
-    operations they are; views are free."""
+    """The bytes that the operations of a torch function read (arguments) and write (results), and the number of
+    operations. Views cost nothing."""
     total = operations = 0
 
     class Counting(TorchDispatchMode):
@@ -85,7 +85,7 @@ def torch_cost(call: Callable[[], Any]) -> tuple[int, int]:
             if func.is_view or name.startswith("empty"):
                 return out
             if name in ("embedding", "index", "index_select", "gather"):
-                given = given[1:] + made  # of the table only what is taken
+                given = given[1:] + made  # of the table, only the rows that are read
             elif name == "index_copy_":
                 given, made = given[1:], given[-1:]
             operations += 1
@@ -98,7 +98,7 @@ def torch_cost(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def traffic() -> dict[str, Any]:
-    """Bytes that each kernel moves; the interpreter is chosen before Triton is imported, so in a process of its own."""
+    """The bytes that each kernel moves. Starts another process, since Triton chooses its interpreter when imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         command_line = [sys.executable, *sys.orig_argv[1:]]
         raise typer.Exit(subprocess.run(command_line, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode)
@@ -132,7 +132,7 @@ def traffic() -> dict[str, Any]:
 
 
 def gpu(*, rounds: int = 50) -> dict[str, Any]:
-    """Microseconds of each kernel, the fastest of so many calls."""
+    """Microseconds of each kernel: the fastest of `rounds` calls."""
     if not torch.cuda.is_available():
         print("there is no GPU here, or this is not a build of torch that sees it", file=sys.stderr)
         return {"passed": False}
@@ -142,7 +142,7 @@ def gpu(*, rounds: int = 50) -> dict[str, Any]:
 
 
 def speed(rounds: int, wait: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Microseconds of each call on torch's default device, fused beside unfused; `wait` waits for the device."""
+    """Microseconds of each call on torch's default device, fused and in torch. `wait` waits for the device."""
     from fastblt.benchmarks.kernels.cases import cases
 
     rows: dict[str, dict[str, float]] = {}

@@ -1,1 +1,1 @@
-"""`fastblt bench serve`: load on any server that speaks OpenAI's completions API, measured in bytes."""
+"""`fastblt bench serve`: load tests of any server with OpenAI's completions API, measured in bytes."""

@@ -1,4 +1,4 @@
-"""When requests are sent: arrival times of open-loop load, which do not wait for answers, drawn or recorded.
+"""Arrival times of open-loop load, which does not wait for answers: random, or from recorded traces.
 
 Recordings are the Azure LLM inference traces of 2023 (CC-BY 4.0), released with "Splitwise: Efficient generative LLM
 inference using phase splitting" (ISCA 2024). Columns: TIMESTAMP, ContextTokens, GeneratedTokens. They hold no text;
@@ -27,11 +27,11 @@ def arrivals(
     ramp: Ramp | None = None,
     end_rate: float | None = None,
 ) -> NDArray[np.float64]:
-    """Seconds [count] after the start at which requests arrive, at `rate` a second.
+    """Arrival times of requests at `rate` per second: seconds [count] after the start.
 
-    Gaps are gamma-distributed with shape `burstiness`: 1 is a Poisson process, less comes in bursts, more is more even,
-    and infinity is a constant gap. An infinite `rate` sends everything at once. With a `ramp` the rate goes from `rate`
-    to `end_rate` over the requests. Raises ValueError for rates and shapes that are not positive.
+    Gaps are gamma-distributed with shape `burstiness`: 1 is a Poisson process, less gives bursts, more is more regular,
+    and infinity gives constant gaps. An infinite `rate` sends everything at once. With a `ramp` the rate changes from
+    `rate` to `end_rate` over the requests. Raises ValueError for rates and shapes that are not positive.
     """
     if not rate > 0 or not burstiness > 0:
         raise ValueError("the request rate and the burstiness must be positive; inf is allowed")
@@ -51,16 +51,16 @@ def arrivals(
     return np.concatenate([[0.0], gaps.cumsum()[:-1]]) if count else gaps
 
 
-#: Bytes that a subword token stands for, about.
+#: The approximate number of bytes of a subword token.
 BYTES_PER_TOKEN = 4.0
 _COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order: seconds [n] after the first one, bytes [n] of prompts and of outputs.
+    """Requests in order: seconds [n] after the first one, and sizes of prompts and outputs in bytes [n].
 
-    `factors` says what was done to the recording, to be printed and kept with every figure.
+    `factors` describes how the recording was scaled. It is printed and kept with every figure.
     """
 
     seconds: NDArray[np.float64]
@@ -70,7 +70,7 @@ class Trace:
 
 
 def read_trace(path: Path, first: int = 0, count: int | None = None) -> Trace:
-    """`count` requests from the `first` on, sizes as bytes. Raises ValueError for a file that is no such trace."""
+    """`count` requests from number `first` on. Raises ValueError if the file is not such a trace or is too short."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         if next(rows, None) != _COLUMNS:
@@ -79,7 +79,7 @@ def read_trace(path: Path, first: int = 0, count: int | None = None) -> Trace:
     if not wanted or (count is not None and len(wanted) < count):
         raise ValueError(f"{path} has {len(wanted)} requests from number {first} on; ask for fewer or begin earlier")
     try:
-        # Seven digits after the point are more than the standard library reads.
+        # Times have seven decimals. The standard library reads at most six.
         times = [datetime.fromisoformat(row[0][:26]).timestamp() for row in wanted]
         sizes = np.array([[int(row[1]), int(row[2])] for row in wanted])
     except (ValueError, IndexError) as error:
@@ -98,11 +98,11 @@ def scale_trace(
     max_prompt_bytes: int | None = None,
     max_output_bytes: int | None = None,
 ) -> Trace:
-    """The trace at another speed and size.
+    """The trace scaled to another speed and size.
 
-    `rate` is the mean number of requests a second that arrivals are stretched or compressed to; sizes are multiplied
-    and then cut at the maxima. All of it stands in `factors`: `time`, by which gaps were multiplied, `prompt`,
-    `output`, and how many requests each maximum cut.
+    Arrivals are stretched or compressed to a mean of `rate` requests per second. Sizes are multiplied by the factors
+    and then limited to the maxima. `factors` of the result records this: `time`, by which gaps were multiplied,
+    `prompt`, `output`, and how many requests each maximum limited.
     """
     recorded = (len(trace.seconds) - 1) / trace.seconds[-1] if trace.seconds[-1] > 0 else np.inf
     time = 1.0 if rate is None else recorded / rate

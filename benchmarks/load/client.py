@@ -1,4 +1,4 @@
-"""One streamed completion, timed chunk by chunk. Speaks to any server of OpenAI's completions API."""
+"""Requests streamed completions from any server with OpenAI's completions API, and times each chunk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from fastblt.benchmarks.load.workload import Job
 
 @dataclass
 class Record:
-    """What came of one request. Times in seconds: `start` after the run's, `queued` waiting for a free place in the
-    client, `ttft` to the first chunk, `latency` to the last; `chunks` are times after the request's start with the
-    bytes of text that came. `error` is empty where all went well.
+    """The result of one request. Times are seconds.
+
+    `start` is measured from the start of the run. `queued` is the wait for a free place in the client. `ttft` is the
+    time to the first chunk, `latency` to the last. `chunks` are (time after the request's start, bytes of text).
+    `error` is empty if all went well.
     """
 
     label: str
@@ -37,7 +39,7 @@ class Record:
 
 
 class Endpoint:
-    """A server, and the model that is asked there."""
+    """A server, and the name of its model."""
 
     def __init__(self, base_url: str, model: str, session: aiohttp.ClientSession, timeout: float) -> None:
         self.base_url, self.model = base_url, model
@@ -45,7 +47,7 @@ class Endpoint:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
 
     async def ask(self, job: Job) -> Record:
-        """Send one request and read its answer to the end; what fails is in the record's `error`, by cause."""
+        """Send one request and read its answer to the end. A failure is described in the record's `error`."""
         record = Record(job.label, job.prompt_bytes)
         body = {
             "model": self.model,
@@ -101,7 +103,7 @@ class Endpoint:
 
 
 async def first_model(session: aiohttp.ClientSession, base_url: str) -> dict[str, Any]:
-    """The first model that a server lists. Raises ValueError, saying what to do, where there is none."""
+    """The first model that a server lists. Raises ValueError, with advice, if there is none."""
     url = f"{base_url}/v1/models"
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30)) as answer:
@@ -116,7 +118,7 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> dict[str
 
 
 def _refusal(status: int, text: str) -> str:
-    """Status, and the server's own code for the error or the beginning of what it says."""
+    """The status, with the server's code for the error if it has one."""
     try:
         answer = json.loads(text)
         error = answer.get("error") or answer

@@ -1,4 +1,4 @@
-"""Sends requests when they are due, and shows what comes back meanwhile."""
+"""Sends requests at their times, and shows the progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastblt.benchmarks.load.workload import Job
 
 @dataclass
 class Run:
-    """All records, in the order of their requests, the seconds they took, and the model card of the server."""
+    """All records in the order of their requests, the duration in seconds, and the server's model card."""
 
     records: list[Record]
     duration: float
@@ -33,7 +33,7 @@ class Run:
 
     @property
     def byte_tokens(self) -> bool:
-        """Whether the server's tokens are bytes, which it is known of ours."""
+        """Whether the server is a FastBLT, whose tokens are bytes."""
         return self.card.get("owned_by") == "fastblt"
 
 
@@ -50,16 +50,16 @@ async def drive(
 ) -> Run:
     """Send `jobs` at `times` (seconds [n]; None: as soon as there is a place), at most `max_concurrency` at once.
 
-    `warm_up` requests go first, one after the other, and are not counted; jobs beyond the first few are not repeated,
-    so that a server's prefix cache knows no more than the run itself teaches it. Raises ValueError where the server
-    cannot be asked or refuses the warm-up.
+    First, `warm_up` requests are sent one after another. They are not counted, and have prompts of their own, so that
+    they do not fill a prefix cache for the run. Raises ValueError if the server cannot be reached or refuses the
+    warm-up.
     """
     async with _session() as session:
         card = await first_model(session, base_url) if model is None else {"id": model}
         endpoint = Endpoint(base_url, str(card["id"]), session, timeout)
         for number in range(warm_up):
             first = jobs[number % len(jobs)]
-            # Text of its own: what is measured must not find it cached.
+            # The prompt is reversed: measured requests must not find it in a prefix cache.
             record = await endpoint.ask(Job(f"# {number}\n{first.prompt[::-1]}", first.max_tokens, first.extra))
             if record.error:
                 raise ValueError(f"the warm-up request failed: {record.error}; is {base_url} an OpenAI-style server?")
@@ -106,7 +106,7 @@ def _session() -> aiohttp.ClientSession:
 async def _progress(
     records: Sequence[Record], running: set[int], done: list[int], start: float, show: bool
 ) -> AsyncIterator[None]:
-    """A line that tells how far the run is, renewed twice a second on a terminal."""
+    """Show the progress of the run in a line, updated twice a second on a terminal."""
     if not show:
         yield
         return

@@ -1,10 +1,10 @@
-"""What HTTP and streaming cost: a server under a closed loop, and the engine alone on the same prompts, in turns.
+"""The cost of HTTP and streaming: a server under closed-loop load, and the engine alone on the same prompts, in turns.
 
     python -m fastblt.benchmarks.load.front    32 streams, 96 prompts of 256 bytes, 128 bytes each
 
-The server's client runs on the same cores, and its time counts as the front's. So it reads and does as little else as
-can be: what arrives is neither parsed nor timed. An answer must begin with status 200 and end with `[DONE]`, after a
-chunk that says how many tokens there were.
+The client runs on the same cores, and its time counts as part of the HTTP front's. So it does as little as possible:
+answers are read, but neither parsed nor timed. An answer must begin with status 200, report its number of tokens in a
+chunk near its end, and end with `[DONE]`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fastblt.server.llm import LLM
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED
 
-#: Bytes at an answer's end that hold its last chunks.
+#: Bytes kept from the end of an answer, which contain its last chunks.
 _TAIL = 4096
-#: No text can look like this: its quotes are escaped.
+#: Generated text cannot match this, since its quotes are escaped.
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 #: The last event, and the end of a chunked body.
 _END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
-#: Seconds in which something must arrive.
+#: Seconds after which a run without any new data fails.
 PATIENCE = 60.0
 
 
 class _Answer:
-    """A connection of its own for one streamed completion."""
+    """One streamed completion, on its own connection."""
 
     def __init__(self, port: int, body: dict[str, Any]) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port))
@@ -51,14 +51,14 @@ class _Answer:
         self._tail = b""
 
     def read(self) -> bool:
-        """Take what has arrived; False at its end."""
+        """Read what has arrived. Returns False at the end of the answer."""
         data = self.sock.recv(1 << 16)
         self._first = self._first or data
         self._tail = (self._tail + data)[-_TAIL:]
         return bool(data)
 
     def tokens(self) -> int:
-        """Raises RuntimeError unless the answer is complete."""
+        """The number of tokens that the answer reports. Raises RuntimeError unless the answer is complete."""
         counts = _TOKENS.findall(self._tail)
         if not self._first.startswith(b"HTTP/1.1 200 ") or not self._tail.endswith(_END) or not counts:
             raise RuntimeError(f"no complete answer: {self._first[:500]!r} ... {self._tail[-500:]!r}")
@@ -68,10 +68,10 @@ class _Answer:
 def stream_all(
     port: int, bodies: Sequence[dict[str, Any]], concurrency: int, patience: float = PATIENCE
 ) -> tuple[float, list[int]]:
-    """Stream completions, so many at once: seconds for all of them, and their tokens in the order of their ends.
+    """Stream completions, `concurrency` at once. Returns the seconds for all, and their tokens in the order of ending.
 
-    Raises RuntimeError where an answer is no complete stream, or nothing arrives for `patience` seconds, OSError where
-    a connection is refused or reset.
+    Raises RuntimeError if an answer is not a complete stream, or nothing arrives for `patience` seconds, OSError if a
+    connection is refused or reset.
     """
     waiting = list(reversed(bodies))
     tokens: list[int] = []
@@ -105,7 +105,7 @@ def stream_all(
 
 
 def compare(model: str, streams: int, count: int, length: int, rounds: int, method: str) -> dict[str, Any]:
-    """Bytes a second of both in every round, and the median share that the front takes."""
+    """Bytes per second of server and engine in every round, and the median share of time that HTTP takes."""
     decoding = DecodingParams(DecodingMethod(method))
     asked = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "decoding": {"method": method}}
     served: list[float] = []
@@ -135,7 +135,7 @@ def measure(
     rounds: int = 5,
     method: Sequence[str] = ("blt", "auto"),
 ) -> dict[str, Any]:
-    """What the front takes of the bytes a second, by method."""
+    """The loss of bytes per second through HTTP, by method."""
     rows = []
     for name in method:
         rows.append(compare(model, streams, num_prompts, length, rounds, name))

@@ -1,8 +1,9 @@
-"""From records to figures, under the names of `vllm bench serve`.
+"""Computes the figures of a run from its records, under the names of `vllm bench serve`.
 
-Tokens are the server's own, by its `usage`; a token of a byte server is a byte. Because those of other servers are not,
-everything is counted in bytes of text beside it: `*_bytes`, `*_byte_*` and `tpob`, the time per byte after the first
-chunk. `itl` is the time between chunks. Of a byte server bytes are its tokens, for text shows an invalid byte as three.
+Tokens are the server's own, by its `usage`. For a byte-level server a token is a byte. Other servers' tokens are not,
+so everything is also counted in bytes of text: `*_bytes`, `*_byte_*` and `tpob`, the time per byte after the first
+chunk. `itl` is the time between chunks. For a byte-level server, bytes are counted as its tokens and not by the text,
+in which an invalid byte takes three.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from fastblt.benchmarks.load.client import Record
 
-#: What a service level can be set for, and how a request's value is found (seconds; None: it has none).
+#: The metrics of service levels, each as a function of (record, tokens, bytes) that gives seconds, or None.
 LEVELS: dict[str, Callable[[Record, int, int], float | None]] = {
     "ttft": lambda record, _tokens, _size: record.ttft,
     "tpot": lambda record, tokens, _size: (record.latency - record.ttft) / (tokens - 1) if tokens > 1 else None,
@@ -48,9 +49,9 @@ def summarize(
     byte_tokens: bool = True,
     detailed: bool = True,
 ) -> dict[str, Any]:
-    """Figures of a run of `duration` seconds. Failed requests count as such, and in nothing else.
+    """Figures of a run of `duration` seconds. Failed requests are counted in `failed` and nowhere else.
 
-    `detailed` adds the lists of single requests that vLLM's result has.
+    `levels` are service levels in milliseconds. `detailed` adds vLLM's lists with a value for each request.
     """
     done = [record for record in records if not record.error]
     tokens = [record.text_bytes if record.output_tokens is None else record.output_tokens for record in done]
@@ -77,7 +78,7 @@ def summarize(
         "good_requests": good if levels else None,
         "output_throughput": sum(tokens) / duration,
         "total_token_throughput": (sum(prompts) + sum(tokens)) / duration,
-        # Without `usage` a server's tokens are not known, and the bytes of its text stand for them.
+        # Without `usage` the number of tokens is unknown, and the bytes of text are used.
         "usage_reported": all(record.output_tokens is not None for record in done),
         "output_byte_throughput": sum(sizes) / duration,
         "total_byte_throughput": (prompt_bytes + sum(sizes)) / duration,
@@ -107,7 +108,7 @@ def summarize(
 
 
 def by_label(records: Sequence[Record], duration: float, **options: Any) -> dict[str, Any]:
-    """The figures of every group of requests, where there are several."""
+    """The figures of every group of requests; empty if there is only one group."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.label, []).append(record)
@@ -117,7 +118,7 @@ def by_label(records: Sequence[Record], duration: float, **options: Any) -> dict
 
 
 def _after_first(record: Record, size: int) -> float | None:
-    """Seconds a byte after the first chunk; chunks say how text is shared among them, `size` how many bytes it is."""
+    """Seconds per byte after the first chunk. `size`: bytes of all chunks, of which each has a share by its text."""
     if not record.text_bytes:
         return None
     later = size * (1 - record.chunks[0][1] / record.text_bytes)
@@ -130,7 +131,7 @@ def _gaps(record: Record) -> list[float]:
 
 
 def _statistics(name: str, values: list[float], percentiles: Sequence[float]) -> dict[str, float]:
-    """Mean, median, deviation and percentiles in milliseconds; nothing where there are no values."""
+    """Mean, median, standard deviation and percentiles in milliseconds; empty without values."""
     if not values:
         return {}
     array = 1000 * np.array(values)

@@ -1,4 +1,4 @@
-"""Names that users type. Nothing here imports anything heavy, for the command line needs them at once."""
+"""Names for the command line. This imports no large packages, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Dataset(StrEnum):
-    """Where prompts come from."""
+    """The source of prompts."""
 
     HELD_OUT = "held-out"
     HUMANEVAL = "humaneval"

@@ -1,4 +1,4 @@
-"""Speed without a server: `fastblt bench throughput` and `fastblt bench latency`, results under vLLM's names."""
+"""Speed without a server: `fastblt bench throughput` and `fastblt bench latency`. Results have vLLM's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastblt.server.request import DecodingParams, SamplingParams
 
 
 def throughput(llm: LLM, prompts: Sequence[bytes], output_len: int, decoding: DecodingParams) -> dict[str, Any]:
-    """All prompts at once, `output_len` bytes each; one warm-up request goes first. Tokens are bytes."""
+    """Run all prompts at once, `output_len` bytes each, after one warm-up request. Tokens are bytes."""
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, decoding=decoding)
     llm.generate(prompts[0][::-1], SamplingParams(max_tokens=8, temperature=0.0, decoding=decoding))
     start = time.perf_counter()
@@ -36,7 +36,7 @@ def throughput(llm: LLM, prompts: Sequence[bytes], output_len: int, decoding: De
 def latency(
     llm: LLM, prompts: Sequence[bytes], output_len: int, decoding: DecodingParams, *, iterations: int, warm_up: int
 ) -> dict[str, Any]:
-    """Seconds that one batch of prompts takes to its end, again and again; the prefix cache must be off."""
+    """Seconds to complete one batch of prompts, measured `iterations` times. The prefix cache must be off."""
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, decoding=decoding)
     latencies = []
     for number in range(warm_up + iterations):

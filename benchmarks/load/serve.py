@@ -1,4 +1,4 @@
-"""A whole load run: what is asked, when, and the result as JSON and as a table."""
+"""A whole load run: makes the requests and their times, runs them, and gives the result as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from fastblt.benchmarks.machine import measured_with
 
 @dataclass(frozen=True)
 class Load:
-    """A run's settings, named as `vllm bench serve` names them where it has them. Lengths are in bytes of prompt and
-    in the server's tokens of output, rates in requests a second; `timeout` is in seconds.
+    """Settings of a run, with the names of `vllm bench serve` where it has them.
+
+    Lengths are bytes for prompts and the server's tokens for outputs. Rates are requests per second, `timeout` is
+    seconds.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -58,7 +60,10 @@ class Load:
 
 
 def run(load: Load, *, show: bool = True) -> dict[str, Any]:
-    """The result, under the names of `vllm bench serve`. Raises ValueError for what cannot be asked."""
+    """Run the load. The result has the names of `vllm bench serve`.
+
+    Raises ValueError for invalid settings, or if the server cannot be reached.
+    """
     levels = parse_levels(load.goodput)
     todo, times, factors = _plan(load)
     done = asyncio.run(
@@ -99,7 +104,7 @@ def result(load: Load, done: Run, levels: dict[str, float], factors: dict[str, f
 
 
 def _plan(load: Load) -> tuple[list[Job], NDArray[np.float64] | None, dict[str, float]]:
-    """Requests, when they are due, and what a trace was multiplied by."""
+    """The requests, their times (None: as soon as possible), and the factors by which a trace was scaled."""
     common: dict[str, Any] = {"temperature": load.temperature, **load.extra_body}
     if load.ignore_eos:
         common["ignore_eos"] = True
@@ -155,7 +160,7 @@ _SERIES = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result for a reader."""
+    """A result as text."""
     rows = [f"{name:<38}{form.format(result[key])}" for name, key, form in _LINES if result.get(key) is not None]
     rows.append(f"\n{'ms':<26}{'mean':>10}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}")
     for name, key in _SERIES:

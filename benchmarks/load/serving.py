@@ -1,4 +1,4 @@
-"""Servers in processes of their own: one of this package, or any that `python -m` starts."""
+"""Starts servers in processes of their own: this package's, or any other that `python -m` starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Seconds in which a server must be ready, and in which it must have ended.
+#: Seconds that a server has to become ready, and to end.
 _START, _END = 300, 60
 
 
 @dataclass(frozen=True)
 class Server:
-    """A process, its port on the loopback interface, and the file of its log."""
+    """A server process, its port on the loopback interface, and its log file."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -30,26 +30,29 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str) -> bytes:
-        """The answer's body. Raises OSError where there is none, or a status of 400 or more."""
+        """The body of the answer to GET. Raises OSError if there is no answer, or for a status of 400 or more."""
         with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:
             return answer.read()
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus samples of `/metrics`; a name has its labels."""
+        """The Prometheus samples of `/metrics`. The keys are names with their labels."""
         lines = self.get("/metrics").decode().splitlines()
         return {name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))}
 
 
 @contextmanager
 def serving(model: str, options: Sequence[str]) -> Iterator[Server]:
-    """`fastblt serve` with these options, once it is ready. Raises RuntimeError where it does not start."""
+    """Run `fastblt serve` with these options. Yields when it is ready. Raises RuntimeError if it does not start."""
     with running(["fastblt", "serve", model, *options], "/ready") as server:
         yield server
 
 
 @contextmanager
 def running(arguments: Sequence[str], ready: str) -> Iterator[Server]:
-    """A server that `python -m` starts with `--port`, once it answers at the path `ready`. Raises RuntimeError."""
+    """Run a server by `python -m` with these arguments and `--port`. Yields when it answers at the path `ready`.
+
+    Raises RuntimeError if it does not start.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

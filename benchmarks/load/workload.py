@@ -1,4 +1,4 @@
-"""What is asked: prompts from files, HumanEval, held-out code, or made up with shared beginnings."""
+"""The requests of a load: prompts from files, from HumanEval, from held-out code, or synthetic with shared prefixes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One request: its prompt, the tokens to ask for, what else its body holds, and the group that it counts in."""
+    """One request: its prompt, `max_tokens`, other fields of its body, and the label of its group in the results."""
 
     prompt: str
     max_tokens: int
@@ -34,11 +34,11 @@ class Job:
 
 
 class Texts:
-    """Cuts prompts of any length out of a text, each at a place of its own."""
+    """Cuts prompts of any length out of a text, at random places."""
 
     def __init__(self, text: str, seed: int) -> None:
         if not text.isascii():
-            # A cut must not split a character, and a length in characters is to be one in bytes.
+            # With ASCII only, a cut cannot split a character, and lengths in characters are lengths in bytes.
             text = text.encode("ascii", "ignore").decode()
         if not text:
             raise ValueError("the text to cut prompts from is empty")
@@ -46,7 +46,7 @@ class Texts:
         self._rng = random.Random(seed)
 
     def cut(self, length: int) -> str:
-        """`length` bytes from a random line on; a text that is too short goes on from its start."""
+        """`length` bytes from the start of a random line. At the end of the text it continues from the beginning."""
         at = self._rng.randrange(len(self._text))
         at = self._text.rfind("\n", 0, at) + 1
         piece = self._text[at : at + length]
@@ -56,7 +56,7 @@ class Texts:
 
 
 def held_out_text() -> str:
-    """All held-out files, one behind the other."""
+    """All held-out files, one after another."""
     return b"\n".join(source.data for source in held_out_sources()).decode("utf-8", "ignore")
 
 
@@ -70,11 +70,11 @@ def prompts(
     prefix_len: int = 0,
     prefixes: int = 1,
 ) -> list[tuple[str, int | None]]:
-    """`count` prompts, each with the tokens that its file asks for, if any.
+    """`count` prompts, each with the `max_tokens` that its file gives, if any.
 
-    `input_len` is in bytes: HumanEval's prompts and those of a JSON-lines file are cut to their last so many, the
-    others are made that long (default 256). A synthetic prompt begins with one of `prefixes` texts of `prefix_len`
-    bytes. Raises ValueError where a file has no prompts.
+    `input_len` is in bytes. HumanEval's prompts and those of a JSON-lines file are cut to their last `input_len`; all
+    others have exactly that length (default 256). A synthetic prompt begins with one of `prefixes` texts of
+    `prefix_len` bytes. Raises ValueError if a file has no prompts.
     """
     length = input_len or 256
     if dataset is Dataset.HUMANEVAL:
@@ -100,7 +100,7 @@ def jobs(
     common: dict[str, Any],
     seed: int,
 ) -> list[Job]:
-    """Requests for prompts. Each takes one of `bodies`, evenly in a random order; `common` is in all of them."""
+    """Requests for prompts. The fields of `common` are in all; `bodies` are distributed evenly, in random order."""
     order = [bodies[index % len(bodies)] for index in range(len(asked))]
     random.Random(seed).shuffle(order)
     return [
@@ -110,21 +110,24 @@ def jobs(
 
 
 def trace_jobs(trace: Trace, bodies: Sequence[dict[str, Any]], common: dict[str, Any], seed: int) -> list[Job]:
-    """Requests of a trace's sizes, over held-out text."""
+    """Requests with the sizes of a trace, and prompts of held-out text."""
     texts = Texts(held_out_text(), seed)
     asked = [(texts.cut(int(size)), int(out)) for size, out in zip(trace.prompt_bytes, trace.output_bytes, strict=True)]
     return jobs(asked, 1, bodies, common, seed)
 
 
 def label_of(body: dict[str, Any]) -> str:
-    """A short name of how a request is decoded, as in the tables of methods."""
+    """A short name for a request's decoding fields, such as `blt-s draft_length=8`."""
     decoding = dict(body.get("decoding") or {})
     method = str(decoding.pop("method", ""))
     return " ".join([method, *(f"{key}={value}" for key, value in decoding.items())]).strip()
 
 
 def parse_decoding(text: str) -> dict[str, Any]:
-    """A body for a method's name (`blt-s`) or an object of decoding fields (`{"method": "blt-s", ...}`)."""
+    """The body for a method's name (`blt-s`) or a JSON object of decoding fields (`{"method": "blt-s", ...}`).
+
+    Raises ValueError for invalid JSON.
+    """
     if not text.lstrip().startswith("{"):
         return {"decoding": {"method": text}}
     try:

@@ -1,1 +1,1 @@
-"""The full run: every measurement of the report, in resumable parts, and the report and the README made from them."""
+"""The full run: all measurements of the report, in resumable parts, and the pages that are made from them."""

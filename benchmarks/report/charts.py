@@ -1,4 +1,4 @@
-"""The report's charts, each from the JSON results to a PNG. A chart without data is left out."""
+"""The report's charts: PNG files made from the JSON results. A chart without data is left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STYLE: Any = {
 
 
 def draw_all(results: Results, folder: Path) -> list[str]:
-    """Write the charts that there is data for; their file names, in the report's order."""
+    """Write the charts for which there is data. Returns their file names in the report's order."""
     charts: dict[str, Callable[[Results], Figure | None]] = {
         "throughput.png": throughput,
         "savings.png": savings,
@@ -46,7 +46,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
             (folder / name).unlink(missing_ok=True)
             figure = draw(results)
             if figure is not None:
-                # No date in the file: the same results make the same chart.
+                # No metadata that changes: the same results give the same file.
                 figure.savefig(folder / name, bbox_inches="tight", metadata={"Software": None})
                 plt.close(figure)
                 written.append(name)
@@ -54,7 +54,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
 
 
 def throughput(results: Results) -> Figure | None:
-    """Output bytes a second against the time per byte and to the first byte, along the number of streams."""
+    """Time per byte and time to the first byte against output bytes a second, for numbers of streams."""
     series: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for name, result in results.items():
         if name.startswith("sweep-"):
@@ -78,7 +78,7 @@ def throughput(results: Results) -> Figure | None:
 
 
 def savings(results: Results) -> Figure | None:
-    """Weights, predicted time and measured time saved by each setting, a panel a run."""
+    """Weights, predicted time and measured time saved by each setting, with a panel for each run."""
     runs = list(method_runs(results))
     if not runs:
         return None
@@ -96,7 +96,7 @@ def savings(results: Results) -> Figure | None:
         rows = {name: row for name, row in run["settings"].items() if _shown(name)}
         for offset, (key, label) in enumerate(kinds):
             at = [index + 0.27 * (offset - 1) for index in range(len(rows))]
-            # Far below nothing is nothing to look at closely.
+            # Losses of more than 100 % are cut off, to keep the scale.
             axis.barh(at, [max(-100, 100 * row[key]) for row in rows.values()], height=0.25, label=label)
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
@@ -111,7 +111,7 @@ def savings(results: Results) -> Figure | None:
 
 
 def predicted(results: Results) -> Figure | None:
-    """Measured time a byte, as what was predicted and what came to it."""
+    """Predicted over measured time, by setting and run."""
     runs = list(method_runs(results))
     if not runs:
         return None
@@ -154,7 +154,7 @@ def acceptance(results: Results) -> Figure | None:
 
 
 def roofline(results: Results) -> Figure | None:
-    """The cost of a pass by rows, over what reading its weights and multiplying them must take."""
+    """The time of a pass by rows, with the machine's limit for reading and multiplying its weights."""
     names = [name for name in ("methods-greedy-b32", "methods-1b-b8", "methods-3b-b1") if name in results]
     if not names:
         return None
@@ -175,14 +175,14 @@ def roofline(results: Results) -> Figure | None:
 
 
 def _floor(curve: dict[str, Any], module: str, rows: int) -> float:
-    """Seconds to read a module's fp32 weights once, or to multiply them by the rows, whichever is longer."""
+    """Seconds to read a module's fp32 weights once or to multiply them by the rows, whichever is longer."""
     weights = curve["weights"][module]
     limits = curve["limits"]
     return max(4e-9 * weights / limits["read_gb_s"], 2e-9 * weights * rows / limits["gflop_s"])
 
 
 def _shown(name: str, *, plain: bool = False) -> bool:
-    """The settings that stand for the others in a chart."""
+    """Whether a setting is shown in charts, which have only some of each method. `plain`: whether BLT is."""
     if name == "blt":
         return plain
     return (lossless(name) and (name.startswith("blt-s") or name.endswith("1step"))) or name.endswith(" a0.7")

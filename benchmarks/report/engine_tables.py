@@ -1,4 +1,4 @@
-"""Tables of the engine alone, and of its promises."""
+"""Tables about the engine without a server, and about its guarantees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _only(results: Results) -> dict[str, Any]:
 
 
 def overhead(results: Results) -> str:
-    """The engine beside a loop without one."""
+    """The engine's speed and that of a bare decoding loop."""
     rows = [
         [
             key.removeprefix("batch_"),
@@ -46,7 +46,7 @@ def host_time(results: Results) -> str:
 
 
 def holding(results: Results) -> str:
-    """Weights read and bytes a second by how many decoder passes a beat may have."""
+    """Weights read, and bytes a second, by the most decoder passes in a beat."""
     rows = [
         [
             *name.removesuffix(" passes a beat").rsplit(", ", 1),
@@ -66,7 +66,7 @@ def holding(results: Results) -> str:
 
 
 def hold_time(results: Results) -> str:
-    """What `--max-hold-ms` does at the 1B shape."""
+    """Effects of `--max-hold-ms` at the 1B shape."""
     rows = [
         [
             run["method"],
@@ -93,7 +93,7 @@ def _in_all(run: dict[str, Any]) -> float:
 
 
 def lossless(results: Results) -> str:
-    """Outputs that differ from BLT's."""
+    """How many outputs differ from BLT's."""
     rows = []
     for kind in ("greedy", "sampled"):
         runs = _only(results)[kind]
@@ -148,7 +148,7 @@ def utf8(results: Results) -> str:
 
 
 def constraint_cost(results: Results) -> str:
-    """Bytes a processor second under constraints, over those without."""
+    """Bytes a processor second with constraints, relative to those without."""
     rows = [
         [name, f"{run['strict UTF-8']:.2f}", f"{run['grammar']:.2f}" if "grammar" in run else "refused"]
         for name, run in _only(results)["cost"].items()

@@ -1,4 +1,4 @@
-"""What the results say in numbers: the one source of the report's headline and of the README's table."""
+"""Headline figures from the results, for both the report and the README."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def method_runs(results: Results) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def lossless(name: str) -> bool:
-    """Whether a setting gives the bytes of BLT, at one upstream pass a round."""
+    """Whether a setting gives the bytes of BLT, with one upstream pass a round."""
     return name.startswith(("blt-s", "blt-dv", "blt-dsv")) and not name.endswith("paper")
 
 
 def best_lossless(run: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The lossless setting that saves most time, where few texts loop: repetition flatters every draft. Else None."""
+    """The lossless setting that saves most time, or None.
+
+    Settings whose texts often loop do not count, since repetition inflates the acceptance of drafts.
+    """
     rows = {
         name: row
         for name, row in run["settings"].items()
@@ -34,7 +37,7 @@ def best_lossless(run: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
 
 def title(part: str, batch: str) -> str:
-    """`methods-1b-b8` at batch 8: what was run, in words."""
+    """A run in words: `methods-1b-b8` at batch 8 -> "1B weights, greedy, 8 requests at once"."""
     kind = part.removeprefix("methods-").rsplit("-b", 1)[0]
     words = {"greedy": "shipped model, greedy", "sampled": "shipped model, temperature 0.8"}
     together = "one request" if batch == "1" else f"{batch} requests at once"
@@ -42,7 +45,7 @@ def title(part: str, batch: str) -> str:
 
 
 def headline(results: Results) -> list[tuple[str, str]]:
-    """Pairs of what was measured and the figure, of those parts that were run."""
+    """Pairs of (what was measured, figure), for the parts that were run."""
     facts = [*_savings(results), *_http(results), *_traces(results)]
     if peer := results.get("peer-transformers"):
         facts += [
@@ -93,7 +96,7 @@ def _traces(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def setting(name: str) -> str:
-    """`blt-s k16` in words."""
+    """A setting in words: `blt-s k16` -> "`blt-s`, drafts of 16 bytes"."""
     method, _, rest = name.partition(" ")
     if rest.startswith("k"):
         return f"`{method}`, drafts of {rest[1:]} bytes"

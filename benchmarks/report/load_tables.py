@@ -1,4 +1,4 @@
-"""Tables of servers under load."""
+"""Tables about servers under load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COMPLETION = 256
 
 
 def _sweeps(results: Results) -> dict[str, dict[int, dict[str, Any]]]:
-    """By method and number of streams."""
+    """The results of the sweeps by method and number of streams."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name, result in results.items():
         method, together = name.removeprefix("sweep-").rsplit("-c", 1)
@@ -22,7 +22,7 @@ def _sweeps(results: Results) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def streams(results: Results) -> str:
-    """Bytes a second and the first byte, by method and number of clients."""
+    """Bytes a second and time to the first byte, by method and number of clients."""
     sweeps = _sweeps(results)
     numbers = sorted(next(iter(sweeps.values())))
     rows = []
@@ -34,7 +34,7 @@ def streams(results: Results) -> str:
 
 
 def capacity(results: Results) -> str:
-    """What to plan with: one server's best rate, by machines."""
+    """Capacity planning: one server's best rate, for numbers of machines."""
     points = _sweeps(results)["auto"]
     together, best = max(points.items(), key=lambda item: item[1]["output_byte_throughput"])
     rate = best["output_byte_throughput"]
@@ -54,7 +54,7 @@ def capacity(results: Results) -> str:
 
 
 def traces(results: Results) -> str:
-    """Replays of recorded traffic near the rate that the server can take."""
+    """Replays of recorded traffic near the server's highest rate."""
     rows = []
     for name, words in (("code", "code completion"), ("conv", "conversation")):
         if (trace := results.get(f"trace-{name}")) is None:
@@ -80,7 +80,7 @@ def traces(results: Results) -> str:
 
 
 def peers(results: Results) -> str:
-    """Against `transformers` on the same weights, and what other servers gave with random weights."""
+    """Comparison with `transformers` on the same weights, and other servers' speed with random weights."""
     parts = []
     if peer := results.get("peer-transformers"):
         rows = [["`transformers`", f"{peer['output_byte_throughput']:.1f}", f"{max(peer['batches'].values()):.1f}"]]
@@ -107,7 +107,7 @@ def peers(results: Results) -> str:
 
 
 def front(results: Results) -> str:
-    """Through HTTP beside the engine alone."""
+    """Bytes a second through HTTP, and of the engine alone."""
     [result] = results.values()
     rows = []
     for run in result["runs"]:

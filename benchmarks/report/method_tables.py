@@ -1,4 +1,4 @@
-"""Tables of what decoding methods save."""
+"""Tables about the savings of decoding methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADLINE = (
 
 
 def saved(results: Results) -> str:
-    """Time saved and, in brackets, weights: a line a setting, a column a run, the shipped model's first."""
+    """Time saved and, in brackets, weights saved. Rows are settings; columns are runs, the shipped model's first."""
     runs = sorted(method_runs(results), key=lambda run: _kind(run[0]) not in _SHIPPED)
     columns = []
     for part, batch, run in runs:
@@ -36,7 +36,7 @@ def _kind(part: str) -> str:
 
 
 def drafts(results: Results) -> str:
-    """What rounds look like, at eight requests."""
+    """Acceptance, bytes a round and passes a byte, at eight requests."""
     parts = []
     for part, batch, run in method_runs(results):
         rows = [
@@ -62,7 +62,7 @@ def drafts(results: Results) -> str:
 
 
 def latent(results: Results) -> str:
-    """Acceptance of drafts by the latent they read."""
+    """Acceptance of drafts, by the latent that they read."""
     runs = [(part, run) for part, _, run in method_runs(results) if "draft_latent" in run]
     names = [name for name in runs[0][1]["draft_latent"] if name in _HEADLINE]
     rows = []
@@ -81,7 +81,7 @@ def latent(results: Results) -> str:
 
 
 def predicted(results: Results) -> str:
-    """Time that the passes should take, over the time taken; and the share of it that is the engine."""
+    """Predicted over measured time, and the engine's share of the time."""
     [result] = results.values()
     batches = result["batches"]
     last = list(batches)[-1]
@@ -99,7 +99,7 @@ def predicted(results: Results) -> str:
 
 
 def auto(results: Results) -> str:
-    """`auto` beside every fixed setting."""
+    """`auto` compared with every fixed setting."""
     [result] = results.values()
     rows = []
     names: list[str] = []

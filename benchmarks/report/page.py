@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing else, from the results' JSON files."""
+"""The report: a self-contained HTML page, made from the results' JSON files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def page(results: Results, charts: dict[str, bytes]) -> str:
 
 
 def _ran_on(results: Results) -> str:
-    """The machines, versions and checkpoints of all parts: one line, unless they differ."""
+    """The machines, versions and checkpoints of all parts; a line for each that differs."""
     lines = []
     for result in results.values():
         machine, versions = result["machine"], result["versions"]
@@ -223,6 +223,6 @@ def _percent(share: float | None) -> str:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """Sorts c2 before c16."""
+    """A sort key that puts c2 before c16."""
     stem, _, number = name.rpartition("-c")
     return (stem, int(number)) if number.isdecimal() else (name, 0)

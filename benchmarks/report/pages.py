@@ -3,7 +3,7 @@
     python -m fastblt.benchmarks.report.pages            write them
     python -m fastblt.benchmarks.report.pages --check    change nothing; status 1 where a page and its JSON differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says what each NAME is made of.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`. `TABLES` has the source of each NAME.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _CONSTRAINTS = "python -m fastblt.benchmarks.checks.constraints --outputs 100 --
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page. `files` are patterns under docs/benchmarks; `render` gets what they hold, by file stem."""
+    """A table of a page. `command` made the files that match the patterns `files` under docs/benchmarks. `render` gets
+    their contents by file stem."""
 
     command: str
     files: tuple[str, ...]
@@ -88,13 +89,13 @@ TABLES = {
 
 
 def files_of(one: Table) -> list[str]:
-    """The files that a table is made of, under docs/benchmarks, 8 before 32."""
+    """The files of a table, relative to docs/benchmarks, sorted by number: 8 before 32."""
     found = [name for pattern in one.files for name in glob.glob(pattern, root_dir=DATA)]
     return sorted(found, key=lambda name: [part.zfill(4) for part in re.split(r"(\d+)", name)])
 
 
 def block(name: str, page: Path) -> str:
-    """A table with the line that says where it comes from. Raises ValueError for a table that there is not."""
+    """A table with a line about its source. Raises ValueError for an unknown table or one without files."""
     if name not in TABLES:
         raise ValueError(f"{page.name} has a place for a table {name!r}; there is none of that name")
     one = TABLES[name]
@@ -106,13 +107,13 @@ def block(name: str, page: Path) -> str:
 
 
 def _link(pattern: str, page: Path) -> str:
-    """A file itself, or the folder of several."""
+    """The relative path to the file, or to the folder if the pattern has several."""
     target = DATA / pattern
     return os.path.relpath(target.parent if "*" in pattern else target, page.parent)
 
 
 def _origin(results: Results) -> str:
-    """When, and where it was not the shipped checkpoint, that."""
+    """The dates of results, and a note if they are of another checkpoint than the shipped one."""
     dates = sorted({day(result["date"]) for result in results.values()})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     digests = {
@@ -128,12 +129,12 @@ def _shipped() -> str:
 
 
 def filled(text: str, page: Path) -> str:
-    """A page's text with its tables made anew."""
+    """A page's text with its tables made again."""
     return _MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{block(mark[1], page)}\n<!-- end -->", text)
 
 
 def names_on(text: str) -> list[str]:
-    """The tables that a page has places for."""
+    """The names of the tables on a page."""
     return [mark[1] for mark in _MARK.finditer(text)]
 
 

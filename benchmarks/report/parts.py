@@ -1,7 +1,7 @@
-"""The parts of the full run: commands, each with the JSON file that it leaves.
+"""The parts of the full run. Each is a command that writes a JSON file.
 
-A part is done when its file is there, made by the same command on the same checkpoint; so a run that was cut off goes
-on where it stopped, and a new checkpoint makes everything anew.
+A part is done if its file exists and was made by the same command on the same checkpoint. So an interrupted run
+continues where it stopped, and a new checkpoint needs all parts again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-#: Share of what the server can take, at which traces are replayed.
+#: Traces are replayed at this share of the server's highest rate.
 NEAR_SATURATION = 0.9
-#: Levels that count as good, in milliseconds.
+#: Service levels of good requests, in milliseconds.
 LEVELS = ("ttft:1000", "tpob:50")
 _TRACES = {
-    # Sizes of a service for models a hundred times as large, made smaller: its prompts would not fit a pass here.
+    # The recorded service has models a hundred times as large, and prompts too long for ours: sizes are scaled down.
     "code": ("AzureLLMInferenceTrace_code.csv", "0.05", "1"),
     "conv": ("AzureLLMInferenceTrace_conv.csv", "0.1", "0.25"),
 }
@@ -29,10 +29,12 @@ Earlier = Mapping[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """`command` makes a part's arguments of `python -m`, given the results of earlier parts and, if the part is of a
-    `server`, its address. `server` names a kind of server (`fastblt`, `llama.cpp`, `transformers`) and its options.
-    `needs` are packages, without which the part is left out. Of a part of several `rounds` the result with the median
-    of output bytes a second is kept; parts that share a server take turns.
+    """One part of the full run.
+
+    `command` gives the arguments of `python -m`, from the results of earlier parts and, if the part has a `server`, its
+    address. `server` is a kind of server (`fastblt`, `llama.cpp`, `transformers`) and its options. `needs` are packages
+    without which the part is left out. With several `rounds`, the result with the median of output bytes a second is
+    kept, and parts with the same server take turns.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Part:
 
 @dataclass
 class Plan:
-    """What is to be run: the checkpoint, the traces' folder (None: no replay), and sizes."""
+    """A full run: the checkpoint, the folder of traces (None: no replays), and whether to use the smallest sizes."""
 
     model: str
     traces: Path | None
@@ -61,7 +63,7 @@ class Plan:
             for batch in (1, 8, 32):
                 count, length = (max(2, batch), 32) if self.quick else (max(8, batch), 128)
                 options = ["--batch", str(batch), "--num-prompts", str(count), "--output-len", str(length)]
-                # The fastest of the three takes turns often enough to see the machine drift.
+                # Batch 8 takes the least time, so it is repeated: several rounds even out the machine's drift.
                 options += ["--rounds", "3" if batch == 8 and not self.quick else "1"]
                 options += ["--temperature", str(temperature)]
                 options += ["--settings", "headline" if self.quick else "all"]
@@ -69,7 +71,7 @@ class Plan:
         return parts
 
     def _sweeps(self) -> list[Part]:
-        """Closed loops: throughput against latency. Nothing of a prompt is kept, for all levels ask the same ones."""
+        """Closed loops: throughput against latency. Without a prefix cache, since all levels use the same prompts."""
         parts = []
         methods = {
             "blt": "blt",
@@ -128,14 +130,14 @@ class Plan:
         }
         for name, (server, packages) in peers.items():
             for together in (1, 8):
-                # Its own tokens: about as many bytes as our 128. Strict servers refuse fields that they do not know.
+                # 48 of its tokens are about 128 bytes. Strict servers refuse unknown fields such as ignore_eos.
                 options = ["--max-concurrency", str(together), "--num-prompts", str(max(8, 3 * together))]
                 options += ["--output-len", "48", "--no-ignore-eos"]
                 parts.append(_bench(f"peer-{name}-c{together}", "serve", *options, server=(server,), needs=packages))
         return parts
 
     def _large(self) -> list[Part]:
-        """The shapes of the paper, widened in memory: 6 and 12 GB."""
+        """The paper's shapes, widened in memory: 6 and 12 GB."""
         sizes = [("1b", 1, 8, 64), ("1b", 8, 8, 64), ("3b", 1, 2, 48)]
         parts = []
         for shape, batch, count, length in sizes:
@@ -180,6 +182,6 @@ def missing(part: Part) -> list[str]:
 
 
 def load_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder by their parts' names, in the order of names, b8 before b32."""
+    """The results in a folder by the names of parts, sorted with b8 before b32."""
     paths = sorted(folder.glob("*.json"), key=lambda path: [part.zfill(3) for part in re.split(r"(\d+)", path.stem)])
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}

@@ -1,12 +1,12 @@
-"""What a user would run instead, on the same machine: `transformers`' BLT on the same weights, and a token-level model
-of as many weights under llama.cpp.
+"""Alternatives to this engine, on the same machine: `transformers`' BLT with the same weights, and a token-level model
+with as many weights under llama.cpp.
 
     python -m fastblt.benchmarks.report.peers transformers --json FILE
     python -m fastblt.benchmarks.report.peers hub FOLDER       the same for `transformers serve`
     python -m fastblt.benchmarks.report.peers gguf FOLDER      a random model of the checkpoint's size, with a tokenizer
 
-The token-level model's weights are random, for what it costs does not depend on them; its tokenizer is trained on the
-corpus that the shipped checkpoint was trained on, so that its bytes per token are those of text, not of noise.
+The token-level model has random weights, since its speed does not depend on them. Its tokenizer is trained on the
+shipped checkpoint's corpus, so that its bytes per token are realistic.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WIDTH, _HEADS, _INNER, _VOCABULARY = 256, 8, 704, 4096
 #: Sizes of the batches that `transformers` is tried with, and requests that this engine gets at once.
 _BATCHES = (2, 4, 8)
 _TOGETHER = 32
-#: Bytes of the corpus that merges are counted in.
+#: Bytes of the corpus that the tokenizer is trained on.
 _TRAINED_ON = 2_000_000
 _SPECIALS = ("<s>", "</s>")
 
@@ -46,13 +46,13 @@ _SPECIALS = ("<s>", "</s>")
 def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int = 512) -> dict[str, Any]:
     """Bytes a second of `transformers` and of this engine on one checkpoint, greedy, in turns: medians over prompts.
 
-    A round is a prompt alone, theirs and by our methods; then `batches` of theirs, by size, over a few bytes in the
-    middle of the output, where a byte that reads all before it anew costs what it does in the mean; then
-    `ours_together`, 32 requests at once. Seconds are whole requests'. `over` and `together_over` are medians of a
-    round's ratios, for the machine changes its speed between rounds: ours over theirs alone, and over that of their
-    batches which does best.
-    `equal_bytes` counts the positions at which both wrote the same. `use_cache=False` is the only correct path of
-    `transformers`: with its cache, patches and hashes are made from the newest byte alone.
+    In each round one prompt is completed by `transformers` and by our methods. Then come `batches` of `transformers`,
+    by size. They decode only a few bytes in the middle of the output: each byte recomputes all before it, and in the
+    middle its cost is the mean. Then `ours_together` runs 32 requests at once. Times are of whole requests. `over` is
+    ours over theirs with one request, `together_over` ours over their best batch. Both are medians of ratios within a
+    round, since the machine's speed changes between rounds. `equal_bytes` counts the positions with the same byte.
+    `use_cache=False` is the only correct path of `transformers`: with its cache, patches and hashes are made from the
+    newest byte alone.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -64,7 +64,7 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
     one, many = LLM(model, max_running=1, prefix_cache=False), LLM(model, max_running=_TOGETHER, prefix_cache=False)
 
     def theirs(ids: list[list[int]], length: int) -> list[list[int]]:
-        # An engine of a small model leaves torch one thread.
+        # Our engine sets torch to one thread for a small model.
         torch.set_num_threads(threads)
         with torch.inference_mode():
             made = peer.generate(
@@ -132,7 +132,7 @@ def transformers_blt(model: str, prompts: int, output_len: int, prompt_len: int 
 
 
 def write_gguf(path: Path, weights: int) -> dict[str, float]:
-    """Write a random Llama of about so many fp32 weights; its `weights`, `layers` and `bytes_per_token` of text."""
+    """Write a random Llama with about `weights` fp32 weights. Returns its `weights`, `layers` and `bytes_per_token`."""
     from gguf import GGUFWriter, TokenType
 
     tokenizer, bytes_per_token = _tokenizer()
@@ -188,7 +188,7 @@ def write_gguf(path: Path, weights: int) -> dict[str, float]:
 
 
 def write_hub_folder(folder: Path, weights: int) -> dict[str, float]:
-    """The same model as a folder of `transformers`; what `write_gguf` returns."""
+    """Write such a model as a folder of `transformers`. Returns the same as `write_gguf`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -215,7 +215,7 @@ def write_hub_folder(folder: Path, weights: int) -> dict[str, float]:
 
 
 def _tokenizer() -> tuple[Any, float]:
-    """A byte-level BPE of the corpus, and its bytes per token of held-out text."""
+    """A byte-level BPE tokenizer trained on the corpus, and its bytes per token on held-out text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -245,7 +245,7 @@ def _count(layers: int, vocabulary: int) -> int:
 
 
 def weights_of(model: str) -> int:
-    """All weights of a checkpoint, hash tables included."""
+    """The number of weights of a checkpoint, hash tables included."""
     from safetensors import safe_open
 
     total = 0
@@ -257,11 +257,11 @@ def weights_of(model: str) -> int:
 
 @contextmanager
 def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """llama-cpp-python's own server over a random model of the size of `model`: its address, and what it is."""
+    """Run llama-cpp-python's server with a random model of the size of `model`. Yields its URL and a description."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
         about = write_gguf(path, weights_of(model))
-        # By default a request ends the one before it.
+        # By default a new request interrupts the one before it.
         options = ["llama_cpp.server", "--interrupt_requests", "False", "--n_ctx", "4096", "--model"]
         with running([*options, str(path)], "/v1/models") as server:
             command_line = (
@@ -273,7 +273,7 @@ def llama_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def transformers_server(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`transformers serve`, as it is, over the same random model."""
+    """Run `transformers serve` with the same kind of random model. Yields its URL and a description."""
     with tempfile.TemporaryDirectory() as folder:
         about = write_hub_folder(Path(folder), weights_of(model))
         options = ["transformers.cli.transformers", "serve", "--device", "cpu"]
@@ -293,7 +293,7 @@ def transformers(*, model: str = str(PRETRAINED), num_prompts: int = 3, output_l
 
 
 def gguf(folder: Path, *, model: str = str(PRETRAINED)) -> dict[str, Any]:
-    """A random token-level model of a checkpoint's size for llama.cpp."""
+    """Write a random token-level model of a checkpoint's size for llama.cpp."""
     folder.mkdir(parents=True, exist_ok=True)
     about = write_gguf(folder / "random.gguf", weights_of(model))
     print(about)

@@ -1,4 +1,4 @@
-"""Runs the parts that are missing or out of date, one process each, and keeps the command with every result."""
+"""Runs the parts that are missing or out of date, each in its own process, and stores the command with each result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 
 def run_parts(plan: Plan, folder: Path, *, only: str = "", large: bool = True, say: Say = print) -> dict[str, str]:
-    """Run what is to be run into `folder`; what was not, by part, with the reason."""
+    """Run the parts that are due, with results in `folder`. Returns the parts that were not run, with reasons."""
     folder.mkdir(parents=True, exist_ok=True)
     digest = checkpoint_digest(Path(plan.model))
     left: dict[str, str] = {}
@@ -46,7 +46,7 @@ def run_parts(plan: Plan, folder: Path, *, only: str = "", large: bool = True, s
 
 
 def _grouped(parts: list[Part]) -> Iterator[tuple[tuple[str, ...] | None, list[Part]]]:
-    """Neighbors of the same server together."""
+    """Groups of adjacent parts with the same server."""
     group: list[Part] = []
     for part in parts:
         if group and group[0].server != part.server:
@@ -58,10 +58,10 @@ def _grouped(parts: list[Part]) -> Iterator[tuple[tuple[str, ...] | None, list[P
 
 
 def _key(part: Part, folder: Path, digest: str, plan: Plan) -> dict[str, Any]:
-    """What makes a part's result this run's: a command without this run's port, and the checkpoint."""
+    """What identifies a part's result: the command, without machine-specific paths and port, and the checkpoint."""
     command = part.command(load_results(folder), "URL")
     if plan.traces is not None:
-        # Where a file lies is of one machine.
+        # The path of the traces depends on the machine.
         command = [argument.replace(str(plan.traces), "TRACES") for argument in command]
     command = ["MODEL" if argument == plan.model else argument for argument in command]
     key = {"command": command, "checkpoint": digest, "model": Path(plan.model).name}
@@ -69,7 +69,7 @@ def _key(part: Part, folder: Path, digest: str, plan: Plan) -> dict[str, Any]:
 
 
 def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
-    """Whether a part's result is there and is of this command and of the checkpoint with this digest."""
+    """Whether a part's result exists and was made by this command with the checkpoint of this digest."""
     path = folder / f"{part.name}.json"
     try:
         return bool(json.loads(path.read_text(encoding="utf-8"))["part"] == _key(part, folder, digest, plan))
@@ -80,7 +80,7 @@ def fresh(part: Part, folder: Path, digest: str, plan: Plan) -> bool:
 def _run(
     parts: list[Part], folder: Path, digest: str, plan: Plan, url: str, about: dict[str, Any], say: Say
 ) -> dict[str, str]:
-    """Run parts of one server, round by round; why some failed, by part."""
+    """Run the parts of one server, round by round. Returns the parts that failed, with reasons."""
     failed: dict[str, str] = {}
     results: dict[str, list[dict[str, Any]]] = {part.name: [] for part in parts}
     for turn in range(max(part.rounds for part in parts)):
@@ -96,14 +96,14 @@ def _run(
                 continue
             say(f"{part.name}: {time.monotonic() - start:.0f} s")
             if turn == part.rounds - 1:
-                # What is known of a server goes before what it calls itself.
+                # Our description of the server replaces what the server says of itself.
                 result = {"part": key, **_without_lists(_median(results[part.name])), **about}
                 write_json(folder / f"{part.name}.json", result)
     return failed
 
 
 def _result(arguments: list[str]) -> dict[str, Any]:
-    """What a command leaves. Raises RuntimeError where it leaves nothing."""
+    """Run a command. Returns the JSON that it writes. Raises RuntimeError if it fails or writes none."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "result.json"
         done = subprocess.run(
@@ -115,7 +115,7 @@ def _result(arguments: list[str]) -> dict[str, Any]:
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round in the middle, by output bytes a second; and those of all rounds beside it, where there are several."""
+    """The round with the median of output bytes a second. With several rounds, the rates of all are added."""
     if len(results) == 1:
         return results[0]
     rates = [result["output_byte_throughput"] for result in results]
@@ -123,7 +123,7 @@ def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
     return results[middle] | {"output_byte_throughputs": rates}
 
 
-#: Lists of single requests, which are long and which the report does not need.
+#: Long lists with a value for each request, which the report does not need.
 _LISTS = (
     *("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "errors"),
     "generated_texts",
@@ -136,7 +136,7 @@ def _without_lists(result: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _server(kind: tuple[str, ...] | None, model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The address of a running server of a kind, and what is to be known of it; of none, where none is asked for."""
+    """Run a server of this kind. Yields its URL and a description; both are empty if `kind` is None."""
     if kind is None:
         yield "", {}
     elif kind[0] == "fastblt":

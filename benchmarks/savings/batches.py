@@ -1,4 +1,4 @@
-"""Settings over the same prompts in turns: what came, the passes it took, and the seconds these should have taken."""
+"""Runs settings over the same prompts in turns, and records outputs, passes, and measured and predicted seconds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastblt.server.request import MAX_BLOCK_SIZE, SamplingParams
 
 @dataclass
 class Batch:
-    """Outputs of requests that ran together, in order. All else is of the time after the prompts' pass.
+    """The outputs of requests that ran together, in order. All other fields are about the time after the prompts' pass.
 
-    `predicted`: seconds that the passes take by a cost curve. `drift`: how many times as long as at the curve's time a
-    pass took, by module. `drafted` and `accepted`: bytes by their position in a draft.
+    `predicted`: seconds of the passes by a cost curve. `drift`: by module, the time of a pass at the time of this run,
+    relative to the time when the curve was measured. `drafted` and `accepted`: bytes by their position in a draft.
     """
 
     outputs: list[Output]
@@ -34,7 +34,7 @@ class Batch:
     accepted: list[int]
 
     def join(self, other: Batch) -> Batch:
-        """Both, one after the other."""
+        """This batch and `other`, as one that took the time of both."""
         share = self.seconds / (self.seconds + other.seconds)
         return Batch(
             self.outputs + other.outputs,
@@ -49,7 +49,7 @@ class Batch:
 
 
 def engine_of(model: Blt, prompts: Sequence[list[int]], length: int, threads: int | None = None) -> Engine:
-    """An engine that runs all prompts at once, reads them in one pass, and keeps none of them."""
+    """An engine that runs all prompts at once, computes them in one pass, and has no prefix cache."""
     longest = max(map(len, prompts)) + MAX_BLOCK_SIZE
     return start(
         model,
@@ -62,7 +62,7 @@ def engine_of(model: Blt, prompts: Sequence[list[int]], length: int, threads: in
 
 
 class Course:
-    """Runs settings on one engine, in turns, with a cost curve that follows the machine's speed."""
+    """Runs settings on one engine in turns, and corrects the cost curve for the machine's current speed."""
 
     def __init__(self, engine: Engine, curve: CostCurve) -> None:
         self._engine = engine
@@ -77,10 +77,11 @@ class Course:
         temperature: float = 0.0,
         together: int | None = None,
     ) -> dict[str, Batch]:
-        """`length` bytes for every prompt by every setting, `together` prompts at a time; the number is the seed.
+        """Decode `length` bytes for every prompt by every setting, `together` prompts at a time. A prompt's number is
+        its seed.
 
-        The machine's speed may drift, so settings take turns at every batch of prompts, and passes before and after
-        each correct what the curve says for the speed of the moment.
+        The machine's speed may drift. So settings take turns on each batch of prompts, and a few passes are timed
+        before and after each run, to correct the curve for the speed at that time.
         """
         done: dict[str, Batch] = {}
         size = together or len(prompts)
@@ -103,7 +104,7 @@ class Course:
         def after_step(outputs: list[Output]) -> None:
             nonlocal clock, begun
             if not clock:
-                # The prompts' pass.
+                # The first step is the prompts' pass. The clock starts after it.
                 begun = sum(len(output.ids) for output in outputs)
                 self.recorder.clear()
                 clock = time.perf_counter()

@@ -1,11 +1,10 @@
-"""What a pass costs on this machine by module and rows, and what a decoding's passes should take by that.
+"""The cost of a pass on this machine by module and number of rows, and the predicted time of a run's passes.
 
-Predicted time is the sum over passes of what a pass of its module takes at its rows (design §6.6). The curve is
-measured on the engine's own passes, the modules in turns as in a beat, so that each finds in the processor's caches
-what the others left. Without a context, rows stand at the very beginning of a request: all weights are read and each
-row attends to one key. So what a real pass takes beyond it is attention over a context, and cache; and what a step
-takes beyond its passes is the engine. With a context, the rows read the keys and values of as many requests as will
-run.
+Predicted time is the sum over passes of the curve's time for the module and the rows (design §6.6). The curve is
+measured on the engine's own passes, with the modules in turns as in a beat, so that the processor's caches are as in a
+real run. Without a context, all rows are at position 0: all weights are read and each row attends to one key. A real
+pass takes longer because of attention over a context and cache misses, and a step takes longer than its passes because
+of the engine. With a context, rows read the keys and values of as many requests as will run.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ from fastblt.server.engine.device.cost import MODULES, make_calls
 from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.engine import Engine
 
-#: Rows the curve is measured at, those of a verified draft among them; between them it is a line.
+#: Numbers of rows at which the curve is measured, including those of verified drafts. Between them it is interpolated.
 _GRID = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-#: Rows whose passes are measured at least so often: a large model's are long, and those of a draft decide.
+#: Up to _FEW rows, passes are measured at least _TURNS times, even if they are long: drafts have so many rows.
 _FEW, _TURNS = 32, 7
-#: Bytes a patch, at which a position's patch is guessed.
+#: Assumed bytes per patch, to guess the patch index of a position.
 _PATCH = 4
 
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of a pass by module, at the rows it was measured at, which stood at position `context`, for a batch of so
-    many requests; and, by themselves, of a pass of as many rows as are `common`."""
+    """Seconds of a pass, by module, for each number of `rows`.
+
+    The rows were at position `context`, in a batch of `requests` requests. `common`: seconds of a pass with a usual
+    number of rows, from which `drift` is computed.
+    """
 
     rows: tuple[int, ...]
     seconds: dict[str, tuple[float, ...]]
@@ -50,13 +52,15 @@ class CostCurve:
     @classmethod
     @torch.inference_mode()
     def measure(cls, engine: Engine, most: int, budget: float = 0.5, context: int = 0, requests: int = 1) -> CostCurve:
-        """Medians of as many passes as fit into `budget` seconds, and at least a few, up to `most` rows.
+        """Measure the curve up to `most` rows.
 
-        Passes of every number of rows take turns with passes of one: how much dearer they are is a ratio of neighbors,
-        for a machine whose memory others use as well is not as fast at one minute as at the next.
+        A point is the median of as many passes as fit into `budget` seconds, and of a few at least.
 
-        Rows stand at position `context`, and attend to what their windows hold of the keys up to there, each to those
-        of one of `requests` requests. Nothing must run in the engine, nor be kept by its prefix cache.
+        Passes of each number of rows alternate with passes of one row, and the curve is made from their ratios: the
+        speed of a shared machine changes over time.
+
+        Rows are at position `context` and attend to the keys before it, within their windows; each row belongs to one
+        of `requests` requests. The engine must be idle, and its prefix cache empty.
         """
         passes = engine._runner._forward
         rows = [count for count in _GRID if count < most] + [most]
@@ -84,14 +88,13 @@ class CostCurve:
 
     @torch.inference_mode()
     def drift(self, engine: Engine) -> dict[str, float]:
-        """How many times as long as when the curve was measured a pass of as many rows as are common takes now, by
-        module. Nothing must run in the engine."""
+        """By module, the time of a pass now relative to when the curve was measured. The engine must be idle."""
         with _occupied(engine._caches, self.context, self.requests if self.context else 0) as owners:
             taken = _common(engine._runner._forward, self.context, owners, self.requests)
         return {module: value / self.common[module] for module, value in taken.items()}
 
     def predict(self, done: Pass) -> float:
-        """Seconds that a pass of so many rows takes by the curve; beyond its end it goes on as a line."""
+        """Seconds of a pass by the curve. Beyond its last point, time is proportional to rows."""
         values = self.seconds[done.module]
         if done.rows <= self.rows[-1]:
             return float(np.interp(done.rows, self.rows, values))
@@ -99,7 +102,7 @@ class CostCurve:
 
 
 def weights_read(passes: Sequence[Pass], parameters: ModuleParameters, head: int, bytes_per_weight: int) -> float:
-    """Gigabytes of weights that passes read, each once whatever its rows; the entropy model's weights have 4 bytes."""
+    """Gigabytes of weights that passes read. A pass reads its weights once. The entropy model's have 4 bytes each."""
     sizes = {
         module: count * (4 if module == "entropies" else bytes_per_weight)
         for module, count in module_weights(parameters, head).items()
@@ -108,7 +111,7 @@ def weights_read(passes: Sequence[Pass], parameters: ModuleParameters, head: int
 
 
 def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
-    """Weights that a pass of each module reads, the head apart from the decoder."""
+    """The number of weights that a pass of each module reads. The output head is separate from the decoder."""
     return {
         "entropies": parameters.patcher,
         "encode": parameters.encoder,
@@ -120,13 +123,14 @@ def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
 
 @contextmanager
 def _occupied(caches: KvCaches, context: int, requests: int) -> Iterator[list[int]]:
-    """State rows whose page tables name pages, of their own as far as there are enough, up to position `context`."""
+    """Fill the page tables of `requests` state indices up to position `context`, with separate pages if there are
+    enough. Yields the state indices."""
     owners = list(range(1, requests + 1))
     for name, group in caches.groups.items():
         count = (context // _PATCH if name == "global" else context) // group.page_size + 1
         pages = np.arange(requests * count) % group.pool.size + 1
         group.table[1 : requests + 1, :count] = pages.reshape(requests, count)
-        # Whatever lay there may be no number; what nobody will read stays as it is, and costs no memory.
+        # Old contents may be NaN. Pages that no row will read are not touched, so they take no memory.
         for layer in group.layers:
             layer[: (int(pages.max(initial=0)) + 1) * group.page_size].zero_()
     caches.send_tables()
@@ -138,12 +142,12 @@ def _occupied(caches: KvCaches, context: int, requests: int) -> Iterator[list[in
 
 
 def _spread(owners: Sequence[int], count: int) -> list[int]:
-    """Whose each of so many rows is; nobody's where there are no owners."""
+    """The owners of `count` rows, spread evenly; empty if there are no owners."""
     return [owners[at * len(owners) // count] for at in range(count)] if owners else []
 
 
 def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """A pass of `count` rows of every module at position `context`, by the name of the function that runs it."""
+    """For each module, by the name of its function, a call that runs a pass of `count` rows at position `context`."""
     of_module = make_calls(passes, count, context, context // _PATCH, owners=owners)
     head = passes._model.lm_head.weight
     states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
@@ -152,13 +156,13 @@ def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int
 
 
 def _common(passes: ModuleForward, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
-    """Seconds of a pass of four rows a request, by module."""
+    """Seconds of a pass with four rows for each request, by module."""
     count = 4 * requests
     return _medians(_calls(passes, count, context, _spread(owners, count)), 0.1)
 
 
 def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3) -> dict[str, float]:
-    """Seconds of every call, which take at least so many turns."""
+    """The median seconds of each call. They run in turns, at least `least` times and at most 50."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

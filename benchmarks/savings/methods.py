@@ -1,18 +1,18 @@
-"""What each decoding method saves, over held-out prompts: the paper's settings, one a row, with seconds beside them.
+"""The savings of each decoding method on held-out prompts: a row for each of the paper's settings, with seconds.
 
     fastblt bench methods                                 the shipped checkpoint at batch 1, 8 and 32
     fastblt bench methods --shape 1b --settings headline  the same function at the paper's 1B shape
 
-Passes are those of each request's own ledger, the prompt's included, and both GB figures are estimates made of them, as
-saved against BLT. BLT-S and BLT-DV give BLT's bytes, BLT-D does not: `leading` is the share of its bytes before the
-first that differs, `equal` that of equal positions. `loops` and `distinct` tell how much of the text repeats itself,
-which flatters every other figure. The second table compares drafts on the newest closed latent (one upstream pass a
-round) with the paper's, on the open patch closed by force (two).
+Passes are counted by each request's own ledger, with those of the prompt. Both GB figures are computed from them and
+shown as savings over BLT. BLT-S and BLT-DV give BLT's bytes, BLT-D does not: `leading` is the share of its bytes before
+the first that differs, `equal` the share of equal positions. `loops` and `distinct` show how much the text repeats
+itself, which inflates all other figures. The second table compares drafts on the newest closed latent (one upstream
+pass a round) with the paper's, on the open patch closed by force (two).
 
-After the prompts' pass there are also, against BLT: the weights that the batch's passes read, the time that they should
-take by a cost curve, and the time they took. The gap between weights saved and time saved has three parts, in points:
-*row curve*, for a pass of many rows is dearer than one of a few; *attention*, with cache, which is what passes took
-beyond the curve; *engine*, which is all else: selection, host, scheduling. "bytes/s" is wall clock.
+For the time after the prompts' pass there are also savings over BLT in weights that the batch's passes read, in the
+time predicted by a cost curve, and in measured time. The gap between weights saved and time saved has three parts, in
+percentage points: *row curve*, since a pass of many rows takes longer than one of a few; *attention*, with cache, the
+time of passes beyond the curve; *engine*, all else: selection, host, scheduling. "bytes/s" is by wall clock.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.server.request import MAX_BLOCK_SIZE, Ledger
 
-#: Share of looping texts from which on a row is no headline.
+#: A setting is no headline if at least this share of its texts end in a loop.
 MOST_LOOPS = 0.10
 
 
 def figures(outputs: Sequence[Output], plain: Sequence[Output]) -> dict[str, Any]:
-    """What requests of a setting gave and cost; `plain` are BLT's of the same prompts."""
+    """Figures of a setting's requests, without times. `plain` are BLT's outputs for the same prompts."""
     texts = [output.ids for output in outputs]
     pairs = list(zip(texts, (output.ids for output in plain), strict=True))
     total, before = _total(outputs), _total(plain)
-    # The prompt's own pass gives the first byte of what is verified.
+    # With drafts, a request's first byte comes from the prompt's pass and not from a round.
     in_rounds = total.bytes - (len(outputs) if total.drafted else 0)
     return {
         "acceptance": total.accepted / total.drafted if total.drafted else None,
@@ -62,7 +62,7 @@ def figures(outputs: Sequence[Output], plain: Sequence[Output]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What figures of time are made of: the curve, and the weights of a model."""
+    """A cost curve, and the weights of a model."""
 
     curve: CostCurve
     parameters: ModuleParameters
@@ -74,7 +74,7 @@ class Cost:
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
-    """Seconds of a batch, and what of BLT's it saves; shares of saving are per byte."""
+    """Times of a batch, and its savings per byte over BLT's batch `plain`."""
     bytes_ratio = plain.bytes / batch.bytes
 
     def saved(value: float, base: float) -> float:
@@ -108,7 +108,7 @@ def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
 
 
 def latent_question(outputs: dict[str, list[Output]]) -> dict[str, Any]:
-    """Acceptance of each draft on the newest closed latent and on the paper's, with the difference paired by prompt."""
+    """Acceptance of drafts on the newest closed latent and on the paper's; the mean difference is paired by prompt."""
     rows = {}
     for name, own in outputs.items():
         if (forced := outputs.get(f"{name} paper")) is None:
@@ -139,9 +139,8 @@ def measure(
 ) -> dict[str, Any]:
     """Run every setting over the prompts, `batch` requests at a time (all by default), then print a row for each.
 
-    Where the prompts are one batch there should be several `rounds`, each with a curve of its own, in whose making each
-    point may take `budget` seconds. A row is of the round in which the setting's time, as a share of BLT's in that
-    round, was the median.
+    If the prompts are a single batch, there should be several `rounds`. Each round measures its own cost curve, with
+    `budget` seconds for each point. A row shows the round in which the setting's time relative to BLT's was the median.
     """
     settings = settings or papers(model.config.block_sizes)
     size = batch or len(prompts)
@@ -179,7 +178,7 @@ def measure(
 
 
 def _median_round(runs: Sequence[Batch], plain: Sequence[Batch]) -> int:
-    """The round whose time, as a share of plain BLT's in that round, is the median of all; BLT's own is its time."""
+    """The round in which the time relative to BLT's of that round is the median. For BLT itself, its time decides."""
     order = [(one.seconds / base.seconds, one.seconds) for one, base in zip(runs, plain, strict=True)]
     return order.index(statistics.median_low(order))
 

@@ -1,4 +1,4 @@
-"""Which passes an engine on a CPU makes, by module and rows, and how long each takes."""
+"""Records the passes of an engine on a CPU: module, rows and seconds of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Steps
 from fastblt.kernels.cpu.structs import Spent
 from fastblt.server.engine.engine import Engine
 
-#: Functions of the engine's device side that are a pass of a module each, and `logits`, which is the head.
+#: Functions of `ModuleForward` that each run a pass of a module. `logits` is the output head.
 MODULES = ("entropies", "encode", "upstream", "decode", "logits")
 
 
@@ -31,8 +31,11 @@ class Pass:
 
 
 class Recorder:
-    """Times every pass of an engine on a CPU while it is on. Whoever starts a clock clears it; what calls stood for is
-    worked out when they are taken, for it would take the clock's time."""
+    """Times every pass of an engine on a CPU, inside `with recorder.on()`.
+
+    Call `clear` when a measurement starts. Calls that make several passes are divided into passes by `take`, and not
+    during the measurement, which this would slow down.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._calls: list[Callable[[], list[Pass]]] = []
@@ -43,20 +46,20 @@ class Recorder:
         self._calls.clear()
 
     def take(self) -> list[Pass]:
-        """The passes since it was cleared."""
+        """The passes since the last `clear` or `take`."""
         passes = [done for call in self._calls for done in call()]
         self.clear()
         return passes
 
     def on(self) -> AbstractContextManager[None]:
-        """Where passes are timed."""
+        """A context in which passes are timed."""
         each = [(self._device, module, partial(self._timed, module)) for module in MODULES]
         steps, decoded = (self._device, "steps", self._taken_apart), (self._device, "decode_steps", self._decoded)
         return replaced(*each, steps, decoded)
 
     def _taken_apart(self, call: Callable[..., Steps]) -> Callable[..., Steps]:
-        """A call of many steps as the passes that it stands for: of each step and module those who took part. What the
-        choice of bytes takes is the head's."""
+        """Time a call of many steps, to be divided into the passes of each step and module. The time of sampling counts
+        as the head's."""
 
         def timed(step: MultiStep, columns: np.ndarray, *args: Any, **kwargs: Any) -> Steps:
             clock = time.perf_counter()
@@ -68,13 +71,13 @@ class Recorder:
         return timed
 
     def _decoded(self, call: Callable[..., Decoded]) -> Callable[..., Decoded]:
-        """A call of the decoder's passes likewise: of each step its rows, and those that bytes were chosen from."""
+        """Time a call of many decoder passes, divided by the rows of each step and by those that were sampled."""
 
         def timed(step: DecoderSteps, plans: Plans, **kwargs: Any) -> Decoded:
             clock = time.perf_counter()
             result = call(step, plans, **kwargs)
             taken = time.perf_counter() - clock
-            # The next call takes these back.
+            # Copied, because the next call overwrites these arrays.
             fixed = result.made.fixed.copy(), result.drafts.fixed.copy()
             self._calls.append(lambda: _passes_of_plans(plans, result, fixed, taken, step.encoder_input))
             return result
@@ -94,7 +97,7 @@ class Recorder:
 
 
 def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool) -> list[Pass]:
-    """The passes that a call of steps stood for."""
+    """The passes of a call of many steps that took `taken` seconds. `fed`: whether decoder rows need the encoder."""
     stays = columns[OPENED] >= 0
     encoded = result.made - 1 if fed else np.where(stays, result.made - 1, 0)
     each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
@@ -105,7 +108,7 @@ def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool
 def _passes_of_plans(
     plans: Plans, result: Decoded, fixed: tuple[np.ndarray, np.ndarray], taken: float, fed: bool
 ) -> list[Pass]:
-    """The passes that a call of plans stood for, where steps fixed those bytes of the blocks and of the drafts."""
+    """The passes of a call. `fixed` has the steps in which the bytes of blocks and of drafts were fixed."""
     asked = {name: np.array(plans.column(name)) for name in COLUMNS}
     lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
     behind, encoded = lines >= 0, list[int]()
@@ -127,8 +130,8 @@ def _passes_of_plans(
 
 
 def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass]:
-    """The seconds of a call among the passes that it stands for, by their rows: the `steps` of the modules, and what
-    went beside them."""
+    """Divide the seconds of a call among its passes, in proportion to their rows. `steps` has the rows of each step by
+    module. Further passes are counted in `spent`."""
     passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
     for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
         passes.setdefault(name, []).extend([rows] if rows else [])
@@ -145,14 +148,14 @@ def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass
 def _of_blocks(
     causals: np.ndarray, selects: np.ndarray, sizes: np.ndarray, fixed: np.ndarray, taken: np.ndarray
 ) -> tuple[list[int], list[int]]:
-    """Of each step that blocks took, causal rows in the first: its rows, and those that bytes were chosen from."""
+    """For each step of the blocks, the number of rows and of rows that were sampled. Causal rows are in the first."""
     steps = range(1, int(taken.max()) + 1)
     rows = [int(sizes[taken >= at].sum()) for at in steps]
     rows[0] += int(causals.sum())
     inside = np.arange(fixed.shape[1]) < sizes[:, None]
     masked = inside & ((fixed == 0) | (fixed >= np.array(steps)[:, None, None]))
     chosen = (masked & (taken >= np.array(steps)[:, None])[..., None]).sum((1, 2)).tolist()
-    # A selected row's byte opens the block.
+    # The first byte of such a block comes from a selected causal row, so its own row is not sampled.
     chosen[0] += int(selects.sum()) - int((selects[sizes > 0] > 0).sum())
     return rows, chosen
 

@@ -1,17 +1,16 @@
-"""Where the time of a beat goes, and what is left to gain.
+"""Where the time of a beat goes, and how much could still be gained.
 
     python -m fastblt.benchmarks.savings.roofline                         the shipped checkpoint at 1 and 32 requests
     python -m fastblt.benchmarks.savings.roofline --batch 1 --length 64   one request
 
-First what the machine can do: memory bandwidth in reading, and the rate of a large product. Then, for every number of
-requests, a pass of every module by its rows, at a context of a few hundred bytes; beside it the least time that its
-weights and products could take, from those two limits. Weights that stay in the processor's caches can be read faster
-than memory.
+First come the machine's limits: read bandwidth of memory, and the rate of a large matrix product. Then, for every
+number of requests, the time of a pass of every module by its rows, at a context of a few hundred bytes, and how many
+times the least time by these limits that is. Weights that stay in the processor's caches are read faster than memory.
 
-Then, for every method: microseconds a byte measured, and predicted as the sum of the run's passes on the curve (design
-§6.6); and the parts of the former: each module's passes, what they took beyond the curve, and the engine, which is all
-else (selection, host, scheduling). Methods take turns; a row is of the round in which predicted over measured time was
-the median.
+Then, for every method: microseconds a byte, measured, and predicted as the sum of the run's passes on the curve (design
+§6.6). The measured time has these parts: the passes of each module; the time of passes beyond the curve; the engine,
+which is all else (selection, host, scheduling). Methods take turns. A row shows the round in which predicted over
+measured time was the median.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def floor(weights: int, rows: int, limits: dict[str, float], width: int = 4) -> float:
-    """Seconds that no pass of `rows` rows can beat: reading its weights once, or its products."""
+    """The least seconds of a pass of `rows` rows: to read its weights once or to multiply them, whichever is longer."""
     return max(width * weights / limits["read_gb_s"], 2 * weights * rows / limits["gflop_s"]) / 1e9
 
 
 def show_curve(curve: CostCurve, weights: dict[str, int], limits: dict[str, float]) -> None:
-    """Print microseconds of a pass by rows, and how many times its floor that is."""
+    """Print microseconds of a pass by rows, and that time divided by its floor."""
     table = Table("rows", *curve.seconds)
     for at, rows in enumerate(curve.rows):
         if rows in _SHOWN:
@@ -51,7 +50,7 @@ def show_curve(curve: CostCurve, weights: dict[str, int], limits: dict[str, floa
 
 
 def parts(batch: Batch) -> dict[str, Any]:
-    """Microseconds a byte of a run: measured, predicted, and what the difference is made of."""
+    """Microseconds a byte of a run: measured, predicted, and the parts of the measured time."""
     scale = 1e6 / batch.bytes
     inside = sum(done.seconds for done in batch.passes)
     return {
@@ -76,7 +75,7 @@ def measure(
     rounds: int = 3,
     settings: str = "headline",
 ) -> dict[str, Any]:
-    """Print and return the tables."""
+    """Print and return the tables, for each number of requests in `batch`."""
     blt = load_checkpoint(model)
     prompts = held_out_prompts(max(batch), input_len)
     names = ["auto", *chosen(blt.config.block_sizes, settings)]

@@ -1,4 +1,4 @@
-"""Reads a Dockerfile: as much of the format as ours uses."""
+"""Reads a Dockerfile: the part of the format that ours uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 @dataclass(frozen=True)
 class Instruction:
-    """`flags` are options of the instruction itself (`--from=build`), `rest` what follows them."""
+    """One instruction. `flags` are its options (`--from=build`), `rest` is the text after them."""
 
     name: str
     flags: dict[str, str]
@@ -27,7 +27,7 @@ class Instruction:
 
 
 def read(text: str) -> Iterator[Instruction]:
-    """Its instructions, in order. Raises ValueError for a line that is none."""
+    """The instructions of a Dockerfile, in order. Raises ValueError for a line that is not an instruction."""
     joined = ""
     for line in text.splitlines():
         if line.lstrip().startswith("#") or (not joined and not line.strip()):
@@ -40,7 +40,7 @@ def read(text: str) -> Iterator[Instruction]:
 
 
 def expand(text: str, values: dict[str, str]) -> str:
-    """`$NAME` and `${NAME}` as a Dockerfile has them: what has no value is empty."""
+    """Replace `$NAME` and `${NAME}` by their values, or by nothing if there is none."""
     return _VARIABLE.sub(lambda found: values.get(found[1] or found[2], ""), text)
 
 

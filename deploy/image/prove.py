@@ -1,12 +1,12 @@
-"""Carries out the Dockerfile without a container engine, in a chroot, and tries the server that comes of it.
+"""Builds the Dockerfile without a container engine, in a chroot, and tests the resulting server.
 
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm BASE
     python -m fastblt.deploy.image.prove BASE WORK [--build-arg NAME=VALUE] [--copy PATH]
 
-As root, on Linux. Every FROM of an image of Python is a copy of BASE, a bare Debian with its Python 3.11; every RUN is
-run by `/bin/sh -c` in a chroot of its stage, with the environment and the user that the Dockerfile says. Then the
-ENTRYPOINT is started as that user, the HEALTHCHECK has to succeed, a completion is asked for, and SIGTERM has to end it
-with status 0. What it does not show: layers, and the image format itself.
+It needs root, on Linux. Every FROM of a Python image becomes a copy of BASE, a plain Debian with Python 3.11. Every RUN
+is executed by `/bin/sh -c` in a chroot of its stage, with the environment and user that the Dockerfile sets. Then the
+ENTRYPOINT is started as that user, the HEALTHCHECK must succeed, a completion is requested, and SIGTERM must end the
+server with status 0. Layers and the image format itself are not tested.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastblt.deploy.image.dockerfile import Instruction, expand, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: What an image of Python sets, and a bare Debian does not.
+#: The PATH that a Python image sets and a plain Debian does not.
 _PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
 
 
@@ -41,7 +41,7 @@ class Stage:
     health: list[str] = field(default_factory=list)
 
     def command(self, words: list[str], *, build: bool = False) -> list[str]:
-        """How to run `words` in this stage. Arguments of the build are only there while it is built."""
+        """The command that runs `words` in this stage. Build arguments are visible only with `build`."""
         values = (self.arguments if build else {}) | self.environment
         given = [f"{name}={value}" for name, value in values.items()]
         script = ["/bin/sh", "-c", f'cd {self.directory} && exec "$@"', "sh", *words]
@@ -52,7 +52,10 @@ class Stage:
 
 
 class Builder:
-    """Stages under `work`, from copies of `base`. `given` are build arguments, `extra` files that networks need."""
+    """Builds stages under `work` from copies of `base`.
+
+    `given` are build arguments. `extra` are files of this machine to copy into every base, such as certificates.
+    """
 
     def __init__(self, base: Path, work: Path, given: dict[str, str], extra: list[Path]) -> None:
         self._base, self._work, self._given, self._extra = base, work, given, extra
@@ -61,7 +64,10 @@ class Builder:
         self._stage: Stage | None = None
 
     def build(self, text: str) -> Stage:
-        """The last stage. Raises CalledProcessError when a step fails."""
+        """Build all stages; returns the last one.
+
+        Raises CalledProcessError when a step fails, ValueError for an unknown instruction.
+        """
         for instruction in read(text):
             began = time.monotonic()
             self._carry_out(instruction)
@@ -117,7 +123,7 @@ class Builder:
         self._stages[name] = self._stage
 
     def _make_python(self, folder: Path) -> None:
-        """What an image of Python has beside a Debian with one; and this machine's names and certificates."""
+        """Add what a Python image has and a plain Debian does not, and the `extra` files."""
         link = folder / "usr/local/bin/python"
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
@@ -155,7 +161,7 @@ class Builder:
 
 
 def try_it(stage: Stage, port: int = 8000) -> None:
-    """Start the entrypoint, and ask what a user would. Raises AssertionError."""
+    """Start the entrypoint and test it as a user would. Raises AssertionError."""
     with subprocess.Popen(stage.command(stage.entrypoint)) as process:
         try:
             deadline = time.monotonic() + 180
@@ -195,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _owners(pid: int) -> set[int]:
-    """User ids of a process and its children."""
+    """The user ids of a process and its descendants."""
     found = {os.stat(f"/proc/{pid}").st_uid}
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():

@@ -1,10 +1,11 @@
 """FastBLT on Ray Serve: `serve run fastblt.deploy.ray.app:build replicas=2`, or `serve deploy deploy/ray/serve.yaml`.
 
-Two deployments: the replicas, each an engine with its API, and the front that every request comes in by. Replicas are
-scaled on the requests that they have and that wait for one.
+There are two deployments: the replicas, each an engine with its API, and the front, which receives every request. The
+number of replicas is scaled by their running and waiting requests.
 """
 
-# No annotations as strings here: Ray makes the argument of `build` of its annotation only if that is a class.
+# No `from __future__ import annotations` here: Ray builds the argument of `build` from its annotation, and needs the
+# class itself and not a string.
 from typing import Any
 
 import msgspec
@@ -16,19 +17,20 @@ from fastblt.deploy.ray.front import Front
 from fastblt.deploy.ray.replica import Replica
 from fastblt.server.settings import EngineSettings, FailurePolicy, HttpSettings, ServiceSettings
 
-#: Ray's own: the requests of one session go to one replica, and to the next on the ring while that one is full.
+#: Ray's router: requests of one session go to one replica, and to the next one on the hash ring while that is full.
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
-#: Seconds past the requests' own in which a replica says its last words.
+#: Seconds that a retiring replica has after `shutdown_timeout` to end its streams.
 _LAST_WORDS = 15.0
 
 
 class Options(BaseModel):
     """Arguments of `build`.
 
-    `replicas` and `max_replicas` bound the number of engines, `cpus` and `gpus` are what each reserves (with tensor
-    parallelism, all of its ranks together). A replica is added where each would have more than `target_requests`
-    requests, running or waiting. `engine` are fields of `EngineSettings`, `api_keys` as in `serve`.
+    `replicas` and `max_replicas` bound the number of engines. `cpus` and `gpus` are reserved for each (with tensor
+    parallelism, for all its ranks together). A replica is added when there are more than `target_requests` requests,
+    running or waiting, for each. `engine` has fields of `EngineSettings`; `api_keys` is as for `fastblt serve`. Delays
+    and timeouts are seconds.
     """
 
     replicas: int = Field(default=1, ge=1)
@@ -42,7 +44,7 @@ class Options(BaseModel):
     stall_timeout: float = Field(default=60.0, ge=1)
     api_keys: list[str] = Field(default_factory=list, repr=False)
     engine: dict[str, Any] = Field(default_factory=dict)
-    #: On the command line, which has no nesting.
+    #: Sets `engine["model"]` from the command line, which cannot nest options.
     model: str | None = None
 
 
@@ -56,7 +58,7 @@ def build(options: Options) -> serve.Application:
     if unknown := sorted(given.keys() - set(EngineSettings.__dataclass_fields__)):
         raise ValueError(f"engine has no setting {unknown[0]!r}")
     engine = msgspec.convert(given, EngineSettings, strict=False)
-    # Ray replaces an engine that is lost, with the process around it.
+    # A lost engine is not restarted here: Ray replaces the whole replica.
     service = ServiceSettings(stall_timeout=options.stall_timeout, on_engine_failure=FailurePolicy.STAY)
     http = HttpSettings(api_keys=tuple(options.api_keys), shutdown_timeout=options.shutdown_timeout)
     replicas = serve.deployment(
@@ -81,7 +83,7 @@ def build(options: Options) -> serve.Application:
     front = serve.deployment(
         serve.ingress(_front)(),
         name="Front",
-        # It waits for replicas and does little else.
+        # It only waits for replicas, so it can have many requests at once.
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": 0},
     )

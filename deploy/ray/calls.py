@@ -1,4 +1,4 @@
-"""What the front and a replica say to each other: one HTTP request, and its answer in pieces."""
+"""Messages between the front and a replica: one HTTP request, and its answer in pieces."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-#: Bytes of a prompt, or ids, that decide which replica gets it. A conversation grows at its end.
+#: The replica is chosen by this many characters (or ids) from the start of a prompt. A conversation keeps its start.
 AFFINITY_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request, its body read. `headers` are lower-case names and values as they came."""
+    """A request with its body. `headers` are lower-case names, and values as received."""
 
     method: str
     path: str
@@ -25,7 +25,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Head:
-    """The first piece of an answer; what follows are pieces of its body."""
+    """The first piece of an answer. The pieces after it are bytes of its body."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -40,13 +40,13 @@ _decoder = msgspec.json.Decoder(_Affinity)
 
 
 def affinity(call: Call) -> str:
-    """The same word for requests that may share a prefix in a cache; empty where nothing is known of it."""
+    """A key that is equal for requests that may share a cached prefix; empty if the request has no usable prompt."""
     if call.method != "POST":
         return ""
     try:
         asked = _decoder.decode(call.body)
     except msgspec.DecodeError:
-        return ""  # The replica says what is wrong with it.
+        return ""  # The replica answers with the error.
     prompt = asked.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         prompt = prompt[0]

@@ -1,7 +1,7 @@
-"""The HTTP side in front of the replicas: an ASGI application that knows no model.
+"""The HTTP front of the replicas: an ASGI application that loads no model.
 
-A request goes to the replica whose cache may know its prompt. If that replica is lost before it has said anything, the
-request goes to another one; later, its client reads of an error that it may retry.
+A request goes to the replica whose cache may hold its prompt. If that replica is lost before it has begun to answer,
+the request goes to another one. If it is lost later, the client gets an error that it may retry.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-#: How often a request is sent to a replica, where the ones before were lost without a word.
+#: How often a request is sent, if each replica is lost before it begins to answer.
 ATTEMPTS = 3
 
-#: Of any call, whatever model is served.
+#: The largest body of any call, for any model.
 _MAX_BODY_BYTES = max_body_bytes(MAX_PROMPT_IDS)
 
-#: Seconds that all replicas have to tell their metrics.
+#: Seconds that the replicas have to return their metrics.
 METRICS_SECONDS = 5.0
 
 _LOST = (ray.exceptions.RayError, ray.serve.exceptions.RayServeException)
@@ -43,7 +43,7 @@ _JSON = [(b"content-type", b"application/json")]
 
 
 class Front:
-    """`replicas` is the handle of the deployment of `Replica`."""
+    """The ASGI application. `replicas` is the handle of the `Replica` deployment."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas
@@ -55,10 +55,10 @@ class Front:
             return
         call = await _read(scope, receive)
         if call is None:
-            return  # Its client left before all of it had come.
+            return  # The client left before the whole request had arrived.
         if call.path == "/metrics":
             return await self._metrics(send)
-        # The client's leaving ends the answer, and that the request.
+        # When the client leaves, the answer is canceled, and so is the request at the replica.
         with suppress(ClientDisconnect):
             await until_disconnect(receive, self._forward(call, send))
 
@@ -83,7 +83,7 @@ class Front:
         await _refuse(send, 503, "replica_lost", "the replicas that had this request were lost; send it again")
 
     async def _metrics(self, send: Send) -> None:
-        """Those of every replica, told apart by the label `replica`."""
+        """Send the metrics of all replicas, with the label `replica`."""
         found = await self._replicas.broadcast("metrics").results_async(
             timeout_s=METRICS_SECONDS, return_exceptions=True
         )
@@ -94,7 +94,7 @@ class Front:
 
 
 class _Answer:
-    """What a client has got of an answer."""
+    """Passes an answer on to the client, and knows how far it has come."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -113,7 +113,10 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def broken(self) -> None:
-        """The replica was lost within it: an event says so; of any other answer the connection is cut."""
+        """The replica was lost during the answer. A stream gets an error event; otherwise the connection is closed.
+
+        Raises ConnectionError to close it.
+        """
         if not self._events:
             raise ConnectionError("a replica was lost within its answer")
         lost = error_object(503, "the replica that had this request was lost; send it again", "replica_lost")
@@ -121,7 +124,8 @@ class _Answer:
 
 
 async def _read(scope: Message, receive: Receive) -> Call | None:
-    """The whole request; of a body that is too large, as much as tells a replica so. None if its client left."""
+    """The whole request; None if the client left. Of a body that is too large, a little more than the limit is read,
+    so that the replica refuses it."""
     body = bytearray()
     more = True
     while more and len(body) <= _MAX_BODY_BYTES:
@@ -130,7 +134,7 @@ async def _read(scope: Message, receive: Receive) -> Call | None:
             return None
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    # The length that the client gave may be of a body that was not read to its end.
+    # The client's content length is replaced, since the body may not have been read to its end.
     headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
     return Call(
         scope["method"],

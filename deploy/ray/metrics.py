@@ -1,4 +1,4 @@
-"""The metrics of several servers as one page."""
+"""Merges the metrics of several servers into one page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 
 def merge(pages: Mapping[str, str]) -> bytes:
-    """Pages by replica, in Prometheus' format, as one in which every sample has a label `replica`."""
+    """One page in Prometheus' format from the pages of replicas, by name. Every sample gets a label `replica`."""
     families: dict[str, Metric] = {}
     for replica, page in pages.items():
         for family in text_string_to_metric_families(page):

@@ -1,4 +1,4 @@
-"""One engine with its API, as a Ray Serve replica."""
+"""One engine and its HTTP API as a Ray Serve replica."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Message = MutableMapping[str, Any]
 
 
 class Replica:
-    """Started when its engine is loaded; of no use, and replaced, once that is dead or stalled."""
+    """It counts as started once its engine is loaded. When the engine is dead or stalled, Ray replaces the replica."""
 
-    # Ray awaits it.
+    # Ray awaits the constructor.
     async def __init__(  # type: ignore[misc]
         self, engine: EngineSettings, service: ServiceSettings, http: HttpSettings
     ) -> None:
@@ -47,7 +47,7 @@ class Replica:
         return self._name, self._app.state.metrics.render().decode()
 
     async def answer(self, call: Call) -> AsyncIterator[Head | bytes]:
-        """Run a request through the API: its head, then its body in pieces. Ends with the caller, if that leaves."""
+        """Run a request through the API. Yields the head, then the body in pieces. Stops if the caller does."""
         pieces: asyncio.Queue[Message | None] = asyncio.Queue()
         left = asyncio.Event()
         task = asyncio.create_task(self._run(call, pieces, left))
@@ -65,7 +65,7 @@ class Replica:
             left.set()
 
     async def __del__(self) -> None:
-        """Ray calls it when it retires a replica, after the requests that it had."""
+        """Stop the engine. Ray calls this when it retires a replica whose requests have ended."""
         await self._client.stop(self._http.shutdown_timeout)
 
     async def _run(self, call: Call, pieces: asyncio.Queue[Message | None], left: asyncio.Event) -> None:
