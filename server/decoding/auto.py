@@ -1,4 +1,7 @@
-"""`auto`: a controller chooses each round's lossless draft (BLT, BLT-S or BLT-DV); the bytes do not depend on it."""
+"""`auto`: a controller chooses each round's lossless draft (of BLT, BLT-S, BLT-DV or BLT-DSV).
+
+The bytes do not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ from dataclasses import dataclass
 
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.server.decoding.blt import Blt
+from fastblt.server.decoding.blt_dsv import BltDSV, most_passes
 from fastblt.server.decoding.blt_dv import BltDV
 from fastblt.server.decoding.blt_s import BltS
 from fastblt.server.decoding.method import NEXT_DRAFT, Method, Outcome, Plan, Progress, Unmask
 from fastblt.server.request import DecodingMethod
 
-#: How BLT-DV fills its blocks under `auto`.
+#: How BLT-DV and BLT-DSV fill their blocks under `auto`.
 _ONE_STEP = Unmask(ONE_STEP, 0.0)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """How a round drafts: `length` bytes by BLT-S or by BLT-DV in one step, or none (BLT)."""
+    """How a round drafts: `length` bytes by BLT-S, by BLT-DV in one step, by BLT-DSV in blocks of `block` bytes, or
+    none (BLT)."""
 
     method: DecodingMethod = DecodingMethod.BLT
     length: int = 0
+    block: int = 0
 
 
 class Auto:
@@ -51,6 +57,8 @@ class Auto:
             length = self._next.length
             if self._next.method == DecodingMethod.BLT_DV:
                 plan.draft_next(length, _ONE_STEP, 1)
+            elif self._next.method == DecodingMethod.BLT_DSV:
+                plan.draft_next(length, _ONE_STEP, most_passes(length), self._next.block)
             elif length:
                 plan.draft_next(length, None, length)
         return plan
@@ -78,4 +86,6 @@ def _method(draft: Draft) -> Method:
         return BltS(draft.length, begun=True)
     if draft.method == DecodingMethod.BLT_DV:
         return BltDV(draft.length, _ONE_STEP, None, begun=True)
+    if draft.method == DecodingMethod.BLT_DSV:
+        return BltDSV(draft.length, draft.block, _ONE_STEP, None, begun=True)
     return Blt()

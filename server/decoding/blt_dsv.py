@@ -18,6 +18,11 @@ from fastblt.server.decoding.method import NEXT_DRAFT, Outcome, Plan, Progress, 
 _FEW = 2
 
 
+def most_passes(length: int, steps: int = 1) -> int:
+    """Passes of the decoder that a draft takes at most: a block's steps and its filter give two bytes or more."""
+    return max((steps + 1) * (length // 2) + 1, 2)
+
+
 class BltDSV:
     """Drafts of `draft_length` bytes, made of blocks of `block_size`, which are filled as `unmask` says.
 
@@ -98,9 +103,8 @@ class BltDSV:
         return self._unmask if self._max_steps is None else replace(self._unmask, left=self._max_steps)
 
     def _passes(self, length: int) -> int:
-        """Passes of the decoder that a draft takes at most: every inner round gives two bytes."""
         steps = 1 if self._whole_step().fills else min(self._max_steps or self._size, self._size)
-        return max((steps + 1) * (length // 2) + 1, 2)
+        return most_passes(length, steps)
 
     def _step(self) -> tuple[Unmask, int]:
         """How the block's next step fills, and how many steps may follow one another."""

@@ -18,6 +18,8 @@ from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
 LENGTHS = (1, 2, 4, 8, 16, 32)
+#: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
+FILTERED_LENGTHS = (16, 32)
 
 #: One round in so many tries another draft than the best.
 _PROBE = 32
@@ -25,6 +27,8 @@ _PROBE = 32
 _CLEARLY = 1.05
 #: Steps of the engine after which the choice is looked at again.
 _REVIEW = 16
+#: Times as many requests, or as few, at which it is looked at again at once.
+_CHANGED = 1.5
 #: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
 #: Kinds of decoder passes in `work`.
@@ -81,13 +85,33 @@ class DraftController:
         self._encoder_input = config.decoder_input == "encoder"
         self.drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in LENGTHS)]
         self.drafts += [Draft(DecodingMethod.BLT_DV, size) for size in config.block_sizes]
+        self.drafts += [
+            Draft(DecodingMethod.BLT_DSV, length, size)
+            for length in FILTERED_LENGTHS
+            for size in config.block_sizes
+            if 1 < size <= length // 2
+        ]
         # Drafts of a kind are much alike in their first bytes, whatever their length.
         self._acceptance = {
             method: Acceptance(max(lengths), _prior(config.acceptance, method, lengths))
             for method, lengths in ((DecodingMethod.BLT_S, LENGTHS), (DecodingMethod.BLT_DV, config.block_sizes))
             if lengths
         }
+        # BLT-DSV's drafts are those of BLT-S.
+        self._acceptance[DecodingMethod.BLT_DSV] = self._acceptance[DecodingMethod.BLT_S]
+        #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of a few
+        #: blocks as right as BLT-DV's.
+        self._filtered = {
+            size: (
+                _PRIOR_ROUNDS * (size - 1),
+                _PRIOR_ROUNDS * self._acceptance[DecodingMethod.BLT_DV].bytes(size - 1),
+            )
+            for size in config.block_sizes
+            if size > 1
+        }
         self._load = Load(1.0, 0.25, 0.0)
+        #: The number of requests for which the choice was made.
+        self._chosen_for = 1.0
         self._steps = 0
         self._rounds = 0
         self._probes = self._probing()
@@ -102,6 +126,12 @@ class DraftController:
         """Count a round's acceptance, unless its draft was cut short by the request's end."""
         if drafted == draft.length:
             self._acceptance[draft.method].count(drafted, accepted)
+
+    def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
+        """Count bytes of blocks that met the decoder's filter, and how many passed it."""
+        fade = 1 - proposed / (_MEMORY * (draft.block - 1))
+        tried, kept = self._filtered[draft.block]
+        self._filtered[draft.block] = (fade * tried + proposed, fade * kept + passed)
 
     def step_ended(
         self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
@@ -119,7 +149,10 @@ class DraftController:
             load.overhead + newest * (max(overhead, 0.0) - load.overhead),
         )
         self._steps += 1
-        if self._steps % _REVIEW == 0:
+        # A choice for one request is none for eight: short requests would be over before the next look.
+        changed = not 1 / _CHANGED < self._load.requests / self._chosen_for < _CHANGED
+        if changed or self._steps % _REVIEW == 0:
+            self._chosen_for = max(self._load.requests, 1e-3)
             self._load = replace(self._load, patches_per_byte=patches_per_byte())
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
@@ -141,6 +174,8 @@ class DraftController:
             elif draft.method == DecodingMethod.BLT_S:
                 drafting = costs["decoder"](count) + (costs["encoder"](count) if self._encoder_input else 0.0)
                 seconds += draft.length * (drafting + load.overhead)
+            elif draft.method == DecodingMethod.BLT_DSV:
+                seconds += self._filtering(draft, count)
             else:
                 # Where drafts are calls that make several passes, a verification's makes the next one.
                 seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else load.overhead)
@@ -159,6 +194,18 @@ class DraftController:
             seconds += costs["global"](count)
         return count * made / (seconds + load.overhead)
 
+    def _filtering(self, draft: Draft, count: float) -> float:
+        """Seconds of a filtered draft: inner rounds of a block's pass and its filter's."""
+        costs, tried_kept = self._costs, self._filtered[draft.block]
+        kept = tried_kept[1] / tried_kept[0] * (draft.block - 1)
+        inner = costs["decoder"](count * (1 + draft.block)) + costs["decoder"](count * draft.block)
+        if self._encoder_input:
+            inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
+        if DRAFT not in costs:
+            inner += 2 * self._load.overhead
+        # A round gives the pending row's own byte, those that pass, and the filter's own.
+        return inner * draft.length / (kept + 2)
+
     def _probing(self) -> Iterator[Draft]:
         """The next longer draft of the best's kind, and, in turn, each kind's most promising draft: one time in four
         where there is no longer one, for a round of another kind then gives a fraction of the best's bytes."""
@@ -169,7 +216,7 @@ class DraftController:
                 yield longer[0]
             for _ in range(0 if longer else 3):
                 yield self.best
-            for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV):
+            for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
                 others = [d for d in self.drafts if d.method == method and method != self.best.method]
                 if others:
                     yield max(others, key=self.rate)

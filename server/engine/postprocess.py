@@ -134,8 +134,11 @@ class Postprocessor:
         ledger = sequence.ledger
         ledger.steps += progress.steps
         ledger.rounds += progress.rounds
-        ledger.proposed += progress.proposed
-        ledger.passed += progress.passed
+        if progress.proposed:
+            ledger.proposed += progress.proposed
+            ledger.passed += progress.passed
+            if (controller := self._context.controller) is not None and isinstance(sequence.method, Auto):
+                controller.filtered(sequence.method.draft, progress.proposed, progress.passed)
         if progress.drafted:
             ledger.drafted += progress.drafted
             ledger.accepted += progress.accepted

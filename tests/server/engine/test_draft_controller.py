@@ -39,8 +39,16 @@ def replay(
     rng = random.Random(0)
     for _ in range(rounds):
         draft = controller.next()
+        kind = draft
+        if draft.method == DecodingMethod.BLT_DSV:
+            # Its blocks are as right as BLT-DV's, and its drafts are those of BLT-S.
+            block, kind = Draft(DecodingMethod.BLT_DV, draft.block), Draft(DecodingMethod.BLT_S, draft.length)
+            passed = 0
+            while passed < draft.block - 1 and rng.random() < right(block, passed):
+                passed += 1
+            controller.filtered(draft, draft.block - 1, passed)
         accepted = 0
-        while accepted < draft.length and rng.random() < right(draft, accepted):
+        while accepted < draft.length and rng.random() < right(kind, accepted):
             accepted += 1
         if draft.length:
             controller.round_ended(draft, draft.length, accepted)
@@ -49,10 +57,38 @@ def replay(
 
 
 def test_weights_dominate_and_drafts_are_right() -> None:
-    """One pass costs the same whatever it carries: long blocks of which all is right beat everything."""
+    """One pass costs the same whatever it carries: the longest drafts of the longest blocks beat everything."""
     controller = DraftController(config(), curves(1e-3, 1e-9))
     best = replay(controller, lambda draft, at: 0.99, 1)
-    assert best == Draft(DecodingMethod.BLT_DV, max(config().block_sizes))
+    assert best == Draft(DecodingMethod.BLT_DSV, 32, max(config().block_sizes))
+
+
+def test_blocks_that_the_decoder_refuses_do_not_draft() -> None:
+    """Where single rows are right and blocks are not, BLT-DSV takes two passes for every two bytes: BLT-S is better."""
+    costs = curves(1e-4, 1e-5) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
+    right = {DecodingMethod.BLT_S: 0.95, DecodingMethod.BLT_DV: 0.02}
+    assert replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1).method == (
+        DecodingMethod.BLT_S
+    )
+    # And the other way round where blocks are right, too.
+    right[DecodingMethod.BLT_DV] = 0.9
+    assert replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1).method == (
+        DecodingMethod.BLT_DSV
+    )
+
+
+def test_a_choice_for_one_request_is_looked_at_again_when_there_are_many() -> None:
+    """Within a few steps, not within the next sixteen."""
+
+    def right(draft: Draft, at: int) -> float:
+        return 0.8 if draft.method == DecodingMethod.BLT_DV else 0.1
+
+    controller = DraftController(config(), curves(1e-3, 1e-4))
+    replay(controller, right, 64)
+    loaded = controller.best
+    for _ in range(15):
+        controller.step_ended(1, lambda: 0.25, 0.0, [("decoder", 1)] * 16)
+    assert controller.best != loaded and controller.rate(controller.best) > 1.05 * controller.rate(loaded)
 
 
 def test_nothing_drafted_is_right() -> None:
@@ -62,7 +98,7 @@ def test_nothing_drafted_is_right() -> None:
 
 def test_only_blt_s_is_right() -> None:
     """Where upstream is what costs, it drafts; its length is that where another byte costs more than it brings."""
-    costs = curves(1e-4, 1e-6) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
+    costs = curves(1e-4, 1e-5) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
     best = replay(
         DraftController(config(), costs), lambda draft, at: 0.95 if draft.method == DecodingMethod.BLT_S else 0.05, 1
     )
@@ -95,7 +131,7 @@ def test_it_learns_that_the_checkpoint_was_wrong_and_back() -> None:
     assert replay(controller, lambda draft, at: 0.05 if draft.method == DecodingMethod.BLT_DV else 0.4, 1) != (
         Draft(DecodingMethod.BLT_DV, max(told.block_sizes))
     )
-    assert replay(controller, lambda draft, at: 0.99, 1, 6000).method == DecodingMethod.BLT_DV
+    assert replay(controller, lambda draft, at: 0.99, 1, 6000).method in (DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV)
 
 
 def test_a_cold_start_follows_the_checkpoint() -> None:
@@ -124,6 +160,11 @@ def test_small_gains_do_not_switch() -> None:
     rng = random.Random(1)
     for _ in range(3000):
         draft = controller.next()
+        if draft.method == DecodingMethod.BLT_DSV:
+            passed = 0
+            while passed < draft.block - 1 and rng.random() < 0.5:
+                passed += 1
+            controller.filtered(draft, draft.block - 1, passed)
         accepted = 0
         while accepted < draft.length and rng.random() < 0.5:
             accepted += 1
