@@ -50,7 +50,7 @@ class Auto:
         if self._between:
             self._begin()
         plan = self._inner.plan(known, computed, left)
-        if plan.samples > 1:
+        if plan.samples > 1 and not plan.draft:
             # A verification goes on with the next round's draft.
             plan.stop_after(1)
             self._next = self._choose()
@@ -64,7 +64,8 @@ class Auto:
         return plan
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
-        if plan is NEXT_DRAFT:
+        if plan is NEXT_DRAFT and self._between:
+            # Behind a verification. A whole draft that a plan asked for is of the round that is under way.
             self._begin()
         progress = self._inner.advance(plan, outcome)
         if not plan.draft:

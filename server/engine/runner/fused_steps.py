@@ -212,7 +212,9 @@ class FusedSteps:
                     made = FilteredDraft(drafts.fixed[line, :size].tolist(), plan.next_block, steps)
                     filtered.append(made)
                     self._filtered(ledger, made, draft, ids[:size], start)
-                    draft.entropies = drafts.entropies[line][: size + 1]
+                    # BLT's last byte may have been through the entropy model already.
+                    known = sequence.scanned - start if _is_whole_draft(plan) else 0
+                    draft.entropies = drafts.entropies[line][known : size + 1]
                 continue
             if plan.unmask is None:
                 singles[line], draft.ids, whole = steps, ids[:steps], steps == size

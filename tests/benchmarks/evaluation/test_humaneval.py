@@ -27,7 +27,7 @@ def test_problems() -> None:
 
 def test_every_method_and_going_on(url: str, tmp_path: Path) -> None:
     options = ["humaneval", "--base-url", url, "--limit", "2", "--max-tokens", "16", "--output", str(tmp_path)]
-    settings = ["blt", "blt-s k8", "blt-dv-8 1step", "blt-d-4 a0.7", "blt-d-8 a0.7"]
+    settings = ["blt", "blt-s k8", "blt-dv-8 1step", "blt-dsv-8 k16", "blt-d-4 a0.7", "blt-d-8 a0.7"]
     code, output = run(*options, "--setting", "blt")
     assert code == 0 and "| blt | 0.0 | 0 of 2 |" in output
     lines = (tmp_path / "humaneval-answers.jsonl").read_text().splitlines()

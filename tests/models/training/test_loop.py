@@ -53,7 +53,12 @@ def in_a_process(folder: Path, processes: int, **environment: str) -> subprocess
     )
     script = folder / "script.py"
     script.write_text("\n".join(lines) + "\n")
-    path = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive", **environment}
+    path = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
+        "OMP_WAIT_POLICY": "passive",
+        **environment,
+    }
     return subprocess.Popen([sys.executable, str(script)], env=path, cwd=ROOT)
 
 

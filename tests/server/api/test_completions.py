@@ -20,7 +20,7 @@ from tests.server.api.test_bad_requests import assert_error
 GOOD = {"prompt": "Hello", "max_tokens": 24, "seed": 1, "ignore_eos": True}
 #: What it costs is the same each time too; `auto` may draft otherwise when it is asked again.
 REPEATABLE = GOOD | {"decoding": {"method": "blt-s"}}
-METHODS = ["blt", "blt-s", "blt-d", "blt-dv"]
+METHODS = ["blt", "blt-s", "blt-d", "blt-dv", "blt-dsv"]
 
 
 def fake(**fields: Any) -> RunningServer:
@@ -45,7 +45,8 @@ def test_the_answer_has_openai_s_shape(server: RunningServer) -> None:
     }
     efficiency = answer["efficiency"]
     assert efficiency.keys() == {
-        "method", "settings", "nfe", "rounds", "denoising_steps", "drafted", "accepted", "wasted", "patches",
+        "method", "settings", "nfe", "rounds", "denoising_steps", "drafted", "accepted", "proposed", "passed",
+        "wasted", "patches",
         "bytes_per_patch", "gb_paper", "gb",
     }  # fmt: skip
     assert (efficiency["method"], efficiency["settings"]) == ("blt", {})

@@ -33,6 +33,9 @@ class Fickle(DraftController):
     def step_ended(self, *of_a_pass: object) -> None:
         pass
 
+    def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
+        assert draft in self.drafts and passed <= proposed
+
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         assert draft in self.drafts and accepted <= drafted <= draft.length
 
@@ -40,7 +43,9 @@ class Fickle(DraftController):
 def fickle_engine(which: int, seed: int, **changes: object) -> tuple[Engine, Fickle]:
     engine = Engine(model(which), settings(**changes))
     drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in (1, 3, 16))]
-    drafts += [Draft(DecodingMethod.BLT_DV, size) for size in model(which).config.block_sizes]
+    sizes = model(which).config.block_sizes
+    drafts += [Draft(DecodingMethod.BLT_DV, size) for size in sizes]
+    drafts += [Draft(DecodingMethod.BLT_DSV, length, size) for size in sizes for length in (3, 16)]
     controller = Fickle(drafts, random.Random(seed))
     engine._context.controller = controller
     return engine, controller
@@ -62,12 +67,12 @@ def test_no_draft_changes_a_byte(seed: int) -> None:
 
 def test_every_kind_of_draft_takes_part() -> None:
     rng = random.Random(5)
-    params = replace(random_params(rng, decoding=AUTO), max_tokens=60, min_tokens=60, stop=(), ignore_eos=True)
+    params = replace(random_params(rng, decoding=AUTO), max_tokens=160, min_tokens=160, stop=(), ignore_eos=True)
     request = random_request(rng, "auto", params)
     engine, controller = fickle_engine(1, 5)
     done = run(engine, [request])["auto"]
     assert controller.named == set(controller.drafts)
-    assert len(done.ids) == 60
+    assert len(done.ids) == 160
     plain = run(Engine(model(1), settings()), [with_method(request, "blt", DecodingParams(DecodingMethod.BLT))])
     assert done.ids == plain["blt"].ids
 
