@@ -3,10 +3,10 @@
     python -m fastblt.benchmarks.checks.soak                ten minutes; the exit status is 0 if every criterion holds
     python -m fastblt.benchmarks.checks.soak --seconds 60   a shorter one
 
-There are more clients than the server has room for. They use every method, greedy and sampled, streamed and whole, with
-logprobs, several choices and stop strings. Some disconnect midway, some send invalid requests, and after a 429 they
-pause and retry. Clients check that each choice ends exactly once. Server, engine and clients share this machine and use
-only its loopback interface.
+There are more clients than the server has room for. They use every method, greedy and sampled, streamed and whole,
+with logprobs, several choices, many stop strings and grammars, dear ones too. Some disconnect midway, some send
+invalid requests, and after a 429 they pause and retry. Clients check that each choice ends exactly once. Server,
+engine and clients share this machine and use only its loopback interface.
 
 Criteria: the bytes per second of the last fifth are within 10 % of those of the first fifth after the warm-up. The
 private memory of neither process grows by more than 5 % or 16 MiB, whichever is more, in the second half. When the
@@ -52,6 +52,21 @@ BAD: list[tuple[bytes, int]] = [
     (b'{"prompt": "' + b"x" * 100_000 + b'"}', 400),
 ]
 
+#: Stops that hold back much and hardly ever match.
+MANY_STOPS = ["a" * length + "!" for length in range(960, 1024)]
+
+#: Honest grammars, one that spends its budget, and one that takes a byte a time.
+GRAMMARS: list[dict[str, Any]] = [
+    {"regex": "[a-z]{1,40}"},
+    {"choice": [f"choice number {i}" for i in range(500)]},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 20}}}},
+    {"grammar": 'start: e\ne: e "+" e | e "*" e | "(" e ")" | /[0-9]+/'},
+    {"grammar": 'start: t ("+" t)*\nt: /[0-9]/'},
+]
+
+#: How a request ends whose grammar spends its budget, or for whose first character there is no room.
+GRAMMAR_CODES = (b"grammar_too_complex", b"nothing_left")
+
 SAMPLE_SECONDS = 2.0
 WARM_UP = 0.1
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 16 * 2**20
@@ -86,7 +101,9 @@ class Sample:
 def sample(server: Server, seconds: float) -> Sample:
     """Read the current metrics and memory of the server and its engine."""
     values, pid = server.metrics(), server.process.pid
-    [engine] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    # The other one tries grammars before they are taken.
+    [engine] = [child for child in children if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
     return Sample(
         seconds,
         values["fastblt_generation_tokens_total"],
@@ -144,6 +161,14 @@ class Client:
             body["n"] = 2
         if rng.random() < 0.2:
             body["stop"] = ["\n\n", "return"]
+        elif rng.random() < 0.05:
+            body["stop"] = MANY_STOPS
+        if rng.random() < 0.1:
+            body["structured_outputs"] = rng.choice(GRAMMARS)
+            body["decoding"] = {"method": rng.choice(("blt", "blt-s", "blt-dv", "blt-dsv", "auto"))}
+        if rng.random() < 0.03:
+            # As long as this server takes.
+            body |= {"prompt": self._text[start : start + 3800], "max_tokens": 1, "logprobs": 20}
         if rng.random() < 0.2:
             body["seed"] = rng.randrange(2**31)
         return body
@@ -160,6 +185,8 @@ class Client:
                 self._tally.ends.update(reasons)
             else:
                 self._tally.wrong.append(f"{len(reasons)} ends for {body.get('n', 1)} choices: {content[-200:]!r}")
+        elif status == 400 and "structured_outputs" in body and any(code in content for code in GRAMMAR_CODES):
+            self._tally.ends["refused grammar"] += 1
         else:
             self._tally.wrong.append(f"{status}: {content[:200]!r}")
 
@@ -220,7 +247,8 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
         )
         memory[process] = {"first_mib": early / 2**20, "middle_mib": half / 2**20, "last_mib": late / 2**20}
         memory[process]["flat"] = late - half <= max(MEMORY_SHARE * half, MEMORY_BYTES)
-    counted = final.get('fastblt_requests_rejected_total{cause="queue_full"}', 0.0)
+    causes = [f'fastblt_requests_rejected_total{{cause="{cause}"}}' for cause in ("queue_full", "bodies_full")]
+    counted = sum(final.get(cause, 0.0) for cause in causes)
     refused = sum(
         count
         for name, count in final.items()
