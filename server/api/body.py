@@ -100,6 +100,10 @@ def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_le
     if data.get(large) is None:
         refuse(f"{large} is required", large)
     unknown = [name for name, field in fields.items() if name not in data and bytes(field) != b"null"]
+    refused: dict[str, str] = getattr(schema, "REFUSED", {})
+    for name in unknown:
+        if name in refused:
+            refuse(f"{name} is not a field of this server; {refused[name]}", name)
     return _validate(schema, without_nulls(data)), _ignored(unknown)
 
 

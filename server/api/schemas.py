@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -86,7 +86,21 @@ class Prompt:
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's legacy completion request and the usual extensions. A token is a byte; other fields are ignored."""
+    """OpenAI's legacy completion request and the usual extensions. A token is a byte; other fields are ignored, but for
+    those that would restrict what is written."""
+
+    #: Fields of other servers without which the answer would be another one, and what to send instead.
+    REFUSED: ClassVar[dict[str, str]] = {
+        "guided_json": 'send structured_outputs: {"json": ...}',
+        "guided_regex": 'send structured_outputs: {"regex": ...}',
+        "guided_choice": 'send structured_outputs: {"choice": ...}',
+        "guided_grammar": 'send structured_outputs: {"grammar": ...}',
+        "json_schema": 'send response_format: {"type": "json_schema", ...}',
+        "grammar": 'send structured_outputs: {"grammar": ...}',
+        "regex": 'send structured_outputs: {"regex": ...}',
+        "allowed_token_ids": "send logit_bias, or structured_outputs with a regex",
+        "bad_words": "send logit_bias for bytes; whole words cannot be forbidden",
+    }
 
     model_config = ConfigDict(strict=True, extra="ignore")
 

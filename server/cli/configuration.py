@@ -14,6 +14,19 @@ logger = logging.getLogger("fastblt")
 _SECRET = frozenset({"api_key"})
 
 
+#: A file of options or keys is never longer.
+_MAX_BYTES = 2**20
+
+
+def _read(path: Path) -> bytes:
+    """What a small file holds. Raises ValueError for one that does not end: a device, or the wrong file."""
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"has more than {_MAX_BYTES} bytes")
+    return data
+
+
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a TOML file's values the defaults of a command's options. Raises typer.BadParameter.
 
@@ -22,7 +35,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(_read(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path}: {error}") from None
     values = {name.replace("-", "_"): value for name, value in values.items()}
@@ -60,7 +73,7 @@ def read_keys(keys: list[str] | None, path: Path | None) -> tuple[str, ...]:
     found = [(key.strip(), "an API key") for key in keys or ()]
     if path is not None:
         try:
-            lines = path.read_text("utf-8-sig").split("\n")
+            lines = _read(path).decode("utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"--api-key-file {path}: {error}") from None
         numbered = [(line.strip(), f"line {number} of {path}") for number, line in enumerate(lines, 1)]

@@ -109,7 +109,7 @@ def test_a_clock_that_jumps(checkpoint: str, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("0")
     args = ("--stall-timeout", "3", "--queue-timeout", "30", "--request-timeout", "60")
-    with serving(checkpoint, tmp_path, *args, clock=str(clock)) as server:
+    with serving(checkpoint, tmp_path, *args, clock=str(clock), pause=0.004) as server:
 
         async def jump(seconds: float) -> None:
             while server.metrics()["fastblt_num_requests_running"] < 4:
@@ -117,7 +117,7 @@ def test_a_clock_that_jumps(checkpoint: str, tmp_path: Path) -> None:
             clock.write_text(str(seconds))
 
         for seconds in (-86400.0, 86400.0):
-            asked = [ask(server, prompt=f"p{i}", stream=True, max_tokens=100) for i in range(4)]
+            asked = [ask(server, prompt=f"p{i}", stream=True, max_tokens=200) for i in range(4)]
             *outcomes, _ = run(*asked, jump(seconds))
             assert assert_one_end(outcomes) == {"length": 4}
         # Nor is it a hanging engine when both processes were suspended.

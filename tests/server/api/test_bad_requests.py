@@ -10,6 +10,7 @@ import pytest
 from fastblt.server.api.body import max_body_bytes
 from fastblt.server.api.errors import MAX_MESSAGE
 from fastblt.server.api.fields import MAX_CHOICES
+from fastblt.server.api.schemas import CompletionRequest
 from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
 from tests.server.api.running import MAX_MODEL_LEN, RunningServer
 
@@ -254,3 +255,12 @@ def test_harmless_extras_and_nulls_are_ignored(server: RunningServer) -> None:
     extras = {"user": "me", "service_tier": "auto", "repetition_penalty": 1.0, "no_such_field": {"a": [1]}}
     answer = server.complete(prompt="Hi", ignore_eos=True, **nulls, **extras)
     assert answer["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("name", sorted(CompletionRequest.REFUSED))
+def test_fields_that_would_restrict_the_answer_are_not_ignored(server: RunningServer, name: str) -> None:
+    body = {"prompt": "Hi", "max_tokens": 1, name: ["a"]}
+    response = server.http.post("/v1/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == name
+    assert "send " in response.json()["error"]["message"]
+    assert server.http.post("/v1/completions", json=body | {name: None}).status_code == 200

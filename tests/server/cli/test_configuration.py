@@ -140,3 +140,11 @@ def test_so_does_a_file(tmp_path: Path, line: str) -> None:
     path.write_text(line)
     result = CliRunner().invoke(app, ["serve", "nothing", "--port", "0", "--config", str(path)])
     assert result.exit_code == 2 and "empty" in result.output
+
+
+def test_files_without_an_end() -> None:
+    """A device is read no further than any file of keys or options is long."""
+    with pytest.raises(typer.BadParameter, match="more than 1048576 bytes"):
+        read_keys(None, Path("/dev/zero"))
+    with pytest.raises(typer.BadParameter, match="more than 1048576 bytes"):
+        read_config(typer.Context(typer.main.get_command(app)), Path("/dev/zero"))
