@@ -158,7 +158,8 @@ def _check_numbers(value: Any, path: str) -> None:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             _check_numbers(part, path)
-    elif _is_number(value) and not -_EXACT <= value <= _EXACT:
+    # The whole number next to an exclusive bound must be exact, too.
+    elif _is_number(value) and abs(value) > _EXACT - path.rpartition("/")[2].startswith("exclusive"):
         raise SchemaError(f"{path}: numbers beyond 2^53 cannot be kept")
 
 

@@ -22,6 +22,8 @@ def accepts(schema: Any, text: str) -> bool:
         ({"enum": [9007199254740993]}, "2\\^53"),
         ({"properties": {"a": {"const": {"b": [-(2**60)]}}}}, "#/properties/a/const"),
         ({"type": "integer", "maximum": 2**53 + 1}, "#/maximum"),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, "#/exclusiveMinimum"),
+        ({"allOf": [{"type": "integer", "exclusiveMaximum": -(2**53)}]}, "#/allOf/0/exclusiveMaximum"),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum"),
         ({"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum"),
         ({"allOf": [{"type": "number", "exclusiveMinimum": 0}, {"maximum": 0.5}]}, "exclusiveMinimum"),
