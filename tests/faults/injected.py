@@ -1,8 +1,9 @@
 """`fastblt` as users run it, but with faults: `python -m tests.faults.injected serve ...`.
 
 The faults are named in the environment, as JSON: `raise_at` has the numbers of the decoder passes that raise, `oom_at`
-of those that run out of memory, `pause` the seconds that every pass takes longer; `clock` is a file with the seconds by
-which the wall clock is wrong, and `reader_seconds` how long a client may read nothing. The engine is the real one.
+of those that run out of memory, `pause` the seconds that every pass takes longer; with `poison` the model knows one
+byte, POISON, as NaN; `clock` is a file with the seconds by which the wall clock is wrong, and `reader_seconds` how
+long a client may read nothing. The engine is the real one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastblt.server.settings import EngineSettings
 
 VARIABLE = "FASTBLT_TEST_FAULTS"
 
-#: The model knows this byte only as NaN, in every test.
+#: The byte that the model knows as NaN only, where a test asks for it. Others draw it by chance now and then.
 POISON = "\x01"
 
 
@@ -38,7 +39,8 @@ def load(settings: EngineSettings) -> Any:
             model.local_encoder.embed_tokens.weight[ord(POISON) + 4] = float("nan")
         return model
 
-    module.load_checkpoint = load_poisoned
+    if faults.get("poison"):
+        module.load_checkpoint = load_poisoned
     engine = module.Engine.load(settings)
     real, calls = engine._runner.decode, 0
 

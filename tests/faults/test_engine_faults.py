@@ -12,15 +12,15 @@ from tests.faults.faulty import ask, assert_one_end, run, serving
 from tests.faults.injected import POISON
 from tests.server.api.running import until
 
-METHODS = [{"method": "blt"}, {"method": "blt-s"}, {"method": "blt-d"}, {"method": "blt-dv"}]
+METHODS = [{"method": "blt"}, {"method": "blt-s"}, {"method": "blt-d"}, {"method": "blt-dv"}, {"method": "blt-dsv"}]
 
 
 def test_passes_that_raise_nan_and_no_memory(checkpoint: str, tmp_path: Path) -> None:
-    with serving(checkpoint, tmp_path, raise_at=[30, 75], oom_at=[90, 140]) as server:
+    with serving(checkpoint, tmp_path, poison=True, raise_at=[30, 75], oom_at=[90, 140]) as server:
         # All run in the passes that raise.
         bodies = [
-            {"prompt": f"prompt {i}", "stream": i % 2 == 0, "decoding": METHODS[i % 4], "max_tokens": 300}
-            for i in range(12)
+            {"prompt": f"prompt {i}", "stream": i % 2 == 0, "decoding": METHODS[i % 5], "max_tokens": 300}
+            for i in range(15)
         ]
         outcomes = run(*(ask(server, **body) for body in bodies))
         ends = assert_one_end(outcomes)
@@ -35,19 +35,19 @@ def test_passes_that_raise_nan_and_no_memory(checkpoint: str, tmp_path: Path) ->
         bodies = [
             {
                 "prompt": f"neighbor {i}" + POISON * (i % 3 == 0),
-                "decoding": METHODS[i % 4],
+                "decoding": METHODS[i % 5],
                 "stream": i % 2 == 0,
                 "seed": i,
             }
-            for i in range(12)
+            for i in range(15)
         ]
         outcomes = run(*(ask(server, **body) for body in bodies))
         assert_one_end(outcomes)
-        assert [outcome.code for outcome in outcomes] == ["not_finite" if i % 3 == 0 else None for i in range(12)]
+        assert [outcome.code for outcome in outcomes] == ["not_finite" if i % 3 == 0 else None for i in range(15)]
         assert all(o.headers["x-should-retry"] == "false" for o in outcomes if o.code and o.status == 500)
         values = server.metrics()
-        assert values["fastblt_corrupted_requests_total"] == 4
-        assert values['fastblt_requests_failed_total{cause="not_finite"}'] == 4
+        assert values["fastblt_corrupted_requests_total"] == 5
+        assert values['fastblt_requests_failed_total{cause="not_finite"}'] == 5
         server.assert_sound()
 
 

@@ -63,7 +63,6 @@ def test_health_does_not_wait(server: Server, name: str) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    # What becomes of a request is for the other fuzzers; here it is who waits for it.
-    assert set(statuses) <= {200, 400, 429, 500}, statuses
+    assert set(statuses) <= {200, 400, 429}, statuses
     print(f"{name}: {len(statuses)} answers; {watch}")
     assert watch.longest < (0.2 if SECONDS else 1) + 2 * watch.noise
