@@ -47,8 +47,8 @@ class Bodies:
         self.held = 0
         self._closed = False
         self._deadlines: set[asyncio.Timeout] = set()
-        # Two are enough: Python runs one thread at a time, and more would delay the event loop's thread.
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="bodies")
+        # Python runs one thread at a time: more would do no more, and delay the event loop's thread twice as long.
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="bodies")
 
     def close(self) -> None:
         """Refuse bodies that have not arrived yet, because the server shuts down."""
@@ -154,6 +154,8 @@ class HeldAnswer(Response):
             for start in range(0, len(self.body), _PIECE_BYTES):
                 piece = self.body[start : start + _PIECE_BYTES]
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                # To a client that reads fast, sending never waits, and nobody else would have a turn.
+                await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": b""})
         finally:
             self._held.release()
