@@ -41,6 +41,7 @@ SLOW = (
     "server/engine/constraints/test_constraint.py",
     "server/engine/constraints/test_grammar_pool.py",
     "server/engine/device/test_ranks.py",
+    "server/engine/test_masked_steps.py",
     "server/engine/test_slow_constraints.py",
     "server/process",
     "server/test_logs.py",

@@ -150,11 +150,19 @@ static void choose(const struct task *t, const struct group *group, int32_t step
             if (i >= 0 && ((select && !i) || block_of(of, r)[i] != of->mask)) continue;
             room->choosers[n] = of->owners[r];
             room->targets[n] = end_of(of, r) + i + (i < 0);
+            room->masks[n] = NULL;
+            if (of->allowed && i < 0) room->masks[n] = of->allowed + (r * of->selected + select + i) * by->vocabulary;
             memcpy(room->states + n++ * size, room->x + (group->places[j] + i) * size, sizeof(float) * size);
         }
     }
     linear_map(room->states, n, size, by->head, (struct target){.out = room->logits, .size = by->vocabulary});
-    struct choosers rows = {.logits = room->logits, .owners = room->choosers, .positions = room->targets, .n = n};
+    struct choosers rows = {
+        .logits = room->logits,
+        .owners = room->choosers,
+        .positions = room->targets,
+        .allowed = of->allowed ? room->masks : NULL,
+        .n = n,
+    };
     choose_rows(by, &rows, room->ids, counted ? room->confidences : NULL, counted ? room->entropies : NULL, room->bad);
 }
 

@@ -2,6 +2,7 @@
 #include "choice.h"
 
 #include <stddef.h>
+#include <string.h>
 
 #include "selection.h"
 
@@ -11,6 +12,8 @@
 void choose_rows(const struct choice *by, const struct choosers *rows, int64_t *ids, float *confidences,
                  float *entropies, uint8_t *bad) {
     int drawn = by->temperature != NULL, cut = by->top_k != NULL;
+    int64_t vocabulary = by->vocabulary;
+    uint8_t allowed[rows->allowed ? SOME * vocabulary : 1];
     for (int64_t first = 0; first < rows->n; first += SOME) {
         float temperature[SOME], top_p[SOME], min_p[SOME], logprobs[SOME];
         int64_t top_k[SOME], seeds[SOME], n = rows->n - first < SOME ? rows->n - first : SOME;
@@ -18,6 +21,13 @@ void choose_rows(const struct choice *by, const struct choosers *rows, int64_t *
         for (int64_t j = 0; j < n; j++) {
             int32_t owner = rows->owners[first + j];
             forbid_eos[j] = rows->positions[first + j] < by->eos_from[owner];
+            if (rows->allowed) {
+                const uint8_t *mask = rows->allowed[first + j];
+                if (mask)
+                    memcpy(allowed + j * vocabulary, mask, vocabulary);
+                else
+                    memset(allowed + j * vocabulary, 1, vocabulary);
+            }
             if (drawn) {
                 temperature[j] = by->temperature[owner];
                 seeds[j] = by->seeds[owner];
@@ -29,8 +39,8 @@ void choose_rows(const struct choice *by, const struct choosers *rows, int64_t *
             }
         }
         struct columns of = {
-            .logits = rows->logits + first * by->vocabulary,
-            .stride = by->vocabulary,
+            .logits = rows->logits + first * vocabulary,
+            .stride = vocabulary,
             .temperature = drawn ? temperature : NULL,
             .top_k = cut ? top_k : NULL,
             .top_p = cut ? top_p : NULL,
@@ -38,6 +48,7 @@ void choose_rows(const struct choice *by, const struct choosers *rows, int64_t *
             .seeds = drawn ? seeds : NULL,
             .positions = rows->positions + first,
             .forbid_eos = forbid_eos,
+            .allowed = rows->allowed ? allowed : NULL,
         };
         struct selection to = {
             .ids = ids + first,

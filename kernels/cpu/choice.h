@@ -13,11 +13,13 @@ struct choice {
     int64_t *texts, stride, vocabulary, eos;
 };
 
-/* Rows whose bytes are chosen: logits [n, vocabulary], their state rows, and where the bytes will stand. */
+/* Rows whose bytes are chosen: logits [n, vocabulary], their state rows, and where the bytes will stand. `allowed` has
+ * a mask [vocabulary] for each row, 0 for ids that it may not get, or NULL if it may get all; without it all rows may. */
 struct choosers {
     const float *logits;
     const int32_t *owners;
     const int64_t *positions;
+    const uint8_t *const *allowed;
     int64_t n;
 };
 

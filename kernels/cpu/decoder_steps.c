@@ -34,6 +34,7 @@ static struct plans plans_of(const struct call *call) {
         .lefts = asked + LEFTS * n,
         .filtered = asked + FILTERED * n,
         .bounds = call->bounds,
+        .allowed = call->allowed,
         .reads = reads,
         .blocks = reads + 2 * call->runs,
         .mask = call->mask,
@@ -70,6 +71,7 @@ static int64_t room_in(char *memory, const struct context *with, int64_t rows, s
         /* Behind states of rows beside the steps stand their entropies. */
         .x = take(memory, &used, floats * (size + 1)),
         .choosers = take(memory, &used, ints),
+        .masks = take(memory, &used, sizeof(const uint8_t *) * rows),
         .targets = take(memory, &used, longs),
         .ids = take(memory, &used, longs),
         .states = take(memory, &used, floats * size),

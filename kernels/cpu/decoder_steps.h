@@ -46,6 +46,7 @@ struct made {
 struct call {
     const int32_t *asked;   /* the columns, then all runs (the position behind it, a slot), then all blocks' ids */
     const float *bounds;    /* of the rules, by request */
+    const uint8_t *allowed; /* [count, selected, vocabulary], 0 for ids that a selected row may not give; NULL: none */
     int64_t *chosen;        /* [count, selected], the bytes of rows that give one */
     int32_t *accepted;      /* how many of the bytes that stood in their place these agree with */
     int32_t *lines;         /* the line in `drafts` of the draft behind each, -1: there is none */
@@ -78,6 +79,7 @@ struct plans {
     const int32_t *lefts;
     const int32_t *filtered;
     const float *bounds;
+    const uint8_t *allowed;
     const int32_t *reads;  /* [all runs, 2] */
     const int32_t *blocks; /* [all sizes] */
     int64_t mask, encoder_input;
@@ -101,6 +103,7 @@ struct room {
     float *x;
     /* By row that gives a byte. */
     int32_t *choosers;
+    const uint8_t **masks;
     int64_t *targets, *ids;
     float *states, *logits, *confidences, *entropies;
     uint8_t *bad;

@@ -80,6 +80,7 @@ class Plans:
     bounds: list[float]  # of each request's rule
     reads: list[tuple[int, int]]  # of all requests, one behind another: runs (position behind it, slot of its latent)
     blocks: list[int]  # likewise: the ids of blocks
+    allowed: np.ndarray | None = None  # bool [N, most selected rows, 260]: ids that these may give; None: all
 
     def column(self, name: str) -> list[int]:
         """The column of this name."""
@@ -192,6 +193,7 @@ class DecoderSteps:
             structs.Call(
                 asked.buffer_info()[0],
                 bounds.buffer_info()[0],
+                None if plans.allowed is None else plans.allowed.ctypes.data,
                 id_at(0),
                 number_at(0),
                 number_at(count),

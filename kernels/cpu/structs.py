@@ -196,7 +196,7 @@ class Call(ctypes.Structure):
     """A call of decoder steps (decoder_steps.h)."""
 
     _fields_ = [
-        *_fields(c_void_p, "asked bounds chosen accepted lines"),
+        *_fields(c_void_p, "asked bounds allowed chosen accepted lines"),
         *_fields(Made, "made drafts"),
         *_fields(c_int64, "count runs selected mask encoder_input"),
     ]

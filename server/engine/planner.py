@@ -62,13 +62,11 @@ class Planner:
         scan: list[Planned] = []
         encode: list[Planned] = []
         # Rows of a draft are encoded where the decoder reads encoder states. Fused steps do that themselves.
-        encoder_input, fused_steps = self._encoder_input, self._runner.fused_steps is not None
+        encoder_input, fuses = self._encoder_input, self._runner.fuses
         for sequence, plan in planned:
             if plan.upstream and plan.end > sequence.scanned:
                 scan.append((sequence, plan))
-            if plan.end > sequence.encoded and (
-                plan.upstream or (encoder_input and not (fused_steps and sequence.fusable))
-            ):
+            if plan.end > sequence.encoded and (plan.upstream or (encoder_input and not fuses(sequence, plan))):
                 encode.append((sequence, plan))
         if scan:
             entropies = self._runner.scan([sequence for sequence, _ in scan], [plan.end for _, plan in scan])

@@ -49,15 +49,13 @@ class Sequence:
         self.constraint = constraint
         self.output = Output(request.params, constraint)
         #: Whether it needs nothing but ids from a pass: no log-probabilities, patches or constraints.
-        self.ids_only = (
-            constraint is None
-            and self.params.logprobs is None
-            and self.params.prompt_logprobs is None
-            and not self.params.return_patches
-        )
+        reports = self.params.return_patches or (self.params.logprobs, self.params.prompt_logprobs) != (None, None)
+        self.ids_only = constraint is None and not reports
         self.penalizes = self.params.penalizes
         #: Whether several passes may run in one call, because the host has nothing to do between them (`FusedSteps`).
         self.fusable = self.ids_only and not self.penalizes
+        #: Whether one pass may run in one call with the choice of its bytes, with masks that the host gives.
+        self.masked = constraint is not None and not reports and not self.penalizes
         #: The denoising step of every produced byte, if patches are asked for.
         self.steps: list[int] = []
         #: How many rows of the prompt have log-probabilities. `_scores` has those that have not been returned yet.

@@ -1,8 +1,8 @@
 """Fused steps: several passes of the decoder, with the choice of bytes between them, in one C call.
 
-On a CPU, for models whose local modules are C, and for requests that want nothing but ids (`Sequence.fusable`). Drafts
-of BLT-S and the bytes of BLT go row after row (`run_rows`); blocks step after step, and verifications with the choice
-of their bytes (`run_plans`).
+On a CPU, for models whose local modules are C, and for requests that want nothing but ids (`Sequence.fusable`), or one
+pass of a request with masks (`Sequence.masked`). Drafts of BLT-S and the bytes of BLT go row after row (`run_rows`);
+blocks step after step, and verifications with the choice of their bytes (`run_plans`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastblt.kernels.cpu.multi_step import OPENED, MultiStep
 from fastblt.kernels.cpu.structs import Spent
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.models.patching import PatchRule
-from fastblt.models.vocabulary import MASK_ID
+from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.decoding.method import Plan, Unmask
 from fastblt.server.engine.device.cost import DRAFT, STEP
 from fastblt.server.engine.device.forward import ModuleForward
@@ -39,6 +39,19 @@ def _columns(numbers: list[int], count: int) -> np.ndarray:
 def _is_whole_draft(plan: Plan) -> bool:
     """Whether the call makes a whole filtered draft, of which the plan has the first block."""
     return plan.draft and plan.next_length > 0
+
+
+def _masks(planned: list[Planned]) -> np.ndarray | None:
+    """What the selected rows may give, bool [requests, most selected rows, 260]; None where all may give all ids."""
+    if not any(sequence.masked for sequence, _ in planned):
+        return None
+    table = np.ones((len(planned), max(plan.samples for _, plan in planned), VOCAB_SIZE), dtype=np.bool_)
+    for own, (sequence, plan) in zip(table, planned, strict=True):
+        if sequence.masked and plan.samples and (constraint := sequence.constraint) is not None:
+            for row, mask in zip(own, constraint.along(sequence.draft)[-plan.samples :], strict=False):
+                if mask is not None:
+                    row[:] = mask
+    return table
 
 
 class FusedSteps:
@@ -154,7 +167,7 @@ class FusedSteps:
                 )
             )
         sampled, truncated, _ = self._sampler.needs(planned)
-        asked = Plans(rows, bounds, reads, block_ids)
+        asked = Plans(rows, bounds, reads, block_ids, _masks(planned))
         decoded = self._forward.decode_steps(self._decoder_steps, asked, sampled=sampled, truncated=truncated)
         made, encoder_input = decoded.made, self._encoder_input
         results: list[Result] = []

@@ -173,13 +173,20 @@ class ModelRunner:
             results |= zip(own, call([planned[at] for at in own]), strict=True)
         return [results[at] for at in range(len(planned))]
 
+    def fuses(self, sequence: Sequence, plan: Plan) -> bool:
+        """Whether the pass of a plan, the encoder's before it and the choice of its bytes are one call.
+
+        Blocks of a request with masks are not: what fills one position decides what may fill the next.
+        """
+        if self.fused_steps is None or plan.causal > _FEW:
+            return False
+        return sequence.fusable or (sequence.masked and not plan.block_ids)
+
     def _call_for(self, sequence: Sequence, plan: Plan) -> Callable[[list[Planned]], list[Result]]:
-        if self.fused_steps is not None:
-            if plan.repeat > 1 and not plan.block_ids and not plan.next_length:
-                return self.fused_steps.run_rows
-            if sequence.fusable and plan.causal <= _FEW:
-                return self.fused_steps.run_plans
-        return self._decode
+        if self.fused_steps is None or not self.fuses(sequence, plan):
+            return self._decode
+        rows_alone = plan.repeat > 1 and not plan.block_ids and not plan.next_length
+        return self.fused_steps.run_rows if rows_alone else self.fused_steps.run_plans
 
     def _decode(self, planned: list[Planned]) -> list[Result]:
         """One decoder pass, each plan once."""

@@ -17,7 +17,15 @@ from fastblt.kernels.cpu.threads import set_threads
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.vocabulary import BYTE_OFFSET
 from fastblt.server.engine.engine import Engine
-from fastblt.server.request import DecodingMethod, DecodingParams, EntropyRule, Request, SamplingParams, Unmasking
+from fastblt.server.request import (
+    DecodingMethod,
+    DecodingParams,
+    EntropyRule,
+    Request,
+    SamplingParams,
+    Unmasking,
+    Utf8,
+)
 from fastblt.server.settings import PRETRAINED
 from tests.server.harness import MODELS, Finished, model, random_params, run, settings
 
@@ -36,7 +44,7 @@ RULES = (
 
 
 def requests_of(rng: random.Random, count: int) -> list[Request]:
-    """Requests for blocks, some with what makes a call of all steps impossible, and one in five for single bytes."""
+    """Requests for blocks, some with masks or with what makes a call of all steps impossible; a fifth for bytes."""
     made = []
     for at in range(count):
         prompt = [1] + [rng.randrange(4, 260) for _ in range(rng.choice((0, 1, 7, 40, 90)))]
@@ -56,6 +64,8 @@ def requests_of(rng: random.Random, count: int) -> list[Request]:
             params = replace(params, stop=())
         if rng.random() < 0.2:
             params = replace(params, logprobs=2)
+        if rng.random() < 0.2:
+            params = replace(params, utf8=Utf8.STRICT, stop=())
         made.append(Request(f"r{at}", prompt, params, 0.0))
     return made
 
