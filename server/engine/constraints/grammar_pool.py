@@ -54,6 +54,9 @@ _SPARE = 16
 
 _CHUNK = 1 << 18
 
+#: Bytes that a process may be sent before it has answered; a socket holds many times as many.
+_AHEAD_BYTES = 1 << 14
+
 #: Seconds of the engine's thread that one answer may take, that all answers for a completion may take, and what is
 #: added to the latter for each byte. A completion that takes longer is moved to a process.
 _STEP_SECONDS, _SECONDS, _SECONDS_PER_BYTE = 3e-3, 3e-2, 1e-4
@@ -148,7 +151,9 @@ class _Worker:
         self.members: dict[int, GrammarCursor] = {}
         #: Who waits for the answers that are outstanding, in order. None stands for the answer to Compile.
         self.unanswered: deque[GrammarCursor | None] = deque()
-        #: Commands that are sent once all outstanding answers have arrived.
+        #: Bytes sent since the last time that no answer was outstanding.
+        self.sent = 0
+        #: Commands that are not sent yet.
         self.queue: deque[tuple[GrammarCursor | None, Command]] = deque()
         self.since = 0.0
         self.lowered = False
@@ -165,7 +170,7 @@ class GrammarPool:
     A grammar whose steps are certain to be cheap (`is_regular`), and have been so far, is followed in the engine's own
     thread, which takes less time than a request to a process. A process compiles it first, to measure the time.
 
-    A process is sent new commands only when it has answered all earlier ones, so sending never blocks. If it ends, the
+    A process that owes answers is sent no more than a socket surely holds, so sending never blocks. If it ends, the
     cursor whose answer was due is taken for the cause. The other cursors ask another process.
     """
 
@@ -305,15 +310,19 @@ class GrammarPool:
         return True
 
     def _send(self, worker: _Worker) -> None:
-        """Send the queued commands, unless an answer is outstanding."""
-        if worker.unanswered or not worker.queue:
+        """Send the queued commands, unless answers are outstanding and the commands too many to be sent beside them."""
+        if not worker.queue:
             return
-        commands = [command for _, command in worker.queue]
+        data = pack([command for _, command in worker.queue])
+        if not worker.unanswered:
+            worker.sent, worker.since = 0, time.monotonic()
+        elif worker.sent + len(data) > _AHEAD_BYTES:
+            return
+        worker.sent += len(data)
         worker.unanswered.extend(asker for asker, command in worker.queue if not isinstance(command, Forget))
         worker.queue.clear()
-        worker.since = time.monotonic()
         try:
-            worker.sock.sendall(pack(commands))
+            worker.sock.sendall(data)
         except OSError:
             self._lost(worker)
 
