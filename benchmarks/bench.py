@@ -15,6 +15,7 @@ import typer
 from fastblt.benchmarks.command import clean_errors
 from fastblt.benchmarks.load.names import Dataset, Ramp
 from fastblt.benchmarks.machine import measured_with, write_json
+from fastblt.server.cli.options import WeightStorage
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED
 
@@ -205,7 +206,10 @@ def latency(
 @app.command()
 def methods(
     model: Model = str(PRETRAINED),
-    shape: Annotated[str | None, typer.Option(help="Widen to 1b or 3b first, in memory.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Widen to 1b, 3b or 7b first, in memory.")] = None,
+    weights: Annotated[
+        WeightStorage, typer.Option(help="How a widened model's weights are kept. auto: as its values need them.")
+    ] = WeightStorage.AUTO,
     patcher: Annotated[bool, typer.Option("--patcher", help="Widen the entropy model too.")] = False,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time; may be given again.")] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
@@ -227,8 +231,14 @@ def methods(
 
         blt = load_checkpoint(model)
         if shape is not None:
-            blt = widen(blt, paper_shape(shape, patcher=patcher))
-        result: dict[str, Any] = {**measured_with(model), "shape": shape, "temperature": temperature, "batches": {}}
+            blt = widen(blt, paper_shape(shape, patcher=patcher), weights)
+        result: dict[str, Any] = {
+            **measured_with(model),
+            "shape": shape,
+            "weights": weights.value,
+            "temperature": temperature,
+        }
+        result["batches"] = {}
         for size in batch or [1, 8, 32]:
             typer.echo(f"\nBatch {size}, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}\n")
             result["batches"][str(size)] = measure(

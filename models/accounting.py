@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from fastblt.models.blt import Blt
-
-#: The entropy model is float32 whatever the other modules are.
-_PATCHER_BYTES = 4
+from fastblt.models.config import BltConfig
 
 
 class Passes(Protocol):
@@ -40,8 +39,10 @@ class ModuleParameters:
     decoder: int
 
     @classmethod
-    def of(cls, model: Blt) -> ModuleParameters:
-        """The counts of a model, which may be on the meta device."""
+    def of(cls, config: BltConfig) -> ModuleParameters:
+        """The counts of a model of that configuration, however its weights are kept."""
+        with torch.device("meta"):
+            model = Blt(config)
         table = getattr(model.local_decoder, "embed_tokens", None)
         decoder = _count(model.local_decoder) + _count(model.lm_head)
         return cls(
@@ -58,12 +59,12 @@ def gb_paper(parameters: ModuleParameters, decoder_nfe: int, upstream_nfe: int) 
     return 2 * (decoder_nfe * parameters.decoder + upstream_nfe * upstream) / 1e9
 
 
-def gb(parameters: ModuleParameters, passes: Passes, bytes_per_weight: int) -> float:
-    """What the passes that ran read, the entropy model's among them (at its own 4 bytes a weight)."""
+def gb(parameters: ModuleParameters, passes: Passes, bytes_per_weight: float, patcher_bytes: float = 4) -> float:
+    """What the passes that ran read, the entropy model's among them (at its own `patcher_bytes` a weight)."""
     main = (
         passes.encoder * parameters.encoder + passes.global_ * parameters.global_ + passes.decoder * parameters.decoder
     )
-    return (bytes_per_weight * main + _PATCHER_BYTES * passes.patcher * parameters.patcher) / 1e9
+    return (bytes_per_weight * main + patcher_bytes * passes.patcher * parameters.patcher) / 1e9
 
 
 def _count(module: nn.Module) -> int:

@@ -224,6 +224,15 @@ class Blt(nn.Module):
         self.register_buffer("_hash_offsets", offsets, persistent=False)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and caches, the entropy model's aside."""
+        return self.local_encoder.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.local_encoder.embed_tokens.weight.device
+
+    @property
     def hash_window(self) -> int:
         """Ids that the embedding of one row reads: its own and those before it."""
         return max(self.config.hash_group_sizes, default=1)

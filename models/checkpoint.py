@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastblt.models.blt import Blt, _hash_powers
 from fastblt.models.config import BltConfig
+from fastblt.models.packed import MapPacker
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -51,12 +52,18 @@ def load_checkpoint(
     token: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    weights: str | None = None,
+    pack: bool = True,
 ) -> Blt:
     """The frozen model of a local folder or a Hub id (`owner/name`), in eval mode.
 
     `dtype` is float32, float16 or bfloat16; the entropy model is float32 whatever it says (design §2.2). `revision` and
     `token` go to the Hub. The weights are copies: files may be replaced, cut short or removed while the model is in
     use. Raises CheckpointError for files and tensors, ConfigError for `config.json`.
+
+    `weights`, one of `packed.WEIGHTS`, is for serving on a CPU: the large tensors are kept in that type, whatever
+    `dtype` is, and maps are packed as they are read (without `pack` they are left to be packed later). No more memory
+    is taken than the model stays with, but for one tensor.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -68,14 +75,25 @@ def load_checkpoint(
     expected = {stored_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     files = TensorFiles(folder)
     sources = _sources(expected, files, tied=_tied(folder))
-    weights: dict[str, Tensor] = {}
+    packer = MapPacker(model, weights) if weights is not None else None
+    read: dict[str, Tensor] = {}
     for name, shape in expected.items():
-        wanted = torch.float32 if name.startswith("model.patcher.") else dtype
-        stored = files.read(sources[name])
-        tensor = _ready(name, stored, shape, wanted).to(device)
+        own = name.removeprefix("model.")
+        stored = _checked(name, files.read(sources[name]), shape)
+        if packer is not None and packer.large(own):
+            tensor = _cast(name, stored, packer.dtype(own, stored))
+            if pack and packer.takes(own):
+                packer.take(own, tensor)
+                files.release(sources[name])
+                continue
+        else:
+            wanted = torch.float32 if name.startswith("model.patcher.") else dtype
+            tensor = _cast(name, stored, wanted).to(device)
         # What was read is mapped to its file, which somebody may write over.
-        weights[name.removeprefix("model.")] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
-    model.load_state_dict(weights, strict=True, assign=True)
+        read[own] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
+        del stored, tensor
+        files.release(sources[name])
+    model.load_state_dict(read, strict=True, assign=True)
     # These two are functions of the configuration and stand in no file.
     model._hash_powers = _hash_powers(config.hash_group_sizes, config.hash_functions).to(device)
     model._hash_offsets = (torch.arange(config.num_hash_tables) * config.hash_group_vocab).to(device)
@@ -192,6 +210,12 @@ class TensorFiles:
             return self._open[self._file_of[name]].get_tensor(name)
         except (SafetensorError, OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self.path(name)}: tensor {name} cannot be read ({error}){_AGAIN}") from error
+
+    def release(self, name: str) -> None:
+        """Let go of what was read of a tensor's file: what is mapped counts as this process's memory."""
+        file = self._file_of[name]
+        with contextlib.suppress(SafetensorError, OSError, ValueError):  # the file is gone: the next read says so
+            self._open[file] = safe_open(self.folder / file, framework="pt")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
@@ -326,8 +350,8 @@ def _sources(expected: Mapping[str, object], files: TensorFiles, *, tied: bool) 
     return sources
 
 
-def _ready(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`, once it is known to be what the model needs."""
+def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """`tensor`, once it is known to be what the model needs."""
     if tensor.dtype not in _STORED_DTYPES:
         raise CheckpointError(f"tensor {name} is {tensor.dtype}; {_SAVE_AS}")
     if tensor.shape != shape:
@@ -337,6 +361,10 @@ def _ready(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> 
         )
     if not _finite(tensor):
         raise CheckpointError(f"tensor {name} holds NaN or infinite values; the checkpoint is broken, use another one")
+    return tensor
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     if cast.dtype != tensor.dtype and not _finite(cast):
         raise CheckpointError(f"tensor {name} has values beyond the range of {dtype}; load as float32 or bfloat16")

@@ -1,7 +1,6 @@
-"""Replaces a model's fp32 modules on a CPU by C calls, for serving.
+"""Replaces a small model's fp32 modules on a CPU by C calls, for serving (`kernels/cpu/stack.py`, `dense.py`).
 
-`fuse` takes whole modules of a small model (`kernels/cpu/stack.py`, `kernels/cpu/dense.py`), `stream` the linear maps
-of a large one (`kernels/cpu/linear.py`).
+`models/packed.py` has what large models get.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblt.kernels.backend import use_triton
-from fastblt.kernels.cpu import linear
 from fastblt.kernels.cpu.dense import Norm, Packed, pack, pack_norm, project, project_add, rms_norm
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.stack import CrossWeights, LayerWeights, PackedStack, Sink, Source, fits, run, run_stored
@@ -116,30 +113,6 @@ def is_fused(model: Blt) -> bool:
     stacks = (module for module in model.modules() if isinstance(module, Stack))
     whole = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in model.parameters())
     return _FUSED in vars(model) and whole and all(map(_whole, stacks))
-
-
-def stream(model: Blt) -> bool:
-    """Let a large model's fp32 maps on the CPU take passes of few rows in C, at the speed of memory, under
-    `torch.inference_mode`. Returns whether they do now. Nothing is copied.
-    """
-    if library() is None:
-        return False
-    for module in model.modules():
-        if (
-            isinstance(module, nn.Linear)
-            and module.weight.dtype == torch.float32
-            and module.weight.device.type == "cpu"
-        ):
-            _replace(module, _streamed(module))
-    return True
-
-
-def _streamed(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight = module.weight
-        return linear.linear(x, weight) if x.shape[0] <= linear.FEW else F.linear(x, weight)
-
-    return forward
 
 
 def _whole(stack: Stack) -> bool:

@@ -300,7 +300,7 @@ class _Decoder:
         return self.model(self._tensor(ids))
 
     def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], device=self.model.lm_head.weight.device)
+        return torch.tensor([ids], device=self.model.device)
 
     def _read_by_clean_rows(self, seen: BltOutput, count: int) -> list[Tensor]:
         """The latents that rows 0..count-1 read: row p that of patch(p + 1) - 1."""

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblt.models.blt import GlobalTransformer
@@ -44,22 +43,23 @@ class _Joined(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, exchange: Exchange) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        #: This rank's part of the map.
+        self.part: nn.Module = nn.Linear(inputs, outputs, bias=False)
         self._exchange = exchange
 
 
 class Summed(_Joined):
-    """Split by rows: weight [outputs, inputs / size]."""
+    """Split by rows: its part has weights [outputs, inputs / size]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._exchange.sum(F.linear(x, self.weight))
+        return self._exchange.sum(self.part(x))
 
 
 class Gathered(_Joined):
-    """Split by columns: weight [outputs / size, inputs]."""
+    """Split by columns: its part has weights [outputs / size, inputs]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._exchange.gather(F.linear(self._exchange.gather(x), self.weight))
+        return self._exchange.gather(self.part(self._exchange.gather(x)))
 
 
 def check_split(config: BltConfig, size: int) -> None:
@@ -100,12 +100,15 @@ def split_transformer(config: BltConfig, exchange: Exchange, *, exact: bool) -> 
 
 
 def split_weights(weights: Mapping[str, Tensor], rank: int, size: int, *, exact: bool) -> dict[str, Tensor]:
-    """A rank's own copy of the weights of a GlobalTransformer, by name. What is not split is copied whole."""
+    """A rank's own copy of the weights of a GlobalTransformer, by their names in `split_transformer`. What is not split
+    is copied whole."""
     parts: dict[str, Tensor] = {}
     for name, weight in weights.items():
         kind = name.split(".")[-2]
         if kind in _BY_COLUMNS or kind in _JOINED:
             weight = weight.chunk(size, 1 if kind in _JOINED and not exact else 0)[rank]
+        if kind in _JOINED:
+            name = name.replace(".weight", ".part.weight")
         # A view would keep the whole of it in memory.
         parts[name] = weight.clone(memory_format=torch.contiguous_format)
     return parts

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastblt.models.blt import Blt, _hash_powers
 from fastblt.models.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, stored_name, write_checkpoint
 from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.packed import MapPacker
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ class Shape:
 
 _ENCODER = StackShape(1024, 1, 16, 16, 2816)
 _DECODER = StackShape(1024, 9, 16, 16, 2816)
-#: The shapes of arXiv 2605.08044 §4.1, derived from the gigabytes and passes of its tables: it does not list them.
+#: The first two are those of arXiv 2605.08044 §4.1, derived from the gigabytes and passes of its tables, as it does not
+#: list them.
 SHAPES = {
     "1b": Shape(_ENCODER, StackShape(2048, 25, 16, 16, 5632), _DECODER),
     "3b": Shape(_ENCODER, StackShape(3072, 28, 24, 8, 8192), _DECODER),
+    # Not in the paper: about as many weights as its relatives among token-level models.
+    "7b": Shape(_ENCODER, StackShape(4096, 32, 32, 32, 11008), _DECODER),
 }
 #: The published entropy model of about 100 million weights.
 PAPER_PATCHER = StackShape(768, 14, 12, 12, 2048)
@@ -64,31 +68,53 @@ def paper_shape(name: str, *, patcher: bool = False) -> Shape:
     return replace(SHAPES[name], patcher=PAPER_PATCHER if patcher else None)
 
 
-def widen(small: Blt, shape: Shape) -> Blt:
+def widen(small: Blt, shape: Shape, weights: str | None = None) -> Blt:
     """The wide model in memory, frozen, in the dtype and on the device of `small`.
 
-    Raises ValueError where `shape` cannot hold the function of `small`.
+    With `weights`, one of `packed.WEIGHTS`, it is for serving on a CPU: its large tensors are kept in that type, and
+    maps are packed as they are made. Raises ValueError where `shape` cannot hold the function of `small`.
     """
     plan = _Plan(small, shape)
     with torch.device("meta"):
         wide = Blt(plan.config)
-    weights = {name: plan.tensor(name) for name in wide.state_dict()}
-    wide.load_state_dict(weights, strict=True, assign=True)
-    device = small.lm_head.weight.device
+    packer = MapPacker(wide, weights) if weights is not None else None
+    tensors: dict[str, Tensor] = {}
+    for name in wide.state_dict():
+        tensor = plan.tensor(name)
+        if packer is not None and packer.takes(name):
+            packer.take(name, tensor)
+        elif packer is not None and packer.large(name):
+            tensors[name] = tensor.to(packer.dtype(name, tensor))
+        else:
+            tensors[name] = tensor
+    wide.load_state_dict(tensors, strict=True, assign=True)
+    device = small.device
     wide._hash_powers = _hash_powers(plan.config.hash_group_sizes, plan.config.hash_functions).to(device)
     wide._hash_offsets = small._hash_offsets.clone()
     return wide.eval().requires_grad_(False)
 
 
-def widen_checkpoint(source: str | Path, output: str | Path, shape: Shape) -> BltConfig:
-    """Write the wide model of a checkpoint to a folder, one shard at a time; returns its configuration."""
+def widen_checkpoint(
+    source: str | Path, output: str | Path, shape: Shape, dtype: torch.dtype = torch.float32
+) -> BltConfig:
+    """Write the wide model of a checkpoint to a folder, one shard at a time, in a dtype, the entropy model in float32;
+    returns its configuration."""
     if Path(output).exists() and checkpoint_folder(source).samefile(output):
         raise CheckpointError(f"{output} is the checkpoint itself; choose another folder to write")
     plan = _Plan(load_checkpoint(source), shape)
     with torch.device("meta"):
         expected = Blt(plan.config).state_dict()
-    sizes = {stored_name(name): tensor.numel() * 4 for name, tensor in expected.items()}
-    write_checkpoint(output, plan.config.to_dict(), sizes, lambda name: plan.tensor(name.removeprefix("model.")))
+
+    def kind(name: str) -> torch.dtype:
+        return torch.float32 if name.startswith("patcher.") else dtype
+
+    sizes = {stored_name(name): tensor.numel() * kind(name).itemsize for name, tensor in expected.items()}
+
+    def read(name: str) -> Tensor:
+        own = name.removeprefix("model.")
+        return plan.tensor(own).to(kind(own))
+
+    write_checkpoint(output, plan.config.to_dict(), sizes, read)
     return plan.config
 
 

@@ -39,6 +39,9 @@ class EngineSettings:
     #: cpu, cuda or cuda:N; `dtype` is that of weights and caches.
     device: str = "cpu"
     dtype: str = "float32"
+    #: How a model that does not fit the processor's caches keeps its weights on a CPU: auto (as the checkpoint has
+    #: them), float32, bfloat16, float16 or int8. Arithmetic is that of `dtype`, which is float32 then.
+    weights: str = "auto"
     #: Memory of all caches together. None: an eighth of the machine's.
     cache_bytes: int | None = None
     #: Positions (bytes, or patches) of a cache page.

@@ -89,7 +89,7 @@ def drafters(sizes: Iterable[int]) -> list[Drafter]:
 
 def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Rows:
     """Rows of the table for drafts, and for BLT-D's blocks, along held-out sequences."""
-    parameters = ModuleParameters.of(model)
+    parameters = ModuleParameters.of(model.config)
     rounds = {drafter: Rounds() for drafter in drafters(model.config.block_sizes)}
     agreement: dict[int, list[float]] = {size: [] for size in model.config.block_sizes}
     for number, ids in enumerate(text):

@@ -120,7 +120,7 @@ def compare_weights(
     model: Blt, prompts: list[list[int]], holds: Sequence[int], length: int, rounds: int, temperature: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Print and return a row for each method and limit of passes a beat. `length`: bytes of a request in a stretch."""
-    own = ModuleParameters.of(model)
+    own = ModuleParameters.of(model.config)
     rows: dict[str, dict[str, float]] = {}
     columns = ("decoder/byte", "global/byte", "weights read, M", "as 1B, M", "apart", "together", "bytes/s")
     table = Table("method", "passes a beat", *columns)

@@ -22,6 +22,8 @@ import torch
 from fastblt.benchmarks.savings.passes import MODULES as PASSES
 from fastblt.benchmarks.savings.passes import Pass
 from fastblt.models.accounting import ModuleParameters
+from fastblt.models.config import BltConfig
+from fastblt.models.vocabulary import VOCAB_SIZE
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import MODULES, make_calls
 from fastblt.server.engine.device.forward import ModuleForward
@@ -101,13 +103,21 @@ class CostCurve:
         return values[-1] * done.rows / self.rows[-1]
 
 
-def weights_read(passes: Sequence[Pass], parameters: ModuleParameters, head: int, bytes_per_weight: int) -> float:
-    """Gigabytes of weights that passes read. A pass reads its weights once. The entropy model's have 4 bytes each."""
+def weights_read(
+    passes: Sequence[Pass], parameters: ModuleParameters, head: int, bytes_per_weight: float, patcher_bytes: float = 4
+) -> float:
+    """Gigabytes of weights that passes read. A pass reads its weights once. The entropy model's have bytes of their
+    own."""
     sizes = {
-        module: count * (4 if module == "entropies" else bytes_per_weight)
+        module: count * (patcher_bytes if module == "entropies" else bytes_per_weight)
         for module, count in module_weights(parameters, head).items()
     }
     return sum(sizes[done.module] for done in passes) / 1e9
+
+
+def head_weights(config: BltConfig) -> int:
+    """The number of weights of the output head."""
+    return VOCAB_SIZE * config.decoder.hidden_size
 
 
 def module_weights(parameters: ModuleParameters, head: int) -> dict[str, int]:
@@ -149,8 +159,8 @@ def _spread(owners: Sequence[int], count: int) -> list[int]:
 def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """For each module, by the name of its function, a call that runs a pass of `count` rows at position `context`."""
     of_module = make_calls(passes, count, context, context // _PATCH, owners=owners)
-    head = passes._model.lm_head.weight
-    states = torch.zeros(count, head.shape[1], dtype=head.dtype, device=head.device)
+    model = passes._model
+    states = torch.zeros(count, model.config.decoder.hidden_size, dtype=model.dtype, device=model.device)
     calls = {function: of_module[module] for function, module in zip(PASSES[:-1], MODULES, strict=True)}
     return calls | {"logits": lambda: passes.logits(states, None)}
 

@@ -26,12 +26,13 @@ from fastblt.benchmarks.harness import Output
 from fastblt.benchmarks.machine import machine_limits
 from fastblt.benchmarks.markdown import Table, percent, table
 from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, module_seconds
-from fastblt.benchmarks.savings.cost_curve import CostCurve, module_weights, weights_read
+from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, module_weights, weights_read
 from fastblt.benchmarks.settings import papers
 from fastblt.benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
 from fastblt.kernels.cpu.threads import threads as threads_in_use
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
+from fastblt.models.packed import weight_bytes
 from fastblt.server.request import MAX_BLOCK_SIZE, Ledger
 
 #: A setting is no headline if at least this share of its texts end in a loop.
@@ -67,10 +68,11 @@ class Cost:
     curve: CostCurve
     parameters: ModuleParameters
     head: int
-    bytes_per_weight: int
+    bytes_per_weight: float
+    patcher_bytes: float
 
     def gigabytes(self, batch: Batch) -> float:
-        return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight)
+        return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight, self.patcher_bytes)
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
@@ -145,12 +147,12 @@ def measure(
     settings = settings or papers(model.config.block_sizes)
     size = batch or len(prompts)
     engine = engine_of(model, prompts[:size], length, threads)
-    head, parameters = model.lm_head.weight, ModuleParameters.of(model)
+    head, parameters = head_weights(model.config), ModuleParameters.of(model.config)
     costs: list[Cost] = []
     runs: dict[str, list[Batch]] = {name: [] for name in settings}
     for _ in range(rounds):
         curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), budget, requests=size)
-        costs.append(Cost(curve, parameters, head.numel(), head.itemsize))
+        costs.append(Cost(curve, parameters, head, weight_bytes(model), weight_bytes(model.patcher)))
         for name, one in Course(engine, curve).round(settings, prompts, length, temperature, size).items():
             runs[name].append(one)
     rows: dict[str, dict[str, Any]] = {}
@@ -170,8 +172,8 @@ def measure(
         "curve": {
             "rows": costs[0].curve.rows,
             "seconds": costs[0].curve.seconds,
-            "weights": module_weights(parameters, head.numel()),
-            "limits": machine_limits(threads_in_use(), str(head.device)),
+            "weights": module_weights(parameters, head),
+            "limits": machine_limits(threads_in_use(), str(model.device)),
         },
         "threads": threads_in_use(),
     }

@@ -23,7 +23,7 @@ from fastblt.benchmarks.machine import machine_limits
 from fastblt.benchmarks.markdown import Table
 from fastblt.benchmarks.prompts import held_out_prompts
 from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, module_seconds
-from fastblt.benchmarks.savings.cost_curve import CostCurve, module_weights
+from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, module_weights
 from fastblt.benchmarks.settings import chosen
 from fastblt.kernels.cpu.threads import threads
 from fastblt.models.accounting import ModuleParameters
@@ -80,9 +80,9 @@ def measure(
     prompts = held_out_prompts(max(batch), input_len)
     names = ["auto", *chosen(blt.config.block_sizes, settings)]
     context = len(prompts[0]) + length // 2
-    weights = module_weights(ModuleParameters.of(blt), blt.lm_head.weight.numel())
+    weights = module_weights(ModuleParameters.of(blt.config), head_weights(blt.config))
     engine_of(blt, prompts[:1], length)  # Sets the threads that a model of this size suits.
-    limits = machine_limits(threads(), str(blt.lm_head.weight.device))
+    limits = machine_limits(threads(), str(blt.device))
     print(f"{threads()} threads: reads {limits['read_gb_s']:.1f} GB/s, {limits['gflop_s']:.0f} GFLOP/s")
     result: dict[str, Any] = {"context": context, "weights": weights, "limits": limits, "threads": threads()}
     result |= {"batches": {}, "curves": {}}

@@ -44,6 +44,14 @@ FLAGS = (
 LINK_FLAGS = ("-shared", "-fopenmp")
 #: More flags of single files. Scores are rounded after every operation, as they are by torch.
 MORE_FLAGS = {"selection.c": ("-ffp-contract=off",)}
+#: Files whose inner loops are written for vectors of any width: they may have all that the processor knows.
+WIDE = ("linear.c", "linear_int8.c")
+#: What such a file may use, each with all before it: the processor's name of it, and the compiler's flag.
+WIDE_FLAGS = (
+    {"f16c": "-mf16c"},
+    {name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl")},
+    {"avx512_vnni": "-mavx512vnni"},
+)
 #: Seconds that the compiler has for a file.
 PATIENCE = 120
 
@@ -134,16 +142,30 @@ def compiler() -> tuple[str, ...]:
         raise CompilerError(f"CC is {given!r}: {error}") from None
 
 
-@cache
 def machine_flags() -> tuple[str, ...]:
     """Flags for what this machine's processor can do."""
+    return ("-mavx2", "-mfma") if {"avx2", "fma"} <= _known() else ()
+
+
+def wide_flags() -> tuple[str, ...]:
+    """Further flags of the files in `WIDE`, where `machine_flags` are there."""
+    flags: list[str] = []
+    for names in WIDE_FLAGS if machine_flags() else ():
+        if not names.keys() <= _known():
+            break
+        flags += names.values()
+    return tuple(flags)
+
+
+@cache
+def _known() -> frozenset[str]:
+    """What an x86 processor says that it can do."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return ()
+        return frozenset()
     try:
-        known = set(Path("/proc/cpuinfo").read_text().split())
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return ()
-    return ("-mavx2", "-mfma") if {"avx2", "fma"} <= known else ()
+        return frozenset()
 
 
 def read_with_headers(source: Path) -> bytes:
@@ -168,6 +190,8 @@ class Build:
         self._objects: dict[str, tuple[Path, list[str]]] = {}
         for source in sorted(sources.glob("*.c")):
             flags = [*FLAGS, *machine_flags(), *MORE_FLAGS.get(source.name, ())]
+            if source.name in WIDE:
+                flags += wide_flags()
             key = _hash(read_with_headers(source), *command, *flags, platform.machine())
             self._objects[f"{source.stem}-{key}.o"] = (source, flags)
         #: The library's file name.

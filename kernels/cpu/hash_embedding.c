@@ -2,6 +2,15 @@
 #include "hash_embedding.h"
 
 #include "export.h"
+#include "narrow.h"
+
+/* Adds numbers of a table from `at` on. */
+static void add(const void *table, int64_t type, int64_t at, int64_t size, float *restrict out) {
+    if (type == FLOAT32)
+        for (int64_t i = 0; i < size; i++) out[i] += ((const float *)table)[at + i];
+    else
+        for (int64_t i = 0; i < size; i++) out[i] += widen_one(((const uint16_t *)table)[at + i], type);
+}
 
 void embed(const int64_t *window, const struct tables *of, float *restrict out) {
     for (int64_t i = 0; i < of->size; i++) out[i] = 0.0f;
@@ -11,8 +20,7 @@ void embed(const int64_t *window, const struct tables *of, float *restrict out) 
         for (int64_t j = 0; j < of->width; j++) sum += (uint64_t)window[j] * (uint64_t)of->powers[t * of->width + j];
         int64_t hash = (int64_t)sum % of->vocab;
         if (hash < 0) hash += of->vocab;
-        const float *entry = of->hashed + (t * of->vocab + hash) * of->size;
-        for (int64_t i = 0; i < of->size; i++) out[i] += entry[i];
+        add(of->hashed, of->type, (t * of->vocab + hash) * of->size, of->size, out);
     }
     const float *own = of->bytes + window[of->width - 1] * of->size;
     for (int64_t i = 0; i < of->size; i++) out[i] += own[i];

@@ -2,12 +2,14 @@
 #pragma once
 #include <stdint.h>
 
-/* `count` hash tables of `vocab` rows and multipliers [count, width]; rows of all tables have `size` numbers. */
+/* `count` hash tables of `vocab` rows and multipliers [count, width], in a type of narrow.h; rows of all tables have
+ * `size` numbers. */
 struct tables {
     const int64_t *powers;
     int64_t width, count, vocab;
-    const float *bytes, *hashed;
-    int64_t size;
+    const float *bytes;
+    const void *hashed;
+    int64_t type, size;
 };
 
 /* The embedding of the last id of a window of `width` ids. */

@@ -1,67 +1,179 @@
-/* y = x W^T for a few rows on a CPU, fp32, where reading W is what costs. The shapes stand in linear.py.
+/* y = x W^T on a CPU, fp32, for weights that do not fit the caches and may be stored narrower. linear.py has the layout.
  *
- * W is read once, in the order it lies in, and every row of it meets all rows of x while it is in the cache. An
- * output is one sum over the inputs, eight lanes and then their sum, whatever is computed beside it: so a row's
- * result cannot depend on its batch.
+ * A panel of weights is read once, as one stream, for as many rows as registers have sums for. For more rows a part of
+ * it is widened once, into the cache. An output is one sum over the inputs in their order, whatever is computed beside
+ * it and however its weights are stored: a row's result cannot depend on its batch.
  */
-#include <stdint.h>
+#include <stdlib.h>
 
 #include "export.h"
-#include "vector.h"
+#include "narrow.h"
 
-static inline float sum_of(v8 a) {
-    float s[8];
-    memcpy(s, &a, sizeof s);
-    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-}
+/* Inputs whose widened weights are kept in the cache, and tiles that use them there. */
+#define DEPTH 256
+#define TILES 20
+/* How far ahead of its use a stream is fetched: processors stop at the end of a page. */
+#define AHEAD 2048
 
-/* ROWS rows of x by OUTS rows of W; both are constants where this is inlined. */
-static inline __attribute__((always_inline)) void tile(const float *x, const float *w, int64_t depth, float *y,
-                                                       int64_t size, int64_t ROWS, int64_t OUTS) {
-    v8 sums[12];
-    int64_t whole = depth / 8 * 8;
-    for (int64_t i = 0; i < ROWS * OUTS; i++) sums[i] = (v8){0};
-    for (int64_t k = 0; k < whole; k += 8) {
-        v8 weights[8];
-#pragma GCC unroll 8
-        for (int64_t o = 0; o < OUTS; o++) weights[o] = load(w + o * depth + k);
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < ROWS; r++) {
-            v8 row = load(x + r * depth + k);
-#pragma GCC unroll 8
-            for (int64_t o = 0; o < OUTS; o++) sums[r * OUTS + o] += row * weights[o];
+/* ROWS rows x [depth][ROWS], added to sums [ROWS][WIDTH]; PARTS of the pairs of vectors from `half` on. All in capitals
+ * are constants where this is inlined. */
+static inline __attribute__((always_inline)) void multiply(const float *x, const void *panel, int64_t depth,
+                                                           float *sums, int64_t half, int TYPE, int64_t ROWS,
+                                                           int64_t PARTS) {
+    vf low[12], high[12];
+    int64_t bytes = WIDTH * (TYPE == FLOAT32 ? 4 : 2);
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < ROWS * PARTS; i++) {
+        const float *at = sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
+        low[i] = read_floats(at), high[i] = read_floats(at + 16);
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        if (ROWS <= 4) __builtin_prefetch((const char *)panel + k * bytes + AHEAD);
+#pragma GCC unroll 2
+        for (int64_t p = 0; p < PARTS; p++) {
+            vf a, b;
+            widen(panel, k, half + p, TYPE, &a, &b);
+#pragma GCC unroll 12
+            for (int64_t r = 0; r < ROWS; r++) {
+                low[r * PARTS + p] += x[k * ROWS + r] * a;
+                high[r * PARTS + p] += x[k * ROWS + r] * b;
+            }
         }
     }
-    for (int64_t r = 0; r < ROWS; r++)
-        for (int64_t o = 0; o < OUTS; o++) {
-            float sum = sum_of(sums[r * OUTS + o]);
-            for (int64_t k = whole; k < depth; k++) sum += x[r * depth + k] * w[o * depth + k];
-            y[r * size + o] = sum;
-        }
-}
-
-static inline __attribute__((always_inline)) void outputs(const float *x, int64_t n, const float *w, int64_t depth,
-                                                          float *y, int64_t size, int64_t OUTS) {
-    int64_t r = 0;
-    for (; r + 4 <= n; r += 4) tile(x + r * depth, w, depth, y + r * size, size, 4, OUTS);
-    switch (n - r) {
-        case 3: tile(x + r * depth, w, depth, y + r * size, size, 3, OUTS); break;
-        case 2: tile(x + r * depth, w, depth, y + r * size, size, 2, OUTS); break;
-        case 1: tile(x + r * depth, w, depth, y + r * size, size, 1, OUTS); break;
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < ROWS * PARTS; i++) {
+        float *at = sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
+        memcpy(at, &low[i], sizeof(vf)), memcpy(at + 16, &high[i], sizeof(vf));
     }
 }
 
-EXPORT void fastblt_linear(const float *x, int64_t n, int64_t depth, const float *w, int64_t size, int64_t threads,
-                           float *y) {
-    /* One row has the registers for more outputs, and needs them to hide the latency of its sums. */
-    int64_t each = n == 1 ? 8 : 3, groups = size / each;
+/* A tile of ROWS rows by a whole panel: few rows have registers for all of its outputs at once. */
+static inline __attribute__((always_inline)) void tile(const float *x, const void *panel, int64_t depth, float *sums,
+                                                       int TYPE, int64_t ROWS) {
+    if (HALVES == 1 || ROWS <= 3) {
+        multiply(x, panel, depth, sums, 0, TYPE, ROWS, HALVES);
+    } else {
+        multiply(x, panel, depth, sums, 0, TYPE, ROWS, 1);
+        multiply(x, panel, depth, sums, 1, TYPE, ROWS, 1);
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_of(const float *x, const void *panel, int64_t depth, float *sums,
+                                                          int TYPE, int64_t rows) {
+#define ROWS(count) \
+    case count: tile(x, panel, depth, sums, TYPE, count); break;
+    switch (rows) {
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#if MOST_ROWS == 12
+        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#endif
+    }
+#undef ROWS
+}
+
+static __attribute__((noinline)) void tile_float32(const float *x, const void *panel, int64_t depth, float *sums,
+                                                   int64_t rows) {
+    tile_of(x, panel, depth, sums, FLOAT32, rows);
+}
+
+static __attribute__((noinline)) void tile_bfloat16(const float *x, const void *panel, int64_t depth, float *sums,
+                                                    int64_t rows) {
+    tile_of(x, panel, depth, sums, BFLOAT16, rows);
+}
+
+static __attribute__((noinline)) void tile_float16(const float *x, const void *panel, int64_t depth, float *sums,
+                                                   int64_t rows) {
+    tile_of(x, panel, depth, sums, FLOAT16, rows);
+}
+
+static inline __attribute__((always_inline)) void widen_all(const void *panel, int64_t depth, int TYPE, float *out) {
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t half = 0; half < HALVES; half++) {
+            vf low, high;
+            widen(panel, k, half, TYPE, &low, &high);
+            memcpy(out + k * WIDTH + half * LANES, &low, sizeof low);
+            memcpy(out + k * WIDTH + half * LANES + 16, &high, sizeof high);
+        }
+}
+
+/* All rows by one panel: outputs from `column` on. x is cut into tiles, [tile][depth][rows]. */
+static void one_panel(const float *x, int64_t n, int64_t depth, const char *panel, int64_t type, float *y, int64_t size,
+                      int64_t column) {
+    float sums[TILES * MOST_ROWS * WIDTH] __attribute__((aligned(64)));
+    float wide[DEPTH * WIDTH] __attribute__((aligned(64)));
+    int64_t tiles = tiles_of(n), count = size - column < WIDTH ? size - column : WIDTH;
+    int64_t bytes = WIDTH * (type == FLOAT32 ? 4 : 2);
+    for (int64_t t = 0; t < tiles; t += TILES) {
+        int64_t until = t + TILES < tiles ? t + TILES : tiles, first = tile_start(n, tiles, t);
+        int64_t rows = tile_start(n, tiles, until) - first;
+        memset(sums, 0, sizeof(float) * rows * WIDTH);
+        if (tiles == 1 && type == BFLOAT16) tile_bfloat16(x, panel, depth, sums, rows);
+        else if (tiles == 1 && type == FLOAT16) tile_float16(x, panel, depth, sums, rows);
+        else if (tiles == 1) tile_float32(x, panel, depth, sums, rows);
+        for (int64_t k = 0; k < depth && tiles > 1; k += DEPTH) {
+            int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
+            const void *weights = wide;
+            if (type == FLOAT32) weights = panel + k * bytes;
+            else if (type == BFLOAT16) widen_all(panel + k * bytes, part, BFLOAT16, wide);
+            else widen_all(panel + k * bytes, part, FLOAT16, wide);
+            for (int64_t i = t; i < until; i++) {
+                int64_t from = tile_start(n, tiles, i), own = tile_start(n, tiles, i + 1) - from;
+                tile_float32(x + from * depth + k * own, weights, part, sums + (from - first) * WIDTH, own);
+            }
+        }
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(y + (first + r) * size + column, sums + r * WIDTH, sizeof(float) * count);
+    }
+}
+
+/* Rows [n, depth] as tiles [tile][depth][rows]: then a tile's numbers come from one place, and not from as many as it
+ * has rows, which a cache may have no room for beside each other. */
+static void lay_tiles(const float *x, int64_t n, int64_t depth, int64_t tiles, int64_t from, int64_t until, float *out) {
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t first = tile_start(n, tiles, t), rows = tile_start(n, tiles, t + 1) - first;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = from; k < until; k++) out[first * depth + k * rows + r] = x[(first + r) * depth + k];
+    }
+}
+
+/* Returns 0, or 1 when memory ran out. */
+EXPORT int fastblt_linear(const float *x, int64_t n, int64_t depth, const void *weights, int64_t type, int64_t size,
+                          int64_t threads, float *y) {
+    int64_t panels = (size + WIDTH - 1) / WIDTH, bytes = depth * WIDTH * (type == FLOAT32 ? 4 : 2);
+    float *laid = n > 1 ? malloc(sizeof(float) * n * depth) : NULL;
+    if (n > 1 && !laid) return 1;
+    if (n)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (n > 1) {
+            int64_t parts = (depth + DEPTH - 1) / DEPTH;
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < parts; p++)
+                lay_tiles(x, n, depth, tiles_of(n), p * DEPTH, p + 1 < parts ? (p + 1) * DEPTH : depth, laid);
+        }
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            one_panel(n > 1 ? laid : x, n, depth, (const char *)weights + p * bytes, type, y, size, p * WIDTH);
+    }
+    free(laid);
+    return 0;
+}
+
+/* Rows [first, first + rows) of W [size, depth], as one panel. Rows that are not there are zeros. */
+static void pack_panel(const void *from, int64_t type, int64_t first, int64_t size, int64_t depth, void *to) {
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t i = 0; i < WIDTH; i++) {
+            /* Two runs of sixteen beside each other, or in turns. */
+            int64_t row = first + (type == BFLOAT16 ? i / 2 + i % 2 * 16 : i), at = row * depth + k;
+            if (type == FLOAT32)
+                ((float *)to)[k * WIDTH + i] = row < size ? ((const float *)from)[at] : 0.0f;
+            else
+                ((uint16_t *)to)[k * WIDTH + i] = row < size ? ((const uint16_t *)from)[at] : 0;
+        }
+}
+
+EXPORT void fastblt_pack(const void *weights, int64_t type, int64_t size, int64_t depth, int64_t threads, void *to) {
+    int64_t panels = (size + WIDTH - 1) / WIDTH, bytes = depth * WIDTH * (type == FLOAT32 ? 4 : 2);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t o = g * each;
-        if (n == 1)
-            tile(x, w + o * depth, depth, y + o, size, 1, 8);
-        else
-            outputs(x, n, w + o * depth, depth, y + o, size, 3);
-    }
-    for (int64_t o = groups * each; o < size; o++) outputs(x, n, w + o * depth, depth, y + o, size, 1);
+    for (int64_t p = 0; p < panels; p++) pack_panel(weights, type, p * WIDTH, size, depth, (char *)to + p * bytes);
 }

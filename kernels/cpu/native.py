@@ -33,7 +33,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
-    "fastblt_linear": (None, (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
+    "fastblt_linear": (c_int, (c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 3, c_void_p)),
+    "fastblt_pack": (None, (c_void_p, *[c_int64] * 4, c_void_p)),
+    "fastblt_linear_int8": (c_int, (c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 2, c_void_p)),
+    "fastblt_pack_int8": (c_float, (c_void_p, *[c_int64] * 3, c_void_p)),
     "fastblt_hash_embedding": (None, (c_void_p, c_int64, POINTER(structs.Tables), c_void_p)),
     "fastblt_latent_attention": (c_int, (*[c_void_p] * 3, *[c_int64] * 7, c_void_p)),
     "fastblt_paged_attention": (

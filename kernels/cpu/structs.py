@@ -28,7 +28,7 @@ class Tables(ctypes.Structure):
         ("powers", c_void_p),
         *_fields(c_int64, "width count vocab"),
         *_fields(c_void_p, "bytes hashed"),
-        ("size", c_int64),
+        *_fields(c_int64, "type size"),
     ]
 
 

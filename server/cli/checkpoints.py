@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastblt.server.cli.errors import clean_errors, quiet_openmp
+from fastblt.server.cli.options import Dtype
 
 
 def convert(
@@ -25,8 +26,11 @@ def convert(
 
 def widen(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write: 6 GB for 1b, 12 GB for 3b.")],
-    shape: Annotated[str, typer.Option(help="1b or 3b: the paper's.")] = "1b",
+    output: Annotated[
+        Path, typer.Argument(help="Folder to write: in float32 6 GB for 1b, 12 GB for 3b, 27 GB for 7b.")
+    ],
+    shape: Annotated[str, typer.Option(help="1b or 3b, the paper's, or 7b.")] = "1b",
+    weights: Annotated[Dtype, typer.Option(help="How they are written.")] = Dtype.FLOAT32,
     patcher: Annotated[
         bool, typer.Option("--patcher", help="Widen the entropy model too, to the published one's 100 million weights.")
     ] = False,
@@ -34,9 +38,11 @@ def widen(
     """Widen a checkpoint to a large shape that computes the same: real acceptance at a large model's cost."""
     quiet_openmp()
     with clean_errors():
+        import torch
+
         from fastblt.models.widen import paper_shape, widen_checkpoint
 
-        widen_checkpoint(source, output, paper_shape(shape, patcher=patcher))
+        widen_checkpoint(source, output, paper_shape(shape, patcher=patcher), getattr(torch, weights))
         typer.echo(f"wrote {output}")
 
 

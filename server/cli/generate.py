@@ -31,6 +31,8 @@ from fastblt.server.cli.options import (
     Threshold,
     UnmaskingOption,
     UntrainedBlockSize,
+    WeightsOption,
+    WeightStorage,
 )
 from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
 from fastblt.server.settings import PRETRAINED
@@ -62,6 +64,7 @@ def generate(
     revision: Revision = None,
     device: Device = ENGINE_DEFAULTS.device,
     dtype: DtypeOption = Dtype.FLOAT32,
+    weights: WeightsOption = WeightStorage.AUTO,
     cache_size: CacheSize = None,
     max_model_len: MaxModelLen = ENGINE_DEFAULTS.max_model_len,
     max_pass_rows: MaxPassRows = ENGINE_DEFAULTS.max_pass_rows,
@@ -100,6 +103,7 @@ def generate(
             revision=revision,
             device=device,
             dtype=dtype,
+            weights=weights,
             cache_bytes=cache_size,
             max_running=1,
             max_model_len=max_model_len,

@@ -14,6 +14,14 @@ from fastblt.server.settings import EngineSettings, ServiceSettings
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
+class WeightStorage(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class Dtype(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -42,6 +50,14 @@ SERVICE_DEFAULTS = ServiceSettings()
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=ENGINE)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and caches.", rich_help_panel=ENGINE)]
+WeightsOption = Annotated[
+    WeightStorage,
+    typer.Option(
+        "--weights",
+        help="How a large model's weights are kept on a CPU. auto: as the checkpoint has them. int8 changes results.",
+        rich_help_panel=ENGINE,
+    ),
+]
 CacheSize = Annotated[
     int | None,
     typer.Option(

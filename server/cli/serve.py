@@ -38,6 +38,8 @@ from fastblt.server.cli.options import (
     Threshold,
     UnmaskingOption,
     UntrainedBlockSize,
+    WeightsOption,
+    WeightStorage,
 )
 from fastblt.server.logs import LogFormat, LogLevel, LogSettings
 from fastblt.server.request import DecodingMethod, DecodingParams
@@ -143,6 +145,7 @@ def serve(
     revision: Revision = None,
     device: Device = ENGINE_DEFAULTS.device,
     dtype: DtypeOption = Dtype.FLOAT32,
+    weights: WeightsOption = WeightStorage.AUTO,
     cache_size: CacheSize = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Requests in a batch.", rich_help_panel=ENGINE)
@@ -202,6 +205,7 @@ def serve(
             revision=revision,
             device=device,
             dtype=dtype,
+            weights=weights,
             cache_bytes=cache_size,
             max_running=max_running,
             max_waiting=max_waiting,

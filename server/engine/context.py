@@ -20,7 +20,8 @@ from fastblt.server.settings import EngineSettings
 class EngineContext:
     """One engine's parts. `sequences` has every accepted request that has not ended, by request id.
 
-    `parameters` counts the whole model's weights by module, of `bytes_per_weight` each. `controller` chooses the drafts
+    `parameters` counts the whole model's weights by module, of `bytes_per_weight` each
+    (`patcher_bytes`: the entropy model's). `controller` chooses the drafts
     of `auto`; None until the first such request, for which the costs of passes are measured.
     """
 
@@ -28,7 +29,8 @@ class EngineContext:
     settings: EngineSettings
     rule: PatchRule
     parameters: ModuleParameters
-    bytes_per_weight: int
+    bytes_per_weight: float
+    patcher_bytes: float
     caches: KvCaches
     prefix: PrefixCache
     scheduler: Scheduler

@@ -15,12 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fastblt.kernels.cpu.threads import cores, set_threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
-from fastblt.models.checkpoint import load_checkpoint
-from fastblt.models.config import BltConfig
-from fastblt.models.fused import fuse, stream
+from fastblt.models.packed import weight_bytes
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.choose import check_block_size, make_method, resolve
 from fastblt.server.engine.cache.kv_caches import KvCaches
@@ -28,8 +25,9 @@ from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.engine.context import EngineContext
-from fastblt.server.engine.device.ranks import RankLostError, leader_of, spread
+from fastblt.server.engine.device.ranks import RankLostError, leader_of
 from fastblt.server.engine.draft_controller import DraftController
+from fastblt.server.engine.load import load_model, prepare
 from fastblt.server.engine.mask_gate import MaskGate
 from fastblt.server.engine.planner import Planner
 from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
@@ -52,9 +50,6 @@ from fastblt.server.settings import PRETRAINED, EngineSettings
 
 logger = logging.getLogger(__name__)
 
-#: Models of fewer weights run fused layers, which copy their weights, and one thread of torch.
-_SMALL = 50_000_000
-
 #: After so many passes without trouble one more request may run, where memory had run out.
 _GROW_PASSES = 64
 
@@ -64,29 +59,15 @@ _OVERSHOOT = MAX_BLOCK_SIZE + 1
 #: The position and the row counts at which the costs of passes are measured for `auto`.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-#: Counted before an engine changes what torch found.
-_CORES = cores()
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class Engine:
     """Runs requests to their end. To be used from one thread, but for `stats`."""
 
     def __init__(self, model: Blt, settings: EngineSettings, name: str = "blt") -> None:
         config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
-        device = next(model.parameters()).device
-        dtype = model.lm_head.weight.dtype
-        if device.type == "cpu":
-            threads, small = _threads(settings), _small(config)
-            # An operation of torch is shorter there than waking a second thread for it; a share of a pass is not.
-            torch.set_num_threads(1 if small else threads)
-            set_threads(threads)
-            if small:
-                fuse(model)
-            elif not settings.deterministic:
-                # Which rows are few depends on the batch.
-                stream(model)
+        device = model.device
+        dtype = model.dtype
+        prepare(model, settings)
         if settings.deterministic and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False
         self.model_name = name
@@ -105,8 +86,9 @@ class Engine:
             config=config,
             settings=settings,
             rule=PatchRule(config.patching_threshold, config.max_patch_length),
-            parameters=_parameters(config),
-            bytes_per_weight=dtype.itemsize,
+            parameters=ModuleParameters.of(config),
+            bytes_per_weight=weight_bytes(model),
+            patcher_bytes=weight_bytes(model.patcher),
             caches=self._caches,
             prefix=self._prefix,
             scheduler=self._scheduler,
@@ -128,16 +110,7 @@ class Engine:
     @classmethod
     def load(cls, settings: EngineSettings) -> Engine:
         """Load the checkpoint that the settings name. Raises CheckpointError, ConfigError or ValueError."""
-        if settings.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be {', '.join(_DTYPES)}, not {settings.dtype!r}")
-        dtype = _DTYPES[settings.dtype]
-        if (size := settings.tensor_parallel_size) < 1:
-            raise ValueError(f"tensor_parallel_size must be at least 1, not {size}")
-        # Weights that will be spread need not fit one device.
-        device = settings.device if size == 1 else "cpu"
-        model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=device)
-        if size > 1:
-            spread(model, settings, 1 if _small(model.config) else _threads(settings))
+        model = load_model(settings)
         folder = Path(settings.model)
         name = settings.model
         if folder.exists():
@@ -372,22 +345,6 @@ class Engine:
 def _ready(running: list[Sequence]) -> list[Planned]:
     """Those whose plan only waits for a decoder pass, oldest first."""
     return [(sequence, plan) for sequence in running if sequence.ready and (plan := sequence.plan) is not None]
-
-
-def _parameters(config: BltConfig) -> ModuleParameters:
-    """Weights of the whole model by module, also where other ranks have a share of them."""
-    with torch.device("meta"):
-        return ModuleParameters.of(Blt(config))
-
-
-def _small(config: BltConfig) -> bool:
-    parameters = _parameters(config)
-    return parameters.patcher + parameters.encoder + parameters.global_ + parameters.decoder < _SMALL
-
-
-def _threads(settings: EngineSettings) -> int:
-    """Threads of this process: the settings', or an equal share of the cores for every rank."""
-    return settings.threads or max(1, _CORES // settings.tensor_parallel_size)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -38,7 +38,7 @@ class Postprocessor:
     def add_traffic(self, ledger: Ledger) -> None:
         """Set the gigabytes that the ledger's passes read, by the paper's accounting and by ours."""
         ledger.gb_paper = gb_paper(self._context.parameters, ledger.decoder, ledger.global_)
-        ledger.gb = gb(self._context.parameters, ledger, self._context.bytes_per_weight)
+        ledger.gb = gb(self._context.parameters, ledger, self._context.bytes_per_weight, self._context.patcher_bytes)
 
     def process(self, sequence: Sequence, plan: Plan, result: Result) -> Delta | None:
         """Apply the result of a plan to its sequence. Returns what the request gets, if anything."""

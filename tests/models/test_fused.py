@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastblt.kernels.cpu.linear import linear
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.latent_attention import StoredLatents
 from fastblt.kernels.paged_attention import PagedAttention, has_native
 from fastblt.kernels.types import RaggedRows
 from fastblt.models.blt import Blt, CausalAttention, init_weights
 from fastblt.models.config import StackConfig
-from fastblt.models.fused import fuse, is_fused, stream
+from fastblt.models.fused import fuse, is_fused
 from fastblt.models.layers import Rope
 from tests.models.training.toys import toy_config
 
@@ -98,21 +97,6 @@ def test_sequences_and_gradients_take_the_plain_way() -> None:
     attend = CausalAttention(model.config.encoder, 5, x.device)
     encoder(x, lambda i, q, k, v: attend(i, q[None], k[None], v[None])[0]).sum().backward()
     assert x.grad is not None
-
-
-def test_streamed_maps_agree_and_copy_nothing() -> None:
-    model = make("encoder")
-    with torch.inference_mode():
-        plain = rows_of(model)
-        assert stream(model) and stream(model), "every engine on a model asks for it"
-        streamed = rows_of(model)
-        for name, value in plain.items():
-            torch.testing.assert_close(streamed[name], value, atol=2e-5, rtol=2e-5)
-        many = torch.randn(200, model.config.decoder.hidden_size)
-        assert torch.equal(model.lm_head(many), many @ model.lm_head.weight.T)
-        assert torch.equal(model.lm_head(many[:3]), linear(many[:3], model.lm_head.weight))
-        model.lm_head.weight.mul_(2)
-        torch.testing.assert_close(model.lm_head(many[:3]), many[:3] @ model.lm_head.weight.T)
 
 
 def test_other_dtypes_stay_as_they_are() -> None:

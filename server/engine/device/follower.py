@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fastblt.kernels.cpu.threads import set_threads
 from fastblt.models.blt import GlobalTransformer
+from fastblt.models.packed import pack_maps
 from fastblt.models.tensor_parallel import split_transformer
 from fastblt.server.engine.cache.kv_caches import CacheGroup
 from fastblt.server.engine.device.forward import GroupAttention, Rows
@@ -62,13 +64,16 @@ class Follower:
         exchange = meet(join.store, join.rank, join.size, self._device)
         self._transformer: GlobalTransformer = split_transformer(join.config, exchange, exact=join.exact)
         weights = {
-            name: torch.empty(shape.shape, dtype=self._dtype, device=self._device)
-            for name, shape in self._transformer.state_dict().items()
+            name: torch.empty(shape.shape, dtype=getattr(torch, dtype), device=self._device)
+            for (name, shape), dtype in zip(self._transformer.state_dict().items(), join.dtypes, strict=True)
         }
         for weight in weights.values():
             dist.recv(weight, 0)
         self._transformer.load_state_dict(weights, assign=True)
         self._transformer.eval().requires_grad_(False)
+        if join.weights is not None:
+            set_threads(join.threads)
+            pack_maps(self._transformer, join.weights, prefix="global_transformer.")
         self._width = join.config.encoder.hidden_size * join.config.cross_attn_k
         self._group: CacheGroup | None = None
 

@@ -59,6 +59,9 @@ class Join(Message):
     device: str
     exact: bool
     threads: int
+    #: In which order and dtypes the weights come, and how they are kept; None: as they come.
+    dtypes: list[str]
+    weights: str | None
 
 
 class Prepare(Message):
@@ -138,7 +141,7 @@ class Leader(nn.Module):
     be split, RuntimeError if a rank does not come.
     """
 
-    def __init__(self, model: Blt, settings: EngineSettings, threads: int) -> None:
+    def __init__(self, model: Blt, settings: EngineSettings, threads: int, kept: str | None) -> None:
         super().__init__()
         size, exact = settings.tensor_parallel_size, settings.deterministic
         check_split(model.config, size)
@@ -147,17 +150,19 @@ class Leader(nn.Module):
         self._folder = tempfile.TemporaryDirectory(prefix="fastblt-ranks-")
         self._channels: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        dtype = _name(model.dtype)
         store = str(Path(self._folder.name) / "store")
+        weights = model.global_transformer.state_dict()
+        dtypes = [_name(weight.dtype) for weight in weights.values()]
         atexit.register(self.close)
         try:
             for rank in range(1, size):
                 self._start()
                 theirs = str(rank_device(settings.device, rank))
-                self._send(rank, Join(rank, size, store, model.config, dtype, theirs, exact, threads))
+                join = Join(rank, size, store, model.config, dtype, theirs, exact, threads, dtypes, kept)
+                self._send(rank, join)
             device = rank_device(settings.device, 0)
             exchange = meet(store, 0, size, device)
-            weights = model.global_transformer.state_dict()
             for rank in range(1, size):
                 for part in split_weights(weights, rank, size, exact=exact).values():
                     dist.send(part.to(device), rank)
@@ -227,13 +232,20 @@ class Leader(nn.Module):
                 raise RankLostError(f"rank {rank} is gone") from error
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def leader_of(model: Blt) -> Leader | None:
     """The leader that stands in place of a model's global transformer, if one does."""
     transformer = model.get_submodule("global_transformer")
     return transformer if isinstance(transformer, Leader) else None
 
 
-def spread(model: Blt, settings: EngineSettings, threads: int) -> None:
-    """Spread a model, on the CPU, over `tensor_parallel_size` ranks; this one's part goes to its device. As Leader."""
-    model.add_module("global_transformer", Leader(model, settings, threads))
+def spread(model: Blt, settings: EngineSettings, threads: int, kept: str | None = None) -> None:
+    """Spread a model, on the CPU, over `tensor_parallel_size` ranks; this one's part goes to its device. As Leader.
+
+    The others pack their parts as `kept` says (`packed.WEIGHTS`); None: they do not.
+    """
+    model.add_module("global_transformer", Leader(model, settings, threads, kept))
     model.to(rank_device(settings.device, 0))

@@ -72,7 +72,7 @@ def test_rounds_on_the_models_own_text_are_those_of_decoding(model: Blt, text: t
     assert rounds.bytes == rounds.accepted + rounds.rounds >= 59
     assert rounds.plain.decoder == rounds.bytes
     assert rounds.passes.decoder == 2 * rounds.rounds
-    assert rounds.weights(ModuleParameters.of(model)) > 0
+    assert rounds.weights(ModuleParameters.of(model.config)) > 0
 
 
 def test_noise_is_shared(model: Blt, text: torch.Tensor) -> None:

@@ -292,6 +292,8 @@ def test_native_code_may_be_turned_off(monkeypatch: pytest.MonkeyPatch, caplog: 
 @pytest.mark.parametrize("source", sorted(build.SOURCES.glob("*.c")), ids=lambda path: path.name)
 def test_every_source_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     flags = (*build.FLAGS, *build.machine_flags(), *build.MORE_FLAGS.get(source.name, ()))
+    if source.name in build.WIDE:
+        flags += build.wide_flags()
     strict = ("-O1", "-Wall", "-Wextra", "-Werror")
     command = [*compiler(), *flags, *strict, "-c", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True)

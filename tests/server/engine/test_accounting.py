@@ -139,7 +139,7 @@ def test_engine_ledger_counts_drafts_by_position() -> None:
 def test_gigabytes_follow_from_the_passes() -> None:
     rng = random.Random(1)
     done = run(Engine(model(0), settings()), [random_request(rng, "r")])["r"]
-    parameters = ModuleParameters.of(model(0))
+    parameters = ModuleParameters.of(model(0).config)
     assert done.ledger.gb_paper == gb_paper(parameters, done.ledger.decoder, done.ledger.global_) > 0
     assert done.ledger.gb == gb(parameters, done.ledger, 4) > 0
 

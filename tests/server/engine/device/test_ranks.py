@@ -16,6 +16,7 @@ import pytest
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
 from fastblt.models.config import ConfigError, StackConfig
+from fastblt.models.packed import is_packed
 from fastblt.server.engine.device.ranks import Leader, RankLostError, leader_of, spread
 from fastblt.server.engine.engine import Engine
 from fastblt.server.llm import LLM
@@ -47,9 +48,9 @@ MODELS = {"shipped": shipped, "wide": random_wide, "even": random_even}
 
 
 @contextmanager
-def ranks(model: Blt, how: EngineSettings) -> Iterator[Leader]:
+def ranks(model: Blt, how: EngineSettings, kept: str | None = None) -> Iterator[Leader]:
     """Two ranks, of which this process is the first, around `model`, which loses its global transformer."""
-    spread(model, replace(how, tensor_parallel_size=2), threads=1)
+    spread(model, replace(how, tensor_parallel_size=2), threads=1, kept=kept)
     leader = leader_of(model)
     assert leader is not None
     try:
@@ -94,6 +95,17 @@ def test_two_ranks_give_the_bytes_of_one(name: str, deterministic: bool) -> None
     assert engine.stats().prefix_hits > 0
     assert {key: done.ids for key, done in two.items()} == {key: done.ids for key, done in one.items()}
     assert {key: done.ledger for key, done in two.items()} == {key: done.ledger for key, done in one.items()}
+
+
+def test_ranks_keep_narrow_weights(tmp_path: Path) -> None:
+    save_checkpoint(random_even(), tmp_path)
+    how = settings(deterministic=True, max_running=4, weights="bfloat16", model=str(tmp_path))
+    one = run(Engine.load(how), requests())
+    model = load_checkpoint(tmp_path, weights="bfloat16", pack=False)
+    with ranks(model, how, "bfloat16") as leader:
+        two = run(Engine(model, how), requests())
+        assert is_packed(leader.transformer)
+    assert {key: done.ids for key, done in two.items()} == {key: done.ids for key, done in one.items()}
 
 
 def test_a_lost_rank_ends_the_engine() -> None:

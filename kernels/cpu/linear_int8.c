@@ -1,0 +1,223 @@
+/* y = x W^T on a CPU for weights of eight bits. linear.py has the layout.
+ *
+ * Inputs are cut into groups. In a group every row of x, and every output's weights, are whole numbers from -127 to 127
+ * times a scale of their own. So an input that is far larger than others costs precision in its own group only.
+ * Products of whole numbers are exact, and a group's are added to the output in the order of groups: a row's result
+ * depends neither on its batch nor on the processor.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "export.h"
+#include "narrow.h"
+
+/* GROUP in linear.py: a group's scales lie before its weights, [GROUP / 4][WIDTH][4]. */
+#define GROUP 128
+#define GROUP_BYTES (WIDTH * 4 + WIDTH * GROUP)
+/* Tiles whose sums are kept in the cache. */
+#define TILES 20
+#define AHEAD 2048
+
+/* Where instructions multiply bytes without a sign by such with one, x is moved by this, and the sum of weights that it
+ * adds is taken away. */
+#ifdef __AVX512VNNI__
+#define MOVED 128
+#else
+#define MOVED 0
+#endif
+
+/* ROWS rows of a group, x [GROUP / 4][ROWS][4] with a scale each, added to sums [ROWS][WIDTH]. */
+static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const float *scales, const void *panel,
+                                                           float *sums, int64_t ROWS) {
+    const float *own = panel;
+    const int8_t *weights = (const int8_t *)panel + WIDTH * 4;
+#if defined(__AVX512VNNI__)
+    __m512i low[12], high[12], low_all = _mm512_setzero_si512(), high_all = low_all, ones = _mm512_set1_epi8(1);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < ROWS; r++) low[r] = high[r] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < GROUP / 4; k++, weights += WIDTH * 4) {
+        if (ROWS <= 4) {
+            __builtin_prefetch(weights + AHEAD);
+            __builtin_prefetch(weights + AHEAD + 64);
+        }
+        __m512i a = _mm512_loadu_si512(weights), b = _mm512_loadu_si512(weights + 64);
+        low_all = _mm512_dpbusd_epi32(low_all, ones, a);
+        high_all = _mm512_dpbusd_epi32(high_all, ones, b);
+#pragma GCC unroll 12
+        for (int64_t r = 0; r < ROWS; r++) {
+            int32_t four;
+            memcpy(&four, x + (k * ROWS + r) * 4, 4);
+            __m512i bytes = _mm512_set1_epi32(four);
+            low[r] = _mm512_dpbusd_epi32(low[r], bytes, a);
+            high[r] = _mm512_dpbusd_epi32(high[r], bytes, b);
+        }
+    }
+    low_all = _mm512_slli_epi32(low_all, 7);
+    high_all = _mm512_slli_epi32(high_all, 7);
+    vf low_scales = read_floats(own), high_scales = read_floats(own + 16);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < ROWS; r++) {
+        vf a = (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(low[r], low_all)) * low_scales;
+        vf b = (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(high[r], high_all)) * high_scales;
+        a = read_floats(sums + r * WIDTH) + a * scales[r];
+        b = read_floats(sums + r * WIDTH + 16) + b * scales[r];
+        memcpy(sums + r * WIDTH, &a, sizeof a), memcpy(sums + r * WIDTH + 16, &b, sizeof b);
+    }
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t part = 0; part < WIDTH; part += 8) {
+        __m256i all[6];
+#pragma GCC unroll 6
+        for (int64_t r = 0; r < ROWS; r++) all[r] = _mm256_setzero_si256();
+        for (int64_t k = 0; k < GROUP / 4; k++) {
+            __m256i a = _mm256_loadu_si256((const __m256i *)(weights + (k * WIDTH + part) * 4));
+#pragma GCC unroll 6
+            for (int64_t r = 0; r < ROWS; r++) {
+                int32_t four;
+                memcpy(&four, x + (k * ROWS + r) * 4, 4);
+                __m256i bytes = _mm256_set1_epi32(four);
+                /* The sign goes to the weights: two products of 127 by 127 fit sixteen bits. */
+                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(bytes), _mm256_sign_epi8(a, bytes));
+                all[r] = _mm256_add_epi32(all[r], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+#pragma GCC unroll 6
+        for (int64_t r = 0; r < ROWS; r++) {
+            vf a = (vf)_mm256_cvtepi32_ps(all[r]) * read_floats(own + part);
+            a = read_floats(sums + r * WIDTH + part) + a * scales[r];
+            memcpy(sums + r * WIDTH + part, &a, sizeof a);
+        }
+    }
+#else
+    for (int64_t r = 0; r < ROWS; r++) {
+        int32_t all[WIDTH] = {0};
+        for (int64_t k = 0; k < GROUP / 4; k++)
+            for (int64_t i = 0; i < WIDTH; i++)
+                for (int64_t j = 0; j < 4; j++)
+                    all[i] += (int8_t)x[(k * ROWS + r) * 4 + j] * weights[(k * WIDTH + i) * 4 + j];
+        for (int64_t i = 0; i < WIDTH; i++) sums[r * WIDTH + i] += (float)all[i] * own[i] * scales[r];
+    }
+#endif
+}
+
+static __attribute__((noinline)) void tile(const uint8_t *x, const float *scales, const void *panel, float *sums,
+                                           int64_t rows) {
+#define ROWS(count) \
+    case count: multiply(x, scales, panel, sums, count); break;
+    switch (rows) {
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#if MOST_ROWS == 12
+        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#endif
+    }
+#undef ROWS
+}
+
+/* All rows by one panel of `groups`: outputs from `column` on. x is laid as in `lay`. */
+static void one_panel(const uint8_t *x, const float *scales, int64_t n, int64_t groups, const char *panel, float *y,
+                      int64_t size, int64_t column) {
+    float sums[TILES * MOST_ROWS * WIDTH] __attribute__((aligned(64)));
+    int64_t tiles = tiles_of(n), count = size - column < WIDTH ? size - column : WIDTH;
+    for (int64_t t = 0; t < tiles; t += TILES) {
+        int64_t until = t + TILES < tiles ? t + TILES : tiles, first = tile_start(n, tiles, t);
+        int64_t rows = tile_start(n, tiles, until) - first;
+        memset(sums, 0, sizeof(float) * rows * WIDTH);
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t i = t; i < until; i++) {
+                int64_t from = tile_start(n, tiles, i), own = tile_start(n, tiles, i + 1) - from;
+                int64_t at = from * groups + g * own;
+                tile(x + at * GROUP, scales + at, panel + g * GROUP_BYTES, sums + (from - first) * WIDTH, own);
+            }
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(y + (first + r) * size + column, sums + r * WIDTH, sizeof(float) * count);
+    }
+}
+
+/* A group of a row, `count` of whose inputs are there: whole numbers, every `step` bytes four of them, and their scale.
+ * What is not finite makes the scale NaN, and with it the row's results. */
+static void quantize(const float *x, int64_t count, int64_t step, uint8_t *out, float *scale) {
+    /* As whole numbers, floats without their sign are in their order too. */
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < count; k++) {
+        uint32_t bits;
+        memcpy(&bits, x + k, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float most;
+    memcpy(&most, &largest, 4);
+    /* The smallest numbers have no reciprocal. */
+    float by = most > 1e-36f && largest < 0x7f800000 ? 127.0f / most : 0.0f;
+    *scale = largest < 0x7f800000 ? most / 127.0f : NAN;
+    for (int64_t k = 0; k < GROUP; k++) {
+        /* Beside so large a number nothing behind the point is left. */
+        float whole = (k < count && by > 0.0f ? x[k] * by : 0.0f) + 12582912.0f;
+        int32_t bits;
+        memcpy(&bits, &whole, 4);
+        out[k / 4 * step + k % 4] = (uint8_t)(bits + MOVED);
+    }
+}
+
+/* Group g of all rows, as tiles [tile][group][GROUP / 4][rows][4], with scales [tile][group][rows]. */
+static void lay(const float *x, int64_t n, int64_t depth, int64_t groups, int64_t g, uint8_t *out, float *scales) {
+    int64_t tiles = tiles_of(n), count = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t from = tile_start(n, tiles, t), rows = tile_start(n, tiles, t + 1) - from;
+        int64_t at = from * groups + g * rows;
+        for (int64_t r = 0; r < rows; r++)
+            quantize(x + (from + r) * depth + g * GROUP, count, rows * 4, out + at * GROUP + r * 4, scales + at + r);
+    }
+}
+
+/* Returns 0, or 1 when memory ran out. */
+EXPORT int fastblt_linear_int8(const float *x, int64_t n, int64_t depth, const void *weights, int64_t size,
+                               int64_t threads, float *y) {
+    int64_t panels = (size + WIDTH - 1) / WIDTH, groups = (depth + GROUP - 1) / GROUP;
+    float *scales = malloc((n * groups + 1) * (sizeof(float) + GROUP));
+    if (!scales) return 1;
+    uint8_t *laid = (uint8_t *)(scales + n * groups);
+    if (n)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < groups; g++) lay(x, n, depth, groups, g, laid, scales);
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            one_panel(laid, scales, n, groups, (const char *)weights + p * groups * GROUP_BYTES, y, size, p * WIDTH);
+    }
+    free(scales);
+    return 0;
+}
+
+/* Outputs from `first` on as a panel. Returns the most weights of one of them that became nothing. */
+static int64_t pack_panel(const float *weights, int64_t first, int64_t size, int64_t depth, int64_t groups, char *to) {
+    int64_t lost[WIDTH] = {0}, most = 0;
+    memset(to, 0, groups * GROUP_BYTES);
+    for (int64_t g = 0; g < groups; g++, to += GROUP_BYTES) {
+        int64_t k = g * GROUP, count = depth - k < GROUP ? depth - k : GROUP;
+        for (int64_t i = 0; i < WIDTH && first + i < size; i++) {
+            const float *from = weights + (first + i) * depth + k;
+            uint8_t whole[GROUP];
+            quantize(from, count, 4, whole, (float *)to + i);
+            for (int64_t j = 0; j < count; j++) {
+                char number = (char)(whole[j] - MOVED);
+                to[WIDTH * 4 + (j / 4 * WIDTH + i) * 4 + j % 4] = number;
+                lost[i] += !number && from[j] != 0.0f;
+            }
+        }
+    }
+    for (int64_t i = 0; i < WIDTH; i++) most = lost[i] > most ? lost[i] : most;
+    return most;
+}
+
+/* W [size, depth] as panels of groups. Returns the largest share of an output's weights that became nothing. */
+EXPORT float fastblt_pack_int8(const float *weights, int64_t size, int64_t depth, int64_t threads, void *to) {
+    int64_t panels = (size + WIDTH - 1) / WIDTH, groups = (depth + GROUP - 1) / GROUP;
+    int64_t most = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++) {
+        int64_t own = pack_panel(weights, p * WIDTH, size, depth, groups, (char *)to + p * groups * GROUP_BYTES);
+        most = own > most ? own : most;
+    }
+    return (float)most / (float)depth;
+}
