@@ -50,9 +50,11 @@ def test_masked_passes_in_a_call_are_those_of_the_host(seed: int) -> None:
             params = replace(params, structured_output=rng.choice(STRUCTURES))
         prompt = [1] + [rng.randrange(4, 260) for _ in range(rng.choice((0, 1, 7, 60)))]
         requests.append(Request(f"r{at}", prompt, params, 0.0))
+    methods = {request.request_id: request.params.decoding.method for request in requests}
     results = []
     for fused in (False, True):
-        engine = Engine(model(which), settings(max_running=count, max_pass_rows=4096, prefix_cache=False))
+        passes = {"max_pass_rows": 4096, "max_passes_per_beat": 64 if fused else 1}
+        engine = Engine(model(which), settings(max_running=count, prefix_cache=False, **passes))
         fused_steps = engine._runner.fused_steps
         assert fused_steps is not None
         if not fused:
@@ -68,5 +70,7 @@ def test_masked_passes_in_a_call_are_those_of_the_host(seed: int) -> None:
     for name, one in host.items():
         assert calls_[name].ids == one.ids
         assert calls_[name].reason == one.reason
-        assert calls_[name].ledger.rounds == one.ledger.rounds
-        assert calls_[name].ledger.accepted == one.ledger.accepted
+        if methods[name] in (DecodingMethod.BLT, DecodingMethod.BLT_S):
+            # How much of a block a process has masks for in time is no function of the request.
+            assert calls_[name].ledger.rounds == one.ledger.rounds
+            assert calls_[name].ledger.accepted == one.ledger.accepted
