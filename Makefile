@@ -9,6 +9,8 @@ ARGS ?=
 # Examples of each test of requests in `make fuzz`, and seconds of raw HTTP.
 SEEDS ?= 1000
 SECONDS ?= 600
+# The environment of the clients that `make compat` tries.
+CLIENTS := $(CURDIR)/.venv-clients
 # Test processes; arithmetic in each is single-threaded.
 WORKERS ?= 2
 
@@ -16,7 +18,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve quick test sanitize fuzz compat lint format gpu-check clean
+.PHONY: help install serve quick test sanitize fuzz compat shots site lint format gpu-check clean
 
 help:
 	@echo "make serve      serve the shipped checkpoint on $(HOST):$(PORT)"
@@ -25,6 +27,8 @@ help:
 	@echo "make sanitize   the C kernels' tests, and an engine, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz       random requests, SEEDS (1000) of each test, and raw HTTP for SECONDS (600)"
 	@echo "make compat     try lm-evaluation-harness, guidellm and other clients against a server (installs them)"
+	@echo "make shots      take the pictures of the page that the documentation shows (needs Chromium)"
+	@echo "make site       build the documentation as a site in dist/site, and follow its links"
 	@echo "make lint       ruff and mypy"
 	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
 	@echo "make format     let ruff rewrite the tree"
@@ -62,7 +66,18 @@ fuzz: $(STAMP)
 
 compat: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,compat]'
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compat tests/benchmarks/evaluation/test_likelihood.py $(ARGS)
+	test -x $(CLIENTS)/bin/llm || { python=$$($(VENV)/bin/python -c 'import sys; print(sys.executable)') && \
+	  $$python -m venv $(CLIENTS) && $(CLIENTS)/bin/pip install --quiet --disable-pip-version-check \
+	  openai litellm langchain-openai llama-index-llms-openai-like llm; }
+	! command -v npm >/dev/null || test -d $(CLIENTS)/node/node_modules/openai || \
+	  npm install --silent --prefix $(CLIENTS)/node openai
+	CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compat tests/benchmarks/evaluation/test_likelihood.py $(ARGS)
+
+shots: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.browser.shots
+
+site: $(STAMP)
+	$(VENV)/bin/python -m fastblt.deploy.site
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -80,5 +95,5 @@ gpu-check: $(STAMP)
 	$(VENV)/bin/python -m fastblt.benchmarks.kernels.run gpu
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -176,6 +176,10 @@ def throughput(
         _write(json_path, result)
 
 
+#: The repository's own report in a checkout, elsewhere a folder of this one's.
+REPORT = Path("docs/benchmarks/report") if Path("docs/benchmarks/report").is_dir() else Path("bench-report")
+
+
 @app.command()
 def latency(
     model: Model = str(PRETRAINED),
@@ -199,7 +203,10 @@ def latency(
         texts = [text.encode() for text, _ in prompts(Dataset.HELD_OUT, batch_size, input_len, seed)]
         result = run(llm, texts, output_len, DecodingParams(method), iterations=num_iters, warm_up=num_iters_warmup)
         shares = ", ".join(f"p{share} {1000 * value:.1f}" for share, value in result["percentiles"].items())
-        typer.echo(f"mean {1000 * result['avg_latency']:.1f} ms ({shares})")
+        asked = f"{batch_size} prompts of {input_len} bytes, {output_len} bytes written for each, with {method}"
+        typer.echo(
+            f"from the prompts to the last byte ({asked}): mean {1000 * result['avg_latency']:.1f} ms ({shares})"
+        )
         _write(json_path, result)
 
 
@@ -256,9 +263,7 @@ def methods(
 
 @app.command("all")
 def all_parts(
-    folder: Annotated[Path, typer.Argument(help="Of the results, and of the report made from them.")] = Path(
-        "docs/benchmarks/report"
-    ),
+    folder: Annotated[Path, typer.Argument(help="Of the results, and of the report made from them.")] = REPORT,
     model: Model = str(PRETRAINED),
     traces: Annotated[
         Path | None,
@@ -279,9 +284,7 @@ def all_parts(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of the results that `bench all` left.", exists=True)] = Path(
-        "docs/benchmarks/report"
-    ),
+    folder: Annotated[Path, typer.Argument(help="Of the results that `bench all` left.", exists=True)] = REPORT,
 ) -> None:
     """Make one page of HTML, and its charts, from the results."""
     with clean_errors("bench"):

@@ -67,6 +67,7 @@ def load_checkpoint(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+    check_device(device)
     folder = checkpoint_folder(source, revision=revision, token=token)
     config = read_config(folder)
     # No memory and no initialization for weights that are about to be replaced.
@@ -98,6 +99,25 @@ def load_checkpoint(
     model._hash_powers = _hash_powers(config.hash_group_sizes, config.hash_functions).to(device)
     model._hash_offsets = (torch.arange(config.num_hash_tables) * config.hash_group_vocab).to(device)
     return model.eval().requires_grad_(False)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError for a device that torch does not have here; says what to do."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{str(device)!r} is no device; give cpu, cuda or cuda:N") from None
+    if wanted.type != "cuda" or torch.cuda.is_available():
+        count = torch.cuda.device_count() if wanted.type == "cuda" else 0
+        if wanted.type == "cuda" and (wanted.index or 0) >= count:
+            raise ValueError(f"there is no {wanted}: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise ValueError(
+            f"device {wanted} needs a build of torch for GPUs, and this one ({torch.__version__}) is for CPUs: "
+            "install another build (docs/gpu.md), or leave --device out"
+        )
+    raise ValueError(f"torch sees no GPU here, so there is no {wanted}: check nvidia-smi, or leave --device out")
 
 
 def save_checkpoint(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastblt.models.vocabulary import decode
@@ -19,6 +20,7 @@ from fastblt.server.request import (
     Ledger,
     PatchReport,
     Request,
+    Round,
     SamplingParams,
     read_prompt,
 )
@@ -45,6 +47,7 @@ class Completion:
     ledger: Ledger = field(default_factory=Ledger)
     decoding: DecodingParams | None = None
     patches: PatchReport | None = None
+    rounds: list[Round] | None = None
 
     @property
     def data(self) -> bytes:
@@ -53,6 +56,18 @@ class Completion:
     @property
     def text(self) -> str:
         return self.data.decode("utf-8", "replace")
+
+
+@dataclass(slots=True)
+class TextDelta(Delta):
+    """A delta, and the characters that it completes: all `text` joined is the completion's."""
+
+    text: str = ""
+
+    @property
+    def data(self) -> bytes:
+        """Its bytes."""
+        return decode(self.ids)
 
 
 class LLM:
@@ -84,9 +99,9 @@ class LLM:
             _take(completions[delta.request_id], delta)
         return list(completions.values())
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The deltas of one completion as they arrive. Raises as `generate` does."""
-        return self._shared.run(self._requests([prompt], params))
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """The deltas of one completion as they arrive, with their text. Raises as `generate` does."""
+        return _with_text(self._shared.run(self._requests([prompt], params)))
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -119,11 +134,20 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return prompts  # type: ignore[return-value]
 
 
+def _with_text(deltas: Iterator[Delta]) -> Iterator[TextDelta]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for delta in deltas:
+        text = decoder.decode(decode(delta.ids), delta.finish_reason is not None)
+        yield TextDelta(**{one.name: getattr(delta, one.name) for one in fields(delta)}, text=text)
+
+
 def _take(completion: Completion, delta: Delta) -> None:
     completion.ids += delta.ids
     if delta.logprobs is not None:
         completion.logprobs = completion.logprobs or []
         completion.logprobs += delta.logprobs
+    if delta.rounds is not None:
+        completion.rounds = (completion.rounds or []) + delta.rounds
     completion.prompt_logprobs = delta.prompt_logprobs or completion.prompt_logprobs
     if delta.finish_reason is not None:
         completion.finish_reason = delta.finish_reason

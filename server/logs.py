@@ -14,6 +14,10 @@ from enum import StrEnum
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
+#: What takes a while before anything else can be seen: compiling, loading.
+progress = logging.getLogger("fastblt.progress")
+
+
 class LogLevel(StrEnum):
     DEBUG = "debug"
     INFO = "info"
@@ -40,7 +44,11 @@ class _TextFormatter(logging.Formatter):
         current = request_id.get()
         # One event is one line, whatever a client made it say; a traceback comes after it.
         first, newline, rest = text.partition("\n")
-        return f"{first} request_id={current}{newline}{rest}" if current else text
+        if current:
+            text = f"{first} request_id={current}{newline}{rest}"
+        # What people want to read below the line, and programs have in fields.
+        more = getattr(record, "more", None)
+        return f"{text}\n{more}" if more else text
 
 
 class _JsonFormatter(logging.Formatter):
@@ -70,3 +78,12 @@ def configure(settings: LogSettings) -> None:
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+
+
+def show_progress() -> None:
+    """Tell a command's user on standard error what takes a while, and nothing else."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("fastblt: %(message)s"))
+    progress.addHandler(handler)
+    progress.setLevel(logging.INFO)
+    progress.propagate = False

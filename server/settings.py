@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from fastblt.server.request import DecodingParams
+from fastblt.server.request.decoding import as_decoding
 
 #: The checkpoint that ships with the package.
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
@@ -74,6 +75,7 @@ class EngineSettings:
     allow_untrained_block_size: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", as_decoding(self.decoding))
         _check_ranges(
             self,
             {
@@ -145,10 +147,14 @@ class HttpSettings:
     access_log: bool = False
     #: Whether the four gauges that gateways and autoscalers read are repeated under vLLM's names.
     vllm_metrics: bool = False
+    #: `max_tokens` of requests that name none.
+    default_max_tokens: int = 16
+    #: Whether the page at / is served.
+    page: bool = True
     #: URL to send traces to.
     otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        _check_ranges(self, {"shutdown_timeout": (0, _LONGEST_SECONDS)})
+        _check_ranges(self, {"shutdown_timeout": (0, _LONGEST_SECONDS), "default_max_tokens": (1, 2**24)})
         if not all(key.strip() for key in self.api_keys):
             raise ValueError("an API key must not be empty")

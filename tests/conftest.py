@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 #: reference, which has no cache. `make quick` leaves them out (`-m "not slow"`).
 SLOW = (
     "benchmarks",
+    "browser",
     "compat",
     "deploy/test_monitoring.py",
     "deploy/ray/test_app.py",

@@ -6,17 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fastblt.benchmarks.evaluation.journal import Record
+from fastblt.benchmarks.labels import name_points
+from fastblt.benchmarks.palette import METHODS, SERIES
 from fastblt.benchmarks.settings import family
 
-_COLORS = {
-    "blt": "black",
-    "blt-s": "tab:gray",
-    "blt-dv": "tab:green",
-    "blt-dsv": "tab:purple",
-    "blt-d-4": "tab:blue",
-    "blt-d-8": "tab:orange",
-    "blt-d-16": "tab:red",
-}
 _MARKERS = {0.8: "v", 0.9: "s", 0.95: "D", 1.0: "o"}
 
 
@@ -30,23 +23,30 @@ def quality(result: Record, file: Path, clock: str = "bytes_per_second") -> None
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row")
     titles = {"alone": "one request at a time", "together": f"{result['concurrency']} requests at a time"}
     shares = {"bytes_right": "bytes of the next line before the first wrong one", "parses": "share that parses"}
+    named: list[tuple[Any, list[tuple[float, float, str]]]] = []
     unit = "bytes per second" + (" of processor time" if clock != "bytes_per_second" else "")
-    for row, (share, label) in zip(axes, shares.items(), strict=True):
+    for row, (share, words) in zip(axes, shares.items(), strict=True):
         for axis, where in zip(row, titles, strict=True):
+            names: list[tuple[float, float, str]] = []
             for setting, found in result["settings"].items():
                 x, y = found[where][clock], found[share]
                 kind = family(setting)
-                axis.scatter(x, y, color=_COLORS.get(kind, "tab:purple"), label=kind, s=28, zorder=3)
-                axis.annotate(setting.rpartition(" ")[2], (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
+                axis.scatter(x, y, color=METHODS.get(kind, SERIES[-1]), label=kind, s=28, zorder=3)
+                names.append((x, y, setting.rpartition(" ")[2]))
             axis.grid(alpha=0.3)
-        # Leave room for labels at the top.
-        row[0].set_ylim(0, 1.1 * max(found[share] for found in result["settings"].values()) or 1)
-        row[0].set_ylabel(label)
+            named.append((axis, names))
+        # Leave room for names at the top.
+        best = max(found[share] for found in result["settings"].values())
+        row[0].set_ylim(0.75 * min(found[share] for found in result["settings"].values()), 1.15 * best or 1)
+        row[0].set_ylabel(words)
     for axis, title in zip(axes[0], titles.values(), strict=True):
         axis.set_title(title)
     for axis in axes[1]:
         axis.set_xlabel(unit)
     _legend(axes[0][0])
+    figure.tight_layout()
+    for axis, names in named:
+        name_points(axis, names, 6)
     _save(plt, figure, file)
 
 
@@ -63,7 +63,7 @@ def diversity(result: Record, file: Path) -> None:
             axis.scatter(
                 row["decoder_nfe"],
                 row[name],
-                color=_COLORS.get(kind, "tab:purple"),
+                color=METHODS.get(kind, SERIES[-1]),
                 marker=_MARKERS.get(row["top_p"], "x"),
                 label=kind,
                 s=28,

@@ -108,7 +108,7 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> dict[str
     try:
         async with session.get(url, timeout=aiohttp.ClientTimeout(total=30)) as answer:
             if answer.status != 200:
-                raise ValueError(f"{url} answers {answer.status}; give --model, or a key in OPENAI_API_KEY")
+                raise ValueError(f"{url} answers {answer.status}; give --model, or a key in FASTBLT_API_KEY")
             listed = (await answer.json()).get("data") or []
     except (TimeoutError, aiohttp.ClientError) as error:
         raise ValueError(f"{url} cannot be asked ({error}); start the server, or correct --base-url") from error

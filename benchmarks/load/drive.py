@@ -93,7 +93,7 @@ async def drive(
 
 
 def _session() -> aiohttp.ClientSession:
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("FASTBLT_API_KEY") or os.environ.get("OPENAI_API_KEY")
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         headers={"Authorization": f"Bearer {key}"} if key else None,

@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.figure import Figure
 
+from fastblt.benchmarks.labels import name_points
+from fastblt.benchmarks.palette import METHODS, SERIES
 from fastblt.benchmarks.report.facts import Results, lossless, method_runs, title
 
-_COLORS = ("#2f5d8a", "#d9822b", "#4a9c6d", "#a3477f", "#7a6a53", "#5b5ea6")
 _STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 10,
@@ -26,7 +27,7 @@ _STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "axes.prop_cycle": cycler(color=_COLORS),
+    "axes.prop_cycle": cycler(color=SERIES),
 }
 
 
@@ -63,17 +64,21 @@ def throughput(results: Results) -> Figure | None:
     if not series:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    names: list[tuple[float, float, str]] = []
     for method, points in series.items():
         points.sort(key=lambda point: point[0])
         rate = [result["output_byte_throughput"] for _, result in points]
-        left.plot(rate, [result["median_tpob_ms"] for _, result in points], marker="o", label=method)
-        right.plot(rate, [result["p99_ttft_ms"] for _, result in points], marker="o", label=method)
+        color = METHODS.get(method, SERIES[-1])
+        left.plot(rate, [result["median_tpob_ms"] for _, result in points], marker="o", label=method, color=color)
+        right.plot(rate, [result["p99_ttft_ms"] for _, result in points], marker="o", label=method, color=color)
         for (count, result), x in zip(points, rate, strict=True):
-            left.annotate(str(count), (x, result["median_tpob_ms"]), xytext=(4, 4), textcoords="offset points")
-    left.set(xlabel="output bytes/s", ylabel="ms a byte, median", title="Time per byte (streams beside the points)")
-    right.set(xlabel="output bytes/s", ylabel="ms, p99", title="Time to the first byte")
+            names.append((x, result["median_tpob_ms"], str(count)))
+    heading = "Time per byte (numbers: streams at once)"
+    left.set(xlabel="output, bytes a second", ylabel="ms a byte, median", title=heading)
+    right.set(xlabel="output, bytes a second", ylabel="ms, 99th percentile", title="Time to the first byte")
     left.legend()
     figure.tight_layout()
+    name_points(left, names, 7)
     return figure
 
 
@@ -120,10 +125,10 @@ def predicted(results: Results) -> Figure | None:
         rows = {name: row for name, row in run["settings"].items() if _shown(name, plain=True)}
         shares = [row["predicted_over_measured"] for row in rows.values()]
         # There are fewer colors than runs.
-        marker = "os^"[at // len(_COLORS) % 3]
+        marker = "os^"[at // len(SERIES) % 3]
         axis.plot(list(rows), shares, marker=marker, linestyle="none", label=title(part, batch))
     axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.axhspan(0.9, 1.1, color=_COLORS[2], alpha=0.12)
+    axis.axhspan(0.9, 1.1, color=SERIES[2], alpha=0.12)
     axis.set(ylabel="predicted / measured", title="Time that the passes should take, over the time taken (band: 10 %)")
     axis.tick_params(axis="x", rotation=45)
     for label in axis.get_xticklabels():
@@ -163,7 +168,7 @@ def roofline(results: Results) -> Figure | None:
     for axis, name in zip(axes.flat, names, strict=True):
         [(batch, run)] = results[name]["batches"].items()
         curve = run["curve"]
-        for color, (module, label) in zip(_COLORS, labels.items(), strict=False):
+        for color, (module, label) in zip(SERIES, labels.items(), strict=False):
             axis.plot(curve["rows"], [1000 * t for t in curve["seconds"][module]], marker=".", color=color, label=label)
             floor = [1000 * _floor(curve, module, rows) for rows in curve["rows"]]
             axis.plot(curve["rows"], floor, linestyle="--", color=color, linewidth=1)

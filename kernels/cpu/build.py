@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -28,6 +29,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+#: Tells whoever waits what takes so long (`server/logs.py`).
+_progress = logging.getLogger("fastblt.progress")
 
 SOURCES = Path(__file__).resolve().parent
 #: Sums are reordered only where the source says so; NaN and infinity survive.
@@ -54,6 +58,9 @@ WIDE_FLAGS = (
 )
 #: Seconds that the compiler has for a file.
 PATIENCE = 120
+
+#: Seconds between two words of progress.
+_TELL_SECONDS = 5
 
 _SEAL = hashlib.sha256().digest_size
 
@@ -203,11 +210,16 @@ class Build:
             return 0
         kept = {name: unsealed(folder / name) for name in self._objects}
         missing = [name for name, code in kept.items() if code is None]
+        if missing:
+            _progress.info("compiling %d files of C, once for this machine; it may take a minute", len(missing))
+        told = time.monotonic()
         with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(_cores()) as pool:
-            for name, code in zip(
-                missing, pool.map(lambda name: self._compile(name, Path(scratch)), missing), strict=True
-            ):
+            compiled = pool.map(lambda name: self._compile(name, Path(scratch)), missing)
+            for done, (name, code) in enumerate(zip(missing, compiled, strict=True), 1):
                 keep(folder / name, code)
+                if time.monotonic() - told >= _TELL_SECONDS:
+                    told = time.monotonic()
+                    _progress.info("compiled %d of %d files", done, len(missing))
             for name, old in kept.items():
                 if old is not None:
                     (Path(scratch) / name).write_bytes(old)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from fastblt.server.api import completions, errors, operations, tokenization
+from fastblt.server.api import completions, errors, operations, page, tokenization
 from fastblt.server.api.bodies import Bodies
 from fastblt.server.api.metrics import Metrics
 from fastblt.server.api.middleware import Requests
@@ -44,6 +44,7 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     app.state.client = client
     app.state.metrics = metrics
     app.state.bodies = Bodies()
+    app.state.default_max_tokens = http.default_max_tokens
     app.state.priorities = http.scheduling_policy is SchedulingPolicy.PRIORITY
     client.observers = (metrics.observe, tracer.observe) if tracer is not None else (metrics.observe,)
     errors.install(app)
@@ -51,7 +52,11 @@ def create_app(client: EngineClient, http: HttpSettings | None = None) -> FastAP
     app.include_router(tokenization.router)
     app.include_router(operations.router)
     # The middleware added last runs first. CORS runs before the key check: a browser's preflight request has no key.
-    app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected)
+    open_paths: frozenset[str] = frozenset()
+    if http.page:
+        app.include_router(page.router)
+        open_paths = page.PATHS
+    app.add_middleware(Gate, keys=http.api_keys, on_refusal=metrics.count_rejected, open_paths=open_paths)
     if http.cors_origins:
         app.add_middleware(
             Browsers,

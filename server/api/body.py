@@ -190,11 +190,44 @@ def _validate(schema: type[Schema], data: dict[str, Any]) -> Schema:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         # pydantic adds names of union members and validators to the path. The client does not know them.
         path = [str(part) for part in first["loc"]]
         param = ".".join(path[:2] if path[:1] in (["decoding"], ["stream_options"]) else path[:1])
-        refuse(f"{param[:64]}: {first['msg']}", param[:64] or None)
+        refuse(_in_words(param[:64], path[-1][:64], dict(first), schema), param[:64] or None)
+
+
+#: What a value must be, by pydantic's word for what is wrong with it.
+_MUST_BE = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a string",
+}
+
+
+def _in_words(param: str, name: str, error: dict[str, Any], schema: type[BaseModel]) -> str:
+    """What is wrong with a field, in words that do not presume to know this program."""
+    context = error.get("ctx") or {}
+    match error["type"]:
+        case "extra_forbidden":
+            holder = param.partition(".")[0]
+            known = getattr(schema.model_fields[holder].annotation, "model_fields", None)
+            fields = f"; its fields are {', '.join(known)}" if known else ""
+            return f"{holder} has no field {name}{fields}"
+        case "enum" | "literal_error":
+            return f"{param} must be {context.get('expected')}"
+        case "greater_than_equal" | "less_than_equal":
+            return f"{param} is out of range"
+        case "value_error":
+            return f"{param} {error['msg'].removeprefix('Value error, ')}"
+        case kind if kind in _MUST_BE:
+            return f"{param} must be {_MUST_BE[kind]}"
+    return f"{param}: {error['msg']}"
 
 
 def _ignored(unknown: list[str]) -> list[str]:

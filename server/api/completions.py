@@ -39,6 +39,7 @@ from fastblt.server.request import (
     InvalidRequestError,
     Ledger,
     PatchReport,
+    Round,
 )
 
 #: The response header with the names of request fields that were ignored.
@@ -57,15 +58,17 @@ async def create_completion(request: Request) -> Response:
     bodies: Bodies = request.app.state.bodies
     # Before the body is read: these raise EngineUnavailableError while the engine is loading or dead.
     model, max_model_len = client.model_name, client.max_model_len
+    names = client.model_names
     held = await bodies.read(request, max_body_bytes(max_model_len))
 
     def work() -> tuple[_Completion, list[str]]:
         body, ignored = parse_body(held.data, CompletionRequest, "prompt", max_model_len)
-        check_model(body.model, model)
+        check_model(body.model, names)
         if body.priority != 0 and not request.app.state.priorities:
             message = "priority must be 0: this server was started without --scheduling-policy priority"
             raise InvalidRequestError(message, "priority")
-        return _Completion(body, model, body.take_prompts(max_model_len)), ignored
+        prompts = body.take_prompts(max_model_len, request.app.state.default_max_tokens)
+        return _Completion(body, body.model or model, prompts, ignored), ignored
 
     try:
         completion, ignored = await bodies.work(len(held.data), work)
@@ -89,6 +92,10 @@ async def create_completion(request: Request) -> Response:
         stream.close()
 
 
+#: About how many bytes of an answer the report of a round takes for each byte of text.
+_ROUND_BYTES = 256
+
+
 def _shown_bytes(top: int | None) -> int:
     """About how many bytes of an answer one byte of text takes, with logprobs and `top` alternatives unless None."""
     return 1 if top is None else 32 * (1 + top)
@@ -109,13 +116,14 @@ class _Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     patches: PatchReport | None = None
+    rounds: list[Round] = field(default_factory=list)
     cached: int = 0
 
 
 class _Completion:
     """One call: its requests and their results."""
 
-    def __init__(self, body: CompletionRequest, model: str, prompts: list[Prompt]) -> None:
+    def __init__(self, body: CompletionRequest, model: str, prompts: list[Prompt], ignored: list[str]) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self.body = body
         self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
@@ -128,7 +136,7 @@ class _Completion:
             for index, request in enumerate(self.requests)
         }
         # About how many bytes of the answer one output byte takes, and the prompt of one choice.
-        self._byte_size = _shown_bytes(body.logprobs)
+        self._byte_size = _shown_bytes(body.logprobs) + (_ROUND_BYTES if body.return_rounds else 0)
         self._prompt_size = 0
         if body.shows_prompt:
             self._prompt_size = max(len(prompt.ids) for prompt in prompts) * _shown_bytes(body.scores_prompt)
@@ -140,10 +148,12 @@ class _Completion:
         # What stands before and after the text in events that have nothing but text. They are frequent, so they are
         # joined from these parts and not encoded each time.
         self._plain: tuple[bytes, bytes] | None = None
-        if not self._continuous and not self._shows_ids and body.logprobs is None:
+        if not self._continuous and not self._shows_ids and body.logprobs is None and not body.return_rounds:
             before = b"data: " + to_json(self._head)[:-1] + b',"choices":[{"index":'
             after = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
             self._plain = before, after + (b',"usage":null}' if usage else b"}") + b"\n\n"
+        #: What the caller should know, in the answer or with the end of its first choice.
+        self._warnings = [f"{name} is no field of this server and was ignored" for name in ignored]
         self.failed = False
         self._ledger = Ledger()
         self._decoding = DecodingParams()
@@ -172,7 +182,8 @@ class _Completion:
         for delta in everything:
             texts[delta.request_id].append(self._feed(self._choices[delta.request_id], delta))
         choices = [self._rendered(self._choices[request_id], "".join(text)) for request_id, text in texts.items()]
-        return to_json({**self._head, "choices": choices, "usage": self._usage(), "efficiency": self._efficiency()})
+        about = {"usage": self._usage(), "efficiency": self._efficiency(), **self._take_warnings()}
+        return to_json({**self._head, "choices": choices, **about})
 
     def render(self, deltas: list[Delta]) -> bytes:
         """The server-sent events for the deltas of one step. If a choice failed, they end the stream."""
@@ -191,10 +202,12 @@ class _Completion:
                         encoded = f'{choice.index},"text":{encode_basestring(text)}'.encode()
                         chunks += [before, one_line(encoded), after]
                     continue
-                if not text and not choice.fresh:
+                if not text and not choice.fresh and not choice.rounds:
                     continue
-            usage = {"usage": self._usage_so_far()} if self._continuous else self._no_usage
-            chunks.append(event({**self._head, "choices": [self._rendered(choice, text)], **usage}))
+            more = {"usage": self._usage_so_far()} if self._continuous else self._no_usage
+            if delta.finish_reason is not None:
+                more = more | self._take_warnings()
+            chunks.append(event({**self._head, "choices": [self._rendered(choice, text)], **more}))
         return b"".join(chunks)
 
     def last(self) -> bytes:
@@ -206,6 +219,11 @@ class _Completion:
         last = {"choices": [], "usage": self._usage(), "efficiency": self._efficiency()}
         return event({**self._head, **last}) + DONE
 
+    def _take_warnings(self) -> dict[str, Any]:
+        """The field for what the caller should know; nothing where there is nothing, or it was told."""
+        warnings, self._warnings = self._warnings, []
+        return {"warnings": warnings} if warnings else {}
+
     def _feed(self, choice: _Choice, delta: Delta) -> str:
         """Record a delta. Returns the text that it completes."""
         text = ""
@@ -213,6 +231,7 @@ class _Completion:
             choice.begun = True
             text = self._begin(choice, delta)
         final = delta.finish_reason is not None
+        choice.rounds += delta.rounds or ()
         if final:
             choice.finish_reason = delta.finish_reason
             choice.stop_reason = delta.stop_reason
@@ -267,6 +286,9 @@ class _Completion:
             rendered["prompt_logprobs"] = self._prompt_logprobs(choice, body.prompt_logprobs)
         if choice.patches is not None:
             rendered["patches"] = asdict(choice.patches)
+        if body.return_rounds:
+            rounds, choice.rounds = choice.rounds, []
+            rendered["rounds"] = [_round(one) for one in rounds]
         return rendered
 
     def _prompt_logprobs(self, choice: _Choice, top: int) -> list[dict[str, Any] | None]:
@@ -333,3 +355,22 @@ class _Completion:
             "gb_paper": ledger.gb_paper,
             "gb": ledger.gb,
         }
+
+
+def _round(one: Round) -> dict[str, Any]:
+    """How a round made some bytes, as clients get it."""
+    return {
+        "method": one.method,
+        "start": one.start,
+        "token_ids": one.ids,
+        "origins": one.origins,
+        "draft_token_ids": one.draft,
+        "accepted": one.accepted,
+        "steps": one.steps,
+        "entropies": one.entropies,
+        "patches": one.patches,
+        "seconds": one.seconds,
+        "nfe": {"patcher": one.patcher, "encoder": one.encoder, "global": one.global_, "decoder": one.decoder},
+        "gb": one.gb,
+        "gb_blt": one.gb_blt,
+    }

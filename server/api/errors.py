@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from fastblt.server.api import elsewhere
 from fastblt.server.process.client import EngineState, EngineUnavailableError
 from fastblt.server.request import Delta, ErrorCode, InvalidRequestError, QueueFullError
 
@@ -88,10 +89,12 @@ def error_object(status: int, message: str, code: str, param: str | None = None)
     return {"error": {"message": text, "type": _TYPES.get(status, fallback), "param": param, "code": code}}
 
 
-def check_model(asked: str | None, served: str) -> None:
-    """Raises ApiError (404) if `asked` names another model. None stands for the model that is served."""
-    if asked is not None and asked != served:
-        raise ApiError(404, f"the model {asked!r} is not served here", code="model_not_found", param="model")
+def check_model(asked: str | None, served: Sequence[str]) -> None:
+    """Raises ApiError (404) if `asked` is none of the model's names. None stands for the model that is served."""
+    if asked is not None and asked not in served:
+        names = " or ".join(map(repr, served))
+        message = f"the model {asked[:200]!r} is not served here; ask for {names}, or leave `model` out"
+        raise ApiError(404, message, code="model_not_found", param="model")
 
 
 def failure(delta: Delta) -> ApiError:
@@ -140,13 +143,23 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(500, "the server failed to handle this request", code="internal_error", headers=headers)
 
 
+def _with_advice(problem: ApiError, request: Request) -> ApiError:
+    """The same error; for a path or method that there is not, with a message that says what to ask instead."""
+    if problem.code == "not_found":
+        problem.message = elsewhere.not_found(request.url.path)
+    elif problem.code == "method_not_allowed":
+        allowed = next((value for name, value in problem.headers.items() if name.lower() == "allow"), "")
+        problem.message = elsewhere.wrong_method(request.url.path, request.method, allowed)
+    return problem
+
+
 def install(app: FastAPI) -> None:
     """Make `app` answer every exception with an error object, and count it in the metrics."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # The client has left. This is for the log only.
-        problem = to_api_error(error)
+        problem = _with_advice(to_api_error(error), request)
         if problem.status >= 500 and not problem.taken:
             logger.error("%s: %s", problem.code, problem.message)
         request.app.state.metrics.count_rejected(problem, request.method)

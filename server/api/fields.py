@@ -25,7 +25,7 @@ _TEXT = {"type": "string", "minLength": 1}
 
 def bounded_object(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise ValueError(f"an object of {len(value)} keys is too large")
+        raise ValueError(f"is an object of {len(value)} keys, which is too large")
     return without_nulls(value) if isinstance(value, dict) else value
 
 

@@ -34,14 +34,15 @@ async def ready(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(request.app.state.client)]})
+    client: EngineClient = request.app.state.client
+    return JSONResponse({"object": "list", "data": [_card(client, name) for name in client.model_names]})
 
 
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> Response:
-    card = _card(request.app.state.client)
-    check_model(model, card["id"])
-    return JSONResponse(card)
+    client: EngineClient = request.app.state.client
+    check_model(model, client.model_names)
+    return JSONResponse(_card(client, model))
 
 
 @router.get("/version")
@@ -70,11 +71,12 @@ def _state(client: EngineClient, good: bool) -> Response:
     return JSONResponse(error_object(503, client.reason, client.state), 503)
 
 
-def _card(client: EngineClient) -> dict[str, Any]:
-    """OpenAI's model object, with the settings of the checkpoint that decide its patches and block sizes."""
+def _card(client: EngineClient, name: str) -> dict[str, Any]:
+    """OpenAI's model object under one of the model's names, with the settings of the checkpoint that decide its patches
+    and block sizes."""
     config = client.config
     return {
-        "id": client.model_name,
+        "id": name,
         "object": "model",
         "created": _STARTED,
         "owned_by": "fastblt",

@@ -36,6 +36,8 @@ MAX_N = 16
 #: Log-probabilities that one call may ask for, alternatives included: those of its prompts, and, if the answer is not
 #: streamed, those of all its bytes. All of these are held until they are written at once.
 MAX_LOGPROBS_PER_CALL = 2**18
+#: Bytes of all choices whose rounds one answer may hold, if it is not streamed.
+MAX_ROUND_BYTES = 2**16
 MAX_SALT = 256
 #: Priorities range from -MAX_PRIORITY to MAX_PRIORITY.
 MAX_PRIORITY = 1000
@@ -89,7 +91,8 @@ class CompletionRequest(BaseModel):
     """OpenAI's legacy completion request and the usual extensions. A token is a byte; other fields are ignored, but for
     those that would restrict what is written."""
 
-    #: Fields of other servers without which the answer would be another one, and what to send instead.
+    #: Fields of other servers without which the answer would be another one, and fields at a wrong place; and what to
+    #: send instead.
     REFUSED: ClassVar[dict[str, str]] = {
         "guided_json": 'send structured_outputs: {"json": ...}',
         "guided_regex": 'send structured_outputs: {"regex": ...}',
@@ -100,7 +103,10 @@ class CompletionRequest(BaseModel):
         "regex": 'send structured_outputs: {"regex": ...}',
         "allowed_token_ids": "send logit_bias, or structured_outputs with a regex",
         "bad_words": "send logit_bias for bytes; whole words cannot be forbidden",
-    }
+        "messages": "a base model has no chat template: send `prompt`, the text to go on from",
+        "input": "send `prompt`, the text to go on from",
+        "extra_body": "it is an argument of OpenAI's client: send its fields themselves",
+    } | {name: f'send decoding: {{"{name}": ...}}' for name in DecodingOptions.model_fields}
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -114,6 +120,7 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(bounded_object)] | None = None
     max_tokens: Int64 = Field(default=16, json_schema_extra=_range(0, 2**31))
+    max_completion_tokens: Int64 | None = Field(default=None, json_schema_extra=_range(0, 2**31))
     min_tokens: Int64 = Field(default=0, json_schema_extra=_range(0, 2**31))
     temperature: float = Field(default=1.0, json_schema_extra=_range(0, 100))
     top_k: Int64 = Field(default=0, json_schema_extra=_range(-1, 2**31))
@@ -134,6 +141,7 @@ class CompletionRequest(BaseModel):
     return_tokens_as_token_ids: bool = False
     return_base64: bool = False
     return_patches: bool = False
+    return_rounds: bool = False
     priority: Int64 = Field(default=0, json_schema_extra=_range(-MAX_PRIORITY, MAX_PRIORITY))
     cache_salt: str | None = Field(default=None, json_schema_extra={"minLength": 1, "maxLength": MAX_SALT})
     user: str | None = None
@@ -175,19 +183,29 @@ class CompletionRequest(BaseModel):
             logprobs=self.logprobs,
             prompt_logprobs=self.scores_prompt,
             return_patches=self.return_patches,
+            return_rounds=self.return_rounds,
             utf8=self.utf8,
             structured_output=structured_output(self.response_format, self.structured_outputs),
             decoding=DecodingParams(**dict(self.decoding)),
         )
 
-    def take_prompts(self, max_model_len: int) -> list[Prompt]:
+    def take_prompts(self, max_model_len: int, default_max_tokens: int = 16) -> list[Prompt]:
         """The prompts. Checks all limits of the call, and drops `self.prompt` to free its memory.
 
-        Raises InvalidRequestError.
+        A `max_tokens` that was left out becomes the default, or less where a prompt leaves less room, but not less than
+        OpenAI's 16. Raises InvalidRequestError.
         """
+        if (other := self.max_completion_tokens) is not None:
+            if "max_tokens" in self.model_fields_set and other != self.max_tokens:
+                message = "max_completion_tokens is another name of max_tokens; send one of them"
+                raise InvalidRequestError(message, "max_completion_tokens")
+            self.max_tokens = other
         self._check()
         prompts = self._prompts(max_model_len)
         self.prompt = None
+        if "max_tokens" not in self.model_fields_set:
+            room = max_model_len - max(len(prompt.ids) for prompt in prompts)
+            self.max_tokens = max(min(default_max_tokens, room), min(default_max_tokens, 16))
         if len(prompts) * self.n > MAX_CHOICES:
             raise InvalidRequestError(
                 f"{len(prompts)} prompts with n = {self.n} make more than {MAX_CHOICES} choices", "prompt"
@@ -200,6 +218,12 @@ class CompletionRequest(BaseModel):
         values = 0 if self.scores_prompt is None else ids * (1 + self.scores_prompt)
         if self.logprobs is not None and not self.stream:
             values += self.max_tokens * len(prompts) * self.n * (1 + self.logprobs)
+        if self.return_rounds and not self.stream and self.max_tokens * len(prompts) * self.n > MAX_ROUND_BYTES:
+            raise InvalidRequestError(
+                f"return_rounds for more than {MAX_ROUND_BYTES} bytes is only streamed: set stream, or ask for fewer "
+                "choices or max_tokens",
+                "return_rounds",
+            )
         if values > MAX_LOGPROBS_PER_CALL:
             raise InvalidRequestError(
                 f"logprobs of up to {values} ids were asked for, those of alternatives and prompts included; at most "

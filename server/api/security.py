@@ -34,11 +34,19 @@ class Browsers(CORSMiddleware):
 class Gate:
     """Refuses headers that are too large (431) and, if there are keys, requests without one of them (401).
 
+    `open_paths` need no key either: those of the page, which holds nothing but itself.
     It runs before the router and compares whole paths, so no other spelling of a path avoids the check.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], on_refusal: Callable[[ApiError, str], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        on_refusal: Callable[[ApiError, str], None],
+        open_paths: Iterable[str] = (),
+    ) -> None:
         self._app = app
+        self._open = _OPEN | set(open_paths)
         self._digests = [_digest(key.encode()) for key in keys]
         self._on_refusal = on_refusal
 
@@ -58,7 +66,7 @@ class Gate:
                 f"the request has more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them",
                 code="headers_too_large",
             )
-        if not self._digests or scope["path"] in _OPEN or self._knows(dict(headers).get(b"authorization", b"")):
+        if not self._digests or scope["path"] in self._open or self._knows(dict(headers).get(b"authorization", b"")):
             return None
         return ApiError(
             401,

@@ -10,6 +10,7 @@ import logging
 import math
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -18,8 +19,10 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
+from fastblt.server.api import greeting
 from fastblt.server.api.app import create_app
 from fastblt.server.api.http import limited, max_connections, raise_file_limit
+from fastblt.server.logs import progress
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
 from fastblt.server.settings import FailurePolicy, HttpSettings
 
@@ -35,6 +38,9 @@ _CONNECTIONS = 4096
 
 #: A parameter of glibc's mallopt: blocks of at least the given size get a memory mapping of their own.
 _M_MMAP_THRESHOLD = -3
+
+#: Seconds between two words about an engine that is loading.
+_TELL_SECONDS = 5
 
 #: Seconds after an abort in which streams are still sent their end.
 _LAST_WORDS = 5
@@ -110,6 +116,14 @@ def _return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
 
 
+async def _tell_that_it_loads(began: float) -> None:
+    """Say now and then that the engine still loads, until it is cancelled."""
+    while True:
+        await asyncio.sleep(_TELL_SECONDS)
+        seconds = round(time.monotonic() - began)
+        progress.info("still loading after %d s", seconds, extra={"fields": {"seconds": seconds}})
+
+
 async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -> None:
     """Serve `client` on `sock` until SIGINT or SIGTERM.
 
@@ -140,14 +154,20 @@ async def serve(client: EngineClient, sock: socket.socket, http: HttpSettings) -
 
     server = _Server(config, lambda: loop.call_soon_threadsafe(on_signal))
     host, port = sock.getsockname()[:2]
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    scheme = "https" if config.is_ssl else "http"
-    logger.info("listening on %s://%s, loading %s", scheme, where, client.settings.model)
+    url = greeting.address(host, port, "https" if config.is_ssl else "http")
+    logger.info("listening on %s, loading %s", url, client.settings.model)
 
     async def announce() -> None:
+        began = time.monotonic()
+        waiting = loop.create_task(_tell_that_it_loads(began))
         with suppress(EngineUnavailableError):
-            await client.ready()
-            logger.info("ready: %s", client.model_name)
+            try:
+                await client.ready()
+            finally:
+                waiting.cancel()
+            fields = greeting.facts(client, url, http) | {"seconds": round(time.monotonic() - began, 1)}
+            text = f"ready: {client.model_name} at {url} after {fields['seconds']} s"
+            logger.info(text, extra={"fields": fields, "more": greeting.lines(fields)})
         await client.ended()
         if not client.loaded or client.service.on_engine_failure is FailurePolicy.EXIT:
             server.should_exit = True

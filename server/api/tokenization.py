@@ -50,10 +50,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 @router.post("/tokenize", openapi_extra=request_body(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
     client: EngineClient = request.app.state.client
-    model, max_model_len = client.model_name, client.max_model_len
+    names, max_model_len = client.model_names, client.max_model_len
 
     def answer(body: TokenizeRequest) -> dict[str, Any]:
-        check_model(body.model, model)
+        check_model(body.model, names)
         if body.prompt in SPECIAL_NAMES:
             ids = [SPECIAL_NAMES.index(body.prompt)]
         else:
@@ -63,8 +63,8 @@ async def tokenize(request: Request) -> Response:
             ids = encode(text)
             if body.add_special_tokens:
                 ids.insert(0, BOS_ID)
-        names = [TOKEN_NAMES[i] for i in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": names}
+        token_strs = [TOKEN_NAMES[i] for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": token_strs}
 
     return await _answer(request, TokenizeRequest, "prompt", answer)
 
@@ -73,10 +73,10 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of ids, with U+FFFD where they are no UTF-8, and their bytes as they are; specials have none."""
     client: EngineClient = request.app.state.client
-    model = client.model_name
+    names = client.model_names
 
     def answer(body: DetokenizeRequest) -> dict[str, Any]:
-        check_model(body.model, model)
+        check_model(body.model, names)
         data = decode(body.tokens)
         return {"prompt": data.decode("utf-8", "replace"), "base64": base64.b64encode(data).decode()}
 

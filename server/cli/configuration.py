@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -48,8 +50,25 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         name for name, value in values.items() if value in ("", []) or (isinstance(value, str) and value.isspace())
     ]:
         raise typer.BadParameter(f"{path}: {empty[0]!r} is empty; give it a value, or leave it out")
+    for parameter in context.command.params:
+        _check_value(context, path, parameter, values.get(parameter.name or ""))
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _check_value(context: typer.Context, path: Path, option: Any, value: Any) -> None:
+    """Raise typer.BadParameter, with file and name, for a value that the option cannot have."""
+    if value is None:
+        return
+    name = (option.name or "").replace("_", "-")
+    if option.multiple and not isinstance(value, list):
+        raise typer.BadParameter(f"{path}: {name} must be a list: {name} = [{json.dumps(value)}]")
+    if not option.multiple and isinstance(value, list):
+        raise typer.BadParameter(f"{path}: {name} must be one value, not a list")
+    try:
+        option.process_value(context, value)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{path}: {name}: {error.message}") from None
 
 
 def check_environment(context: typer.Context) -> None:
@@ -91,8 +110,8 @@ def read_keys(keys: list[str] | None, path: Path | None) -> tuple[str, ...]:
 
 
 def show_config(context: typer.Context) -> None:
-    """Log every option and where it came from, secrets hidden."""
-    shown = []
+    """Log the options that were given and where each came from, secrets hidden; all of them in a log of DEBUG."""
+    shown, given = [], []
     for name, value in context.params.items():
         source = context.get_parameter_source(name)
         if name in _SECRET and value:
@@ -100,4 +119,7 @@ def show_config(context: typer.Context) -> None:
         origin = source.name.lower().replace("_map", "_file") if source is not None else "default"
         mark = "" if origin == "default" else f" ({origin.replace('default_file', 'file')})"
         shown.append(f"{name}={value}{mark}")
-    logger.info("options: %s", ", ".join(shown))
+        if mark:
+            given.append(shown[-1])
+    logger.debug("all options: %s", ", ".join(shown))
+    logger.info("options: %s", ", ".join(given) or "all as they are by default")

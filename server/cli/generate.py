@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from fastblt.server import logs
 from fastblt.server.cli.errors import clean_errors, quiet_openmp
 from fastblt.server.cli.options import (
     DECODING,
@@ -34,23 +34,52 @@ from fastblt.server.cli.options import (
     WeightsOption,
     WeightStorage,
 )
+from fastblt.server.cli.written import write
 from fastblt.server.request import DecodingMethod, DecodingParams, SamplingParams
 from fastblt.server.settings import PRETRAINED
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
+    model: Annotated[
+        str, typer.Option(help="Checkpoint folder or Hub id. Default: the shipped one.", show_default=False)
+    ] = str(PRETRAINED),
     max_tokens: Annotated[int, typer.Option(help="Bytes at most.", rich_help_panel=SAMPLING)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is all.", rich_help_panel=SAMPLING)] = 0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
-    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="May be given again.", rich_help_panel=SAMPLING)] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=SAMPLING)] = False,
+    temperature: Annotated[
+        float, typer.Option(help="How freely bytes are drawn; 0 takes the likeliest.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from so many of the likeliest bytes; 0 is all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the likeliest bytes with this much probability.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from bytes with this share of the likeliest one's probability.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="The same seed gives the same bytes. Default: a new one.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text; may be given again. Default: none.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on where the model would end.", rich_help_panel=SAMPLING)
+    ] = False,
     method: Annotated[
-        DecodingMethod, typer.Option(help="How to decode.", rich_help_panel=DECODING)
+        DecodingMethod, typer.Option(help="How to decode (docs/decoding.md).", rich_help_panel=DECODING)
     ] = DecodingMethod.AUTO,
     block_size: BlockSize = None,
     draft_length: DraftLength = None,
@@ -60,6 +89,9 @@ def generate(
     entropy_rule: EntropyRuleOption = None,
     max_steps: MaxSteps = None,
     allow_untrained_block_size: UntrainedBlockSize = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Color the bytes by how each was made, and underline where patches begin.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and forward passes to stderr.")] = False,
     revision: Revision = None,
     device: Device = ENGINE_DEFAULTS.device,
@@ -85,6 +117,7 @@ def generate(
             seed=seed,
             stop=tuple(s.encode("utf-8", "surrogateescape") for s in stop or ()),
             ignore_eos=ignore_eos,
+            return_rounds=show,
             decoding=DecodingParams(
                 method=method,
                 block_size=block_size,
@@ -96,6 +129,7 @@ def generate(
                 max_steps=max_steps,
             ),
         )
+        logs.show_progress()
         from fastblt.server.llm import LLM
 
         llm = LLM(
@@ -114,25 +148,6 @@ def generate(
             threads=threads,
             allow_untrained_block_size=allow_untrained_block_size,
         )
-        _print_stream(llm, prompt.encode("utf-8", "surrogateescape"), params, stats)
-
-
-def _print_stream(llm: Any, prompt: bytes, params: SamplingParams, stats: bool) -> None:
-    import time
-
-    from fastblt.models.vocabulary import decode
-    from fastblt.server.request import FinishReason
-
-    start, count = time.perf_counter(), 0
-    for delta in llm.stream(prompt, params):
-        # Bytes and not text: a terminal puts characters together, and a file gets them exactly.
-        sys.stdout.buffer.write(decode(delta.ids))
-        sys.stdout.buffer.flush()
-        count += len(delta.ids)
-        if delta.finish_reason is FinishReason.ERROR:
-            raise RuntimeError(delta.error)
-        if stats and delta.finish_reason is not None:
-            seconds = time.perf_counter() - start
-            typer.echo(f"\n{count} bytes in {seconds:.2f} s, {count / seconds:.1f} a second; {delta.ledger}", err=True)
-    if sys.stdout.isatty():
-        typer.echo()
+        written = write(llm.stream(prompt.encode("utf-8", "surrogateescape"), params), show=show)
+        if stats:
+            written.print_stats()

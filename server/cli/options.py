@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastblt.server.request import EntropyRule, Unmasking
-from fastblt.server.settings import EngineSettings, ServiceSettings
+from fastblt.server.settings import EngineSettings, HttpSettings, ServiceSettings
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -46,10 +46,16 @@ ACCESS = "Access"
 WATCH = "Logs and metrics"
 ENGINE_DEFAULTS = EngineSettings()
 SERVICE_DEFAULTS = ServiceSettings()
+HTTP_DEFAULTS = HttpSettings()
 
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=ENGINE)]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and caches.", rich_help_panel=ENGINE)]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Branch, tag or commit of a Hub id. Default: the newest.", rich_help_panel=ENGINE
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of weights and caches.", rich_help_panel=ENGINE)]
 WeightsOption = Annotated[
     WeightStorage,
     typer.Option(
@@ -68,23 +74,40 @@ CacheSize = Annotated[
     ),
 ]
 MaxModelLen = Annotated[
-    int, typer.Option(min=1, help="Bytes of prompt and completion together.", rich_help_panel=ENGINE)
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Bytes of prompt and completion together; less where the caches do not hold so much.",
+        rich_help_panel=ENGINE,
+    ),
 ]
 MaxPassRows = Annotated[
-    int, typer.Option(min=1, help="Rows of one pass; longer prompts go in chunks.", rich_help_panel=ENGINE)
+    int,
+    typer.Option(metavar="N", min=1, help="Rows of one pass; longer prompts go in chunks.", rich_help_panel=ENGINE),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="Entropy, in nats, above which a patch starts. Default: the checkpoint's.", rich_help_panel=ENGINE
+        metavar="NATS", help="Entropy above which a patch begins. Default: the checkpoint's.", rich_help_panel=ENGINE
     ),
 ]
 MaxPatchLength = Annotated[
     int | None,
-    typer.Option(min=0, help="Bytes; 0 is no maximum. Default: the checkpoint's.", rich_help_panel=ENGINE),
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Bytes of a patch at most; 0 is no limit. Default: the checkpoint's.",
+        rich_help_panel=ENGINE,
+    ),
 ]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same bytes in any batch, always.", rich_help_panel=ENGINE)
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Give the same bytes whatever else runs in the batch, without exception; somewhat slower.",
+        rich_help_panel=ENGINE,
+    ),
 ]
 PrefixCache = Annotated[
     bool,
@@ -96,25 +119,78 @@ PrefixCache = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Of arithmetic on CPUs. Default: one a core.", rich_help_panel=ENGINE)
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Threads of arithmetic on a CPU. Default: one a core.", rich_help_panel=ENGINE
+    ),
 ]
 BlockSize = Annotated[
-    int | None, typer.Option(help="Of blt-d, blt-dv and blt-dsv, in bytes.", rich_help_panel=DECODING)
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Bytes of a diffusion block in blt-d, blt-dv and blt-dsv. Default: 8, or the smallest trained size.",
+        rich_help_panel=DECODING,
+    ),
 ]
-DraftLength = Annotated[int | None, typer.Option(help="Of blt-s and blt-dsv, in bytes.", rich_help_panel=DECODING)]
+DraftLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Bytes drafted in a round of blt-s and blt-dsv, 1 to 32. Default: 8, in blt-dsv 16.",
+        rich_help_panel=DECODING,
+    ),
+]
 UnmaskingOption = Annotated[
     Unmasking | None,
-    typer.Option("--unmasking", help="Which positions of a block are filled first.", rich_help_panel=DECODING),
+    typer.Option(
+        "--unmasking",
+        metavar="RULE",
+        help="Which masked bytes of a block a step fills: confidence, entropy, or one_step for all at once. "
+        "Default: confidence in blt-d, one_step in blt-dv and blt-dsv.",
+        rich_help_panel=DECODING,
+    ),
 ]
-Confidence = Annotated[float | None, typer.Option(help="Of confidence unmasking.", rich_help_panel=DECODING)]
-EntropyBound = Annotated[float | None, typer.Option(help="Of entropy unmasking, in nats.", rich_help_panel=DECODING)]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="Under confidence unmasking a step fills every byte whose likeliest value is more probable than this, or "
+        "else the surest one: higher is slower and better. 0 to 1. Default: 0.7.",
+        rich_help_panel=DECODING,
+    ),
+]
+EntropyBound = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Under entropy unmasking a step fills the surest bytes while the sum of their entropies stays within "
+        "this. Default: 0.8.",
+        rich_help_panel=DECODING,
+    ),
+]
 EntropyRuleOption = Annotated[
-    EntropyRule | None, typer.Option("--entropy-rule", help="Of entropy unmasking.", rich_help_panel=DECODING)
+    EntropyRule | None,
+    typer.Option(
+        "--entropy-rule",
+        metavar="RULE",
+        help="What counts for that sum: inclusive, all of them; exclusive_max, all but the largest. "
+        "Default: inclusive.",
+        rich_help_panel=DECODING,
+    ),
 ]
-MaxSteps = Annotated[int | None, typer.Option(help="Denoising steps of a block.", rich_help_panel=DECODING)]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Denoising steps of a block at most; the last fills what is left. 1 to 32. Default: no limit.",
+        rich_help_panel=DECODING,
+    ),
+]
 UntrainedBlockSize = Annotated[
     bool,
     typer.Option(
-        "--allow-untrained-block-size", help="Take block sizes that were not trained.", rich_help_panel=DECODING
+        "--allow-untrained-block-size",
+        help="Take block sizes that the checkpoint was not trained for.",
+        rich_help_panel=DECODING,
     ),
 ]

@@ -16,6 +16,7 @@ from fastblt.server.cli.options import (
     DECODING,
     ENGINE,
     ENGINE_DEFAULTS,
+    HTTP_DEFAULTS,
     SERVICE_DEFAULTS,
     WATCH,
     BlockSize,
@@ -57,26 +58,44 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)] = str(PRETRAINED),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
-    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds running requests get at the end.")] = 30.0,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The model's name for clients; given again, another name for it. Default: that of its folder.",
+        ),
+    ] = None,
+    default_max_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Bytes that a request gets at most which says nothing of max_tokens."),
+    ] = HTTP_DEFAULTS.default_max_tokens,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the page at /.")] = HTTP_DEFAULTS.page,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="What running requests get at the end.")
+    ] = HTTP_DEFAULTS.shutdown_timeout,
     config: Annotated[
         Path | None,
         typer.Option(
             is_eager=True,
             callback=read_config,
-            help="TOML file of these options; flags and FASTBLT_SERVE_* variables come before it.",
+            metavar="FILE",
+            help="TOML file of these options; the command line and environment variables come before it. "
+            "Default: none.",
         ),
     ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let in only who has this key; may be given again. Better in a file or FASTBLT_SERVE_API_KEY.",
+            metavar="KEY",
+            help="Let in only who has this key; may be given again. Better in a file or in FASTBLT_SERVE_API_KEY. "
+            "Default: everybody is let in.",
             rich_help_panel=ACCESS,
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File of such keys, one a line.", rich_help_panel=ACCESS)
+        Path | None,
+        typer.Option(metavar="FILE", help="File of such keys, one a line. Default: none.", rich_help_panel=ACCESS),
     ] = None,
     scheduling_policy: Annotated[
         SchedulingPolicy,
@@ -87,12 +106,22 @@ def serve(
     ] = SchedulingPolicy.FCFS,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Origin whose pages browsers may ask from; may be given again.", rich_help_panel=ACCESS),
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin whose pages browsers may ask from; may be given again. Default: none but this server's own.",
+            rich_help_panel=ACCESS,
+        ),
     ] = None,
     tls_certificate: Annotated[
-        Path | None, typer.Option(help="PEM file of certificates: serve HTTPS.", rich_help_panel=ACCESS)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM file of certificates: serve HTTPS. Default: plain HTTP.", rich_help_panel=ACCESS
+        ),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of their private key.", rich_help_panel=ACCESS)] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM file of their private key. Default: none.", rich_help_panel=ACCESS),
+    ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.", rich_help_panel=WATCH)] = False,
     log_level: Annotated[LogLevel, typer.Option(help="The least that is logged.", rich_help_panel=WATCH)] = (
         LogLevel.INFO
@@ -107,22 +136,32 @@ def serve(
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(
-            help="Send traces there, such as http://localhost:4318/v1/traces; needs the extra `otel`.",
+            metavar="URL",
+            help="Send traces there, such as http://localhost:4318/v1/traces; needs the extra `otel`. Default: none.",
             rich_help_panel=WATCH,
         ),
     ] = None,
     queue_timeout: Annotated[
         float,
-        typer.Option(min=0, help="Seconds a request may wait for its turn; 0 is no limit.", rich_help_panel=CARE),
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="What a request may wait for its turn; 0 is no limit.",
+            rich_help_panel=CARE,
+        ),
     ] = SERVICE_DEFAULTS.queue_timeout or 0.0,
     request_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds a request may take in all; 0 is no limit.", rich_help_panel=CARE)
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="What a request may take in all; 0 is no limit.", rich_help_panel=CARE
+        ),
     ] = SERVICE_DEFAULTS.request_timeout or 0.0,
     stall_timeout: Annotated[
         float,
         typer.Option(
+            metavar="SECONDS",
             min=1,
-            help="Seconds without progress after which /ready is 503; after twice that the engine is killed.",
+            help="Time without progress after which /ready is 503; after twice that the engine is killed.",
             rich_help_panel=CARE,
         ),
     ] = SERVICE_DEFAULTS.stall_timeout,
@@ -132,7 +171,11 @@ def serve(
     ] = SERVICE_DEFAULTS.on_engine_failure,
     method: Annotated[
         DecodingMethod,
-        typer.Option(help="Of requests that name none, as are the others here.", rich_help_panel=DECODING),
+        typer.Option(
+            help="How requests are decoded that name no method. This and the settings below are defaults: a request "
+            "may choose its own.",
+            rich_help_panel=DECODING,
+        ),
     ] = DecodingMethod.AUTO,
     block_size: BlockSize = None,
     draft_length: DraftLength = None,
@@ -148,17 +191,19 @@ def serve(
     weights: WeightsOption = WeightStorage.AUTO,
     cache_size: CacheSize = None,
     max_running: Annotated[
-        int, typer.Option(min=1, help="Requests in a batch.", rich_help_panel=ENGINE)
+        int, typer.Option(metavar="N", min=1, help="Requests in a batch.", rich_help_panel=ENGINE)
     ] = ENGINE_DEFAULTS.max_running,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests in the queue; more get 429.", rich_help_panel=ENGINE)
+        int, typer.Option(metavar="N", min=1, help="Requests in the queue; more get 429.", rich_help_panel=ENGINE)
     ] = ENGINE_DEFAULTS.max_waiting,
     max_model_len: MaxModelLen = ENGINE_DEFAULTS.max_model_len,
     max_pass_rows: MaxPassRows = ENGINE_DEFAULTS.max_pass_rows,
     max_hold_ms: Annotated[
         float | None,
         typer.Option(
+            metavar="MS",
             min=0,
+            rich_help_panel=ENGINE,
             help="A request that needs the global transformer waits at most so many milliseconds for others to need it "
             "too: 0 is the lowest latency, more is more throughput. Default: until nobody can go on.",
         ),
@@ -171,13 +216,15 @@ def serve(
     tensor_parallel_size: Annotated[
         int,
         typer.Option(
+            metavar="N",
             min=1,
             help="Processes, each with a device, that the global transformer is split over: GPUs from --device on.",
             rich_help_panel=ENGINE,
         ),
     ] = ENGINE_DEFAULTS.tensor_parallel_size,
 ) -> None:
-    """Serve a checkpoint (the shipped one by default) behind OpenAI's completions API."""
+    """Serve a checkpoint behind OpenAI's completions API, and a page that shows how it writes. Without MODEL the
+    shipped one is served."""
     import asyncio
 
     from fastblt.server.api.serve import CertificateError, listen
@@ -221,6 +268,8 @@ def serve(
             decoding=decoding,
             allow_untrained_block_size=allow_untrained_block_size,
         )
+    if not all(name.strip() for name in served_model_name or ()):
+        fail("--served-model-name must not be empty")
     if (tls_certificate is None) != (tls_key is None):
         fail("--tls-certificate and --tls-key need each other")
     for file in (tls_certificate, tls_key):
@@ -231,6 +280,8 @@ def serve(
         http = HttpSettings(
             api_keys=read_keys(api_key, api_key_file),
             cors_origins=tuple(cors_origin or ()),
+            default_max_tokens=default_max_tokens,
+            page=page,
             scheduling_policy=scheduling_policy,
             tls_certificate=str(tls_certificate) if tls_certificate else None,
             tls_key=str(tls_key) if tls_key else None,
@@ -251,7 +302,8 @@ def serve(
         reason = getattr(error, "strerror", None) or error
         fail(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port")
     try:
-        client = EngineClient(settings, service, name=served_model_name, log=log)
+        names = served_model_name or []
+        client = EngineClient(settings, service, name=names[0] if names else None, aliases=names[1:], log=log)
         asyncio.run(run(client, sock, http))
     except TracingUnavailableError as error:
         fail(str(error))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastblt.models.vocabulary import MASK_ID
-from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
+from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask, fixed_by
 
 
 class BltD:
@@ -24,7 +24,7 @@ class BltD:
         self._block: Sequence[int] = ()
         self._steps = 0
         #: The step, from 1, that filled each position of the block; 0 where it is still masked.
-        self._fixed = [0] * block_size
+        self._fixed: list[int] = []
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         step = self._unmask
@@ -62,9 +62,7 @@ class BltD:
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.block_ids:
             return Progress(commit=outcome.ids)
-        for at, step in enumerate(outcome.block_steps):
-            if step:
-                self._fixed[at] = self._steps + step
+        self._fixed = fixed_by(self._fixed, outcome.block_steps, self._steps)
         self._steps += outcome.steps
         if not outcome.block_done:
             self._block = outcome.block_ids
@@ -76,4 +74,4 @@ class BltD:
     def reset(self) -> None:
         self._block = ()
         self._steps = 0
-        self._fixed = [0] * self._size
+        self._fixed = []

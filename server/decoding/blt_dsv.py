@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.blt_s import finish_round, verify
-from fastblt.server.decoding.method import NEXT_DRAFT, Outcome, Plan, Progress, Unmask
+from fastblt.server.decoding.method import NEXT_DRAFT, Outcome, Plan, Progress, Unmask, fixed_by
 
 #: Missing bytes up to which single rows take as few passes as a block and its filter, and fewer rows.
 _FEW = 2
@@ -40,9 +40,12 @@ class BltDSV:
         self._max_steps = max_steps
         #: Bytes that the decoder itself would have drafted.
         self._draft: list[int] = []
+        #: The step, from 1, that filled each of them in its block; 0 for the decoder's own. Empty where nobody asks.
+        self._origin_steps: list[int] = []
         #: The block of this inner round, its denoising steps, and whether nothing of it is masked any more.
         self._block: Sequence[int] = ()
         self._steps = 0
+        self._fixed: list[int] = []
         self._filled = False
         self._begun = begun
 
@@ -76,11 +79,13 @@ class BltDSV:
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.draft:
-            draft = self._draft
+            draft, origins = self._draft, self._origin_steps
             self.reset()
             self._begun = True
-            return finish_round(draft, plan, outcome)
+            return finish_round(draft, plan, outcome, origins if len(origins) == len(draft) else ())
         if plan.block_ids:
+            if outcome.block_steps:
+                self._fixed = fixed_by(self._fixed, outcome.block_steps, self._steps)
             self._steps += outcome.steps
             self._block, self._filled = outcome.block_ids, outcome.block_done
             draft = [*self._draft, *self._block] if self._filled else self._draft
@@ -88,12 +93,15 @@ class BltDSV:
         if not self._filled:
             # Single rows, or a whole draft.
             self._draft += outcome.ids
+            if len(outcome.ids) == 1:
+                self._origin_steps.append(0)
             steps = outcome.steps if plan is NEXT_DRAFT else 0
             return Progress(draft=self._draft, steps=steps, proposed=outcome.proposed, passed=outcome.passed)
         # The block's first byte was the pending row's own; then those that the filter agrees with, and its own byte.
         proposed = len(self._block) - 1
         self._draft += (self._block[0], *outcome.ids)
-        self._block, self._steps, self._filled = (), 0, False
+        self._origin_steps += [*self._fixed[: 1 + outcome.accepted], 0]
+        self._block, self._steps, self._fixed, self._filled = (), 0, [], False
         # What was computed of refused bytes goes; the filter's own byte has no rows yet.
         keep = plan.start + outcome.accepted + 1
         return Progress(draft=self._draft, keep=keep, proposed=proposed, passed=outcome.accepted)
@@ -115,6 +123,6 @@ class BltDSV:
         return step, 1 if step.fills else self._size
 
     def reset(self) -> None:
-        self._draft = []
-        self._block, self._steps, self._filled = (), 0, False
+        self._draft, self._origin_steps = [], []
+        self._block, self._steps, self._fixed, self._filled = (), 0, [], False
         self._begun = False

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastblt.models.vocabulary import MASK_ID
 from fastblt.server.decoding.blt_s import finish_round, verify
-from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask
+from fastblt.server.decoding.method import Outcome, Plan, Progress, Unmask, fixed_by
 
 
 class BltDV:
@@ -32,6 +32,8 @@ class BltDV:
         self._max_steps = max_steps
         self._block: Sequence[int] = ()
         self._steps = 0
+        #: The step, from 1, that filled each position of the block; 0 where none has.
+        self._fixed: list[int] = []
         self._drafted = False
         self._begun = begun
 
@@ -79,10 +81,12 @@ class BltDV:
 
     def advance(self, plan: Plan, outcome: Outcome) -> Progress:
         if not plan.draft:
-            draft = self._block
+            draft, fixed = self._block, self._fixed
             self.reset()
             self._begun = True
-            return finish_round(draft, plan, outcome)
+            return finish_round(draft, plan, outcome, fixed)
+        if outcome.block_steps:
+            self._fixed = fixed_by(self._fixed, outcome.block_steps, self._steps)
         self._steps += outcome.steps
         self._block = outcome.block_ids
         self._drafted = outcome.block_done
@@ -91,5 +95,6 @@ class BltDV:
     def reset(self) -> None:
         self._block = ()
         self._steps = 0
+        self._fixed = []
         self._drafted = False
         self._begun = False

@@ -18,15 +18,17 @@ def verify(draft: Sequence[int], known: int, computed: int, *, paper: bool = Fal
     return Plan(computed, rows, samples=len(draft) + 1, provisional=paper and bool(draft))
 
 
-def finish_round(draft: Sequence[int], plan: Plan, outcome: Outcome) -> Progress:
+def finish_round(draft: Sequence[int], plan: Plan, outcome: Outcome, steps: Sequence[int] = ()) -> Progress:
     """The end of a round: the accepted bytes and the one after them are final; rows up to the last accepted byte stay
-    computed (design §3, rollback)."""
+    computed (design §3, rollback). `steps` are the denoising steps that filled the draft, where blocks did."""
     return Progress(
         commit=outcome.ids,
         keep=plan.end - len(draft) + outcome.accepted,
         drafted=len(draft),
         accepted=outcome.accepted,
         rounds=1 if draft else 0,
+        draft_steps=steps,
+        verified=draft,
     )
 
 

@@ -134,6 +134,11 @@ class Progress:
     commit: Sequence[int] = ()
     #: The denoising step, from 1, that filled each of them; empty where causal rows gave them.
     commit_steps: Sequence[int] = ()
+    #: The denoising step, from 1, that filled each byte of the draft that was verified, 0 where the decoder drafted it;
+    #: empty where nobody asks.
+    draft_steps: Sequence[int] = ()
+    #: That draft itself.
+    verified: Sequence[int] = ()
     #: Bytes after them that the next plan stands on, and that may be taken back.
     draft: Sequence[int] = ()
     #: How many rows stay computed: positions 0..keep - 1. None: all.
@@ -147,6 +152,17 @@ class Progress:
     #: Bytes that blocks proposed to the decoder's filter, and how many of them it kept (BLT-DSV).
     proposed: int = 0
     passed: int = 0
+
+
+def fixed_by(earlier: Sequence[int], now: Sequence[int], before: int) -> list[int]:
+    """The denoising step that filled each position of a block, from 1; 0 where none has.
+
+    `earlier` is that after `before` steps, or empty where none was made; `now` has the steps of one more pass, counted
+    from 1, or is empty where that is not known, since nobody asks.
+    """
+    if not now:
+        return list(earlier)
+    return [before + step if step else was for was, step in zip(earlier or [0] * len(now), now, strict=True)]
 
 
 class Method(Protocol):

@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from fastblt.models.blt import Blt
 from fastblt.models.packed import weight_bytes
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.choose import check_block_size, make_method, resolve
-from fastblt.server.engine.cache.kv_caches import KvCaches
+from fastblt.server.engine.cache.kv_caches import OVERSHOOT, KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
@@ -34,9 +33,8 @@ from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
 from fastblt.server.engine.runner.model_runner import ModelRunner
 from fastblt.server.engine.scheduler import Scheduler
 from fastblt.server.engine.sequence import Planned, Sequence
-from fastblt.server.engine.stats import EngineStats
+from fastblt.server.engine.stats import EngineStats, suffix_sums
 from fastblt.server.request import (
-    MAX_BLOCK_SIZE,
     DecodingMethod,
     DecodingParams,
     Delta,
@@ -52,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 #: After so many passes without trouble one more request may run, where memory had run out.
 _GROW_PASSES = 64
-
-#: How many positions past the end of a completion a block or a draft may touch.
-_OVERSHOOT = MAX_BLOCK_SIZE + 1
 
 #: The position and the row counts at which the costs of passes are measured for `auto`.
 _COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -115,13 +110,18 @@ class Engine:
         name = settings.model
         if folder.exists():
             folder = folder.resolve()
-            name = "fastblt-python" if folder == PRETRAINED else f"fastblt-{folder.name}"
+            name = "fastblt-python" if folder == PRETRAINED else folder.name
         return cls(model, settings, name)
 
     @property
     def max_model_len(self) -> int:
         """Bytes of prompt (BOS included) and completion together that one request may have."""
-        return self._caches.max_length - _OVERSHOOT
+        return self._caches.max_length - OVERSHOOT
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of memory that the caches take."""
+        return self._caches.nbytes
 
     def add(self, request: Request, *, wait: bool = True) -> None:
         """Accept a request, which then ends in exactly one terminal Delta.
@@ -265,8 +265,8 @@ class Engine:
             pages_free={name: group.pool.free for name, group in groups.items()},
             pages_cached={name: group.pool.cached for name, group in groups.items()},
             ledger=ledger,
-            drafted_by_position=_suffix_sums(self._postprocessor.drafts),
-            accepted_by_position=_suffix_sums(self._postprocessor.accepted),
+            drafted_by_position=suffix_sums(self._postprocessor.drafts),
+            accepted_by_position=suffix_sums(self._postprocessor.accepted),
             drafts=sum(self._postprocessor.drafts),
             passes=self._passes,
             beats=self._beats,
@@ -350,8 +350,3 @@ def _ready(running: list[Sequence]) -> list[Planned]:
 def _out_of_memory(error: Exception) -> bool:
     # The allocator of CPU tensors raises no type of its own.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _suffix_sums(counts: list[int]) -> list[int]:
-    """Suffix sums: entry i counts the drafts longer than i bytes, from how many have 0, 1, ... bytes."""
-    return list(accumulate(reversed(counts[1:])))[::-1]

@@ -29,7 +29,8 @@ class Output:
         self.ids: list[int] = []
         #: Log-probabilities of the bytes that have not been released.
         self._logprobs: list[ByteLogprobs] = []
-        self._released = 0
+        #: How many ids have been returned by `release` or `pass_on`.
+        self.released = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         #: The id that ended the completion without being part of it, and its logprobs.
@@ -41,7 +42,7 @@ class Output:
         if not self._simple or len(own) + len(ids) >= params.max_tokens or (EOS_ID in ids and not params.ignore_eos):
             return False
         own += ids
-        self._released = len(own)
+        self.released = len(own)
         return True
 
     def extend(self, ids: Sequence[int], logprobs: list[ByteLogprobs] | None) -> int:
@@ -95,10 +96,10 @@ class Output:
         until = len(self.ids)
         if self.finish_reason is None and self._stops is not None and not self._params.include_stop_str_in_output:
             until -= self._stops.begun(self._state)
-        start, self._released = self._released, max(self._released, until)
-        count = self._released - start
+        start, self.released = self.released, max(self.released, until)
+        count = self.released - start
         values, self._logprobs = self._logprobs[:count], self._logprobs[count:]
-        return self.ids[start : self._released], values
+        return self.ids[start : self.released], values
 
     def _push(self, token: int, logprob: ByteLogprobs | None) -> None:
         self.ids.append(token)

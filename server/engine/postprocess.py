@@ -11,9 +11,18 @@ from fastblt.models.accounting import gb, gb_paper
 from fastblt.server.decoding.auto import Auto
 from fastblt.server.decoding.method import NEXT_DRAFT, Plan, Progress
 from fastblt.server.engine.context import EngineContext
+from fastblt.server.engine.rounds import RoundLog
 from fastblt.server.engine.runner.samples import DraftResult, Result
 from fastblt.server.engine.sequence import Sequence
-from fastblt.server.request import MAX_DRAFT_LENGTH, ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger
+from fastblt.server.request import (
+    MAX_DRAFT_LENGTH,
+    ByteLogprobs,
+    DecodingMethod,
+    Delta,
+    ErrorCode,
+    FinishReason,
+    Ledger,
+)
 
 #: Counts of drafting. The engine's ledger has them of ended requests; `Engine.stats` adds the running ones.
 DRAFTING = ("rounds", "steps", "drafted", "accepted", "proposed", "passed", "kept", "wasted")
@@ -70,6 +79,8 @@ class Postprocessor:
         if not sequence.ids_only:
             if sequence.params.return_patches:
                 sequence.steps += progress.commit_steps or [1] * len(progress.commit)
+            if sequence.rounds is not None and progress.commit:
+                self._note_round(sequence, sequence.rounds, progress)
             if sequence.params.logprobs is not None:
                 logprobs = self._logprobs(sequence, plan, progress, result)
         if result.entropies is not None:
@@ -147,6 +158,21 @@ class Postprocessor:
             if (controller := self._context.controller) is not None and isinstance(sequence.method, Auto):
                 controller.round_ended(sequence.method.draft, progress.drafted, progress.accepted)
 
+    def _note_round(self, sequence: Sequence, rounds: RoundLog, progress: Progress) -> None:
+        """Record how bytes were made that are about to be committed."""
+        method = sequence.method
+        made_by = method.draft.method if isinstance(method, Auto) else sequence.decoding.method
+        rounds.add(
+            made_by or DecodingMethod.BLT,
+            len(sequence.output.ids),
+            progress,
+            time.monotonic() - sequence.timings.arrival,
+            sequence.ledger,
+            sequence.entropies,
+            [start - sequence.prompt_length for start in sequence.starts],
+            lambda ledger: gb(self._context.parameters, ledger, self._context.bytes_per_weight),
+        )
+
     def _logprobs(self, sequence: Sequence, plan: Plan, progress: Progress, result: Result) -> list[ByteLogprobs]:
         """Log-probabilities of the committed bytes, from their causal rows or from the steps that filled them."""
         if result.block_logprobs is not None and not plan.draft:
@@ -190,7 +216,8 @@ class Postprocessor:
         if not released:
             return None
         wanted = values if logprobs is not None else None
-        return Delta(sequence.request.request_id, released, wanted, prompt_logprobs=sequence.take_scores())
+        scores, rounds = sequence.take_scores(), sequence.take_rounds()
+        return Delta(sequence.request.request_id, released, wanted, prompt_logprobs=scores, rounds=rounds)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
@@ -223,6 +250,7 @@ class Postprocessor:
             timings=sequence.timings,
             decoding=sequence.decoding,
             patches=sequence.report(),
+            rounds=sequence.take_rounds(final=True),
             cached=sequence.cached or 0,
             prompt_logprobs=sequence.take_scores(),
             ending=output.ending,

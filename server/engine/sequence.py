@@ -10,7 +10,8 @@ from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.method import Method, Plan
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.output import Output
-from fastblt.server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Timings
+from fastblt.server.engine.rounds import RoundLog
+from fastblt.server.request import ByteLogprobs, DecodingParams, Ledger, PatchReport, Request, Round, Timings
 
 
 @dataclass(slots=True)
@@ -48,14 +49,18 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.constraint = constraint
         self.output = Output(request.params, constraint)
+        #: Whether starts of patches and entropies are kept, to be told.
+        self.reports = self.params.return_patches or self.params.return_rounds
+        #: What is to be told of its rounds, if that is asked for.
+        self.rounds = RoundLog() if self.params.return_rounds else None
         #: Whether it needs nothing but ids from a pass: no log-probabilities, patches or constraints.
-        reports = self.params.return_patches or (self.params.logprobs, self.params.prompt_logprobs) != (None, None)
-        self.ids_only = constraint is None and not reports
+        told = self.reports or (self.params.logprobs, self.params.prompt_logprobs) != (None, None)
+        self.ids_only = constraint is None and not told
         self.penalizes = self.params.penalizes
         #: Whether several passes may run in one call, because the host has nothing to do between them (`FusedSteps`).
         self.fusable = self.ids_only and not self.penalizes
         #: Whether one pass may run in one call with the choice of its bytes, with masks that the host gives.
-        self.masked = constraint is not None and not reports and not self.penalizes
+        self.masked = constraint is not None and not told and not self.penalizes
         #: The denoising step of every produced byte, if patches are asked for.
         self.steps: list[int] = []
         #: How many rows of the prompt have log-probabilities. `_scores` has those that have not been returned yet.
@@ -73,7 +78,7 @@ class Sequence:
         self.decoded = 0
         #: Positions after the prompt that start a patch. Some may be those of drafted bytes.
         self.starts: list[int] = []
-        #: Entropies (nats) of the rows from the prompt's last on, if patches are asked for.
+        #: Entropies (nats) of the rows from the prompt's last on, if patches or rounds are asked for.
         self.entropies: list[float] = []
         self.restart()
 
@@ -132,7 +137,7 @@ class Sequence:
 
     def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows, and close patches where the rule says so."""
-        if not self.ids_only and self.params.return_patches:
+        if self.reports:
             self.entropies += entropies[max(self.prompt_length - 1 - self.scanned, 0) :]
         for end in rule.ends(self.scanned, entropies, self.open_start):
             self.patches.append(Patch(self.closed, self.open_start, end))
@@ -219,6 +224,10 @@ class Sequence:
             entropies=known + [None] * (count - len(known)),
             steps=self.steps[:count],
         )
+
+    def take_rounds(self, *, final: bool = False) -> list[Round] | None:
+        """The rounds to go with the bytes that are released, if asked for; with `final`, all that are left."""
+        return None if self.rounds is None else self.rounds.take(self.output.released, final=final)
 
     def forget_patches(self) -> list[int]:
         """Drop patches that no row from `decoded` on can read. Returns their latent slots. The newest always stays."""

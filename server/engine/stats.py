@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from fastblt.server.request import Ledger
+
+
+@dataclass(frozen=True)
+class EngineAbout:
+    """What does not change while an engine runs. `code` says by which code, and how many threads, it computes."""
+
+    weights: int
+    dtype: str
+    device: str
+    code: str
+    #: Memory of the caches, in bytes.
+    cache_bytes: int
 
 
 @dataclass
@@ -42,3 +55,8 @@ class EngineStats:
     def pages_available(self) -> dict[str, int]:
         """Pages that nobody uses: free ones, and cached ones."""
         return {group: free + self.pages_cached.get(group, 0) for group, free in self.pages_free.items()}
+
+
+def suffix_sums(counts: list[int]) -> list[int]:
+    """Entry i counts the drafts longer than i bytes, from how many have 0, 1, ... bytes."""
+    return list(accumulate(reversed(counts[1:])))[::-1]

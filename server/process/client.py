@@ -18,7 +18,7 @@ from typing import Protocol
 from weakref import WeakSet
 
 from fastblt.models.config import BltConfig
-from fastblt.server.engine.stats import EngineStats
+from fastblt.server.engine.stats import EngineAbout, EngineStats
 from fastblt.server.logs import LogSettings
 from fastblt.server.process.engine_process import ENGINE_COMMAND
 from fastblt.server.process.grammar_probe import GrammarProbe
@@ -74,7 +74,8 @@ class Observer(Protocol):
 class EngineClient:
     """One engine, and the requests alive in it.
 
-    `name` is the model's id for users, the engine's own by default. `command` starts the process.
+    `name` is the model's id for users, the engine's own by default, and `aliases` are other names that they may ask
+    for. `command` starts the process.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class EngineClient:
         service: ServiceSettings | None = None,
         *,
         name: str | None = None,
+        aliases: Sequence[str] = (),
         command: Sequence[str] = ENGINE_COMMAND,
         log: LogSettings | None = None,
         observers: Sequence[Observer] = (),
@@ -91,6 +93,7 @@ class EngineClient:
         self.service = service or ServiceSettings()
         self.observers = observers
         self._name = name
+        self._aliases = tuple(aliases)
         self._live: dict[str, LiveRequest] = {}
         #: How many of them have not left the queue.
         self._queued = 0
@@ -143,10 +146,20 @@ class EngineClient:
         return self._name or self._facts().model_name
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names that requests may ask for, the model's id first."""
+        return (self.model_name, *self._aliases)
+
+    @property
     def served_name(self) -> str:
         """The model's name, whatever the engine's state is; empty before it is known."""
         facts = self._supervisor.facts
         return self._name or (facts.model_name if facts is not None else "")
+
+    @property
+    def about(self) -> EngineAbout | None:
+        """What the engine told of itself when it was loaded."""
+        return self._facts().about
 
     @property
     def config(self) -> BltConfig:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastblt.server import logs
+from fastblt.server.engine.stats import EngineAbout
+from fastblt.server.logs import progress
 from fastblt.server.process.channel import ChannelClosed, EngineChannel
 from fastblt.server.process.messages import (
     Abort,
@@ -52,16 +54,22 @@ def main(load: Callable[[EngineSettings], Engine] | None = None) -> int:
         [start] = channel.read(block=True)
         assert isinstance(start, Start)
         logs.configure(start.log)
-        return _serve(channel, load or _load_checkpoint, start.settings)
+        return _serve(channel, load or _load_checkpoint, start.settings, None if load else _about)
     except ChannelClosed:
         logger.info("the server is gone")
         return 0
 
 
-def _serve(channel: EngineChannel, load: Callable[[EngineSettings], Engine], settings: EngineSettings) -> int:
+def _serve(
+    channel: EngineChannel,
+    load: Callable[[EngineSettings], Engine],
+    settings: EngineSettings,
+    about: Callable[[Engine], EngineAbout] | None,
+) -> int:
     try:
         engine = load(settings)
-        loaded = Loaded(engine.model_name, engine.config, engine.max_model_len, engine.stats())
+        facts = about(engine) if about is not None else None
+        loaded = Loaded(engine.model_name, engine.config, engine.max_model_len, engine.stats(), facts)
     except Exception as error:
         logger.debug("loading failed", exc_info=True)
         channel.send(Failed(_reason(error)))
@@ -159,13 +167,23 @@ def _take_standard_input() -> socket.socket:
 
 
 def _load_checkpoint(settings: EngineSettings) -> Engine:
+    progress.info("importing torch")
     # Not at the top: torch takes seconds, and a test's engine needs none of it.
     from fastblt.server.engine.engine import Engine
 
+    began = time.monotonic()
     engine = Engine.load(settings)
+    progress.info("the model is loaded (%.1f s)", time.monotonic() - began)
     if settings.decoding.method in (None, DecodingMethod.AUTO):
+        progress.info("measuring what passes cost here, for auto")
         engine.calibrate()
     return engine
+
+
+def _about(engine: Engine) -> EngineAbout:
+    from fastblt.server.engine.about import about
+
+    return about(engine)
 
 
 if __name__ == "__main__":

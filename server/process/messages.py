@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from fastblt.models.config import BltConfig
-from fastblt.server.engine.stats import EngineStats
+from fastblt.server.engine.stats import EngineAbout, EngineStats
 from fastblt.server.framing import Message
 from fastblt.server.logs import LogSettings
 from fastblt.server.request import Delta, Request
@@ -58,6 +58,7 @@ class Loaded(Message):
     config: BltConfig
     max_model_len: int
     stats: EngineStats
+    about: EngineAbout | None = None
 
 
 class Failed(Message):

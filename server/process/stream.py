@@ -126,5 +126,7 @@ def _merge(earlier: Delta, later: Delta) -> Delta:
     earlier.timings = later.timings
     earlier.decoding = later.decoding
     earlier.patches = later.patches
+    if earlier.rounds is not None:
+        earlier.rounds.extend(later.rounds or ())
     earlier.cached = later.cached
     return earlier

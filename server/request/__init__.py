@@ -13,7 +13,17 @@ from fastblt.server.request.decoding import (
     Unmasking,
 )
 from fastblt.server.request.prompt import Request, read_prompt
-from fastblt.server.request.results import ByteLogprobs, Delta, ErrorCode, FinishReason, Ledger, PatchReport, Timings
+from fastblt.server.request.results import (
+    ByteLogprobs,
+    Delta,
+    ErrorCode,
+    FinishReason,
+    Ledger,
+    Origin,
+    PatchReport,
+    Round,
+    Timings,
+)
 from fastblt.server.request.sampling import (
     GREEDY_BELOW,
     MAX_GRAMMAR_BYTES,
@@ -46,9 +56,11 @@ __all__ = [
     "GrammarKind",
     "InvalidRequestError",
     "Ledger",
+    "Origin",
     "PatchReport",
     "QueueFullError",
     "Request",
+    "Round",
     "SamplingParams",
     "StructuredOutput",
     "Timings",

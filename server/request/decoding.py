@@ -58,3 +58,8 @@ class DecodingParams:
         within(self.confidence_threshold, 0.0, 1.0, "decoding.confidence_threshold")
         within(self.entropy_bound, 0.0, 1e6, "decoding.entropy_bound")
         whole(self.max_steps, 1, MAX_BLOCK_SIZE, "decoding.max_steps")
+
+
+def as_decoding(value: DecodingParams | str) -> DecodingParams:
+    """The settings themselves, or those of a method by its name. Raises InvalidRequestError for another name."""
+    return DecodingParams(value) if isinstance(value, str) else value  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastblt.models.vocabulary import EOS_ID, VOCAB_SIZE, encode, with_bos
 from fastblt.server.request.checks import InvalidRequestError
-from fastblt.server.request.results import BYTE_LOGPROBS_SIZE
+from fastblt.server.request.results import BYTE_LOGPROBS_SIZE, ROUND_SIZE
 from fastblt.server.request.sampling import SamplingParams
 
 
@@ -29,10 +29,11 @@ class Request:
 
     @property
     def logprob_bytes(self) -> int:
-        """Memory that its log-probabilities take at most where they are kept until somebody reads them."""
+        """Memory that its log-probabilities and rounds take at most where they are kept until somebody reads them."""
         params = self.params
         asked = ((params.logprobs, params.max_tokens), (params.prompt_logprobs, len(self.prompt_ids)))
-        return sum(count * (BYTE_LOGPROBS_SIZE + 6 * top) for top, count in asked if top is not None)
+        rounds = params.max_tokens * ROUND_SIZE if params.return_rounds else 0
+        return rounds + sum(count * (BYTE_LOGPROBS_SIZE + 6 * top) for top, count in asked if top is not None)
 
 
 _ANY_ID = frozenset(range(VOCAB_SIZE))

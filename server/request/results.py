@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from fastblt.server.request.decoding import DecodingParams
+from fastblt.server.request.decoding import DecodingMethod, DecodingParams
 
 
 class FinishReason(StrEnum):
@@ -35,6 +35,8 @@ class ErrorCode(StrEnum):
 #: Bytes of memory that a ByteLogprobs takes with its id, beside 6 for each of its alternatives (measured:
 #: tests/server/process/test_memory.py).
 BYTE_LOGPROBS_SIZE = 208
+#: The same of a Round of one byte, the smallest; larger ones take less for each byte.
+ROUND_SIZE = 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,54 @@ class PatchReport:
     starts: list[int]
     entropies: list[float | None]
     steps: list[int]
+
+
+class Origin(StrEnum):
+    """How a byte of a completion was made."""
+
+    #: By the whole model, where nothing was drafted, and after a draft of which every byte was accepted.
+    CAUSAL = "causal"
+    #: Drafted by the decoder, and accepted by the whole model.
+    DRAFTED = "drafted"
+    #: Drafted by a diffusion block (and, in BLT-DSV, kept by the decoder), and accepted by the whole model.
+    BLOCK = "block"
+    #: By the whole model, in place of a drafted byte that it refused.
+    CORRECTED = "corrected"
+    #: Filled by a diffusion block of BLT-D, which nothing verifies.
+    FILLED = "filled"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """How one round made some bytes of a completion: a draft with its verification, a block of BLT-D, or one byte.
+
+    `start` counts the completion's bytes before it; `origins` has one for each of `ids`. `draft` is what was drafted,
+    refused bytes included, and `accepted` counts its accepted ones. `steps` has the denoising step that filled each
+    byte of the draft, or of the block, from 1; 0 for bytes of causal rows.
+
+    `entropies` (nats) and `patches` tell what has become known with this round: the entropies before the completion's
+    next bytes, in order (those of a block of BLT-D come a round later), and which of these bytes begin a patch.
+
+    The rest is of the request so far, its prompt included: seconds since it arrived, forward passes by module,
+    gigabytes of weights that they read, and those that BLT's passes would have read for the same bytes.
+    """
+
+    method: DecodingMethod
+    start: int
+    ids: list[int]
+    origins: list[Origin]
+    draft: list[int]
+    accepted: int
+    steps: list[int]
+    entropies: list[float]
+    patches: list[int]
+    seconds: float
+    patcher: int
+    encoder: int
+    global_: int
+    decoder: int
+    gb: float
+    gb_blt: float
 
 
 @dataclass
@@ -155,6 +205,8 @@ class Delta:
     decoding: DecodingParams | None = None
     #: Where asked for.
     patches: PatchReport | None = None
+    #: Where asked for: of the bytes of all deltas so far, what has not been told yet, whole rounds only.
+    rounds: list[Round] | None = None
     #: Bytes of the prompt that were not computed, since an earlier request had done so.
     cached: int = 0
     #: Where asked for, with the first delta: of the prompt's ids but for the first, BOS.

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastblt.models.vocabulary import BYTE_OFFSET
 from fastblt.server.request.checks import InvalidRequestError, member, needed, whole, within
-from fastblt.server.request.decoding import DecodingParams
+from fastblt.server.request.decoding import DecodingParams, as_decoding
 
 #: Bounds of what one request may ask for.
 MAX_LOGPROBS = 20
@@ -83,6 +83,11 @@ class StructuredOutput:
         return cls(GrammarKind.GRAMMAR, text)
 
 
+def _id(key: Any) -> Any:
+    """A key of `logit_bias` as an id: OpenAI's clients write ids as strings."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 3 else key
+
+
 #: Fields that are always numbers.
 _NUMBERS = (
     *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p"),
@@ -97,8 +102,9 @@ class SamplingParams:
 
     `stop` holds strings or bytes; they are matched as bytes, exactly. `logprobs` asks for that many alternatives to
     the chosen byte (0: the chosen one only), `prompt_logprobs` for the same of every prompt byte, `return_patches` for
-    a PatchReport at the end. Under `utf8` strict the output is whole characters, wherever it ends; stops that could cut
-    one are refused.
+    a PatchReport at the end, `return_rounds` for Rounds, which tell how each byte was made, as it comes. Under `utf8`
+    strict the output is whole characters, wherever it ends; stops that could cut one are refused. `decoding` may be a
+    method's name alone.
     """
 
     max_tokens: int = 16
@@ -119,11 +125,15 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_patches: bool = False
+    return_rounds: bool = False
     utf8: Utf8 = Utf8.REPLACE
     structured_output: StructuredOutput | None = None
     decoding: DecodingParams = field(default_factory=DecodingParams)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", as_decoding(self.decoding))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", {_id(key): value for key, value in self.logit_bias.items()})
         self._check_types()
         stop = (self.stop,) if isinstance(self.stop, str | bytes) else tuple(self.stop or ())
         encoded = tuple(s.encode("utf-8", "surrogatepass") if isinstance(s, str) else s for s in stop)

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from fastblt.benchmarks import cli
 from fastblt.server.api.schemas import CompletionRequest
+from fastblt.server.cli.command import VLLM_NAMES
 from fastblt.server.request import DecodingMethod, DecodingParams, ErrorCode, SamplingParams, Unmasking
 from fastblt.server.settings import EngineSettings
 from tests.docs.pages import PRESENT, ROOT, inline_code, name_of
@@ -40,7 +41,7 @@ def test_every_decoding_field_is_explained() -> None:
 
 
 def test_every_sampling_field_is_explained() -> None:
-    elsewhere = {"structured_output", "return_patches", "decoding"}
+    elsewhere = {"structured_output", "return_patches", "return_rounds", "decoding"}
     assert {one.name for one in fields(SamplingParams)} - elsewhere <= explained(page("decoding"))
     assert all(name in page("offline") or name in page("api") for name in elsewhere)
 
@@ -80,7 +81,7 @@ def options(command: Any) -> Iterator[str]:
 @pytest.mark.parametrize("path", PRESENT, ids=name_of)
 def test_every_option_that_is_named_exists(path: Any) -> None:
     """Of the command, or of a program of this repository."""
-    known = set(options(get_command(cli.app)))
+    known = set(options(get_command(cli.app))) | set(VLLM_NAMES)
     for code in inline_code(path.read_text(encoding="utf-8")):
         if not (named := re.match(r"(--[a-z][\w-]*)(?=$|[ =])", code)) or named[1] in known:
             continue

@@ -62,7 +62,7 @@ def test_wrong_decoding_is_refused_by_name(fields: dict[str, Any], param: str) -
         ({"stop_token_ids": 5}, "stop_token_ids"),
         ({"stop_token_ids": [None]}, "stop_token_ids"),
         ({"structured_output": "a+"}, "structured_output"),
-        ({"decoding": "blt"}, "decoding"),
+        ({"decoding": "magic"}, "decoding.method"),
         ({"decoding": None}, "decoding"),
     ],
 )

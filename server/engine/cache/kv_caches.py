@@ -16,8 +16,11 @@ import torch
 from fastblt.models.blt import Blt
 from fastblt.models.config import BltConfig, StackConfig
 from fastblt.server.engine.cache.page_pool import PagePool
-from fastblt.server.request import MAX_DRAFT_LENGTH
+from fastblt.server.request import MAX_BLOCK_SIZE, MAX_DRAFT_LENGTH
 from fastblt.server.settings import EngineSettings
+
+#: How many positions past the end of a completion a block or a draft may touch.
+OVERSHOOT = MAX_BLOCK_SIZE + 1
 
 
 class CacheGroup:
@@ -194,6 +197,11 @@ class KvCaches:
         self._reached = [(0, 0)] * num_states
         self._num_states = num_states - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of all caches."""
+        return self.latents.nbytes + sum(layer.nbytes for group in self.groups.values() for layer in group.layers)
+
     def take_state_index(self) -> int | None:
         """A free state index, or None."""
         return self._free_states.pop() if self._free_states else None
@@ -262,7 +270,9 @@ def _sizes(
     """
     page = settings.page_size
     budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes()
-    longest = -(-settings.max_model_len // page)
+    # What a request may ask for, and what a block or a draft may touch behind that.
+    positions = settings.max_model_len + OVERSHOOT
+    longest = -(-positions // page)
     chunk = -(-settings.max_pass_rows // page) + 2
     pages: dict[str, int] = {}
     windowed = {name: min(-(-w // page) + 2, longest) for name, w in windows.items() if w is not None}
@@ -286,7 +296,7 @@ def _sizes(
     if device.type == "cpu" and (taken := cost + count * each_page) > (there := _machine_bytes()):
         raise ValueError(f"the caches would take {taken} bytes, and there are {there}: give a smaller cache_bytes")
     # Whatever its patches, one request alone must fit: it can then always be finished.
-    return min(settings.max_model_len, count * page), pages
+    return min(positions, count * page), pages
 
 
 def _default_bytes() -> int:

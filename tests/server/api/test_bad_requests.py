@@ -238,7 +238,7 @@ def test_unknown_model(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/nowhere", 404),
         ("POST", "/v1/chat/completions", 404),
         ("GET", "/v1/completions", 405),

@@ -49,7 +49,7 @@ def raw(server: RunningServer, head: bytes) -> bytes:
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/models", "/v1/completions", "/metrics", "/version", "/load", "/openapi.json", "/nowhere", "/",
+        "/v1/models", "/v1/completions", "/metrics", "/version", "/load", "/openapi.json", "/nowhere", "/page",
         "//v1/models", "/health/", "/health/../v1/models", "/health%2f..%2fv1/models", "/ready;/v1/models", "/HEALTH",
         "/v1/models?/health", "/./v1/models", "/health//", "//health", "/v1/models#/health",
     ],

@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def options(caplog: pytest.LogCaptureFixture, *args: str, **env: str) -> str:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     result = CliRunner().invoke(toy, ["go", *args], env=env)
     assert result.exit_code == 0, result.output
     return caplog.records[-1].getMessage()
@@ -49,7 +49,8 @@ def options(caplog: pytest.LogCaptureFixture, *args: str, **env: str) -> str:
 def test_flags_come_before_the_environment_and_that_before_the_file(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "port=1, name_of_it=default" in options(caplog)
+    assert options(caplog) == "options: all as they are by default"
+    assert caplog.records[-2].getMessage().startswith("all options: config=None, port=1, name_of_it=default")
     text = options(caplog, "--config", str(file))
     assert "port=2 (file), name_of_it=file (file)" in text
     text = options(caplog, "--config", str(file), TOY_GO_PORT="3")

@@ -19,5 +19,5 @@ def test_an_unknown_dtype_is_named(dtype: str) -> None:
 
 
 def test_model_names(tmp_path: Path) -> None:
-    assert Engine.load(settings(model=save_tiny(tmp_path / "mine"))).model_name == "fastblt-mine"
+    assert Engine.load(settings(model=save_tiny(tmp_path / "mine"))).model_name == "mine"
     assert Engine.load(settings(model=str(PRETRAINED))).model_name == "fastblt-python"
