@@ -19,6 +19,8 @@ from fastblt.models.vocabulary import MASK_ID
 #: Block rows in a tile, a multiple of every block size.
 BLOCK_ROWS = 48
 MIN_NOISE = 0.1
+#: Bytes that a draft may have drafted since its latent was closed.
+OLDEST = 31
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class LayoutConfig:
     and `Start.FORCED`; all other blocks start at patches. `full_blocks`: share of blocks that are masked entirely, as a
     draft is at first, whatever the t of their sequence. `decay`: in such blocks the weight in the loss falls by this
     factor from one position to the next, since a drafted byte counts only if all before it are right.
+
+    `old_latents`: share of the closed starts that read a latent of up to `OLDEST` bytes before, as the later blocks of
+    a BLT-DSV draft do. `refined_blocks`: share of the other blocks that show the bytes the model itself is surest of,
+    as after denoising steps, instead of random ones.
     """
 
     patches: int
@@ -39,6 +45,8 @@ class LayoutConfig:
     forced_starts: float = 0.0
     full_blocks: float = 0.0
     decay: float = 1.0
+    old_latents: float = 0.0
+    refined_blocks: float = 0.0
 
     def forced_rows(self, length: int) -> int:
         """Latents kept for the force-closed patches of a sequence of `length`: a quarter more than the mean."""
@@ -50,7 +58,7 @@ class Start(IntEnum):
     """Where a block starts, and which patch's latent it reads. s is the block's first position."""
 
     PATCH = 0  # starts at a patch; reads the patch before it, which is closed once byte s - 1 is known
-    CLOSED = 1  # starts anywhere; reads the newest patch closed once byte s - 2 is known, as after a verification
+    CLOSED = 1  # starts anywhere; reads the newest patch closed once byte s - 2 is known, or an older one, as drafts do
     FORCED = 2  # starts anywhere; reads the patch of byte s - 1, closed by force before s if it is open
 
 
@@ -97,7 +105,8 @@ def block_arrays(
     For every block row, [N, T / TILE, BLOCK_ROWS]: block_start (of its block), block_position, block_latent,
     block_target (its byte), block_input (its byte or [MASK]), block_number (of its block in the tile), block_valid
     (whether it exists), block_masked, block_full (whether its block is one of the `full_blocks`), block_weight (in the
-    loss: 1/t; in full blocks by position).
+    loss: 1/t; in full blocks by position). With `refined_blocks` also block_shown: how many bytes its block is to show
+    that the model is surest of (0: it shows those of block_input).
 
     For the patches that are closed by force, whose latents follow the kept ones: forced_index and forced_inside
     [N, F, L] as in `patch_arrays`, and forced_place [N, F], the number of the patch in the sequence.
@@ -122,7 +131,11 @@ def block_arrays(
         forced = 0
         for tile in range(shape[1]):
             chosen, kinds = choose_starts(starts[row], tile * TILE, BLOCK_ROWS // size, config, rng)
-            read = np.where(kinds == Start.CLOSED, of[chosen - 1], of[chosen]) - 1
+            known = np.where(kinds == Start.CLOSED, chosen - 1, chosen)
+            if config.old_latents:
+                old = (kinds == Start.CLOSED) & (rng.random(len(chosen)) < config.old_latents)
+                known = np.where(old, np.maximum(known - rng.integers(1, OLDEST + 1, len(chosen)), 1), known)
+            read = of[known] - 1
             usable = read < config.patches
             for block in np.flatnonzero((kinds == Start.FORCED) & ~starts[row, chosen] & usable):
                 at = chosen[block]
@@ -162,6 +175,14 @@ def block_arrays(
         "block_full": full,
         "block_weight": np.where(t == 1.0, falling, 1 / t).astype(np.float32),
     }
+    if config.refined_blocks:
+        refined = np.take_along_axis(rng.random(shape) < config.refined_blocks, number, 2) & ~full
+        shown = np.take_along_axis(rng.integers(1, size_of), number, 2)
+        arrays["block_shown"] = np.where(refined, shown, 0)
+        # As many bytes are shown in every such block, so its weights are known; they sum to its size.
+        arrays["block_weight"] = np.where(refined, size_of / (size_of - shown), arrays["block_weight"]).astype(
+            np.float32
+        )
     if room:
         index = forced_first[..., None] + np.arange(config.max_patch_length)
         arrays["forced_index"] = np.minimum(index, length - 1)

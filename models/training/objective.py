@@ -19,7 +19,7 @@ from fastblt.models.blt import Blt
 from fastblt.models.layers import CrossAttention, Rope, rotate
 from fastblt.models.training.attention import TILE, WindowAttention, dense, tile_positions, tiles
 from fastblt.models.training.layout import LayoutConfig, block_arrays, patch_arrays
-from fastblt.models.vocabulary import VOCAB_SIZE
+from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 
 
 @torch.library.custom_op("fastblt_training::gather", mutates_args=())
@@ -95,7 +95,35 @@ class Objective:
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of clean rows [N, T, 260] and of block rows [N, S, BLOCK_ROWS, 260]."""
         states = self.states(batch["ids"])
-        return self.project(self.decode(states, self.latents(states, batch), batch), len(batch["ids"]))
+        latents = self.latents(states, batch)
+        if "block_shown" in batch:
+            self._refine(states.detach(), latents.detach(), batch)
+        return self.project(self.decode(states, latents, batch), len(batch["ids"]))
+
+    @torch.no_grad()
+    def _refine(self, states: Tensor, latents: Tensor, batch: dict[str, Tensor]) -> None:
+        """Let the refined blocks show the bytes of the text at the places where the model, shown none, is surest.
+
+        Changes `block_input` and `block_masked` of the batch.
+        """
+        shown, valid = batch["block_shown"], batch["block_valid"]
+        refined = shown > 0
+        masks = {**batch, "block_input": batch["block_input"].masked_fill(refined, MASK_ID)}
+        hidden = self.decode(states, latents, masks)[:, TILE:]
+        sure = torch.softmax(self.model.lm_head(hidden), -1).amax(-1).view(shown.shape)
+        sure = sure.masked_fill(~valid, -1.0)
+        number = batch["block_number"]
+        rows = torch.arange(shown.shape[-1], device=shown.device)
+        own = number[..., :, None] == number[..., None, :]
+        # Of two rows that are equally sure, the first one comes first.
+        before = sure[..., None, :] > sure[..., :, None]
+        before = before | (sure[..., None, :] == sure[..., :, None]) & (rows < rows[:, None])
+        place = (own & before).sum(-1)
+        fill = refined & valid & (place < shown)
+        batch["block_input"] = torch.where(
+            fill, batch["block_target"], batch["block_input"].masked_fill(refined, MASK_ID)
+        )
+        batch["block_masked"] = torch.where(refined, valid & ~fill, batch["block_masked"])
 
     def project(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Logits of clean and of block rows of `count` sequences from final decoder states."""

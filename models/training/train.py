@@ -64,6 +64,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--forced-starts", type=_share, default=0.0, help="share of blocks that start as BLT-D's do")
     parser.add_argument("--full-blocks", type=_share, default=0.5, help="share of blocks that are masked altogether")
     parser.add_argument(
+        "--old-latents", type=_share, default=0.0, help="share of closed starts that read an older latent, as BLT-DSV"
+    )
+    parser.add_argument(
+        "--refined-blocks", type=_share, default=0.0, help="share of other blocks that show what the model is surest of"
+    )
+    parser.add_argument(
         "--decay", type=_share, default=0.8, help="of the loss from position to position of such blocks"
     )
     parser.add_argument(
@@ -187,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         forced_starts=args.forced_starts,
         full_blocks=args.full_blocks,
         decay=args.decay,
+        old_latents=args.old_latents,
+        refined_blocks=args.refined_blocks,
     )
     second = replace(common, folder=work / "blt", minutes=args.minutes, steps=args.steps, stop_after=args.stop_after)
     snapshots = work / "snapshot"

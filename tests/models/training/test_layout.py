@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastblt.models.patching import PatchRule
 from fastblt.models.training.attention import TILE
 from fastblt.models.training.entropy import choose_threshold, patch_starts
-from fastblt.models.training.layout import BLOCK_ROWS, LayoutConfig, block_arrays, draw_noise, patch_arrays
+from fastblt.models.training.layout import BLOCK_ROWS, OLDEST, LayoutConfig, block_arrays, draw_noise, patch_arrays
 from fastblt.models.vocabulary import MASK_ID
 from tests.models.training.toys import LAYOUT, LENGTH, toy_sequences
 
@@ -47,6 +47,38 @@ def test_blocks_anywhere_read_what_the_last_verification_left() -> None:
         exists = arrays["block_valid"][sequence]
         assert (latents[sequence][exists] == patch_of[places[sequence][exists] - 1] - 1).all()
         assert 0 < starts[sequence][places[sequence][exists]].mean() < 1
+
+
+def test_old_latents_are_those_of_a_longer_draft() -> None:
+    ids, starts = toy_sequences(2)
+    layout = LayoutConfig(LENGTH, 8, closed_starts=1.0, old_latents=0.5)
+    arrays = block_arrays(ids, starts, np.ones(2), np.array([8, 16]), layout, np.random.default_rng(0))
+    ages = []
+    for sequence in range(2):
+        patch_of = starts[sequence].cumsum() - 1
+        exists = arrays["block_valid"][sequence]
+        places, latents = arrays["block_start"][sequence][exists], arrays["block_latent"][sequence][exists]
+        newest = patch_of[places - 1] - 1
+        oldest = patch_of[np.maximum(places - 1 - OLDEST, 1)] - 1
+        assert (oldest <= latents).all()
+        assert (latents <= newest).all()
+        ages += (newest - latents).tolist()
+    assert 0.3 < np.mean(np.array(ages) > 0) < 0.6
+
+
+def test_refined_blocks_show_a_number_of_bytes_and_weigh_as_much_as_others() -> None:
+    ids, starts = toy_sequences(2)
+    layout = LayoutConfig(LENGTH, 8, full_blocks=0.5, refined_blocks=0.5)
+    arrays = block_arrays(ids, starts, np.full(2, 0.4), np.array([4, 8]), layout, np.random.default_rng(0))
+    for sequence, size in enumerate((4, 8)):
+        shown = arrays["block_shown"][sequence].reshape(-1, size)
+        assert (shown == shown[:, :1]).all()
+        refined = shown[:, 0] > 0
+        assert 0.05 < refined.mean() < 0.6
+        assert shown.max() < size
+        assert not arrays["block_full"][sequence].reshape(-1, size)[refined].any()
+        weights = arrays["block_weight"][sequence].reshape(-1, size)[refined]
+        np.testing.assert_allclose(weights[:, 0] * (size - shown[refined, 0]), size, rtol=1e-5)
 
 
 def test_weights_of_a_full_block_fall_and_add_up_to_its_size() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 from fastblt.models.training.attention import TILE
 from fastblt.models.training.evaluate import leak_check
 from fastblt.models.training.layout import BLOCK_ROWS, Start
-from fastblt.models.training.objective import Objective
-from tests.models.training.toys import LENGTH, WINDOW, toy_batch, toy_model, toy_sequences, with_ids
+from fastblt.models.training.objective import Objective, make_batch
+from fastblt.models.vocabulary import MASK_ID
+from tests.models.training.toys import LAYOUT, LENGTH, WINDOW, toy_batch, toy_model, toy_sequences, with_ids
 
 
 def test_visibility_is_that_of_the_definition() -> None:
@@ -122,6 +125,33 @@ def test_the_loss_is_the_definition() -> None:
     )
     assert float(loss) == pytest.approx(float(expected) + 0.5 * masked, rel=1e-4)
     assert float(figures["masked"]) == pytest.approx(masked, rel=1e-4)
+
+
+def test_refined_blocks_show_what_the_model_is_surest_of() -> None:
+    """And their loss is that of the bytes still masked."""
+    model = toy_model()
+    objective = Objective(model, LENGTH)
+    ids, starts = toy_sequences()
+    layout = replace(LAYOUT, refined_blocks=1.0)
+    noise, sizes = np.full(2, 0.5), np.array([4, 8])
+    batch = make_batch(ids, starts, noise, sizes, layout, np.random.default_rng(0))
+    hidden = {k: v for k, v in batch.items() if k != "block_shown"}
+    hidden["block_input"] = torch.full_like(batch["block_input"], MASK_ID)
+    with torch.no_grad():
+        sure = torch.softmax(objective.logits(hidden)[1], -1).amax(-1)
+        objective.logits(batch)
+    for sequence, size in enumerate((4, 8)):
+        parts = {name: batch[name][sequence].reshape(-1, size) for name in batch if name.startswith("block_")}
+        for block, confidence in enumerate(sure[sequence].reshape(-1, size)):
+            if not parts["block_valid"][block].all():
+                continue
+            shown = int(parts["block_shown"][block, 0])
+            at = confidence.topk(shown).indices
+            inputs, target = parts["block_input"][block], parts["block_target"][block]
+            assert torch.equal(inputs[at], target[at])
+            masked = inputs == MASK_ID
+            assert int(masked.sum()) == size - shown
+            assert torch.equal(masked, parts["block_masked"][block])
 
 
 def test_distilled_blocks_aim_at_the_causal_prediction() -> None:
