@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
@@ -230,12 +231,15 @@ def quality(
     concurrency: Concurrency = 32,
     setting: Settings = None,
     output: Output = DEFAULT_OUTPUT,
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out places.")] = 192,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out places.")] = 1500,
     alone: Annotated[int, typer.Option(min=1, help="Of them, to time one at a time.")] = 32,
     length: Annotated[int, typer.Option("--bytes", min=1, help="Of each completion.")] = 64,
     processor_clock: Annotated[
         bool, typer.Option("--processor-clock", help="Chart the engine's processor time: for machines with other jobs.")
     ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="The --output of another checkpoint, to be compared place by place.")
+    ] = None,
 ) -> None:
     """Next lines of held-out code against bytes per second: a table and a chart."""
     with clean_errors():
@@ -243,9 +247,12 @@ def quality(
         from fastblt.benchmarks.evaluation import quality as task
         from fastblt.benchmarks.evaluation.endpoint import Target
 
+        other = json.loads((against / "quality.json").read_text()) if against else None
         target = Target(base_url, model, api_key, concurrency)
         result = asyncio.run(task.evaluate(target, setting, prompts, alone, length, output))
         write(output, "quality", result)
+        if other:
+            typer.echo(f"\n{task.compare(result, other)}")
         clock = "bytes_per_processor_second" if processor_clock else "bytes_per_second"
         charts.quality(result, output / "quality.png", clock)
 

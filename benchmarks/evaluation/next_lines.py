@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 from fastblt.benchmarks.prompts import held_out_sources
 
+#: Bytes between two cuts of a file.
+_APART = 32
+
 
 @dataclass(frozen=True)
 class Cut:
-    """A piece of a file that begins with a statement on the left margin, and the next line, without its line end.
+    """A piece of a file from the beginning of a statement, class or function on, and the next line, without its line
+    end. Both are brought to the left margin.
 
     `others` are up to three other lines of the same file, of similar indentation.
     """
@@ -28,8 +32,8 @@ class Cut:
 def cuts(count: int, shortest: int = 256, longest: int = 1500, seed: int = 0) -> list[Cut]:
     """`count` cuts, spread over all held-out files. They are always the same for one release of Python.
 
-    Prompts have `shortest` to `longest` bytes, and cuts in a file are at least `shortest` bytes apart. Each prompt with
-    its own next line parses. Raises ValueError if the files have too few places.
+    Prompts have `shortest` to `longest` bytes. Each prompt with its own next line parses. Raises ValueError if the
+    files have too few places.
     """
     rng = random.Random(seed)
     files = [found for source in held_out_sources() if (found := _places(source.data, shortest, longest, rng))]
@@ -45,29 +49,48 @@ def cuts(count: int, shortest: int = 256, longest: int = 1500, seed: int = 0) ->
 def _places(data: bytes, shortest: int, longest: int, rng: random.Random) -> list[Cut]:
     try:
         text = data.decode()
-        starts = [node.lineno - 1 for node in ast.parse(text).body]
+        tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
     lines = text.splitlines(keepends=True)
     offsets = [0]
     for line in lines:
         offsets.append(offsets[-1] + len(line.encode()))
+    # Where a prompt can begin, and the line before which it must end.
+    begins = [(node.lineno - 1, len(lines), 0) for node in tree.body]
+    begins += [
+        (node.lineno - 1, node.end_lineno or 0, node.col_offset)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.col_offset
+    ]
+    at_margin = {0: lines}
     found, free = [], 0
     for at in range(1, len(lines)):
-        line = lines[at].rstrip()
-        if not line.strip() or line.lstrip().startswith("#") or offsets[at] < free:
+        if not lines[at].strip() or lines[at].lstrip().startswith("#") or offsets[at] < free:
             continue
-        # The last statement from which the prompt is long enough.
-        begin = max((start for start in starts if offsets[at] - offsets[start] >= shortest), default=None)
-        if begin is None or offsets[at] - offsets[begin] > longest or rng.random() < 0.7:
+        fits = [
+            (begin, margin)
+            for begin, end, margin in begins
+            if begin < at < end and shortest <= offsets[at] - offsets[begin] <= longest
+        ]
+        if not fits:
             continue
-        prompt = "".join(lines[begin:at])
-        if parses(prompt, line):
-            found.append(Cut(prompt, line, _others(lines, line, rng)))
-            # Lines that are close together are too similar.
-            free = offsets[at] + shortest
+        begin, margin = max(fits)
+        if margin not in at_margin:
+            at_margin[margin] = [_dedented(line, margin) for line in lines]
+        moved = at_margin[margin]
+        prompt, line = "".join(moved[begin:at]), moved[at].rstrip()
+        if len(prompt.encode()) >= shortest and parses(prompt, line):
+            found.append(Cut(prompt, line, _others(moved, line, rng)))
+            # The same line is never asked for twice, and neighbors are too similar.
+            free = offsets[at] + _APART
     rng.shuffle(found)
     return found
+
+
+def _dedented(line: str, margin: int) -> str:
+    """A line with `margin` blanks less, or as many as it has: a blank line or one within a string may have fewer."""
+    return line[min(margin, len(line) - len(line.lstrip(" \t"))) :]
 
 
 def _others(lines: list[str], line: str, rng: random.Random) -> tuple[str, ...]:

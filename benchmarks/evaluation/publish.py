@@ -1,4 +1,4 @@
-"""Makes all files of docs/evaluation/ again, for the shipped checkpoint: about 25 minutes on two idle cores.
+"""Makes all files of docs/evaluation/ again, for the shipped checkpoint: about 35 minutes on two idle cores.
 
     python -m fastblt.benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
     python -m fastblt.benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
@@ -93,7 +93,7 @@ class Publisher:
         print(f"-- {part}: {time.monotonic() - began:.0f} s\n", flush=True)
 
     def quality(self) -> Record:
-        result = asyncio.run(quality.evaluate(self._target, None, self._some(192), self._some(24), 64, self._work))
+        result = asyncio.run(quality.evaluate(self._target, None, self._some(1500), self._some(24), 64, self._work))
         charts.quality(result, self._output / "quality.png", self._clock)
         return result
 

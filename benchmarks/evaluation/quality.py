@@ -2,7 +2,8 @@
 
 Each prompt is real code up to the end of a line. A completion is right if its first line that is not blank equals the
 real one. It parses if prompt and line are valid Python (a line that opens a block is given a body). For a weak model
-the number of bytes before the first wrong one says more.
+the number of bytes before the first wrong one says more. What a setting keeps of BLT's lines that parse, and what
+another checkpoint does at the same places, are given with 95 % intervals (`evaluation.paired`).
 
 Speed is measured with groups of `concurrency` requests and, on fewer prompts, with one request at a time. All settings
 run on a group, in a different order each time, before the next group begins, so that a slow period of the machine
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastblt.benchmarks import markdown
+from fastblt.benchmarks.evaluation import paired
 from fastblt.benchmarks.evaluation.completions import bar
 from fastblt.benchmarks.evaluation.endpoint import Completion, Endpoint, Target, together
 from fastblt.benchmarks.evaluation.journal import Journal, Record
@@ -72,6 +74,7 @@ def judge(chosen: Sequence[Cut], answers: Sequence[Record]) -> Record:
     lines = [first_line(answer["text"]) for answer in answers]
     made = sum(answer["bytes"] for answer in answers)
     right = [line.strip("\r\n").rstrip() == cut.line for line, cut in zip(lines, chosen, strict=True)]
+    parsed = [parses(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True)]
     told = all(answer["decoder_nfe"] is not None for answer in answers)
     return {
         "prompts": len(chosen),
@@ -80,7 +83,9 @@ def judge(chosen: Sequence[Cut], answers: Sequence[Record]) -> Record:
             leading_equal(line.strip("\r\n").encode(), cut.line.encode())
             for line, cut in zip(lines, chosen, strict=True)
         ),
-        "parses": sum(parses(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True)) / len(right),
+        "parses": sum(parsed) / len(right),
+        # For every place, in order.
+        "parsed": "".join(str(int(one)) for one in parsed),
         "parses_strictly": sum(parses_strictly(cut.prompt, line) for cut, line in zip(chosen, lines, strict=True))
         / len(right),
         "decoder_nfe_per_byte": sum(answer["decoder_nfe"] for answer in answers) / made if told else None,
@@ -122,8 +127,32 @@ async def evaluate(
             found[where].append(journal.records[_key(setting, where, number)])
         answers = [answer for group in found["together"] for answer in group["answers"]]
         rows[setting] = judge(chosen, answers) | {where: speed(records) for where, records in found.items()}
+    if "blt" in rows:
+        for row in rows.values():
+            row["kept"] = paired.share(_flags(row), _flags(rows["blt"]))
     print(table(rows))
     return {**run, "concurrency": target.concurrency, "settings": rows}
+
+
+def compare(result: Record, other: Record) -> str:
+    """A Markdown table of two results of `evaluate` for the same places, such as of two checkpoints.
+
+    Raises ValueError if they have no setting in common, or other places.
+    """
+    common = [setting for setting in result["settings"] if setting in other["settings"]]
+    if not common or any(result[name] != other[name] for name in ("prompts", "length")):
+        raise ValueError("the other result has other places or bytes, or none of these settings")
+    cells = []
+    for setting in common:
+        ours, theirs = _flags(result["settings"][setting]), _flags(other["settings"][setting])
+        found = {name: 100 * value for name, value in paired.difference(ours, theirs).items()}
+        interval = f"{found['value']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+        cells.append([setting, *(percent(sum(flags) / len(flags), 1) for flags in (ours, theirs)), interval])
+    return markdown.table(("setting", "parse %", "of the other", "difference, points"), cells)
+
+
+def _flags(row: Record) -> list[bool]:
+    return [one == "1" for one in row["parsed"]]
 
 
 def _groups(chosen: Sequence[Cut], size: int) -> list[Sequence[Cut]]:
@@ -136,15 +165,21 @@ def _key(setting: str, where: str, number: int) -> str:
 
 def table(rows: dict[str, Record]) -> str:
     """A Markdown table. Bytes a second are of wall time; in brackets, of the engine's processor time."""
-    columns = ("setting", "right lines %", "bytes right", "parse %", "as they stand %", "bytes/s, one")
+    columns = ("setting", "right lines %", "bytes right", "parse %", "of BLT's %", "as they stand %", "bytes/s, one")
     cells = []
     for setting, row in rows.items():
         shares = (percent(row["exact_match"], 1), f"{row['bytes_right']:.2f}", percent(row["parses"], 1))
         speeds = (_speed(row[name]) for name in ("alone", "together"))
         costs = (row[name] for name in ("decoder_nfe_per_byte", "gb_paper_per_kilobyte"))
         told = ("-" if cost is None else f"{cost:.3f}" for cost in costs)
-        cells.append([setting, *shares, percent(row["parses_strictly"], 1), *speeds, *told])
+        kept = (_share(row["kept"]) if "kept" in row else "-", percent(row["parses_strictly"], 1))
+        cells.append([setting, *shares, *kept, *speeds, *told])
     return markdown.table((*columns, "bytes/s, together", "decoder NFE a byte", "GB (paper) a kB"), cells)
+
+
+def _share(kept: Record) -> str:
+    value, low, high = (100 * kept[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _speed(measured: Record) -> str:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from fastblt.benchmarks.cli import app
+from fastblt.benchmarks.evaluation import paired
 from fastblt.benchmarks.evaluation.journal import Record
 from fastblt.benchmarks.evaluation.next_lines import Cut, cuts, parses
 from fastblt.benchmarks.evaluation.publish import questions
@@ -22,8 +24,11 @@ def test_cuts_are_places_in_held_out_files() -> None:
     chosen = cuts(60)
     assert chosen == cuts(60) and len({cut.prompt for cut in chosen}) == 60
     files = [source.data.decode("utf-8", "replace") for source in held_out_sources()]
+    # Blanks aside, since methods are brought to the left margin.
+    files = ["\n".join(map(str.strip, file.splitlines())) for file in files]
     for cut in chosen:
-        assert any(f"{cut.prompt}{cut.line}" in file for file in files)
+        text = "\n".join(map(str.strip, f"{cut.prompt}{cut.line}".splitlines()))
+        assert any(text in file for file in files)
         assert 256 <= len(cut.prompt.encode()) <= 1500 and parses(cut.prompt, cut.line)
         assert cut.line not in cut.others and cut.prompt.endswith("\n") and not cut.prompt[0].isspace()
     with pytest.raises(ValueError, match="ask for fewer"):
@@ -48,6 +53,21 @@ def test_judging() -> None:
     assert (row["exact_match"], row["parses"], row["parses_strictly"]) == (0.25, 0.5, 0.25)
     assert row["bytes_right"] == (12 + 4 + 7 + 0) / 4
     assert row["decoder_nfe_per_byte"] == 0.5 and row["gb_paper_per_kilobyte"] == pytest.approx(0.25)
+
+
+def test_intervals_are_of_pairs() -> None:
+    """Two settings that fail at the same places differ by nothing; at chance, by as much as half of the places say."""
+    places = np.random.default_rng(1).random(1500) < 0.7
+    same = paired.share(places.tolist(), places.tolist())
+    assert same == {"value": 1.0, "low": 1.0, "high": 1.0}
+    shuffled = np.random.default_rng(2).permutation(places)
+    found = paired.difference(places.tolist(), shuffled.tolist())
+    error = 1.96 * (2 * 0.7 * 0.3 / 1500) ** 0.5
+    assert found["value"] == 0.0
+    assert found["high"] == pytest.approx(error, rel=0.1) and found["low"] == pytest.approx(-error, rel=0.1)
+    fewer = places & (np.arange(1500) % 10 > 0)
+    lost = paired.share(fewer.tolist(), places.tolist())
+    assert 0.87 < lost["low"] < lost["value"] == pytest.approx(0.9, abs=0.02) and lost["high"] < 0.93
 
 
 def test_speed_is_of_all_groups_together() -> None:
@@ -75,4 +95,8 @@ def test_the_command(url: str, tmp_path: Path) -> None:
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "quality.jsonl").read_text()
     again = CliRunner().invoke(app, ["eval", "quality", *options, *chosen, "--processor-clock"])
+    assert "of the other" not in again.output
+    compared = CliRunner().invoke(app, ["eval", "quality", *options, *chosen, "--against", str(tmp_path)])
+    assert compared.exit_code == 0 and compared.output.count("+0.0 (+0.0 to +0.0)") == len(names), compared.output
+    assert found["settings"]["blt-s k4"]["kept"]["value"] in (1.0, 0.0)
     assert again.exit_code == 0 and (tmp_path / "quality.jsonl").read_text() == lines
