@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastblt.models.blt import Blt, _hash_powers
-from fastblt.models.config import BltConfig
+from fastblt.models.checkpoint_folder import (
+    AGAIN,
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    checkpoint_folder,
+    read_config,
+    read_json,
+    require_file,
+)
 from fastblt.models.packed import MapPacker
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Quantized floats (fp8 and the like) mean nothing without scales, which this layout does not have.
 _STORED_DTYPES = (*_DTYPES, torch.float64)
@@ -38,11 +43,6 @@ _SAVE_AS = "save it as float32, float16 or bfloat16"
 _PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 #: What `tie_word_embeddings` makes one tensor.
 _TIED = ("lm_head.weight", "model.local_encoder.embed_tokens.weight")
-_AGAIN = "; copy or download the checkpoint again"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names the file or tensor and what to do."""
 
 
 def load_checkpoint(
@@ -140,61 +140,6 @@ def stored_name(name: str) -> str:
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def checkpoint_folder(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of `source`: itself, or a snapshot (json, safetensors) of the Hub repository it names."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: no such folder; give a checkpoint folder or a Hub id such as owner/name")
-    # Imported here: it costs more than everything else this file needs, and local folders do without.
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
-    except Exception as error:
-        # Its own errors, the disk's, and those of a network library that differs by its version.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{source}: cannot be downloaded from the Hub ({reason}); check the name and revision, the network, and for"
-            " a gated model the token, or give a local folder"
-        ) from error
-
-
-def read_config(folder: Path) -> BltConfig:
-    """The configuration in a checkpoint folder. Raises CheckpointError without a readable one, ConfigError if wrong."""
-    raw = read_json(folder / CONFIG_FILE)
-    if "args" in raw and "patcher_config" not in raw:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} is in the official repository's layout; turn the folder into this project's with"
-            " `fastblt convert SOURCE ENTROPY OUTPUT` first"
-        )
-    return BltConfig.from_dict(raw)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if there is none."""
-    _require_file(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give a checkpoint folder in the layout of transformers") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}){_AGAIN}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object{_AGAIN}")
-    return raw
-
-
-def _require_file(path: Path) -> None:
-    """Raises CheckpointError for a pipe, a device or a folder: to read one may wait for ever."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a file{_AGAIN}")
-
-
 class TensorFiles:
     """The tensors of a checkpoint folder, read one at a time. Raises CheckpointError for files that cannot be."""
 
@@ -213,7 +158,7 @@ class TensorFiles:
                 self._file_of[name] = file
         for name, file in (listed or {}).items():
             if self._file_of.get(name) != file:
-                raise CheckpointError(f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} places there{_AGAIN}")
+                raise CheckpointError(f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} places there{AGAIN}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -229,7 +174,7 @@ class TensorFiles:
         try:
             return self._open[self._file_of[name]].get_tensor(name)
         except (SafetensorError, OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{self.path(name)}: tensor {name} cannot be read ({error}){_AGAIN}") from error
+            raise CheckpointError(f"{self.path(name)}: tensor {name} cannot be read ({error}){AGAIN}") from error
 
     def release(self, name: str) -> None:
         """Let go of what was read of a tensor's file: what is mapped counts as this process's memory."""
@@ -249,13 +194,13 @@ class TensorFiles:
 
     def _names(self, file: str) -> list[str]:
         path = self.folder / file
-        _require_file(path)
+        require_file(path)
         try:
             self._open[file] = safe_open(path, framework="pt")
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing, though {INDEX_FILE} lists it{_AGAIN}") from None
+            raise CheckpointError(f"{path} is missing, though {INDEX_FILE} lists it{AGAIN}") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is truncated or no safetensors file ({error}){_AGAIN}") from error
+            raise CheckpointError(f"{path} is truncated or no safetensors file ({error}){AGAIN}") from error
         return list(self._open[file].keys())
 
     def _index(self) -> dict[str, str]:
@@ -264,11 +209,11 @@ class TensorFiles:
             raise CheckpointError(self._without_weights())
         listed = read_json(path).get("weight_map")
         if not isinstance(listed, dict) or not listed:
-            raise CheckpointError(f"{path} has no weight_map{_AGAIN}")
+            raise CheckpointError(f"{path} has no weight_map{AGAIN}")
         for name, file in listed.items():
             # A file name is all that an index may hold: a path could lead out of the checkpoint.
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{path} places {name!r} in {file!r}, no name of a safetensors file{_AGAIN}")
+                raise CheckpointError(f"{path} places {name!r} in {file!r}, no name of a safetensors file{AGAIN}")
         return listed
 
     def _without_weights(self) -> str:

@@ -42,8 +42,8 @@ from fastblt.models.training.corpus import chunks, stream
 from fastblt.models.training.entropy import measure as measure_patcher
 from fastblt.models.training.entropy import patch_starts
 from fastblt.models.training.evaluate import evaluate, leak_check
+from fastblt.models.training.files import write_atomically
 from fastblt.models.training.layout import Start
-from fastblt.models.training.loop import write_atomically
 from fastblt.models.vocabulary import decode, encode, with_bos
 from fastblt.server.settings import PRETRAINED
 

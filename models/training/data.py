@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastblt.models.training.corpus import Corpus
-from fastblt.models.training.loop import write_atomically
+from fastblt.models.training.files import write_atomically
+
+
+class Sequential(Protocol):
+    """Training or held-out sequences of one length."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """The sequences with these numbers: ids int64 [N, length]."""
+
+
+class Chunks:
+    """Sequences in a saved array [N, length], which is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.array = load_array(path)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        return self.array[numbers].astype(np.int64)
 
 
 def save_array(path: Path, array: NDArray) -> None:
@@ -31,9 +55,10 @@ def save_corpus(folder: Path, corpus: Corpus) -> None:
     save_array(folder / "train.npy", corpus.train)
 
 
-def rows(count: int, step: int, rank: int, processes: int, batch: int, seed: int) -> list[int]:
-    """The row numbers, below `count`, that process `rank` trains on at `step`. Every epoch has its own permutation."""
-    first = (step * processes + rank) * batch
+def rows(count: int, step: int, group: int, groups: int, batch: int, seed: int) -> list[int]:
+    """The numbers, below `count`, of the sequences of micro-batch `group` of a step. Every epoch has its own
+    permutation."""
+    first = (step * groups + group) * batch
     return [int(_order(count, index // count, seed)[index % count]) for index in range(first, first + batch)]
 
 

@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastblt.models.blt import Patcher, init_weights
 from fastblt.models.config import StackConfig
 from fastblt.models.patching import PatchRule, entropies
 from fastblt.models.training.attention import WindowAttention
-from fastblt.models.training.data import load_array, rows
+from fastblt.models.training.data import Sequential, rows
 from fastblt.models.vocabulary import VOCAB_SIZE
 
 
-class EntropyTask:
-    """Trains the entropy model (`Patcher`) on next-byte prediction."""
+class NextByte(nn.Module):
+    """The entropy model's objective: next-byte prediction over sequences of `length` ids."""
 
-    def __init__(self, config: StackConfig, data: Path, batch: int, seed: int) -> None:
+    def __init__(self, config: StackConfig, length: int, seed: int, device: torch.device) -> None:
+        super().__init__()
         self.model = Patcher(config)
         init_weights(self.model, seed)
-        self._rows = load_array(data / "train.npy")
-        self._batch, self._seed = batch, seed
-        self._attend = WindowAttention(config, self._rows.shape[1])
+        self._attend = WindowAttention(config, length, device)
 
-    def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]:
-        chosen = rows(len(self._rows), step, rank, processes, self._batch, self._seed)
-        return {"ids": torch.from_numpy(self._rows[chosen].astype(np.int64))}
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(batch)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean next-byte loss (nats), and bits a byte to log."""
         ids = batch["ids"]
-        logits = self.model(ids, self._attend)[:, :-1]
+        logits = self.model(ids, self._attend)[:, :-1].float()
         loss = F.cross_entropy(logits.reshape(-1, VOCAB_SIZE), ids[:, 1:].reshape(-1))
         return loss, {"bits": loss.detach() / math.log(2)}
+
+
+class EntropyTask:
+    """Trains the entropy model (`Patcher`)."""
+
+    def __init__(self, module: NextByte, train: Sequential, held_out: Sequential, batch: int, seed: int) -> None:
+        self.module = module
+        self._train, self._held_out, self._batch, self._seed = train, held_out, batch, seed
+
+    def layers(self) -> Iterable[nn.Module]:
+        return []
+
+    def ignored(self) -> Iterable[nn.Parameter]:
+        return []
+
+    def batch(self, step: int, group: int, groups: int) -> dict[str, Tensor]:
+        chosen = rows(len(self._train), step, group, groups, self._batch, self._seed)
+        return {"ids": torch.from_numpy(self._train.take(chosen))}
+
+    def held_out(self) -> Iterable[dict[str, Tensor]]:
+        return [{"ids": torch.from_numpy(self._held_out.take([0]))}]
 
     def checkpoint(self, step: int, progress: float) -> None:
         pass

@@ -13,12 +13,19 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fastblt.models.training.attention import TILE
 from fastblt.models.vocabulary import MASK_ID
 
+#: Clean rows in a tile, and query rows in one of `training.attention`.
+TILE = 128
 #: Block rows in a tile, a multiple of every block size.
 BLOCK_ROWS = 48
 MIN_NOISE = 0.1
+#: The parts of a model that can have learning rates of their own, or be frozen, and the modules that they are.
+PARTS = {
+    "encoder": ("encoder_hash_tok_embedding", "local_encoder"),
+    "global": ("global_transformer",),
+    "decoder": ("local_decoder", "lm_head"),
+}
 #: Bytes that a draft may have drafted since its latent was closed.
 OLDEST = 31
 
@@ -28,10 +35,11 @@ class LayoutConfig:
     """The blocks of a training sequence.
 
     `patches`: latents kept for each sequence; rows that need a later one have no loss. `max_patch_length`: of the patch
-    rule. `closed_starts` and `forced_starts`: shares of blocks that start anywhere, with the latents of `Start.CLOSED`
-    and `Start.FORCED`; all other blocks start at patches. `full_blocks`: share of blocks that are masked entirely, as a
-    draft is at first, whatever the t of their sequence. `decay`: in such blocks the weight in the loss falls by this
-    factor from one position to the next, since a drafted byte counts only if all before it are right.
+    rule, which may have none. `closed_starts` and `forced_starts`: shares of blocks that start anywhere, with the
+    latents of `Start.CLOSED` and `Start.FORCED`; all other blocks start at patches. `full_blocks`: share of blocks that
+    are masked entirely, as a draft is at first, whatever the t of their sequence. `decay`: in such blocks the weight in
+    the loss falls by this factor from one position to the next, since a drafted byte counts only if all before it are
+    right.
 
     `old_latents`: share of the closed starts that read a latent of up to `OLDEST` bytes before, as the later blocks of
     a BLT-DSV draft do. `refined_blocks`: share of the other blocks that show the bytes the model itself is surest of,
@@ -39,7 +47,7 @@ class LayoutConfig:
     """
 
     patches: int
-    max_patch_length: int
+    max_patch_length: int | None
     block_sizes: tuple[int, ...] = (4, 8, 16)
     closed_starts: float = 0.33
     forced_starts: float = 0.0
@@ -81,7 +89,7 @@ def patch_arrays(starts: NDArray[np.bool_], config: LayoutConfig) -> Arrays:
         where = np.flatnonzero(starts[row, :length])
         ends = np.append(where[1:], length)[: config.patches]
         first[row, : len(ends)], last[row, : len(ends)] = where[: len(ends)], ends
-    index = first[..., None] + np.arange(config.max_patch_length)
+    index = first[..., None] + np.arange(_longest(starts, config))
     inside = index < last[..., None]
     inside[..., 0] = True  # patches that do not exist pool some byte; no row reads their latents
     return {
@@ -184,11 +192,20 @@ def block_arrays(
             np.float32
         )
     if room:
-        index = forced_first[..., None] + np.arange(config.max_patch_length)
+        index = forced_first[..., None] + np.arange(_longest(starts, config))
         arrays["forced_index"] = np.minimum(index, length - 1)
         arrays["forced_inside"] = index < forced_end[..., None]
         arrays["forced_place"] = forced_place
     return arrays
+
+
+def _longest(starts: NDArray[np.bool_], config: LayoutConfig) -> int:
+    """The bytes that a patch of these sequences has at most: without a rule the next power of two, so that a compiled
+    step meets few sizes."""
+    if config.max_patch_length is not None:
+        return config.max_patch_length
+    longest = max(int(np.diff(np.flatnonzero(np.append(row[:-1], True))).max()) for row in starts)
+    return 1 << (longest - 1).bit_length()
 
 
 def _powers(factor: float, count: NDArray) -> NDArray:

@@ -1,25 +1,23 @@
-"""The training loop of both stages: data-parallel processes, learning rate schedule, curves, and resumable state."""
+"""The training loop: micro-batches shared out over processes, learning rate schedule, curves, and resuming."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
+from fastblt.models.training import state
+from fastblt.models.training.files import write_atomically
+from fastblt.models.training.optimizer import Optimizer, OptimizerConfig, trained
+from fastblt.models.training.parallel import World
+from fastblt.models.training.state import Length, Saved
 
 #: A step that takes longer than this was suspended from outside. Only this much of it counts as training time.
 STALL_SECONDS = 10.0
@@ -31,20 +29,21 @@ class LoopConfig:
 
     With `stop_after` the run stops after that many steps and can be resumed; the schedule stays that of the whole
     length. A run gives the same weights again only with `steps`: then its schedule does not depend on the clock.
+    `micro_batches` make up a step, whatever the number of processes: each takes as many of them.
     """
 
     folder: Path
     minutes: float = 60.0
     steps: int | None = None
     stop_after: int | None = None
+    micro_batches: int = 2
     warmup_steps: int = 60
     hold: float = 0.3
     final_scale: float = 0.03
-    processes: int = 2
-    threads: int = 1
     compile: bool = True
     seed: int = 0
     log_every: int = 20
+    judge_every: int = 200
     save_seconds: float = 120.0
     save_steps: int | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,56 +55,35 @@ class LoopConfig:
         return warm * (1 - (1 - self.final_scale) * min(1.0, down))
 
 
-@dataclass(frozen=True)
-class Length:
-    """How far a run is: steps, seconds of training, and processor seconds of all processes, compilation included."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    processor_seconds: float = 0.0
-
-    def metadata(self) -> dict[str, str]:
-        return {name: repr(value) for name, value in asdict(self).items()}
-
-    @classmethod
-    def read(cls, metadata: Mapping[str, str]) -> Length:
-        return cls(int(metadata["steps"]), float(metadata["seconds"]), float(metadata["processor_seconds"]))
-
-
 class Task(Protocol):
-    """A training stage: a model, batches that depend only on the arguments, a loss, and named figures to log."""
+    """A training stage. `module` has the model as its attribute `model`, and gives the loss and named figures of a
+    batch; in eval mode, of held-out text."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def module(self) -> Any:
+        """An `nn.Module` whose `loss` may be compiled, and which calls it."""
 
-    def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]: ...
+    def layers(self) -> Iterable[nn.Module]:
+        """Modules that are large enough to be gathered one by one where the model is sharded."""
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def ignored(self) -> Iterable[nn.Parameter]:
+        """Parameters that every process holds whole."""
+
+    def batch(self, step: int, group: int, groups: int) -> dict[str, Tensor]:
+        """Micro-batch `group` of the `groups` of a step. It depends on the arguments alone."""
+
+    def held_out(self) -> Iterable[dict[str, Tensor]]:
+        """Batches of held-out text, always the same."""
 
     def checkpoint(self, step: int, progress: float) -> None:
-        """Called on the first process after each save."""
+        """Called on every process after each save."""
 
 
-def train(config: LoopConfig, make_task: Callable[..., Task], *args: Any) -> None:
-    """Run the loop in `config.processes` processes, of which this is the first.
-
-    `make_task` and `args` must be picklable; each process calls `make_task(*args)`.
-    """
+def train(config: LoopConfig, task: Task, world: World) -> None:
+    """Run the loop in this process, one of `world`."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    rendezvous = config.folder / f"rendezvous-{os.getpid()}"
-    context = mp.get_context("spawn")
-    others = [
-        context.Process(target=_process, args=(rank, rendezvous, config, make_task, args), daemon=True)
-        for rank in range(1, config.processes)
-    ]
-    for process in others:
-        process.start()
-    try:
-        _process(0, rendezvous, config, make_task, args)
-        for process in others:
-            process.join()
-    finally:
-        rendezvous.unlink(missing_ok=True)
+    world.shard(task.module, task.layers(), task.ignored())
+    _Run(config, task, world).go()
 
 
 def fast_matmul() -> None:
@@ -116,121 +94,135 @@ def fast_matmul() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
 
 
-def _process(rank: int, rendezvous: Path, config: LoopConfig, make_task: Callable[..., Task], args: tuple) -> None:
-    torch.set_num_threads(config.threads)
-    fast_matmul()
-    if config.processes > 1:
-        # A user may suspend a process for a long time. The others must wait for it.
-        store = dist.FileStore(str(rendezvous), config.processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=config.processes, timeout=timedelta(days=1))
-    try:
-        _loop(rank, config, make_task(*args))
-    finally:
-        if config.processes > 1:
-            dist.destroy_process_group()
+class _Run:
+    def __init__(self, config: LoopConfig, task: Task, world: World) -> None:
+        self._config, self._task, self._world = config, task, world
+        self._module = task.module
+        self._optimizer = Optimizer(self._module, config.optimizer)
+        self._before = Length.read(config.folder)
+        if self._before.steps:
+            self._restore()
+        if config.compile:
+            # Not the module: what gathers its parameters runs outside.
+            self._module.loss = torch.compile(self._module.loss, dynamic=False)
+        self._compiles = config.compile
+
+    def go(self) -> None:
+        config, world, before = self._config, self._world, self._before
+        step, seconds, clock = before.steps, before.seconds, before.seconds
+        processor = before.processor_seconds
+        if world.rank == 0:
+            _truncate_log(config.folder / "curve.jsonl", step)
+        saved = time.monotonic()
+        sums: dict[str, float] = {}
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>5.1f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+            disable=world.rank != 0,
+            refresh_per_second=1,
+        ) as bar:
+            line = bar.add_task(config.folder.name, total=1.0, figures="compiling" if self._compiles else "")
+            while self._progress(step, seconds) < 1.0 and step != config.stop_after:
+                began = time.monotonic()
+                figures, made = self._gradients(step)
+                # All processes use the first one's clock, and log the means of all.
+                names = sorted(figures)
+                own = [clock if world.rank == 0 else 0.0, time.process_time(), float(made)]
+                if world.rank == 0:
+                    own[1] += before.processor_seconds
+                shared = world.total(torch.tensor([*own, *(figures[name] for name in names)], dtype=torch.float64))
+                seconds, processor, made = float(shared[0]), float(shared[1]), int(shared[2])
+                means = dict(zip(names, (shared[3:] / world.size).tolist(), strict=True))
+                progress = self._progress(step, seconds)
+                means["norm"] = self._optimizer.step(config.scale(step, progress))
+                step += 1
+                took = time.monotonic() - began
+                if not self._compiles or step > before.steps + 1:
+                    clock += min(took, STALL_SECONDS)
+                for name, value in {**means, "bytes_per_second": made / took}.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                ended = step == config.stop_after or self._progress(step, seconds) >= 1.0
+                if step % config.log_every == 0:
+                    logged = {name: round(value / config.log_every, 5) for name, value in sums.items()}
+                    sums.clear()
+                    if step % config.judge_every == 0:
+                        logged |= self._judge()
+                    if world.rank == 0:
+                        row = {"step": step, "seconds": round(seconds, 1), "progress": round(progress, 5), **logged}
+                        with (config.folder / "curve.jsonl").open("a") as log:
+                            log.write(json.dumps(row) + "\n")
+                        bar.update(line, completed=progress, figures=_line(logged))
+                if ended or self._save_is_due(step, time.monotonic() - saved):
+                    self._save(Length(step, clock, processor))
+                    self._task.checkpoint(step, progress)
+                    saved = time.monotonic()
+
+    def _gradients(self, step: int) -> tuple[dict[str, float], int]:
+        """Run this process's micro-batches. Returns the means of their figures, and how many bytes they had."""
+        mine = self._world.mine(self._config.micro_batches)
+        sums: dict[str, float] = {}
+        made = 0
+        for group in mine:
+            batch = self._on_device(self._task.batch(step, group, self._config.micro_batches))
+            loss, figures = self._module(batch)
+            (loss / len(mine)).backward()
+            made += batch["ids"].numel()
+            for name, value in {**figures, "loss": loss.detach()}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(mine)
+        return sums, made
+
+    @torch.no_grad()
+    def _judge(self) -> dict[str, float]:
+        """Means of the figures of held-out text, which every process computes alike."""
+        self._module.eval()
+        sums: dict[str, list[float]] = {}
+        for batch in self._task.held_out():
+            for name, value in self._module(self._on_device(batch))[1].items():
+                sums.setdefault(f"held_out_{name}", []).append(float(value))
+        self._module.train()
+        return {name: round(sum(values) / len(values), 5) for name, values in sums.items()}
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self._world.device) for name, value in batch.items()}
+
+    def _progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done. All processes must pass the same `seconds`."""
+        config = self._config
+        return step / config.steps if config.steps is not None else seconds / (60 * config.minutes)
+
+    def _save_is_due(self, step: int, since: float) -> bool:
+        if self._config.save_steps:
+            return step % self._config.save_steps == 0
+        # The processes must agree.
+        return bool(self._world.total(torch.tensor([float(since > self._config.save_seconds)]))[0] > 0)
+
+    def _save(self, length: Length) -> None:
+        tensors: list[tuple[str, Tensor]] = [(f"model.{name}", one) for name, one in trained(self._module)]
+        tensors += [(f"optimizer.{name}", one) for name, one in self._optimizer.state()]
+        state.save(self._config.folder, tensors, length, self._world)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        saved = Saved(self._config.folder)
+        named: dict[str, Tensor] = dict(trained(self._module))
+        for full in saved.names():
+            kind, _, name = full.partition(".")
+            if kind == "model":
+                state.own_rows(named[name]).copy_(saved.local(full, named[name], self._world))
+                continue
+            key, _, name = name.partition(".")
+            parameter = named[name]
+            value = saved.whole(full) if key == "step" else torch.zeros_like(parameter, requires_grad=False)
+            if key != "step":
+                state.own_rows(value).copy_(saved.local(full, parameter, self._world))
+            self._optimizer.restore(name, key, value)
 
 
-def _loop(rank: int, config: LoopConfig, task: Task) -> None:
-    optimizer = Optimizer(task.model, config.optimizer)
-    state = config.folder / "state.safetensors"
-    before = _restore(state, task.model, optimizer) if state.is_file() else Length()
-    step, seconds = before.steps, before.seconds
-    clock, processor = seconds, before.processor_seconds
-    loss_function = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
-    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    gradients = torch.zeros(sum(parameter.numel() for parameter in parameters) + 2)
-    views, offset = [], 0
-    for parameter in parameters:
-        views.append(gradients[offset : offset + parameter.numel()].view_as(parameter))
-        offset += parameter.numel()
-    if rank == 0:
-        _truncate_log(config.folder / "curve.jsonl", step)
-    saved = time.monotonic()
-    first = True
-    sums: dict[str, float] = {}
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>5.1f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-        disable=rank != 0,
-        refresh_per_second=1,
-    ) as bar:
-        line = bar.add_task(config.folder.name, total=1.0, figures="compiling" if config.compile else "")
-        while (progress := _progress(config, step, seconds)) < 1.0 and step != config.stop_after:
-            began = time.monotonic()
-            batch = task.batch(step, rank, config.processes)
-            loss, figures = loss_function(batch)
-            loss.backward()
-            torch._foreach_copy_(views, [parameter.grad for parameter in parameters if parameter.grad is not None])
-            # All processes use the first one's clock, which is sent along with the gradients.
-            gradients[-1] = clock if rank == 0 else 0.0
-            gradients[-2] = time.process_time() + (before.processor_seconds if rank == 0 else 0.0)
-            if config.processes > 1:
-                dist.all_reduce(gradients)
-            seconds, processor = float(gradients[-1]), float(gradients[-2])
-            progress = _progress(config, step, seconds)
-            gradients /= config.processes
-            for parameter, view in zip(parameters, views, strict=True):
-                parameter.grad = view
-            norm = optimizer.step(config.scale(step, progress))
-            for parameter in parameters:
-                parameter.grad = None
-            step += 1
-            if not first or not config.compile:
-                clock += min(time.monotonic() - began, STALL_SECONDS)
-            first = False
-            for name, value in {**figures, "loss": loss, "norm": norm}.items():
-                sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(value).detach())
-            if rank == 0 and step % config.log_every == 0:
-                means = {name: round(value / config.log_every, 5) for name, value in sums.items()}
-                row = {"step": step, "seconds": round(seconds, 1), "progress": round(progress, 5), **means}
-                with (config.folder / "curve.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-                bar.update(line, completed=progress, figures=" ".join(f"{k} {v:.3f}" for k, v in means.items()))
-            if step % config.log_every == 0:
-                sums.clear()
-            due = step % config.save_steps == 0 if config.save_steps else time.monotonic() - saved > config.save_seconds
-            if rank == 0 and due:
-                _save(state, task.model, optimizer, Length(step, clock, processor))
-                task.checkpoint(step, progress)
-                saved = time.monotonic()
-    if rank == 0:
-        _save(state, task.model, optimizer, Length(step, clock, processor))
-
-
-def _progress(config: LoopConfig, step: int, seconds: float) -> float:
-    """The share of the run that is done. All processes must pass the same `seconds` (see `_loop`)."""
-    return step / config.steps if config.steps is not None else seconds / (60 * config.minutes)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary file's path, flush that file to disk, and rename it to `path`."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _save(path: Path, model: nn.Module, optimizer: Optimizer, length: Length) -> None:
-    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
-    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda to: save_file(tensors, to, length.metadata()))
-
-
-def _restore(path: Path, model: nn.Module, optimizer: Optimizer) -> Length:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-    prefix = "optimizer."
-    optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return Length.read(metadata)
+def _line(figures: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 def _truncate_log(path: Path, step: int) -> None:
@@ -248,6 +240,6 @@ def _truncate_log(path: Path, step: int) -> None:
     write_atomically(path, lambda to: to.write_text("".join(f"{line}\n" for line in rows)))
 
 
-def describe(config: LoopConfig) -> Mapping[str, Any]:
+def describe(config: LoopConfig) -> dict[str, Any]:
     """The settings as plain values, to be written as JSON."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}

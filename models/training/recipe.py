@@ -1,22 +1,29 @@
-"""The shape of the shipped checkpoint and the second stage's task."""
+"""The shape of the shipped checkpoint, and the stage that trains a BLT-D."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastblt.models.blt import Blt, init_weights
-from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.blt import Blt
 from fastblt.models.config import BltConfig, StackConfig
+from fastblt.models.layers import Stack
 from fastblt.models.patching import PatchRule, entropies
 from fastblt.models.training.attention import WindowAttention
-from fastblt.models.training.data import load_array, rows
+from fastblt.models.training.data import Sequential, rows
 from fastblt.models.training.entropy import patch_starts
 from fastblt.models.training.layout import LayoutConfig, draw_noise
 from fastblt.models.training.objective import Objective, make_batch
+
+#: Parameters of a stack above which its layers are gathered one by one.
+LARGE = 50_000_000
+#: Held-out sequences that progress is judged by.
+JUDGED = 8
 
 
 def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16)) -> BltConfig:
@@ -38,55 +45,83 @@ def shape(*, max_patch_length: int = 8, block_sizes: tuple[int, ...] = (4, 8, 16
 
 
 class BltTask:
-    """Trains a BLT-D except its patcher, which is frozen and cuts each batch into patches.
-
-    Starts from new weights, or from those of the checkpoint folder `start`.
-    """
-
-    model: Blt
+    """Trains a BLT-D except its patcher, which is frozen and cuts each batch into patches. `export` is called after
+    each save."""
 
     def __init__(
         self,
-        config: BltConfig,
-        patcher: dict[str, Tensor],
-        data: Path,
+        objective: Objective,
+        train: Sequential,
+        held_out: Sequential,
         layout: LayoutConfig,
         batch: int,
-        masked_weight: float,
         seed: int,
-        snapshots: Path | None = None,
-        start: Path | None = None,
-        distill: float = 0.0,
+        export: Callable[[], None] | None = None,
     ) -> None:
-        self.model = Blt(config)
-        init_weights(self.model, seed)
-        if start is not None:
-            self.model.load_state_dict(load_checkpoint(start).state_dict())
-        self.model.patcher.load_state_dict(patcher)
-        self.model.patcher.requires_grad_(False)
-        self._rows = load_array(data / "train.npy")
-        self._layout, self._batch, self._seed, self._snapshots = layout, batch, seed, snapshots
-        length = self._rows.shape[1]
-        self._objective = Objective(self.model, length, masked_weight, distill)
-        self._patcher_attend = WindowAttention(config.patcher, length)
+        self.module = objective
+        self._train, self._held_out = train, held_out
+        self._layout, self._batch, self._seed, self._export = layout, batch, seed, export
+        model: Blt = objective.model
+        model.patcher.requires_grad_(False)
+        config = model.config
+        self._patcher = model.patcher
+        self._attends: dict[torch.device, WindowAttention] = {}
         self._rule = PatchRule(config.patching_threshold, config.max_patch_length)
 
-    def batch(self, step: int, rank: int, processes: int) -> dict[str, Tensor]:
-        """A batch that depends on the arguments alone. Noise and block sizes are stratified over all processes."""
-        chosen = rows(len(self._rows), step, rank, processes, self._batch, self._seed)
+    def layers(self) -> Iterable[nn.Module]:
+        models = [self.module.model, *([self.module.teacher.model] if self.module.teacher else [])]
+        stacks = [stack for model in models for stack in model.modules() if isinstance(stack, Stack)]
+        frozen = {id(self._patcher.layers)}
+        return [
+            layer
+            for stack in stacks
+            if id(stack) not in frozen and sum(one.numel() for one in stack.parameters()) > LARGE
+            for layer in stack
+        ]
+
+    def ignored(self) -> Iterable[nn.Parameter]:
+        return self._patcher.parameters()
+
+    def batch(self, step: int, group: int, groups: int) -> dict[str, Tensor]:
+        """Noise and block sizes are stratified over the micro-batches of the step."""
+        chosen = rows(len(self._train), step, group, groups, self._batch, self._seed)
         common = np.random.default_rng([self._seed, step])
-        total, mine = self._batch * processes, slice(rank * self._batch, (rank + 1) * self._batch)
+        total, mine = self._batch * groups, slice(group * self._batch, (group + 1) * self._batch)
         noise = draw_noise(total, common)[mine]
         sizes = common.permutation(np.resize(common.permutation(self._layout.block_sizes), total))[mine]
-        ids = self._rows[chosen].astype(np.int64)
-        with torch.inference_mode():
-            entropy = entropies(self.model.patcher(torch.from_numpy(ids), self._patcher_attend)).numpy()
-        starts = patch_starts(entropy, self._rule)
-        return make_batch(ids, starts, noise, sizes, self._layout, np.random.default_rng([self._seed, step, rank]))
+        rng = np.random.default_rng([self._seed, step, group])
+        return self._made(self._train.take(chosen), noise, sizes, self._layout, rng)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._objective.loss(batch)
+    def held_out(self) -> Iterable[dict[str, Tensor]]:
+        """Drafts along held-out text: blocks that are masked altogether and start anywhere, as BLT-DV's do."""
+        draft = LayoutConfig(
+            self._layout.patches, self._layout.max_patch_length, self._layout.block_sizes, 1.0, full_blocks=1.0
+        )
+        count = min(JUDGED, len(self._held_out))
+        for number in range(count):
+            ids = self._held_out.take([number * len(self._held_out) // count])
+            size = np.array([self._layout.block_sizes[number % len(self._layout.block_sizes)]])
+            yield self._made(ids, np.ones(1), size, draft, np.random.default_rng(number))
 
     def checkpoint(self, step: int, progress: float) -> None:
-        if self._snapshots is not None:
-            save_checkpoint(self.model, self._snapshots, torch.bfloat16)
+        if self._export is not None:
+            self._export()
+
+    def _made(
+        self, ids: np.ndarray, noise: np.ndarray, sizes: np.ndarray, layout: LayoutConfig, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        device = self._patcher.lm_head.weight.device
+        if device not in self._attends:
+            self._attends[device] = WindowAttention(self.module.model.config.patcher, ids.shape[1], device)
+        with torch.inference_mode():
+            logits = self._patcher(torch.from_numpy(ids).to(device), self._attends[device])
+            entropy = entropies(logits).cpu().numpy()
+        return make_batch(ids, patch_starts(entropy, self._rule), noise, sizes, layout, rng)
+
+
+def recompute(model: Blt) -> None:
+    """Let the layers of all stacks compute their activations again in the backward pass instead of keeping them."""
+    for stack in model.modules():
+        if isinstance(stack, Stack):
+            for layer in stack:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

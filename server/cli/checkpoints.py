@@ -57,4 +57,4 @@ def train(context: typer.Context) -> None:
         )
     from fastblt.models.training.train import main as run
 
-    run(context.args)
+    raise typer.Exit(run(context.args))

@@ -1,4 +1,4 @@
-"""The loop: repeatable, resumable after a kill, and its schedule and optimizer."""
+"""The loop: repeatable, resumable after a kill with any number of processes, and its schedule and optimizer."""
 
 from __future__ import annotations
 
@@ -10,101 +10,128 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastblt.models.training.data import rows, save_array
-from fastblt.models.training.loop import Length, LoopConfig, train
-from fastblt.models.training.optimizer import Optimizer, OptimizerConfig, orthogonalize
-from fastblt.models.training.recipe import BltTask
-from tests.models.training.toys import LAYOUT, LENGTH, toy_config, toy_model
+from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.training.data import rows
+from fastblt.models.training.loop import LoopConfig
+from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
+from fastblt.models.training.state import Length, Saved
+from fastblt.models.training.train import main
+from tests.models.training.toys import toy_model
 
 ROOT = Path(__file__).parents[3]
-STEPS, SAVED = 6, 3
+STEPS, SAVED = 3, 1
+SETTINGS = ("--length", "256", "--steps", str(STEPS), "--save-steps", str(SAVED), "--log-steps", "1", "--no-compile")
+SETTINGS += ("--micro-batches", "6", "--batch", "1", "--held-out", "0.3", "--keep", "0.5", "--distill", "1")
+
+#: Runs the command, and is killed, as if by the machine, right after a save.
+DYING = f"""
+import os, signal
+from fastblt.models.training import state
+from fastblt.models.training.train import main
+saving = state.save
+def save(folder, tensors, length, world):
+    saving(folder, tensors, length, world)
+    if length.steps == {SAVED}:
+        os.kill(os.getpid(), signal.SIGKILL)
+state.save = save
+main()
+"""
 
 
-class DyingTask(BltTask):
-    """Is killed, as if by the machine, right after a save."""
-
-    def checkpoint(self, step: int, progress: float) -> None:
-        if step == SAVED and "DIE" in os.environ:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run(folder: Path, processes: int) -> None:
-    config = toy_config().with_patching(threshold=5.0)
-    patcher = toy_model().patcher.state_dict()
-    loop = LoopConfig(
-        folder / "run", steps=STEPS, warmup_steps=2, processes=processes, compile=False, log_every=1, save_steps=SAVED
-    )
-    train(loop, DyingTask, config, patcher, folder, LAYOUT, 1, 0.5, 0)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options of a run: a plain BLT without a diffusion head, and text for it."""
+    folder = tmp_path_factory.mktemp("start")
+    model = toy_model(max_patch_length=None, block_sizes=())
+    model.config = replace(model.config, patching_threshold=5.2)
+    save_checkpoint(model, folder / "start")
+    return ("--from", str(folder / "start"), "--text", str(ROOT / "models" / "training"), *SETTINGS)
 
 
-def in_a_process(folder: Path, processes: int, **environment: str) -> subprocess.Popen[bytes]:
-    # The second process imports the script again, so all of it stands under a guard.
-    lines = (
-        "if __name__ == '__main__':",
-        "    from pathlib import Path",
-        "    from tests.models.training.test_loop import run",
-        f"    run(Path({str(folder)!r}), {processes})",
-    )
-    script = folder / "script.py"
-    script.write_text("\n".join(lines) + "\n")
-    path = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
-        "OMP_WAIT_POLICY": "passive",
-        **environment,
-    }
-    return subprocess.Popen([sys.executable, str(script)], env=path, cwd=ROOT)
+def in_processes(count: int, options: tuple[str, ...], work: Path, script: str = "") -> subprocess.Popen[bytes]:
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    program = ["-m", "fastblt.models.training.train"]
+    if script:
+        (work.parent / "script.py").write_text(script)
+        program = [str(work.parent / "script.py")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *(launcher if count > 1 else []), *program, *options, "--work", str(work)]
+    # The launcher has -m of its own, and takes a script by its path.
+    return subprocess.Popen(command, env=path, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def prepare(folder: Path) -> None:
-    folder.mkdir()
-    save_array(folder / "train.npy", np.random.default_rng(0).integers(4, 260, (12, LENGTH)).astype(np.uint16))
+def curve(work: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "blt" / "curve.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    processes = 2
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    prepare(killed)
-    prepare(whole)
-    reference = in_a_process(whole, processes)
-    assert in_a_process(killed, processes, DIE="1").wait(200) == -signal.SIGKILL
-    assert in_a_process(killed, processes).wait(200) == 0
+def test_any_number_of_processes_trains_alike_and_goes_on_from_any_other(
+    begun: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One process; and two that are killed, after which three go on."""
+    one, killed = tmp_path / "one", tmp_path / "killed"
+    reference = in_processes(1, begun, one)
+    assert in_processes(2, begun, killed, DYING).wait(200) != 0
     assert reference.wait(200) == 0
-    one, other = (load_file(folder / "run" / "state.safetensors") for folder in (killed, whole))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    losses = [
-        [line.split('"bits"')[1] for line in (folder / "run" / "curve.jsonl").read_text().splitlines()]
-        for folder in (killed, whole)
-    ]
+    assert Length.read(killed / "blt").steps == SAVED
+    assert in_processes(3, begun, killed).wait(200) == 0
+    assert [row["step"] for row in curve(killed)] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(curve(killed), curve(one), strict=True):
+        for name in ("bits", "drift", "masked", "loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    files = sorted(path.suffix for path in killed.rglob("state-*/*"))
+    assert files == [".safetensors"] * 3
+    whole = Saved(killed / "blt")
+    for name in whole.names():
+        assert torch.isfinite(whole.whole(name)).all()
+    served = load_checkpoint(killed / "checkpoint")
+    assert served.config.block_sizes == (4, 8, 16) and served.config.max_patch_length is None
+
+
+def test_a_killed_run_goes_on_bit_for_bit(begun: tuple[str, ...], tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    reference = in_processes(1, begun, whole)
+    assert in_processes(1, begun, killed, DYING).wait(200) == -signal.SIGKILL
+    assert in_processes(1, begun, killed).wait(200) == 0
+    assert reference.wait(200) == 0
+    one, other = (Saved(work / "blt") for work in (killed, whole))
+    assert sorted(one.names()) == sorted(other.names())
+    assert all(torch.equal(one.whole(name), other.whole(name)) for name in one.names())
+    losses = [[row["loss"] for row in curve(work)] for work in (killed, whole)]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
 
 
-def test_a_stopped_run_is_the_beginning_of_a_whole_one(tmp_path: Path) -> None:
-    prepare(tmp_path / "run")
-    config = toy_config().with_patching(threshold=5.0)
-    loop = LoopConfig(tmp_path / "run", steps=5, warmup_steps=2, processes=1, compile=False, log_every=1)
-    make = (BltTask, config, toy_model().patcher.state_dict(), tmp_path / "run", LAYOUT, 1, 0.5, 0)
-    train(replace(loop, stop_after=2), *make)
-    state = tmp_path / "run" / "state.safetensors"
-    with safe_open(state, "pt") as file:
-        stopped = Length.read(file.metadata())
-    assert stopped.steps == 2
-    assert stopped.processor_seconds > 0
-    train(loop, *make)
-    with safe_open(state, "pt") as file:
-        whole = Length.read(file.metadata())
-    assert whole.steps == 5
-    assert whole.processor_seconds > stopped.processor_seconds
-    rows = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
-    assert [row["progress"] for row in rows] == [0.0, 0.2, 0.4, 0.6, 0.8]
+def test_a_stopped_run_is_exported_and_goes_on(begun: tuple[str, ...], tmp_path: Path) -> None:
+    work = tmp_path / "run"
+    options = [*begun, "--work", str(work)]
+    assert main([*options, "--stop-after", "1"]) == 0
+    stopped = Length.read(work / "blt")
+    assert stopped.steps == 1 and stopped.processor_seconds > 0
+    assert json.loads((work / "checkpoint" / "training.json").read_text())["runs"][-1]["steps"] == 1
+    assert main(options) == 0
+    assert Length.read(work / "blt").steps == STEPS
+    assert Length.read(work / "blt").processor_seconds > stopped.processor_seconds
+    assert [row["progress"] for row in curve(work)] == [0.0, 0.33333, 0.66667]
+
+
+def test_what_is_frozen_stays(begun: tuple[str, ...], tmp_path: Path) -> None:
+    """Bit for bit as a bf16 export has it, the entropy model in fp32. The decoder is trained."""
+    work = tmp_path / "run"
+    options = [*begun, "--work", str(work), "--stop-after", "2", "--freeze", "global", "encoder"]
+    assert main([*options, "--scale-lr", "decoder=0.5"]) == 0
+    before = load_file(Path(begun[1]) / "model.safetensors")
+    after = load_file(work / "checkpoint" / "model.safetensors")
+    changed = {
+        name
+        for name, tensor in after.items()
+        if name not in before or not torch.equal(tensor, before[name].to(tensor.dtype))
+    }
+    assert changed
+    assert all(name.startswith(("model.local_decoder.", "lm_head.")) for name in changed), changed
 
 
 def test_schedule() -> None:
@@ -123,18 +150,26 @@ def test_every_epoch_reads_every_row_once() -> None:
     assert seen[:12] != seen[12:]
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (1, 32, 32)])
-def test_orthogonalize(shape: tuple[int, int, int]) -> None:
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
-    assert values.max() < 1.3
-    assert values.median() > 0.6
-
-
-def test_every_parameter_is_updated() -> None:
+@pytest.mark.parametrize("muon_lr", [0.02, 0.0])
+def test_every_parameter_is_updated_by_one_optimizer(muon_lr: float) -> None:
     model = toy_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig(muon_lr=muon_lr))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1.0)
     assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+    kinds = {name.split(".")[0] for name, _ in optimizer.state()}
+    assert kinds == {"exp_avg", "exp_avg_sq", "step"} | ({"momentum_buffer"} if muon_lr else set())
+
+
+def test_a_part_has_a_rate_of_its_own() -> None:
+    """Rates of zero leave a part as it is, decay included."""
+    model = toy_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, OptimizerConfig(parts={"global": 0.0, "encoder": 0.0}))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0)
+    same = {name.split(".")[0] for name, one in model.named_parameters() if torch.equal(one, before[name])}
+    assert same == {"global_transformer", "local_encoder", "encoder_hash_tok_embedding"}

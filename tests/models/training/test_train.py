@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,23 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as ended:
         arguments(list(argv))
     assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--from", "nosuch"], "nosuch: no such folder"),
         (["--minutes", "0"], "--minutes: '0' is not a number above 0"),
         (["--minutes", "inf"], "--minutes: 'inf' is not"),
         (["--steps", "1e3"], "--steps: '1e3' is not a whole number from 1"),
         (["--steps", "9" * 5000], "is not a whole number"),
-        (["--processes", "0"], "--processes: '0' is not"),
+        (["--micro-batches", "0"], "--micro-batches: '0' is not"),
+        (["--scale-lr", "head=1"], "--scale-lr: 'head=1' is not PART=FACTOR"),
+        (["--scale-lr", "global=x"], "--scale-lr: 'x' is not a number of at least 0"),
+        (["--freeze", "patcher"], "--freeze: invalid choice: 'patcher'"),
+        (["--freeze", "global"], "--freeze and --keep need the weights of --from"),
+        (["--held-out", "2"], "--held-out: '2' is not a number from 0 to 1"),
         (["--closed-starts", "1.5"], "--closed-starts: '1.5' is not a number from 0 to 1"),
         (["--closed-starts", "0.7", "--forced-starts", "0.7"], "together at most 1"),
         (["--lr", "nan"], "--lr: 'nan' is not"),
@@ -54,17 +61,30 @@ def test_a_checkpoint_decides_what_is_not_asked_for(tmp_path: Path, capsys: pyte
     assert (args.block_sizes, args.max_patch_length) == ([8, 12], 6)
     wrong = refusal(capsys, "--from", start, "--max-patch-length", "9")
     assert "--max-patch-length is 9, but the checkpoint's patches have at most 6 bytes" in wrong
+    wrong = refusal(capsys, "--from", start, "--freeze", "encoder", "global", "decoder")
+    assert "--freeze leaves nothing to train" in wrong
+    plain = save(tmp_path / "plain", block_sizes=(), max_patch_length=None, window=None)
+    args = arguments(["--from", plain])
+    assert (args.block_sizes, args.max_patch_length) == ([4, 8, 16], None)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"block_sizes": ()}, "no diffusion head"),
-        ({"max_patch_length": None}, "no max_patch_length"),
-        ({"window": None}, "no attention window"),
-    ],
-)
-def test_checkpoints_that_training_cannot_take(
-    overrides: dict[str, object], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert named in refusal(capsys, "--from", save(tmp_path / "start", **overrides))
+def test_faults_end_in_one_line_within_a_second(tmp_path: Path) -> None:
+    """Before torch is loaded: of the second and more of a process's time that it takes, none is used."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    start = save(tmp_path / "start")
+    (tmp_path / "empty").mkdir()
+    faults = {
+        ("--from", "nosuch"): "nosuch: no such folder",
+        ("--from", str(bare)): "patcher_config is missing",
+        ("--from", start, "--text", str(tmp_path / "empty")): "no such file, and no folder or glob with files",
+        ("--from", start, "--text", "nothing/*.py"): "no such file, and no folder or glob with files",
+    }
+    for options, message in faults.items():
+        script = f"import sys; from fastblt.models.training.train import main; code = main({list(options)!r}); "
+        script += "print('torch' in sys.modules); sys.exit(code)"
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1 and ended.stdout == "False\n", ended
+        assert message in ended.stderr and ended.stderr.startswith("fastblt train: "), ended.stderr
+        assert ended.stderr.count("\n") == 1
