@@ -32,8 +32,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The most at any time: activations go as gradients come."""
-        return self.weights + self.optimizer + self.gathered + max(self.activations, self.gradients)
+        """The most at any time, in the backward pass of a step's last micro-batch."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
 
 
 def memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastblt.models.training.layout import LayoutConfig
 from fastblt.models.training.loop import LoopConfig, describe, fast_matmul, train
 from fastblt.models.training.memory import memory
 from fastblt.models.training.objective import Objective
-from fastblt.models.training.optimizer import OptimizerConfig
+from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
 from fastblt.models.training.parallel import World, joined
 from fastblt.models.training.recipe import BltTask, recompute, shape
 from fastblt.models.training.start import begin
@@ -61,6 +62,7 @@ class _Text:
 class _Stages:
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         self.args, self.world = args, world
+        self.taken = most_memory(world)
         self.console = Console(quiet=world.rank > 0, soft_wrap=True)
         self.work: Path = args.work
         self.loop = LoopConfig(
@@ -175,7 +177,8 @@ class _Stages:
         return json.loads(record.read_text())
 
     def dry_run(self, task: BltTask, config: BltConfig, layout: LayoutConfig) -> int:
-        """Say what a run would take. The time is that of a step that is not compiled."""
+        """Say what a run would take: on paper, and as two steps here take it. They are not compiled, and change
+        nothing."""
         args, world = self.args, self.world
         need = memory(
             config,
@@ -190,21 +193,24 @@ class _Stages:
             recompute=args.recompute,
         )
         world.shard(task.module, task.layers(), task.ignored())
+        optimizer = Optimizer(task.module, self.loop.optimizer)
         seconds = []
         for _ in range(2):
             began = time.monotonic()
             for group in world.mine(args.micro_batches):
-                batch = {
-                    name: value.to(world.device) for name, value in task.batch(0, group, args.micro_batches).items()
-                }
-                task.module(batch)[0].backward()
+                batch = task.batch(0, group, args.micro_batches)
+                loss, _ = task.module({name: value.to(world.device) for name, value in batch.items()})
+                loss.backward()
+                del loss
+            # With rates of zero nothing changes.
+            optimizer.step(0.0)
             seconds.append(time.monotonic() - began)
-        made = args.micro_batches * args.batch * args.length
         for name in ("weights", "gradients", "optimizer", "gathered", "activations", "total"):
-            self.console.print(f"memory of a process, {name}: {getattr(need, name) / 1e9:.2f} GB")
-        self.console.print(
-            f"a step of {made} bytes: {seconds[-1]:.2f} s, not compiled, on {world.size} of {world.device.type}"
-        )
+            self.console.print(f"memory of a process, {name}: {getattr(need, name) / 1e9:.3f} GB")
+        self.console.print(f"most memory taken here: {(most_memory(world) - self.taken) / 1e9:.3f} GB")
+        made = args.micro_batches * args.batch * args.length
+        where = f"{world.size} {world.device.type} process(es)"
+        self.console.print(f"a step of {made} bytes: {seconds[-1]:.2f} s, not compiled, on {where}")
         return 0
 
     def record_settings(self, patching: dict[str, Any]) -> None:
@@ -223,6 +229,15 @@ class _Stages:
         run = describe_run(Length.read(self.loop.folder), Length.read(fresh) if fresh else Length(), args)
         write_json(folder / RUNS_FILE, {"corpus": text_record, "runs": [*earlier, run]})
         self.console.print(f"exported to {folder}; serve it with: fastblt serve {folder}")
+
+
+def most_memory(world: World) -> int:
+    """Bytes of the device's memory that this process has held at most; on a CPU of all memory, with the program's."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not `ru_maxrss`, which counts the program that started this one.
+    [line] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
 
 
 def describe_run(length: Length, entropy: Length, args: argparse.Namespace) -> dict[str, Any]:

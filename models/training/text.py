@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fastblt.models.training.files import write_json
 from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 
-PIECE = 1 << 18
+PIECE = 1 << 14
 RECORD = "text.json"
 _PARTS = ("train", "held_out")
 

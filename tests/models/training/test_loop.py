@@ -134,6 +134,17 @@ def test_what_is_frozen_stays(begun: tuple[str, ...], tmp_path: Path) -> None:
     assert all(name.startswith(("model.local_decoder.", "lm_head.")) for name in changed), changed
 
 
+def test_bf16_over_fp32_weights_trains_alike(begun: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where activations are computed twice. The state is fp32."""
+    assert main([*begun, "--work", str(tmp_path / "low"), "--dtype", "bfloat16", "--recompute"]) == 0
+    assert main([*begun, "--work", str(tmp_path / "one")]) == 0
+    for ours, theirs in zip(curve(tmp_path / "low"), curve(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["loss"] != theirs["loss"]
+    saved = Saved(tmp_path / "low" / "blt")
+    assert {saved.whole(name).dtype for name in saved.names()} == {torch.float32}
+
+
 def test_schedule() -> None:
     config = LoopConfig(Path(), warmup_steps=10, hold=0.5, final_scale=0.1)
     assert config.scale(0, 0.0) == pytest.approx(0.1)
