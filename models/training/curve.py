@@ -47,7 +47,7 @@ def deviations(published: dict[str, Any], found: dict[str, Any]) -> list[tuple[i
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="working folder of the run")
-    parser.add_argument("--publish", action="store_true", help="make its first 200 steps the published ones")
+    parser.add_argument("--publish", action="store_true", help="make its first steps, up to 200, the published ones")
     args = parser.parse_args(argv)
     found = read_run(args.work, 200)
     if args.publish:
