@@ -38,7 +38,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Quantized floats (fp8 and the like) mean nothing without scales, which this layout does not have.
 _STORED_DTYPES = (*_DTYPES, torch.float64)
-_ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAVE_AS = "save it as float32, float16 or bfloat16"
 _PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 #: What `tie_word_embeddings` makes one tensor.
@@ -185,12 +185,16 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in."""
+        kind = self._open[self._file_of[name]].get_slice(name).get_dtype()
+        if kind not in _KINDS:
+            raise CheckpointError(f"{self.path(name)}: tensor {name} is {kind}; {_SAVE_AS}")
+        return _KINDS[kind]
+
     def itemsize(self, name: str) -> int:
         """Bytes per element of a tensor."""
-        kind = self._open[self._file_of[name]].get_slice(name).get_dtype()
-        if kind not in _ITEMSIZES:
-            raise CheckpointError(f"{self.path(name)}: tensor {name} is {kind}; {_SAVE_AS}")
-        return _ITEMSIZES[kind]
+        return self.dtype(name).itemsize
 
     def _names(self, file: str) -> list[str]:
         path = self.folder / file

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastblt.models.blt import Blt, Patcher, init_weights
-from fastblt.models.checkpoint import stored_name, write_checkpoint
+from fastblt.models.checkpoint import TensorFiles, stored_name, write_checkpoint
 from fastblt.models.config import BltConfig
 from fastblt.models.patching import PatchRule
 from fastblt.models.training import corpus, text
@@ -221,7 +221,7 @@ class _Stages:
     def export(self, model: Blt, text_record: dict[str, Any]) -> None:
         args = self.args
         folder: Path = args.export or self.work / "checkpoint"
-        save_sharded(model, folder, self.world)
+        save_sharded(model, folder, self.world, args.start)
         if self.world.rank > 0:
             return
         earlier = read_runs(args.start) if args.start is not None else []
@@ -274,13 +274,21 @@ def prepare_corpus(folder: Path, length: int) -> None:
     )
 
 
-def save_sharded(model: Blt, folder: Path, world: World) -> None:
-    """Write a checkpoint, in bf16 but for the entropy model, of a model that may be sharded over the processes: the
-    first one writes, and all gather one tensor after another."""
+def save_sharded(model: Blt, folder: Path, world: World, start: Path | None) -> None:
+    """Write a checkpoint of a model that may be sharded over the processes: the first one writes, and all gather one
+    tensor after another.
+
+    Every tensor has the type that it has in the checkpoint `start`, so that what was frozen is the same bit for bit.
+    New ones are in bf16, and the entropy model in fp32.
+    """
     state = {stored_name(name): tensor for name, tensor in model.state_dict().items()}
+    files = TensorFiles(start) if start is not None else None
+    kinds = {name: files.dtype(name) for name in files} if files is not None else {}
 
     def kind(name: str) -> torch.dtype:
-        return torch.float32 if name.startswith("model.patcher.") else torch.bfloat16
+        if name.startswith("model.patcher."):
+            return torch.float32
+        return kinds.get(name, torch.bfloat16)
 
     def read(name: str) -> Tensor:
         tensor = state[name].detach()
