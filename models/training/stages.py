@@ -85,7 +85,7 @@ class _Stages:
         self.console.print(f"text {json.dumps(data.record)}")
         teacher = None
         if args.start is not None:
-            model, teacher = begin(args.start, args.block_sizes, args.freeze, data.held_out, teach=args.keep > 0)
+            model, teacher = begin(args.start, args.block_sizes, args.freeze, seed=args.seed, teach=args.keep > 0)
             patching = self.patching(model.config, model.patcher, data.held_out, model.config.patching_threshold)
         else:
             config = shape(max_patch_length=args.max_patch_length, block_sizes=tuple(args.block_sizes))

@@ -11,7 +11,7 @@ import torch
 
 from fastblt.benchmarks.harness import complete, start, whole_length
 from fastblt.benchmarks.settings import decoding
-from fastblt.models.blt import Blt, CausalAttention
+from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
 from fastblt.models.training.objective import Objective, make_batch
 from fastblt.models.training.optimizer import trained
@@ -22,19 +22,6 @@ from tests.models.training.toys import LAYOUT, toy_batch, toy_model, toy_sequenc
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[3]
-
-
-class Rows:
-    """Sequences in memory."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, numbers: list[int]) -> np.ndarray:
-        return self.ids[numbers]
 
 
 def folder_of_transformers(folder: Path) -> Path:
@@ -84,7 +71,7 @@ def test_a_new_head_changes_no_causal_logit(tmp_path: Path) -> None:
     save_checkpoint(toy_model(block_sizes=()), tmp_path / "start")
     ids, starts = toy_sequences()
     before = load_checkpoint(tmp_path / "start")(torch.from_numpy(ids), torch.from_numpy(starts)).logits
-    model, teacher = begin(tmp_path / "start", (4, 8), ["global"], Rows(ids), teach=True)
+    model, teacher = begin(tmp_path / "start", (4, 8), ["global"], teach=True)
     assert teacher is not None
     assert teacher.global_transformer is model.global_transformer
     assert teacher.local_decoder is not model.local_decoder
@@ -101,7 +88,7 @@ def test_a_new_head_changes_no_causal_logit(tmp_path: Path) -> None:
 def test_the_drift_is_the_divergence_from_the_start(tmp_path: Path) -> None:
     save_checkpoint(toy_model(), tmp_path / "start")
     ids, starts = toy_sequences()
-    model, teacher = begin(tmp_path / "start", (4, 8), [], Rows(ids), teach=True)
+    model, teacher = begin(tmp_path / "start", (4, 8), [], teach=True)
     with torch.no_grad():
         model.lm_head.weight *= 1.3
     batch = toy_batch(ids, starts, [4, 8])
@@ -116,20 +103,14 @@ def test_the_drift_is_the_divergence_from_the_start(tmp_path: Path) -> None:
     assert float(loss.detach()) == pytest.approx(float(-(theirs.exp() * ours).sum(-1).mean()), rel=1e-4)
 
 
-def test_a_new_table_has_the_means_of_encoder_states(tmp_path: Path) -> None:
-    save_checkpoint(toy_model(block_sizes=()), tmp_path / "start")
-    ids, _ = toy_sequences()
-    model, _ = begin(tmp_path / "start", (4,), [], Rows(ids))
-    tokens = torch.from_numpy(ids)
-    with torch.no_grad():
-        attend = CausalAttention(model.config.encoder, ids.shape[1], tokens.device)
-        states = model.local_encoder(model.embed(model.windows(tokens)), attend)
-    table = model.local_decoder.embed_tokens.weight
-    for token in (1, int(ids[0, 9])):
-        torch.testing.assert_close(table[token], states[tokens == token].mean(0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(table[MASK_ID], states.flatten(0, 1).mean(0), atol=1e-5, rtol=1e-5)
-    absent = next(token for token in range(4, 260) if token not in ids)
-    assert torch.equal(table[absent], table[MASK_ID])
+def test_a_table_that_the_decoder_uses_stays(tmp_path: Path) -> None:
+    """Only [MASK] is new in it."""
+    before = toy_model(block_sizes=(), decoder_input="embedding")
+    save_checkpoint(before, tmp_path / "start")
+    one, other = (begin(tmp_path / "start", (4,), [], seed=seed)[0] for seed in (0, 1))
+    tables = [model.local_decoder.embed_tokens.weight for model in (before, one, other)]
+    assert all(torch.equal(table[:MASK_ID], tables[0][:MASK_ID]) for table in tables)
+    assert not torch.equal(tables[1][MASK_ID], tables[2][MASK_ID])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -140,7 +121,7 @@ def test_every_shape_that_is_served_can_be_trained(seed: int, tmp_path: Path) ->
     rng = np.random.default_rng(seed)
     ids = rng.integers(4, 260, (2, 256))
     ids[:, 0] = 1
-    learner, _ = begin(tmp_path / "start", (4, 8, 16), [], Rows(ids))
+    learner, _ = begin(tmp_path / "start", (4, 8, 16), [])
     starts = rng.random((2, 257)) < 0.2
     starts[:, :2] = True
     longest = model.config.max_patch_length
