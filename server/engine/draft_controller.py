@@ -18,6 +18,8 @@ from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
 LENGTHS = (1, 2, 4, 8, 16, 32)
+#: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
+FILTERED_LENGTHS = (16, 32)
 
 #: One round in so many tries another draft than the best.
 _PROBE = 32
@@ -83,6 +85,12 @@ class DraftController:
         self._encoder_input = config.decoder_input == "encoder"
         self.drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in LENGTHS)]
         self.drafts += [Draft(DecodingMethod.BLT_DV, size) for size in config.block_sizes]
+        self.drafts += [
+            Draft(DecodingMethod.BLT_DSV, length, size)
+            for length in FILTERED_LENGTHS
+            for size in config.block_sizes
+            if 1 < size <= length // 2
+        ]
         # Drafts of a kind are much alike in their first bytes, whatever their length.
         self._acceptance = {
             method: Acceptance(max(lengths), _prior(config.acceptance, method, lengths))

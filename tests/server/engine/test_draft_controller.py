@@ -57,10 +57,24 @@ def replay(
 
 
 def test_weights_dominate_and_drafts_are_right() -> None:
-    """One pass costs the same whatever it carries: the longest blocks beat everything."""
+    """One pass costs the same whatever it carries: the longest drafts of the longest blocks beat everything."""
     controller = DraftController(config(), curves(1e-3, 1e-9))
     best = replay(controller, lambda draft, at: 0.99, 1)
-    assert best == Draft(DecodingMethod.BLT_DV, max(config().block_sizes))
+    assert best == Draft(DecodingMethod.BLT_DSV, 32, max(config().block_sizes))
+
+
+def test_blocks_that_the_decoder_refuses_do_not_draft() -> None:
+    """Where single rows are right and blocks are not, BLT-DSV takes two passes for every two bytes: BLT-S is better."""
+    costs = curves(1e-4, 1e-5) | {"global": CostCurve((1, 64), (5e-3, 5e-3))}
+    right = {DecodingMethod.BLT_S: 0.95, DecodingMethod.BLT_DV: 0.02}
+    assert replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1).method == (
+        DecodingMethod.BLT_S
+    )
+    # And the other way round where blocks are right, too.
+    right[DecodingMethod.BLT_DV] = 0.9
+    assert replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1).method == (
+        DecodingMethod.BLT_DSV
+    )
 
 
 def test_a_choice_for_one_request_is_looked_at_again_when_there_are_many() -> None:
