@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+class StateError(ValueError):
+    """A run cannot go on from the state in its folder. The message says what to do."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary file's path, flush that file to disk, and rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from fastblt.models.training import state
-from fastblt.models.training.files import write_atomically
+from fastblt.models.training.files import StateError, write_atomically
 from fastblt.models.training.optimizer import Optimizer, OptimizerConfig, trained
 from fastblt.models.training.parallel import World
 from fastblt.models.training.state import Length, Saved
@@ -208,6 +208,8 @@ class _Run:
     def _restore(self) -> None:
         saved = Saved(self._config.folder)
         named: dict[str, Tensor] = dict(trained(self._module))
+        if {f"model.{name}" for name in named} != {name for name in saved.names() if name.startswith("model.")}:
+            raise StateError(f"{self._config.folder} has a run that trained other parts; name another --work")
         for full in saved.names():
             kind, _, name = full.partition(".")
             if kind == "model":

@@ -198,6 +198,7 @@ def _seed(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. What a user can mend ends in one line, most of it before torch is loaded."""
     from fastblt.models.training.corpus import CorpusError, standard_library
+    from fastblt.models.training.files import StateError
     from fastblt.models.training.text import TextError, find
 
     try:
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         from fastblt.models.training.stages import run
 
         return run(args)
-    except (CheckpointError, ConfigError, CorpusError, TextError) as error:
+    except (CheckpointError, ConfigError, CorpusError, StateError, TextError) as error:
         print(f"fastblt train: {error}", file=sys.stderr)
         return 1
 

@@ -27,10 +27,12 @@ STEPS, SAVED = 3, 1
 SETTINGS = ("--length", "256", "--steps", str(STEPS), "--save-steps", str(SAVED), "--log-steps", "1", "--no-compile")
 SETTINGS += ("--micro-batches", "6", "--batch", "1", "--held-out", "0.3", "--keep", "0.5", "--distill", "1")
 
-#: Runs the command, and is killed, as if by the machine, right after a save.
+#: Runs the command, and is killed, as if by the machine, right after a save. Layers are gathered one by one, as in
+#: large models are.
 DYING = f"""
 import os, signal
-from fastblt.models.training import state
+from fastblt.models.training import recipe, state
+recipe.LARGE = 0
 from fastblt.models.training.train import main
 saving = state.save
 def save(folder, tensors, length, world):
@@ -116,6 +118,16 @@ def test_a_stopped_run_is_exported_and_goes_on(begun: tuple[str, ...], tmp_path:
     assert Length.read(work / "blt").steps == STEPS
     assert Length.read(work / "blt").processor_seconds > stopped.processor_seconds
     assert [row["progress"] for row in curve(work)] == [0.0, 0.33333, 0.66667]
+
+
+def test_a_state_of_other_parts_is_refused(
+    begun: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*begun, "--work", str(tmp_path / "run")]
+    assert main([*options, "--stop-after", "1", "--freeze", "global"]) == 0
+    capsys.readouterr()
+    assert main(options) == 1
+    assert capsys.readouterr().err.endswith("has a run that trained other parts; name another --work\n")
 
 
 def test_what_is_frozen_stays(begun: tuple[str, ...], tmp_path: Path) -> None:
