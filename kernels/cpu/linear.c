@@ -8,10 +8,13 @@
 
 #include "export.h"
 #include "narrow.h"
+#include "team.h"
 
 /* Inputs whose widened weights are kept in the cache, and tiles that use them there. */
 #define DEPTH 256
 #define TILES 20
+/* Numbers that one thread lays sooner than two. */
+#define SMALL 8192
 /* How far ahead of its use a stream is fetched: processors stop at the end of a page. */
 #define AHEAD 2048
 
@@ -136,26 +139,37 @@ static void lay_tiles(const float *x, int64_t n, int64_t depth, int64_t tiles, i
     }
 }
 
+/* A call: rows x as they came, and `laid` as tiles. */
+struct call {
+    const float *x;
+    float *laid;
+    int64_t n, depth, type, size;
+    const char *weights;
+    float *y;
+};
+
+static void lay_part(void *with, int64_t part, int64_t parts) {
+    const struct call *c = with;
+    lay_tiles(c->x, c->n, c->depth, tiles_of(c->n), c->depth * part / parts, c->depth * (part + 1) / parts, c->laid);
+}
+
+static void multiply_part(void *with, int64_t part, int64_t parts) {
+    const struct call *c = with;
+    int64_t panels = (c->size + WIDTH - 1) / WIDTH, bytes = c->depth * WIDTH * (c->type == FLOAT32 ? 4 : 2);
+    for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; p++)
+        one_panel(c->laid, c->n, c->depth, c->weights + p * bytes, c->type, c->y, c->size, p * WIDTH);
+}
+
 /* Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_linear(const float *x, int64_t n, int64_t depth, const void *weights, int64_t type, int64_t size,
                           int64_t threads, float *y) {
-    int64_t panels = (size + WIDTH - 1) / WIDTH, bytes = depth * WIDTH * (type == FLOAT32 ? 4 : 2);
-    float *laid = n > 1 ? malloc(sizeof(float) * n * depth) : NULL;
-    if (n > 1 && !laid) return 1;
-    if (n)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        if (n > 1) {
-            int64_t parts = (depth + DEPTH - 1) / DEPTH;
-#pragma omp for schedule(static)
-            for (int64_t p = 0; p < parts; p++)
-                lay_tiles(x, n, depth, tiles_of(n), p * DEPTH, p + 1 < parts ? (p + 1) * DEPTH : depth, laid);
-        }
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; p++)
-            one_panel(n > 1 ? laid : x, n, depth, (const char *)weights + p * bytes, type, y, size, p * WIDTH);
-    }
-    free(laid);
+    if (!n) return 0;
+    float *laid = n > 1 ? malloc(sizeof(float) * n * depth) : (float *)x;
+    if (!laid) return 1;
+    struct call call = {x, laid, n, depth, type, size, weights, y};
+    if (n > 1) share(lay_part, &call, n * depth < SMALL ? 1 : threads);
+    share(multiply_part, &call, threads);
+    if (n > 1) free(laid);
     return 0;
 }
 

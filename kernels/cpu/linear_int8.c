@@ -10,12 +10,15 @@
 
 #include "export.h"
 #include "narrow.h"
+#include "team.h"
 
 /* GROUP in linear.py: a group's scales lie before its weights, [GROUP / 4][WIDTH][4]. */
 #define GROUP 128
 #define GROUP_BYTES (WIDTH * 4 + WIDTH * GROUP)
 /* Tiles whose sums are kept in the cache. */
 #define TILES 20
+/* Numbers that one thread lays sooner than two. */
+#define SMALL 8192
 #define AHEAD 2048
 
 /* Where instructions multiply bytes without a sign by such with one, x is moved by this, and the sum of weights that it
@@ -149,13 +152,16 @@ static void quantize(const float *x, int64_t count, int64_t step, uint8_t *out, 
     /* The smallest numbers have no reciprocal. */
     float by = most > 1e-36f && largest < 0x7f800000 ? 127.0f / most : 0.0f;
     *scale = largest < 0x7f800000 ? most / 127.0f : NAN;
-    for (int64_t k = 0; k < GROUP; k++) {
+    uint8_t whole[GROUP] = {0};
+    for (int64_t k = 0; k < count; k++) {
         /* Beside so large a number nothing behind the point is left. */
-        float whole = (k < count && by > 0.0f ? x[k] * by : 0.0f) + 12582912.0f;
+        float moved = (by > 0.0f ? x[k] * by : 0.0f) + 12582912.0f;
         int32_t bits;
-        memcpy(&bits, &whole, 4);
-        out[k / 4 * step + k % 4] = (uint8_t)(bits + MOVED);
+        memcpy(&bits, &moved, 4);
+        whole[k] = (uint8_t)bits;
     }
+    for (int64_t k = 0; k < GROUP; k++) whole[k] = (uint8_t)(whole[k] + MOVED);
+    for (int64_t k = 0; k < GROUP; k += 4) memcpy(out + k / 4 * step, whole + k, 4);
 }
 
 /* Group g of all rows, as tiles [tile][group][GROUP / 4][rows][4], with scales [tile][group][rows]. */
@@ -169,22 +175,39 @@ static void lay(const float *x, int64_t n, int64_t depth, int64_t groups, int64_
     }
 }
 
+/* A call: rows x as they came, and `laid` as tiles, with their scales. */
+struct call {
+    const float *x;
+    uint8_t *laid;
+    float *scales;
+    int64_t n, depth, groups, size;
+    const char *weights;
+    float *y;
+};
+
+static void lay_part(void *with, int64_t part, int64_t parts) {
+    const struct call *c = with;
+    for (int64_t g = c->groups * part / parts; g < c->groups * (part + 1) / parts; g++)
+        lay(c->x, c->n, c->depth, c->groups, g, c->laid, c->scales);
+}
+
+static void multiply_part(void *with, int64_t part, int64_t parts) {
+    const struct call *c = with;
+    int64_t panels = (c->size + WIDTH - 1) / WIDTH, bytes = c->groups * GROUP_BYTES;
+    for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; p++)
+        one_panel(c->laid, c->scales, c->n, c->groups, c->weights + p * bytes, c->y, c->size, p * WIDTH);
+}
+
 /* Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_linear_int8(const float *x, int64_t n, int64_t depth, const void *weights, int64_t size,
                                int64_t threads, float *y) {
-    int64_t panels = (size + WIDTH - 1) / WIDTH, groups = (depth + GROUP - 1) / GROUP;
-    float *scales = malloc((n * groups + 1) * (sizeof(float) + GROUP));
+    int64_t groups = (depth + GROUP - 1) / GROUP;
+    if (!n) return 0;
+    float *scales = malloc(n * groups * (sizeof(float) + GROUP));
     if (!scales) return 1;
-    uint8_t *laid = (uint8_t *)(scales + n * groups);
-    if (n)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < groups; g++) lay(x, n, depth, groups, g, laid, scales);
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; p++)
-            one_panel(laid, scales, n, groups, (const char *)weights + p * groups * GROUP_BYTES, y, size, p * WIDTH);
-    }
+    struct call call = {x, (uint8_t *)(scales + n * groups), scales, n, depth, groups, size, weights, y};
+    share(lay_part, &call, n * depth < SMALL ? 1 : threads);
+    share(multiply_part, &call, threads);
     free(scales);
     return 0;
 }

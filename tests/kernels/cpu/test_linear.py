@@ -130,7 +130,7 @@ def test_weights_that_are_none(weight: Tensor) -> None:
 
 
 def compiled(folder: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    sources = [str(build.SOURCES / name) for name in build.WIDE]
+    sources = [str(build.SOURCES / name) for name in (*build.WIDE, "team.c")]
     path = folder / "lib.so"
     subprocess.run([*build.compiler(), *build.FLAGS, *flags, "-shared", *sources, "-o", path, "-lm"], check=True)
     library = ctypes.CDLL(str(path))

@@ -1,0 +1,96 @@
+"""Tables about narrow weights."""
+
+from __future__ import annotations
+
+from fastblt.benchmarks.markdown import number, percent, table
+from fastblt.benchmarks.report.facts import Results
+
+
+def speed(results: Results) -> str:
+    """Bytes a second by how weights are kept."""
+    rows = [
+        [
+            f"{result['shape'].upper()}, {size}",
+            kind,
+            name,
+            number(row["bytes_per_second"]),
+            f"{row['ratio']:.2f}",
+            f"{row['predicted_over_measured']:.2f}",
+            percent(row["read_share"]),
+            percent(row["equal"]),
+        ]
+        for result in results.values()
+        for size, kinds in result["batches"].items()
+        for kind, settings in kinds.items()
+        for name, row in settings.items()
+    ]
+    columns = (
+        *("shape, requests", "weights", "method", "bytes a second", "over float32", "predicted / measured"),
+        *("of the read bandwidth, %", "bytes of float32's blt, %"),
+    )
+    return table(columns, rows)
+
+
+def quality(results: Results) -> str:
+    """What narrow weights change in what a model says."""
+    rows = [
+        [
+            result["shape"].upper() if result["shape"] else "shipped",
+            kind,
+            f"{row['bytes_per_weight']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            percent(row["same_choice"], 1),
+            percent(row["leading"], 1),
+            ", ".join(f"{name} {percent(share, 1)}" for name, share in row["acceptance"].items()),
+            str(row["not_lossless"]),
+        ]
+        for result in results.values()
+        for kind, row in result["weights"].items()
+    ]
+    columns = (
+        *(
+            "shape",
+            "weights",
+            "bytes a weight",
+            "bits a byte",
+            "same choice, %",
+            "greedy bytes before the first other, %",
+        ),
+        *("accepted, %", "outputs unlike blt's"),
+    )
+    return table(columns, rows)
+
+
+def maps(results: Results) -> str:
+    """Milliseconds of a map by rows."""
+    [result] = results.values()
+    kinds = list(next(iter(result["milliseconds"].values())))
+    rows = [[count, *(f"{own[kind]:.2f}" for kind in kinds)] for count, own in result["milliseconds"].items()]
+    return table(("rows", *kinds), rows)
+
+
+def large(results: Results) -> str:
+    """A large checkpoint over HTTP."""
+    rows = [
+        [
+            result["weights"],
+            f"{result['start_seconds']:.0f} s",
+            f"{result['stays_gib']:.1f}, {result['start_peak_gib']:.1f}",
+            name,
+            f"{row['bytes_per_second']:.1f}",
+            percent(row["read_share"]),
+            "yes" if row["equal"] else "no",
+        ]
+        for result in results.values()
+        for name, row in result["settings"].items()
+    ]
+    columns = (
+        "weights",
+        "start",
+        "GiB that stay, peak",
+        "method",
+        "bytes a second",
+        "of the read bandwidth, %",
+        "bytes of blt",
+    )
+    return table(columns, rows)
