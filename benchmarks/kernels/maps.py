@@ -67,9 +67,9 @@ def measure(
     outputs: int = 5632,
     rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 300),
     threads: int = 2,
-    turns: int = 3,
+    rounds: int = 3,
 ) -> dict[str, Any]:
-    """Print and return milliseconds of a map, the median over turns."""
+    """Print and return milliseconds of a map, the median over rounds."""
     torch.set_num_threads(threads)
     set_threads(threads)
     limits = machine_limits(threads)
@@ -86,7 +86,7 @@ def measure(
     for count in rows:
         x = torch.randn(count, inputs)
         taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for turn in range(turns + 1):
+        for turn in range(rounds + 1):
             for kind, calls in maps.items():
                 some = calls if count < 100 else calls[:3]
                 began = time.perf_counter()

@@ -56,7 +56,7 @@ def measure(
     requests: Sequence[int] = (1, 8),
     num_prompts: int = 8,
     length: int = 1024,
-    turns: int = 5,
+    rounds: int = 5,
 ) -> dict[str, Any]:
     """Print and return both."""
     blt = load_checkpoint(model)
@@ -81,7 +81,7 @@ def measure(
             with _occupied(engine._caches, count * _PATCH, size) as owners:
                 calls = make_calls(engine._runner._forward, size, count * _PATCH, count, owners=_spread(owners, size))
                 taken = []
-                for _ in range(turns + 1):
+                for _ in range(rounds + 1):
                     began = time.perf_counter()
                     calls["global"]()
                     taken.append(1e3 * (time.perf_counter() - began))

@@ -28,23 +28,27 @@ from fastblt.benchmarks.settings import chosen
 from fastblt.kernels.cpu.threads import threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.packed import weight_bytes
 from fastblt.server.request import MAX_BLOCK_SIZE
 from fastblt.server.settings import PRETRAINED
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def floor(weights: int, rows: int, limits: dict[str, float], width: int = 4) -> float:
+def floor(weights: int, rows: int, limits: dict[str, float], width: float = 4) -> float:
     """The least seconds of a pass of `rows` rows: to read its weights once or to multiply them, whichever is longer."""
     return max(width * weights / limits["read_gb_s"], 2 * weights * rows / limits["gflop_s"]) / 1e9
 
 
-def show_curve(curve: CostCurve, weights: dict[str, int], limits: dict[str, float]) -> None:
-    """Print microseconds of a pass by rows, and that time divided by its floor."""
+def show_curve(
+    curve: CostCurve, weights: dict[str, int], limits: dict[str, float], widths: tuple[float, float] = (4, 4)
+) -> None:
+    """Print microseconds of a pass by rows, and that time divided by its floor. `widths` are bytes a weight, of the
+    entropy model and of the others."""
     table = Table("rows", *curve.seconds)
     for at, rows in enumerate(curve.rows):
         if rows in _SHOWN:
-            floors = {module: floor(weights[module], rows, limits) for module in curve.seconds}
+            floors = {name: floor(weights[name], rows, limits, widths[name != "entropies"]) for name in curve.seconds}
             cells = [f"{1e6 * own[at]:.0f} ({own[at] / floors[name]:.1f}x)" for name, own in curve.seconds.items()]
             table.row(str(rows), *cells)
 
@@ -91,7 +95,7 @@ def measure(
         curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), context=context, requests=size)
         result["curves"][size] = {"rows": curve.rows, "seconds": curve.seconds}
         print(f"\nMicroseconds of a pass at position {context} of {size} requests (times the least it could take):\n")
-        show_curve(curve, weights, limits)
+        show_curve(curve, weights, limits, (weight_bytes(blt.patcher), weight_bytes(blt)))
         course = Course(engine, curve)
         runs = [course.round(names, prompts[:size], length) for _ in range(rounds)]
         print(f"\n{size} requests, microseconds a byte:\n")

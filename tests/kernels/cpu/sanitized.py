@@ -24,6 +24,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 #: What runs: every C function, alone and within engines.
 CASES = (
     *("tests/kernels/cpu/test_dense.py", "tests/kernels/cpu/test_linear.py", "tests/kernels/cpu/test_stack.py"),
+    "tests/kernels/cpu/test_team.py",
     *("tests/kernels/cpu/test_upstream.py", "tests/kernels/cpu/test_decoder_steps.py"),
     *("tests/kernels/test_paged_attention.py", "tests/kernels/test_latent_attention.py"),
     *("tests/kernels/test_hash_embedding.py", "tests/kernels/test_request_ids.py", "tests/kernels/test_paged_rows.py"),
