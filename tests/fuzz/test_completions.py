@@ -49,7 +49,7 @@ def engine(which: int, kind: int) -> Engine:
 def completion(body: dict[str, Any], name: str, max_model_len: int) -> _Completion:
     """Raises InvalidRequestError, or what pydantic does."""
     parsed = CompletionRequest.model_validate(body)
-    made = _Completion(parsed, "tiny", parsed.take_prompts(max_model_len))
+    made = _Completion(parsed, "tiny", parsed.take_prompts(max_model_len), [])
     made.requests = [_renamed(request, name, at) for at, request in enumerate(made.requests)]
     made._choices = dict(zip([r.request_id for r in made.requests], made._choices.values(), strict=True))
     return made
