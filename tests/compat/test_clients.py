@@ -131,3 +131,22 @@ def test_prometheus_takes_the_documented_configuration(tmp_path: Path) -> None:
     path = tmp_path / "prometheus.yaml"
     path.write_text(config.replace("/etc/prometheus/fastblt.key", str(tmp_path / "key")))
     assert "SUCCESS" in run([promtool, "check", "config", str(path)])
+
+
+def test_guidellm_with_its_tokenizer(served: str, tmp_path: Path) -> None:
+    pytest.importorskip("guidellm", reason="in the extra `compat`")
+    [block] = [block for block in code_blocks(PAGE) if "guidellm run" in block]
+    tokenizer, *command = block.replace("localhost:8000", served).splitlines()[1:]
+    assert "ByT5Tokenizer" in tokenizer
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    few = "\n".join(command).replace("count=50", "count=4").replace("streams=8", "streams=2")
+    for one in (tokenizer, few.replace("output_tokens=128", "output_tokens=16")):
+        run(["bash", "-c", one], cwd=tmp_path, PATH=path, HF_HUB_OFFLINE="1")
+
+
+def test_bench_serve(served: str) -> None:
+    [command] = [
+        line for block in code_blocks(PAGE) for line in block.splitlines() if line.startswith("fastblt bench serve")
+    ]
+    words = command.replace("localhost:8000", served).replace("--num-prompts 20", "--num-prompts 4").split()
+    assert "bytes" in run([sys.executable, "-m", *words])
