@@ -118,6 +118,18 @@ def front(results: Results) -> str:
     return table(columns, rows)
 
 
+def page(results: Results) -> str:
+    """Bytes a second without the page at /, with it, and with pages open."""
+    [result] = results.values()
+    speed, losses = result["bytes_per_second"], {"closed": "loss_closed", "open": "loss_open"}
+    names = {"without": "`--no-page`", "closed": "served, not open", "open": f"{result['pages']} open"}
+    rows = [
+        [names[name], number(value), percent(result[losses[name]], 1) if name in losses else ""]
+        for name, value in speed.items()
+    ]
+    return table((f"{result['streams']} clients, `auto`", "bytes a second", "less than the line above, median %"), rows)
+
+
 def soak(results: Results) -> str:
     """Ten minutes of overload."""
     [result] = results.values()

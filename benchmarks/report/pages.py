@@ -62,6 +62,7 @@ TABLES = {
     "traces": Table(_ALL, ("report/trace-*.json", "report/saturation-*.json"), load_tables.traces),
     "peers": Table(_ALL, ("report/peer-*.json",), load_tables.peers),
     "front": Table("python -m fastblt.benchmarks.load.front --rounds 4", ("front.json",), load_tables.front),
+    "page": Table("python -m fastblt.benchmarks.load.page --num-prompts 96", ("page.json",), load_tables.page),
     "soak": Table("python -m fastblt.benchmarks.checks.soak", ("soak.json",), load_tables.soak),
     "auto": Table("python -m fastblt.benchmarks.engine.speed auto --rounds 7", ("auto.json",), method_tables.auto),
     "overhead": Table(

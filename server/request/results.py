@@ -35,8 +35,8 @@ class ErrorCode(StrEnum):
 #: Bytes of memory that a ByteLogprobs takes with its id, beside 6 for each of its alternatives (measured:
 #: tests/server/process/test_memory.py).
 BYTE_LOGPROBS_SIZE = 208
-#: The same of a Round of one byte, the smallest; larger ones take less for each byte.
-ROUND_SIZE = 1200
+#: The same of a Round of one byte; larger ones take less for each byte.
+ROUND_SIZE = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.compat.conftest import KEY
 from tests.docs.pages import ROOT, code_blocks
 from tests.server.api.running import until
 
@@ -77,7 +79,9 @@ def python_of(module: str) -> str:
     "module", ["openai", "litellm", "langchain_openai", "llama_index.llms.openai_like"], ids=lambda name: name
 )
 def test_python_clients(served: str, text: str, module: str) -> None:
-    [block] = blocks(PAGE, "python", module.split(".")[0])
+    [block] = [
+        one for one in code_blocks(PAGE, "python") if re.search(rf"^(from|import) {module}\b", one, re.MULTILINE)
+    ]
     written = run([python_of(module), "-c", block.replace("localhost:8000", served)])
     assert written.strip() == text.strip()
 
@@ -122,15 +126,38 @@ def test_curl_and_openai_s_client_in_the_readme(served: str) -> None:
     assert run([python_of("openai"), "-c", block.replace("localhost:8000", served)]).strip()
 
 
-def test_prometheus_takes_the_documented_configuration(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed (Debian's package prometheus)")
+def test_prometheus_scrapes_with_a_key(url: str, tmp_path: Path) -> None:
+    """A server that wants a key, and the configuration of the page with an interval that a test can wait for."""
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("prometheus is not installed (Debian's package of that name)")
     [config] = blocks(PAGE, "yaml", "scrape_configs")
-    (tmp_path / "key").write_text("a-key")
+    (tmp_path / "key").write_text(KEY)
     path = tmp_path / "prometheus.yaml"
-    path.write_text(config.replace("/etc/prometheus/fastblt.key", str(tmp_path / "key")))
-    assert "SUCCESS" in run([promtool, "check", "config", str(path)])
+    config = config.replace("/etc/prometheus/fastblt.key", str(tmp_path / "key"))
+    config = config.replace("localhost:8000", url.removeprefix("http://"))
+    path.write_text("global:\n  scrape_interval: 1s\n" + config)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [prometheus, f"--config.file={path}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+    process = subprocess.Popen(
+        [*command, f"--web.listen-address=127.0.0.1:{port}"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    query = f"http://127.0.0.1:{port}/api/v1/query"
+
+    def value(name: str) -> float | None:
+        try:
+            found = httpx.get(query, params={"query": name}).json()["data"]["result"]
+        except httpx.TransportError:
+            return None
+        return float(found[0]["value"][1]) if found else None
+
+    try:
+        until(lambda: value('up{job="fastblt"}') == 1, 30)
+        assert value("fastblt_num_requests_running") == 0
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_guidellm_with_its_tokenizer(served: str, tmp_path: Path) -> None:

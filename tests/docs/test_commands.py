@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from fastblt.server.cli import app
+from fastblt.server.cli.configuration import read_config
 from tests.docs.pages import ROOT, code_blocks
 
 PAGES = ("README", "docs/clients", "docs/offline", "docs/gpu", "docs/decoding", "docs/api", "docs/operations",
@@ -59,3 +63,13 @@ def test_the_tests_are_there(start: str) -> None:
     path, word = RUN_BY[start]
     assert word in (ROOT / path).read_text(encoding="utf-8")
     assert any(line.startswith(start) for page in PAGES for line in commands(page)), "no page has it any more"
+
+
+@pytest.mark.parametrize("page", ["docs/operations", "docs/running"])
+def test_configuration_files_are_taken(page: str, tmp_path: Path) -> None:
+    [block] = code_blocks((ROOT / f"{page}.md").read_text(encoding="utf-8"), "toml")
+    path = tmp_path / "fastblt.toml"
+    path.write_text(block)
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    context = serve.make_context("serve", [], resilient_parsing=True)
+    assert read_config(context, path) == path and context.default_map

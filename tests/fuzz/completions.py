@@ -95,6 +95,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "return_tokens_as_token_ids": st.booleans(),
     "return_base64": st.booleans(),
     "return_patches": st.booleans(),
+    "return_rounds": st.booleans(),
     "utf8": st.sampled_from(("strict", "replace")),
     "priority": st.integers(-1000, 1000),
     "cache_salt": st.sampled_from(("a", "b")),

@@ -307,3 +307,12 @@ def test_pipes_are_refused(folder: Path, name: str) -> None:
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match=f"{name} is not a file"):
         load_checkpoint(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda", "leave --device out"), ("cuda:1", "--device"), ("gpu", "give cpu")]
+)
+def test_a_device_that_is_not_there_says_what_to_do(device: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint("anything", device=device)

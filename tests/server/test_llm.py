@@ -200,3 +200,27 @@ def test_a_forked_child_is_told(llm: LLM) -> None:
 def test_prompts_beyond_all_bounds_are_refused_at_once(llm: LLM, prompt: Prompt) -> None:
     with pytest.raises(InvalidRequestError, match="more than the"):
         llm.generate(prompt, GREEDY)
+
+
+def test_streamed_text_is_whole_characters(llm: LLM) -> None:
+    params = replace(GREEDY, max_tokens=60, temperature=1.5, seed=3)
+    deltas = list(llm.stream("naïve", params))
+    [completion] = llm.generate("naïve", params)
+    assert "".join(delta.text for delta in deltas) == completion.text
+    assert b"".join(delta.data for delta in deltas) == completion.data
+    assert deltas[-1].finish_reason is FinishReason.LENGTH and deltas[-1].ledger is not None
+
+
+def test_a_method_may_be_named_alone_and_bias_keyed_by_strings(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5, decoding="blt-s", logit_bias={"104": 100})  # type: ignore[arg-type, dict-item]
+    [completion] = llm.generate("x", replace(params, temperature=0.0))
+    assert completion.decoding is not None and completion.decoding.method is DecodingMethod.BLT_S
+    assert completion.text == "ddddd"
+    with pytest.raises(InvalidRequestError, match="magic"):
+        SamplingParams(decoding="magic")  # type: ignore[arg-type]
+
+
+def test_rounds_come_with_a_completion(llm: LLM) -> None:
+    [completion] = llm.generate("x", replace(GREEDY, return_rounds=True, decoding=DecodingParams("blt-dv")))
+    assert completion.rounds and [i for one in completion.rounds for i in one.ids] == completion.ids
+    assert llm.generate("x", GREEDY)[0].rounds is None

@@ -125,6 +125,8 @@ FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ),
     ("align_blocks of blt-dv", {"decoding": {"method": "blt-dv", "align_blocks": True}}, "decoding.align_blocks"),
     ("max_steps with one_step", {"decoding": {"method": "blt-dv", "max_steps": 2}}, "decoding.max_steps"),
+    ("return_rounds a string", {"return_rounds": "yes"}, "return_rounds"),
+    ("rounds of too much at once", {"return_rounds": True, "max_tokens": 2**17}, "return_rounds"),
     ("return_patches a string", {"return_patches": "yes"}, "return_patches"),
     ("half a surrogate pair", {"prompt": "a\ud800b"}, None),
     ("half a pair in stop", {"stop": "\udfff"}, None),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 
+import pytest
+
 from fastblt.models.vocabulary import decode, encode
 from fastblt.server.llm import LLM
 from fastblt.server.request import SamplingParams
@@ -142,3 +144,19 @@ def test_ignored_fields_are_told(server: RunningServer) -> None:
     assert "x-ignored-fields" not in server.http.post("/v1/completions", json=GOOD).headers
     many = {**GOOD, **{f"{i}{'x' * 100}": i for i in range(1000)}}
     assert len(server.http.post("/v1/completions", json=many).headers["x-ignored-fields"]) < 2000
+
+
+@pytest.mark.parametrize("method", [*METHODS, "blt-dsv", "auto"])
+def test_rounds_are_streamed_with_the_bytes_that_they_made(server: RunningServer, method: str) -> None:
+    body = GOOD | {"return_rounds": True, "return_token_ids": True, "stop": ["\x00"], "decoding": {"method": method}}
+    choice = server.complete(**body)["choices"][0]
+    made = [i for one in choice["rounds"] for i in one["token_ids"]]
+    assert made == choice["token_ids"]
+    events = [event["choices"][0] for event in server.events(**body)[:-1] if event["choices"]]
+    streamed = [one for event in events for one in event["rounds"]]
+    assert [i for one in streamed for i in one["token_ids"]] == made
+    if method != "auto":
+        timeless = [{key: value for key, value in one.items() if key != "seconds"} for one in streamed]
+        assert timeless == [{key: value for key, value in one.items() if key != "seconds"} for one in choice["rounds"]]
+    plain = server.complete(**GOOD | {"decoding": {"method": method}})["choices"][0]
+    assert plain["text"] == choice["text"] and "rounds" not in plain

@@ -45,6 +45,7 @@ export class Strip {
     glyphs(ids).forEach((glyph) => this._append({ origin: "given" }, glyph));
     this._given = this.cells.length;
     this._shown = 0;
+    this._rounds = -1;
   }
 
   _append(byte, glyph) {
@@ -79,6 +80,16 @@ export class Strip {
       }
       this._shown = until;
     }
+    // Between two frames of the same round only its ghosts change.
+    if (rounds !== this._rounds || run.rounds.length !== this._known) this._settle(rounds);
+    if (phase > 0 && rounds < run.rounds.length) this._ghost(run.rounds[rounds], phase);
+  }
+
+  /** What has become known of the bytes that are shown, and which of them the last round made. */
+  _settle(rounds) {
+    const run = this.run;
+    this._rounds = rounds;
+    this._known = run.rounds.length;
     const now = rounds ? run.rounds[rounds - 1] : null;
     for (let at = 0; at < this._shown; at++) {
       const cell = this.cells[this._given + at];
@@ -88,7 +99,6 @@ export class Strip {
       if (byte.entropy !== undefined && !cell.style.getPropertyValue("--e")) dress(cell, cell.textContent, byte);
       cell.classList.toggle("now", now !== null && rounds < run.rounds.length && at >= now.start);
     }
-    if (phase > 0 && rounds < run.rounds.length) this._ghost(run.rounds[rounds], phase);
   }
 
   /** The draft or block of a round while it is made: bytes one after another, or masks that are filled by step. */
