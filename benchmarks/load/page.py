@@ -92,7 +92,7 @@ def measure(
     def loss(one: str, other: str) -> float:
         return statistics.median(1 - a / b for a, b in zip(speeds[one], speeds[other], strict=True))
 
-    result = {"pages": pages, "streams": streams, "bytes_per_second": median, "turns": speeds}
+    result: dict[str, Any] = {"pages": pages, "streams": streams, "bytes_per_second": median, "turns": speeds}
     result |= {"loss_closed": loss("closed", "without"), "loss_open": loss("open", "closed")}
     for name, value in median.items():
         print(f"{name}: {value:.0f} bytes/s", flush=True)

@@ -93,7 +93,8 @@ def measure(
         table = Table(
             "weights", "setting", "bytes/s", f"over {base}", "predicted/measured", "of bandwidth %", "equal %"
         )
-        rows = result["batches"][str(size)] = {}
+        rows: dict[str, Any] = {}
+        result["batches"][str(size)] = rows
         plain = [one[setting[0]] for one in runs[base]]
         for kind, own in runs.items():
             rows[kind] = {}
