@@ -52,8 +52,10 @@ class EngineSettings:
     max_waiting: int = 1024
     #: Bytes of prompt and completion together, BOS included.
     max_model_len: int = 32768
-    #: Rows of one pass; longer prompts are computed in chunks.
+    #: Rows of one pass at most; longer prompts are computed in chunks.
     max_pass_rows: int = 2048
+    #: Milliseconds that a pass with prompts takes, about: what others wait for their next byte, or for their first.
+    max_gap_ms: float = 100.0
     #: Decoder passes after one upstream pass, at most; 1 never holds a request.
     max_passes_per_beat: int = 64
     #: Milliseconds that a request is held for the next upstream pass, at most. None: to the end of the beat.
@@ -85,6 +87,7 @@ class EngineSettings:
                 "max_waiting": (1, 10**6),
                 "max_model_len": (1, 2**24),
                 "max_pass_rows": (1, 2**20),
+                "max_gap_ms": (1, 1000 * _LONGEST_SECONDS),
                 "max_passes_per_beat": (1, 2**20),
                 "max_hold_ms": (0, 1000 * _LONGEST_SECONDS),
                 "patching_threshold": (-1e9, 1e9),

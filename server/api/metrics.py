@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector, gene
 
 from fastblt.server.api.engine_metrics import EngineCollector
 from fastblt.server.api.errors import ApiError
-from fastblt.server.api.histogram import Histogram
+from fastblt.server.api.histogram import Histogram, HistogramBySize
 from fastblt.server.process.client import EngineClient, LiveRequest
 from fastblt.server.request import DecodingMethod, Delta, ErrorCode, FinishReason
 
@@ -15,6 +15,8 @@ _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120
 # Bytes come faster than tokens, and several at once.
 _BETWEEN = (5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LENGTHS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+#: Classes of prompts by their bytes.
+_PROMPT_CLASSES = (256, 2048, 16384)
 _SMALL_NUMBERS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 
@@ -44,6 +46,14 @@ class Metrics:
         self._queue = histogram("request_queue_time_seconds", "From arrival to the first pass", _SHORT)
         self._in_vain = histogram("rejected_queue_time_seconds", "What requests waited that had no turn", _LONG)
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first byte", _SHORT)
+        self._first_by_prompt = HistogramBySize(
+            "fastblt_time_to_first_token_by_prompt_seconds",
+            "The same by the length of the prompt",
+            _SHORT,
+            "prompt_tokens_le",
+            _PROMPT_CLASSES,
+        )
+        self._registry.register(self._first_by_prompt)
         self._between = histogram("inter_token_latency_seconds", "Between bytes; k bytes count k times", _BETWEEN)
         self._per_byte = histogram("request_time_per_output_token_seconds", "Mean of a request's bytes", _BETWEEN)
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the end", _LONG)
@@ -67,6 +77,7 @@ class Metrics:
             since = now - live.latest
             if live.first is None:
                 self._first.observe(since)
+                self._first_by_prompt.observe(len(live.request.prompt_ids) - 1, since)
             else:
                 self._between.observe(since / len(delta.ids), len(delta.ids))
         if delta.finish_reason is not None:

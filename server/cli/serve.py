@@ -198,6 +198,15 @@ def serve(
     ] = ENGINE_DEFAULTS.max_waiting,
     max_model_len: MaxModelLen = ENGINE_DEFAULTS.max_model_len,
     max_pass_rows: MaxPassRows = ENGINE_DEFAULTS.max_pass_rows,
+    max_gap_ms: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Milliseconds that a pass with prompts takes, about: what others wait for their next byte. Less is "
+            "lower latency, more is more throughput.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = ENGINE_DEFAULTS.max_gap_ms,
     max_hold_ms: Annotated[
         float | None,
         typer.Option(
@@ -258,6 +267,7 @@ def serve(
             max_waiting=max_waiting,
             max_model_len=max_model_len,
             max_pass_rows=max_pass_rows,
+            max_gap_ms=max_gap_ms,
             max_hold_ms=max_hold_ms,
             patching_threshold=patching_threshold,
             max_patch_length=max_patch_length,

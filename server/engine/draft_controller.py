@@ -134,12 +134,15 @@ class DraftController:
         self._filtered[draft.block] = (fade * tried + proposed, fade * kept + passed)
 
     def step_ended(
-        self, requests: int, patches_per_byte: Callable[[], float], seconds: float, work: list[tuple[str, int]]
+        self, requests: int, patches_per_byte: Callable[[], float], seconds: float | None, work: list[tuple[str, int]]
     ) -> None:
         """Count a step of the engine: it took `seconds` for the `work`, passes as (module, rows), while `requests` were
-        decoding. `patches_per_byte` is called now and then."""
+        decoding. None: prompts were computed too, and it tells nothing about drafts. `patches_per_byte` is called now
+        and then."""
         load = self._load
-        overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
+        overhead = load.overhead
+        if seconds is not None:
+            overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
         newest = 1 - (1 - _NEWEST) ** made

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.engine.context import EngineContext
+from fastblt.server.engine.device.cost import Costs
 from fastblt.server.engine.device.ranks import RankLostError, leader_of
 from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.load import load_model, prepare
 from fastblt.server.engine.mask_gate import MaskGate
+from fastblt.server.engine.pass_time import PassTime, measure_costs
 from fastblt.server.engine.planner import Planner
 from fastblt.server.engine.postprocess import DRAFTING, Postprocessor
 from fastblt.server.engine.runner.model_runner import ModelRunner
@@ -51,14 +54,22 @@ logger = logging.getLogger(__name__)
 #: After so many passes without trouble one more request may run, where memory had run out.
 _GROW_PASSES = 64
 
-#: The position and the row counts at which the costs of passes are measured for `auto`.
-_COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
 
 class Engine:
-    """Runs requests to their end. To be used from one thread, but for `stats`."""
+    """Runs requests to their end. To be used from one thread, but for `stats`.
 
-    def __init__(self, model: Blt, settings: EngineSettings, name: str = "blt") -> None:
+    `runner` makes what computes the passes, and `clock` gives seconds: the simulator has its own.
+    """
+
+    def __init__(
+        self,
+        model: Blt,
+        settings: EngineSettings,
+        name: str = "blt",
+        *,
+        runner: Callable[[Blt, KvCaches, EngineSettings], ModelRunner] = ModelRunner,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
         device = model.device
         dtype = model.dtype
@@ -71,9 +82,10 @@ class Engine:
         self._check_defaults()
         leader = leader_of(model)
         self._caches = KvCaches(model, leader.share(config) if leader else config, settings, device, dtype)
-        self._runner = ModelRunner(model, self._caches, settings)
+        self._runner = runner(model, self._caches, settings)
+        self._clock = clock
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
-        self._scheduler = Scheduler(self._caches, self._prefix, settings)
+        self._scheduler = Scheduler(self._caches, self._prefix, settings, clock)
         self._grammars = GrammarPool(self._scheduler.followed_limit)
         self._gate = MaskGate(self._grammars)
         self._sequences: dict[str, Sequence] = {}
@@ -89,6 +101,7 @@ class Engine:
             scheduler=self._scheduler,
             runner=self._runner,
             sequences=self._sequences,
+            clock=clock,
         )
         self._planner = Planner(self._context)
         self._postprocessor = Postprocessor(self._context)
@@ -161,28 +174,39 @@ class Engine:
             self._aborted.append(request_id)
 
     def calibrate(self) -> None:
-        """Measure what passes cost here, for `auto`: a fraction of a second. The first such request does it otherwise.
+        """Measure what passes cost here: a fraction of a second. Until then `max_gap_ms` bounds nothing.
 
-        Ends without effect once it was done.
+        A request of `auto` does it if nobody has. Ends without effect once it was done.
         """
         if self._context.controller is None:
-            position = min(_COST_CONTEXT, self._caches.max_length - 1)
-            costs = self._runner.costs(position, position // 4, _COST_ROWS)
+            costs, per_depth = measure_costs(self._runner, self._caches.max_length)
             self._context.controller = DraftController(self.config, costs)
+            self.time_passes(costs, per_depth)
+
+    def time_passes(self, costs: Costs, per_depth: float) -> None:
+        """Bound passes by time from now on: `costs` and `per_depth` are those of `PassTime`."""
+        self._context.pass_time = PassTime(costs, per_depth, 1e-3 * self.settings.max_gap_ms)
+        self._scheduler.expect(self._context.pass_time)
 
     def has_work(self) -> bool:
         return bool(self._sequences)
 
     def step(self) -> list[Delta]:
         """One decoder pass, with the upstream pass before it if one is due. Returns what requests got from it."""
-        began = time.perf_counter()
+        began = self._clock()
         self._runner.work.clear()
         with self._inference:
             deltas = self._step()
-        if (controller := self._context.controller) is not None and self._runner.work:
+        if self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
-            seconds = time.perf_counter() - began
-            controller.step_ended(decoding, self._scheduler.patches_per_byte, seconds, self._runner.work)
+            seconds, prompts = self._clock() - began, self._planner.prompt_seconds
+            if (pass_time := self._context.pass_time) is not None:
+                held = bool(self._planner.held())
+                pass_time.step_ended(seconds, prompts, decoding=self._planner.decoding > 0, held=held)
+            if (controller := self._context.controller) is not None:
+                # What prompts take is no cost of drafting.
+                own = None if prompts else seconds
+                controller.step_ended(decoding, self._scheduler.patches_per_byte, own, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:
@@ -194,7 +218,7 @@ class Engine:
         self.started.clear()
         for sequence in self._scheduler.admit():
             if sequence.timings.scheduled is None:
-                sequence.timings.scheduled = time.monotonic()
+                sequence.timings.scheduled = self._clock()
                 self._bytes_prompt += sequence.prompt_length - 1
                 self.started.append(sequence.request.request_id)
             try:
@@ -274,8 +298,12 @@ class Engine:
             bytes_generated=self._postprocessor.bytes_generated,
             bytes_prompt=self._bytes_prompt,
             preemptions=self._scheduler.preemptions,
+            turns=self._scheduler.turns,
+            prompt_passes=pass_time.passes if (pass_time := self._context.pass_time) else 0,
+            prompt_passes_late=pass_time.late if pass_time else 0,
             prefix_queries=self._prefix.queries,
             prefix_hits=self._prefix.hits,
+            prefix_joined=self._prefix.joined,
         )
 
     def balanced(self) -> bool:
@@ -300,7 +328,7 @@ class Engine:
     def _upstream_due(self, waiting: list[Sequence]) -> bool:
         """Whether the beat ends here although some requests could go on. A request's first upstream pass never
         waits."""
-        longest, now = self.settings.max_hold_ms, time.monotonic()
+        longest, now = self.settings.max_hold_ms, self._clock()
         if self._held_since is None:
             self._held_since = now
         if self._passes_in_beat >= self.settings.max_passes_per_beat or any(s.ledger.global_ == 0 for s in waiting):

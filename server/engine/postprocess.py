@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import abc
 
 from fastblt.kernels.types import NOT_FINITE
@@ -166,7 +165,7 @@ class Postprocessor:
             made_by or DecodingMethod.BLT,
             len(sequence.output.ids),
             progress,
-            time.monotonic() - sequence.timings.arrival,
+            self._context.clock() - sequence.timings.arrival,
             sequence.ledger,
             sequence.entropies,
             [start - sequence.prompt_length for start in sequence.starts],
@@ -191,7 +190,7 @@ class Postprocessor:
     ) -> Delta | None:
         """Append final bytes, of which the first `accepted` were drafted; the text may end within them."""
         if sequence.timings.first_byte is None:
-            sequence.timings.first_byte = time.monotonic()
+            sequence.timings.first_byte = self._context.clock()
         output, ledger = sequence.output, sequence.ledger
         if sequence.ids_only and output.pass_on(ids):
             self.bytes_generated += len(ids)
@@ -223,13 +222,14 @@ class Postprocessor:
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
     ) -> Delta:
         """End a sequence, wherever it is, and free all it holds."""
+        self._scheduler.count_output(len(sequence.output.ids))
         if sequence.state_index:
             self._scheduler.remove(sequence)
         else:
             self._scheduler.waiting.remove(sequence)
         del self._sequences[sequence.request.request_id]
         sequence.close()
-        sequence.timings.finished = time.monotonic()
+        sequence.timings.finished = self._context.clock()
         ledger, total = sequence.ledger, self._runner.ledger
         sequence.count_patches()
         for name in (*DRAFTING, "bytes", "patched_bytes", "patches"):

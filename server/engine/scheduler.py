@@ -1,15 +1,18 @@
-"""The scheduler: the waiting queue, admission by pages, preemption by recompute, and the row budget of a pass.
+"""The scheduler: the waiting queue, admission by pages, turns where there are more requests than places, preemption.
 
 The scheduler knows rows, pages and ages; it knows no methods (design §3).
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 
 from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
+from fastblt.server.engine.pass_time import PassTime
 from fastblt.server.engine.sequence import Planned, Sequence
 from fastblt.server.request import QueueFullError
 from fastblt.server.settings import EngineSettings
@@ -21,22 +24,47 @@ _MARGIN = 1.2
 #: They mostly wait for masks, so many of them would keep the places of those that could go on.
 _FOLLOWED, _FOLLOWED_SHARE = 16, 4
 
+#: Seconds that a request has its place before one that has not run yet may take it, and before one may that had a turn
+#: already. Each change costs the rows since the last patch once more.
+FIRST_TURN, NEXT_TURN = 0.25, 4.0
+
+#: A request lets those pass in the queue that come within so many times the time that its prompt takes.
+_PATIENCE = 10.0
+
+#: How many requests may be tried in one step behind those for which pages are missing.
+_TRIED = 16
+
+#: Bytes of output to expect before any request has ended, and the weight of the newest in the mean.
+_OUTPUT, _NEWEST = 256.0, 0.05
+
 
 class Scheduler:
-    def __init__(self, caches: KvCaches, prefix: PrefixCache, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        caches: KvCaches,
+        prefix: PrefixCache,
+        settings: EngineSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._caches = caches
         self._prefix = prefix
         self._settings = settings
+        self._clock = clock
+        #: By `Sequence.due`, lower values of `priority` first.
         self.waiting: deque[Sequence] = deque()
-        #: Oldest first.
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        #: How often a request was put back for want of pages, and how often because its turn was over.
+        self.preemptions = self.turns = 0
         #: How many may run: fewer than the settings say after memory ran out.
         self.limit = settings.max_running
         #: How many of them may have a process for their grammar.
         self.followed_limit = max(min(_FOLLOWED, settings.max_running // _FOLLOWED_SHARE), 1)
+        #: What passes take; until that is measured, who came first is due first.
+        self._pass_time: PassTime | None = None
+        self._numbers = 0
         self._scanned = 0
         self._closed = 0
+        self._output = _OUTPUT
         # The sequence that was last looked up in the prefix cache because it did not fit, how many others ran then, and
         # how many pages in use it would share.
         self._looked_up: tuple[Sequence | None, int] = (None, 0)
@@ -46,35 +74,58 @@ class Scheduler:
         """Raises QueueFullError at the bound of the waiting queue."""
         if len(self.waiting) >= self._settings.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} requests are waiting already; try again later")
-        self._wait(sequence, before_equals=False)
+        self._numbers += 1
+        sequence.number = self._numbers
+        sequence.due = self._clock()
+        if self._pass_time is not None:
+            sequence.due += _PATIENCE * self._pass_time.prompt_seconds(sequence.known, self.patches_per_byte())
+        self._wait(sequence)
+
+    def expect(self, pass_time: PassTime) -> None:
+        """Know what passes take from now on."""
+        self._pass_time = pass_time
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, in order, while state indexes and pages are likely to suffice.
 
         Those that have to wait for others with a process for their grammar are passed over: they keep their place in
-        the queue, and go before all others when one of these ends.
+        the queue, and go before all others when one of these ends. So are those for which pages are missing, until they
+        are due: from then on pages are left for them.
         """
         admitted: list[Sequence] = []
         if not self.waiting:
             return admitted
+        now = self._clock()
         followed = sum(sequence.followed for sequence in self.running)
-        at = 0
-        while at < len(self.waiting) and len(self.running) < self.limit:
-            sequence = self.waiting[at]
+        needs = self._needs(self.running)
+        tried = 0
+        for sequence in list(self.waiting):
             if sequence.followed and followed >= self.followed_limit:
-                at += 1
                 continue
+            victim = None
+            if len(self.running) >= self.limit:
+                victim = self._whose_turn_is_over(sequence, now)
+                if victim is None:
+                    continue
+            own = self._needs([sequence])
             # One alone always fits; another only where nobody is likely to be preempted for it at once.
-            if self.running and not self._likely_fits(sequence):
-                break
+            if self.running and not self._likely_fits(sequence, needs, own):
+                tried += 1
+                if now >= sequence.due or tried == _TRIED:
+                    break
+                continue
+            if victim is not None:
+                self._end_turn(victim, now)
             state_index = self._caches.take_state_index()
             if state_index is None:
                 break
-            del self.waiting[at]
+            self.waiting.remove(sequence)
             followed += sequence.followed
             sequence.state_index = state_index
+            sequence.turn_began = now
             self.running.append(sequence)
             self._prefix.admit(sequence)
+            needs = [before + new for before, new in zip(needs, own, strict=True)]
             admitted.append(sequence)
         return admitted
 
@@ -97,19 +148,33 @@ class Scheduler:
             # Nobody is preempted for rows that a later pass can compute.
             plan.stop_after(1)
         while not self._caches.reserve(sequence.state_index, length, patches):
-            # The highest value is the lowest priority; the last of equals is the youngest.
-            victim = max(reversed(self.running), key=lambda s: s.request.priority)
+            # The highest value is the lowest priority.
+            victim = max(self.running, key=_age)
             self.preempt(victim)
             if victim is sequence:
                 return False
         return True
 
+    def eldest(self) -> Sequence | None:
+        """The running sequence that is preempted last."""
+        return min(self.running, key=_age, default=None)
+
     def preempt(self, sequence: Sequence) -> None:
-        """Back to the head of its priority's queue, with nothing computed. Its bytes, seed and output stay."""
+        """Back to its place in the queue, with nothing computed. Its bytes, seed and output stay."""
         self.remove(sequence)
         sequence.restart()
-        self._wait(sequence, before_equals=True)
+        self._wait(sequence)
         self.preemptions += 1
+
+    def join(self, sequence: Sequence) -> None:
+        """Let a running sequence go on behind what others have computed of its prompt, if that is more than its own."""
+        before = sequence.decoded
+        if self._prefix.reach(sequence) <= before:
+            return
+        self._give_back(sequence)
+        self._caches.clear(sequence.state_index)
+        sequence.restart()
+        self._prefix.join(sequence, before)
 
     def shrink(self) -> None:
         """Memory ran out: half as many requests run from now on."""
@@ -124,13 +189,13 @@ class Scheduler:
         self._scanned += sequence.scanned
         self._closed += sequence.closed
         self.running.remove(sequence)
-        self._prefix.release(sequence)
-        slots = [patch.slot for patch in sequence.patches]
-        if sequence.provisional is not None:
-            slots.append(sequence.provisional.slot)
-        self.free_latents(slots)
+        self._give_back(sequence)
         self._caches.release(sequence.state_index)
         sequence.state_index = 0
+
+    def count_output(self, size: int) -> None:
+        """A request has ended after `size` bytes: what others are expected to need depends on it."""
+        self._output += _NEWEST * (size - self._output)
 
     def free_latents(self, slots: list[int]) -> None:
         for slot in slots:
@@ -162,34 +227,88 @@ class Scheduler:
             batch.append((sequence, plan))
         return batch
 
-    def prefill_budget(self) -> int:
+    def prompt_rows(self) -> int:
         """Rows of prompts in the next pass: what decoding requests leave of it, and a quarter of it at least."""
         total = self._settings.max_pass_rows
         decoding = sum(s.plan.rows if s.plan else 1 for s in self.running)
         return max(total - decoding, total // 4, 1)
 
-    def _wait(self, sequence: Sequence, *, before_equals: bool) -> None:
-        """Insert into the queue, behind lower priority values, and before or behind equal ones."""
-        bound = sequence.request.priority - before_equals
-        at = len(self.waiting)
-        while at and self.waiting[at - 1].request.priority > bound:
+    def _give_back(self, sequence: Sequence) -> None:
+        """Give a running sequence's pages to the prefix cache, and free its latents."""
+        self._prefix.release(sequence)
+        slots = [patch.slot for patch in sequence.patches]
+        if sequence.provisional is not None:
+            slots.append(sequence.provisional.slot)
+        self.free_latents(slots)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Insert into the queue, by priority, then by when it is due, then by age."""
+        key, at = _place(sequence), len(self.waiting)
+        while at and _place(self.waiting[at - 1]) > key:
             at -= 1
         self.waiting.insert(at, sequence)
 
-    def _likely_fits(self, sequence: Sequence) -> bool:
-        """Whether the available pages should suffice for it and for the rest of the running prompts."""
-        per_byte = (self._closed + 1) / (self._scanned + 1) if self._scanned else 0.5
-        arriving = [sequence, *(s for s in self.running if s.prefilling)]
+    # Turns
+
+    def _whose_turn_is_over(self, sequence: Sequence, now: float) -> Sequence | None:
+        """The running sequence that gives its place to a waiting one; None if none has had its time.
+
+        Its pages stay in the prefix cache, so what it has computed is still there when its next turn comes.
+        """
+        # Who had a turn lets those that had none go first, for a while.
+        first = sequence.timings.scheduled is None or now >= sequence.due + NEXT_TURN
+        turn = FIRST_TURN if first else NEXT_TURN
+        if not self._prefix.enabled or not (first or now >= sequence.due):
+            return None
+        longest = now - min(s.turn_began for s in self.running)
+        if longest < turn:
+            return None
+        eldest, wanted = self.eldest(), sequence.known - sequence.decoded
+        over = [
+            s
+            for s in self.running
+            if now - s.turn_began >= turn
+            and s is not eldest
+            and s.request.priority >= sequence.request.priority
+            and s.params.prompt_logprobs is None
+            and not s.undecided
+            # A prompt that is nearer to its first byte stays.
+            and not (s.prefilling and s.known - s.decoded <= wanted)
+        ]
+        # Long prompts before others, then whose turn has been the longest.
+        return max(over, key=lambda s: (s.prefilling * (s.known - s.decoded), now - s.turn_began), default=None)
+
+    def _end_turn(self, sequence: Sequence, now: float) -> None:
+        self.remove(sequence)
+        sequence.restart()
+        sequence.due = max(sequence.due, now + NEXT_TURN)
+        self._wait(sequence)
+        self.turns += 1
+
+    # Pages
+
+    def _needs(self, sequences: list[Sequence]) -> list[int]:
+        """Pages of each group that sequences will still take: for the rest of their prompts, and for the output that
+        they are likely to have."""
+        per_byte = min(1.0, _MARGIN * ((self._closed + 1) / (self._scanned + 1) if self._scanned else 0.5))
+        needs = []
         for group in self._caches.groups.values():
             needed = 0
-            for one in arriving:
-                length = one.known - one.decoded
+            for one in sequences:
+                length = one.known + min(one.left, self._output)
                 if group.name == "global":
-                    length = int(length * min(1.0, per_byte * _MARGIN))
+                    length = one.closed + (length - one.decoded) * per_byte
                 elif group.window is not None:
                     length = min(length, group.window)
-                needed += length // group.page_size + 2
-            missing = needed - group.pool.available
+                held = group.held(one.state_index) if one.state_index else 0
+                needed += max(int(length) // group.page_size + 2 - held, 0)
+            needs.append(needed)
+        return needs
+
+    def _likely_fits(self, sequence: Sequence, needs: list[int], own: list[int]) -> bool:
+        """Whether the available pages should suffice for it beside the running sequences, that need `needs`."""
+        for group, others, further in zip(self._caches.groups.values(), needs, own, strict=True):
+            missing = others + further - group.pool.available
             if missing > 0 and (group.name != "global" or missing > self._shared_by(sequence)):
                 return False
         return True
@@ -200,3 +319,11 @@ class Scheduler:
             self._looked_up = (sequence, len(self.running))
             self._shared = self._prefix.shared_pages(sequence)
         return self._shared
+
+
+def _age(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.number
+
+
+def _place(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.request.priority, sequence.due, sequence.number

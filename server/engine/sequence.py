@@ -71,6 +71,13 @@ class Sequence:
         self.state_index = 0
         #: Number of the last pass that it took part in, for fairness under a row budget.
         self.last_pass = 0
+        #: The order in which requests came; when it is due in the queue; and when its last turn began. In seconds.
+        self.number = 0
+        self.due = self.turn_began = 0.0
+        #: Whether it waits for a page of its prompt that another request computes, and the keys of these pages
+        #: (`prompts.page_keys`).
+        self.follows = False
+        self.page_keys: list[int] | None = None
         #: How many bytes were known when memory ran out in one of its passes; None if that never happened.
         self.starved_at: int | None = None
         #: Bytes of the prompt that were cached when it was first admitted; None before that.

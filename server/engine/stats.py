@@ -46,10 +46,17 @@ class EngineStats:
     #: Without BOS.
     bytes_prompt: int = 0
     preemptions: int = 0
+    #: How often a request gave its place to another one, with its pages kept.
+    turns: int = 0
+    #: Passes with rows of prompts, and how many of them took clearly longer than `max_gap_ms` allows.
+    prompt_passes: int = 0
+    prompt_passes_late: int = 0
     #: Bytes of prompts that were looked up in the prefix cache, and how many of them were found. What preempted
     #: requests look up again is not counted.
     prefix_queries: int = 0
     prefix_hits: int = 0
+    #: Bytes of these that another request computed while this one waited for it.
+    prefix_joined: int = 0
 
     @property
     def pages_available(self) -> dict[str, int]:

@@ -32,7 +32,7 @@ from fastblt.server.process.messages import (
     StepOutput,
     Stop,
 )
-from fastblt.server.request import DecodingMethod, InvalidRequestError, QueueFullError, Request
+from fastblt.server.request import InvalidRequestError, QueueFullError, Request
 from fastblt.server.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -174,9 +174,8 @@ def _load_checkpoint(settings: EngineSettings) -> Engine:
     began = time.monotonic()
     engine = Engine.load(settings)
     progress.info("the model is loaded (%.1f s)", time.monotonic() - began)
-    if settings.decoding.method in (None, DecodingMethod.AUTO):
-        progress.info("measuring what passes cost here, for auto")
-        engine.calibrate()
+    progress.info("measuring what passes cost here")
+    engine.calibrate()
     return engine
 
 

@@ -57,6 +57,12 @@ def least_memory(which: int, length: int, **overrides: Any) -> int:
         low = low * 9 // 8
 
 
+def short_sighted(engine: Engine) -> Engine:
+    """An engine that expects outputs to be short: it takes in more than fits, and has to preempt."""
+    engine._scheduler._output = 1.0
+    return engine
+
+
 @dataclass
 class Finished:
     """A request's whole output, as its deltas gave it."""

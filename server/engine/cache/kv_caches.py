@@ -75,6 +75,10 @@ class CacheGroup:
         """Pages still needed to cover the positions below `length`."""
         return max(0, -(-length // self.page_size) - self.last[state_index])
 
+    def held(self, state_index: int) -> int:
+        """Pages that a request has, shared ones too."""
+        return self.last[state_index] - self._first[state_index]
+
     def extend(self, state_index: int, length: int) -> None:
         """Take pages until the positions below `length` are covered; so many must be available (`missing`)."""
         for index in range(self.last[state_index], -(-length // self.page_size)):
@@ -238,11 +242,15 @@ class KvCaches:
             elif group.window is not None:
                 group.free_before(state_index, computed - group.window + 1)
 
-    def release(self, state_index: int) -> None:
-        """Give back a state index with every page of its request."""
+    def clear(self, state_index: int) -> None:
+        """Give back every page of a request."""
         for group in self.groups.values():
             group.clear(state_index)
         self._reached[state_index] = (0, 0)
+
+    def release(self, state_index: int) -> None:
+        """Give back a state index with every page of its request."""
+        self.clear(state_index)
         self._free_states.append(state_index)
 
     def send_tables(self) -> None:
@@ -266,7 +274,8 @@ def _sizes(
     """The longest request that can always be served, and pages by group, for the settings' memory.
 
     Windowed groups get what `max_running` requests can hold at most, within half of the memory; the others share the
-    rest in equal numbers of positions, since a patch may be a single byte.
+    rest in equal numbers of positions, since a patch may be a single byte. Where that leaves enough for two requests of
+    the greatest length, windowed groups get a quarter of the memory at least: the prefix cache needs their pages too.
     """
     page = settings.page_size
     budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes()
@@ -274,17 +283,20 @@ def _sizes(
     positions = settings.max_model_len + OVERSHOOT
     longest = -(-positions // page)
     chunk = -(-settings.max_pass_rows // page) + 2
-    pages: dict[str, int] = {}
     windowed = {name: min(-(-w // page) + 2, longest) for name, w in windows.items() if w is not None}
-    for name, each in windowed.items():
-        pages[name] = settings.max_running * each + chunk
-    cost = sum(pages[name] * page * per_slot[name] for name in windowed)
-    if cost > budget // 2:
-        for name, each in windowed.items():
-            pages[name] = max(each + chunk, pages[name] * (budget // 2) // cost)
-        cost = sum(pages[name] * page * per_slot[name] for name in windowed)
+    pages = {name: settings.max_running * each + chunk for name, each in windowed.items()}
     unbounded = [name for name in windows if name not in windowed]
     each_page = page * sum(per_slot[name] for name in unbounded)
+
+    def taken() -> int:
+        return sum(pages[name] * page * per_slot[name] for name in windowed)
+
+    cost = taken()
+    wanted = min(budget // 4, budget - 2 * longest * each_page) if cost <= budget // 2 else budget // 2
+    if windowed and (cost > budget // 2 or wanted > cost):
+        for name, each in windowed.items():
+            pages[name] = min(max(each + chunk, pages[name] * wanted // cost), settings.max_running * longest + chunk)
+        cost = taken()
     count = min(max(budget - cost, 0) // each_page, settings.max_running * longest)
     least = min(chunk, longest)
     if count < least:
@@ -293,8 +305,8 @@ def _sizes(
         )
     for name in unbounded:
         pages[name] = count
-    if device.type == "cpu" and (taken := cost + count * each_page) > (there := _machine_bytes()):
-        raise ValueError(f"the caches would take {taken} bytes, and there are {there}: give a smaller cache_bytes")
+    if device.type == "cpu" and (used := cost + count * each_page) > (there := _machine_bytes()):
+        raise ValueError(f"the caches would take {used} bytes, and there are {there}: give a smaller cache_bytes")
     # Whatever its patches, one request alone must fit: it can then always be finished.
     return min(positions, count * page), pages
 

@@ -29,7 +29,7 @@ class PrefixCache:
     """
 
     def __init__(self, caches: KvCaches, *, enabled: bool) -> None:
-        self._enabled = enabled
+        self.enabled = enabled
         self._page = caches.page_size
         self.tree = PrefixTree(caches)
         self._groups = self.tree.groups
@@ -45,12 +45,14 @@ class PrefixCache:
         self._own_nodes: list[list[Node]] = [[] for _ in range(states)]
         #: Bytes of prompts that were looked up, and how many of them need not be computed; BOS is not counted.
         self.queries = self.hits = 0
+        #: How many of the latter others computed while the request waited for them.
+        self.joined = 0
 
     def admit(self, sequence: Sequence) -> None:
         """Let a newly admitted sequence resume at the deepest point that is cached for it, or at its start."""
         state_index = sequence.state_index
         self._pages_inserted[state_index] = 0
-        if not self._enabled:
+        if not self.enabled:
             sequence.resume(0, None)
             return
         # A request for logprobs of its prompt needs every row of it.
@@ -67,6 +69,20 @@ class PrefixCache:
             sequence.cached = max(sequence.decoded - 1, 0)
             self.queries += sequence.prompt_length - 1 if matches else 0
             self.hits += sequence.cached
+
+    def join(self, sequence: Sequence, before: int) -> None:
+        """Let a running sequence, which gave back all it had, go on behind what others have computed of its prompt
+        since it was admitted; `before` rows were there then."""
+        self.admit(sequence)
+        more = max(sequence.decoded - before, 0)
+        sequence.cached = (sequence.cached or 0) + more
+        self.hits += more
+        self.joined += more
+
+    def reach(self, sequence: Sequence) -> int:
+        """The position at which a sequence could resume if it were admitted now."""
+        path = self._match(sequence) if self.enabled and sequence.params.prompt_logprobs is None else []
+        return path[-1].resume.at if path and path[-1].resume is not None else 0
 
     def insert(self, sequence: Sequence) -> None:
         """Insert the pages that a sequence's rows have filled. To be called before it frees pages or forgets
@@ -101,7 +117,7 @@ class PrefixCache:
 
     def shared_pages(self, sequence: Sequence) -> int:
         """Global pages in use that a waiting sequence would share if it were admitted now."""
-        path = self._match(sequence) if self._enabled and sequence.params.prompt_logprobs is None else []
+        path = self._match(sequence) if self.enabled and sequence.params.prompt_logprobs is None else []
         return sum(self._global.pool.in_use(node.whole) for node in path if node.whole)
 
     # Looking up pages

@@ -20,6 +20,7 @@ from tests.server.harness import (
     random_request,
     run,
     settings,
+    short_sighted,
     with_method,
 )
 
@@ -70,7 +71,7 @@ def test_preempted_requests_give_the_same_bytes() -> None:
         requests = [random_request(rng, f"r{i}", **long) for i in range(6)]
         # Short prompts and long outputs: admission cannot see the shortage coming.
         requests = [replace(request, prompt_ids=request.prompt_ids[:6]) for request in requests]
-        engine = Engine(model(which), settings(**tight))
+        engine = short_sighted(Engine(model(which), settings(**tight)))
         together = run(engine, requests)
         assert engine.stats().preemptions > 0
         for request in requests:

@@ -24,6 +24,7 @@ from tests.server.harness import (
     random_request,
     run,
     settings,
+    short_sighted,
 )
 
 METHODS = (DecodingMethod.BLT, DecodingMethod.BLT_S, DecodingMethod.BLT_D, DecodingMethod.BLT_DV)
@@ -120,7 +121,7 @@ def test_preempted_requests_profit() -> None:
     rng = random.Random(0)
     tight = {"max_running": 6, "max_pass_rows": 16}
     tight["cache_bytes"] = least_memory(2, 200, **tight)
-    engine = Engine(model(2), settings(**tight))
+    engine = short_sighted(Engine(model(2), settings(**tight)))
     found: list[int] = []
     admit = engine._prefix.admit
 

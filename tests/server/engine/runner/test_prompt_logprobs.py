@@ -24,6 +24,7 @@ from tests.server.harness import (
     random_request,
     run,
     settings,
+    short_sighted,
 )
 
 
@@ -77,7 +78,7 @@ def test_preempted_prompts_are_scored_once() -> None:
     rng = random.Random(0)
     tight = {"max_running": 6, "max_pass_rows": 16}
     tight["cache_bytes"] = least_memory(1, 200, **tight)
-    engine = Engine(model(1), settings(**tight))
+    engine = short_sighted(Engine(model(1), settings(**tight)))
     params = {"max_tokens": 100, "min_tokens": 100, "stop": (), "ignore_eos": True, "logit_bias": {}}
     requests = [
         Request(
@@ -128,7 +129,7 @@ def test_what_matters_least_is_preempted_first(monkeypatch: pytest.MonkeyPatch) 
     # A step is a byte: nobody ends before the last has begun.
     tight = {"max_running": 5, "max_pass_rows": 16, "max_passes_per_beat": 1}
     tight["cache_bytes"] = least_memory(1, 200, **tight)
-    engine = Engine(model(1), settings(**tight))
+    engine = short_sighted(Engine(model(1), settings(**tight)))
     scheduler = engine._scheduler
     blt = DecodingParams(DecodingMethod.BLT)
     params = SamplingParams(max_tokens=150, min_tokens=150, ignore_eos=True, seed=1, decoding=blt)

@@ -1,0 +1,176 @@
+"""What the next pass will take: predicted from the cost curves measured at the start, corrected by what passes took.
+
+A pass costs time, not rows: 100 rows of a prompt are nothing to one model and seconds to another. So the prompts that
+are computed beside decoding requests get the rows that fit into `EngineSettings.max_gap_ms`, the longest gap between
+two bytes that people who watch a text should see.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastblt.server.engine.device.cost import Costs
+
+if TYPE_CHECKING:
+    from fastblt.server.engine.runner.model_runner import ModelRunner
+
+#: Part of a pass that prompts get, however long decoding requests take, so that these cannot keep others from their
+#: first byte.
+_LEAST_SHARE = 0.25
+#: A pass has a cost of its own, mostly the weights that it reads. Prompts get so many times that at least, so that
+#: most of their time is spent on rows, also where a pass of one row takes longer than the bound.
+_TIMES_FIXED = 3.0
+#: Weight of the newest pass in running means.
+_NEWEST = 0.3
+#: A pass that takes so many times its bound is late.
+_LATE = 1.5
+#: More rows than any pass has for free.
+_MOST_WORTH = 4096
+#: Bounds of the correction: what is further off is no pass, but a machine that stood still.
+_SCALES = (0.1, 20.0)
+
+#: The position and the row counts at which the costs of passes are measured; and, for what depth adds to the cost of
+#: the global transformer, a patch deep in a text and a number of rows.
+_COST_CONTEXT, _COST_ROWS = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_DEEP_PATCH, _DEEP_ROWS = 4096, 8
+
+
+def measure_costs(runner: ModelRunner, max_length: int) -> tuple[Costs, float]:
+    """Measure the modules' cost curves, and the seconds that a row of the global transformer takes more for every patch
+    before it. No request is longer than `max_length`."""
+    position, patch, deep = (min(at, max_length - 1) for at in (_COST_CONTEXT, _COST_CONTEXT // 4, _DEEP_PATCH))
+    costs = runner.costs(position, patch, _COST_ROWS)
+    further = runner.costs(position, deep, (_DEEP_ROWS,))["global"](_DEEP_ROWS)
+    more = further - costs["global"](_DEEP_ROWS)
+    return costs, max(more, 0.0) / (_DEEP_ROWS * max(deep - patch, 1))
+
+
+class PassTime:
+    """Seconds of passes. `costs` are the modules' curves, `per_depth` the seconds that a row of the global transformer
+    takes more for every patch before it, `bound` the seconds that a pass with prompts should take in all.
+    """
+
+    def __init__(self, costs: Costs, per_depth: float, bound: float) -> None:
+        self._costs = costs
+        self._per_depth = per_depth
+        self.bound = bound
+        self._fixed = self.rows_seconds(1, 1.0)
+        #: What passes of prompts take, over what the curves say.
+        self._scale = 1.0
+        #: What the decoding requests take of a step, a running mean.
+        self._decoding = 0.0
+        #: Passes with prompts, and how many of them took clearly longer than they should have.
+        self.passes = self.late = 0
+        # Since the last step after which no prompt was held: seconds, the longest step, what its prompts were expected
+        # to take, and steps.
+        self._seconds = self._longest = self._prompts = 0.0
+        self._steps = 0
+
+    def allowed(self, *, decoding: bool) -> float:
+        """Seconds, by the curves, that prompts may take in the next pass; `decoding`: whether others decode in it."""
+        fixed = _TIMES_FIXED * self._fixed * self._scale
+        if not decoding:
+            return max(self.bound, fixed) / self._scale
+        least = self._decoding * _LEAST_SHARE / (1 - _LEAST_SHARE)
+        return max(self.bound - self._decoding, least, fixed) / self._scale
+
+    def rows_seconds(self, rows: float, patches_per_byte: float) -> float:
+        """Seconds of all modules over `rows` bytes, near the start of a text."""
+        costs = self._costs
+        local = costs["patcher"](rows) + costs["encoder"](rows) + costs["decoder"](rows)
+        return local + costs["global"](rows * patches_per_byte)
+
+    def depth_seconds(self, position: int, rows: int, patches_per_byte: float) -> float:
+        """What `rows` bytes from `position` on take more than at the start, since their patches look at all before."""
+        patches = rows * patches_per_byte
+        return self._per_depth * patches * (position * patches_per_byte + patches / 2)
+
+    def prompt_seconds(self, rows: int, patches_per_byte: float) -> float:
+        """Seconds of a whole prompt of `rows` bytes alone."""
+        near = self.rows_seconds(rows, patches_per_byte)
+        return self._scale * (near + self.depth_seconds(0, rows, patches_per_byte))
+
+    def worth_waiting(self) -> int:
+        """Rows that take as long as one more pass: so many must be spared by waiting for somebody else's pass."""
+        rows = 1
+        while rows < _MOST_WORTH and self.rows_seconds(rows, 0.25) < 2 * self._fixed:
+            rows *= 2
+        return rows
+
+    def step_ended(self, seconds: float, prompts: float, *, decoding: bool, held: bool) -> None:
+        """A step took `seconds`; the curves gave the prompts planned in it `prompts` seconds, 0 if there were none.
+        `held`: some of these wait for the next upstream pass, and a later step will compute the rest of them."""
+        self._seconds += seconds
+        self._longest = max(self._longest, seconds)
+        self._prompts += self._scale * prompts
+        self._steps += 1
+        if held:
+            return
+        others = self._steps * self._decoding if decoding else 0.0
+        if self._prompts:
+            self.passes += 1
+            self.late += self._longest > _LATE * max(self.bound, _TIMES_FIXED * self._fixed * self._scale)
+        self._learn(others, decoding)
+        self._seconds = self._longest = self._prompts = 0.0
+        self._steps = 0
+
+    def _learn(self, others: float, decoding: bool) -> None:
+        """Correct what prompts and decoding requests are expected to take, each by its share of what was expected of
+        these steps; `others` is that of the latter."""
+        expected = self._prompts + others
+        share = self._prompts / expected if expected else 0.0
+        if share:
+            # A small pass says little.
+            weight = _NEWEST * share * min(self._prompts / self.bound, 1.0)
+            scale = self._scale * (1 + weight * (self._seconds / expected - 1))
+            self._scale = min(max(scale, _SCALES[0]), _SCALES[1])
+        if decoding:
+            own = self._decoding + _NEWEST * max(1 - share, _NEWEST) * (self._seconds - expected) / self._steps
+            self._decoding = max(own, 0.0)
+
+
+class PromptBudget:
+    """What prompts may still take of the next pass: rows, and seconds where these are known."""
+
+    def __init__(self, rows: int, time: PassTime | None = None, seconds: float = 0.0, patches_per_byte: float = 0.5):
+        self._rows = rows
+        self._time = time
+        self._seconds = seconds
+        self._per_byte = patches_per_byte
+        self._used = 0
+        self._deep = 0.0
+
+    def fit(self, position: int, wanted: int, kept: float = 0.0) -> int:
+        """How many of `wanted` rows from `position` on there is room for, with the part `kept` of all left alone."""
+        most = min(wanted, int(self._rows * (1 - kept)) - self._used)
+        if self._time is None or most <= 0 or self._seconds_with(position, most) <= self._seconds * (1 - kept):
+            return max(most, 0)
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._seconds_with(position, middle) <= self._seconds * (1 - kept):
+                low = middle
+            else:
+                high = middle
+        # Something goes on in every pass.
+        return low if low or self._used else 1
+
+    def take(self, position: int, rows: int) -> None:
+        """Use rows from `position` on."""
+        if self._time is not None:
+            self._deep += self._time.depth_seconds(position, rows, self._per_byte)
+        self._used += rows
+
+    @property
+    def seconds(self) -> float:
+        """What was taken takes, by the curves; 0 where these are not known."""
+        return 0.0 if self._time is None or not self._used else self._deep + self._base(self._used)
+
+    def _base(self, rows: int) -> float:
+        assert self._time is not None
+        return self._time.rows_seconds(rows, self._per_byte)
+
+    def _seconds_with(self, position: int, rows: int) -> float:
+        assert self._time is not None
+        deep = self._time.depth_seconds(position, rows, self._per_byte)
+        return self._deep + deep + self._base(self._used + rows)

@@ -1,0 +1,92 @@
+"""A pass with prompts takes about as long as it should, on any machine, and prompts always get a part of it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastblt.server.engine.device.cost import MODULES, CostCurve, Costs
+from fastblt.server.engine.pass_time import PassTime, PromptBudget
+
+
+def curves(fixed: float, each: float) -> Costs:
+    return {name: CostCurve((1, 256), (fixed + each, fixed + 256 * each)) for name in MODULES}
+
+
+@given(
+    st.floats(1e-6, 0.2),
+    st.floats(1e-7, 1e-2),
+    st.floats(0, 1e-6),
+    st.lists(st.tuples(st.integers(0, 30_000), st.integers(1, 30_000)), min_size=1, max_size=6),
+)
+def test_what_fits_is_as_much_as_the_time_allows(
+    fixed: float, each: float, per_depth: float, prompts: list[tuple[int, int]]
+) -> None:
+    pass_time = PassTime(curves(fixed, each), per_depth, 0.1)
+    seconds = pass_time.allowed(decoding=False)
+    assert seconds >= 0.1
+    budget = PromptBudget(2048, pass_time, seconds, 0.25)
+    given_rows = 0
+    for position, wanted in prompts:
+        rows = budget.fit(position, wanted)
+        assert 0 <= rows <= min(wanted, 2048 - given_rows)
+        if rows:
+            budget.take(position, rows)
+        given_rows += rows
+        if rows < min(wanted, 2048 - given_rows + rows):
+            # One row more would take too long.
+            more = PromptBudget(2048, pass_time, seconds, 0.25)
+            more._used, more._deep = budget._used, budget._deep
+            more.take(position + rows, 1)
+            assert more.seconds > seconds
+    assert given_rows
+    # Only a single row may take longer.
+    assert budget.seconds <= seconds or given_rows == 1
+
+
+def test_rows_alone_bound_a_pass_whose_time_is_not_known() -> None:
+    budget = PromptBudget(100)
+    assert budget.fit(0, 500) == 100
+    assert budget.fit(0, 500, kept=0.25) == 75
+    budget.take(0, 75)
+    assert (budget.fit(0, 500, kept=0.25), budget.fit(0, 500), budget.seconds) == (0, 25, 0.0)
+
+
+def test_what_passes_really_take_is_learned() -> None:
+    """A machine that is three times as slow as its curves say; 40 ms for those who decode."""
+    pass_time = PassTime(curves(1e-3, 1e-5), 0.0, 0.1)
+    for _ in range(60):
+        seconds = pass_time.allowed(decoding=True)
+        budget = PromptBudget(10**6, pass_time, seconds, 0.25)
+        budget.take(0, budget.fit(0, 10**6))
+        took = 0.04 + 3 * budget.seconds
+        pass_time.step_ended(took, budget.seconds, decoding=True, held=False)
+        pass_time.step_ended(0.04, 0.0, decoding=True, held=False)
+    assert abs(took - 0.1) < 0.01
+    assert pass_time.late < pass_time.passes == 60
+
+
+def test_decoding_requests_leave_prompts_a_quarter() -> None:
+    pass_time = PassTime(curves(1e-3, 1e-5), 0.0, 0.1)
+    for _ in range(60):
+        pass_time.step_ended(0.9, 0.0, decoding=True, held=False)
+    assert 0.29 < pass_time.allowed(decoding=True) < 0.31
+    assert pass_time.allowed(decoding=False) == 0.1
+
+
+def test_a_pass_that_reads_many_weights_is_used_well() -> None:
+    """Where one row takes 2 s, prompts get enough rows to be worth a pass."""
+    pass_time = PassTime(curves(0.5, 1e-3), 0.0, 0.1)
+    budget = PromptBudget(2048, pass_time, pass_time.allowed(decoding=True), 0.25)
+    assert budget.fit(0, 10_000) > 500
+
+
+def test_parts_of_a_pass_in_two_steps_count_together() -> None:
+    """Prompts planned in one step and computed in a later one, after a beat of others."""
+    pass_time = PassTime(curves(1e-3, 1e-5), 0.0, 0.1)
+    for _ in range(40):
+        budget = PromptBudget(10**6, pass_time, pass_time.allowed(decoding=False), 0.25)
+        budget.take(0, budget.fit(0, 10**6))
+        pass_time.step_ended(budget.seconds, budget.seconds, decoding=False, held=True)
+        pass_time.step_ended(budget.seconds, 0.0, decoding=False, held=False)
+    assert abs(2 * budget.seconds - 0.1) < 0.01
