@@ -67,6 +67,9 @@ GRAMMARS: list[dict[str, Any]] = [
 #: How a request ends whose grammar spends its budget, or for whose first character there is no room.
 GRAMMAR_CODES = (b"grammar_too_complex", b"nothing_left")
 
+#: Classes of prompts by their bytes, for the first byte.
+PROMPT_CLASSES = (20, 300, 4000)
+
 SAMPLE_SECONDS = 2.0
 WARM_UP = 0.1
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 16 * 2**20
@@ -81,6 +84,8 @@ class Tally:
     ends: Counter[str] = field(default_factory=Counter)
     left: int = 0
     wrong: list[str] = field(default_factory=list)
+    #: Seconds to the first byte of streams, by the largest prompt of a class.
+    firsts: dict[int, list[float]] = field(default_factory=lambda: {size: [] for size in PROMPT_CLASSES})
 
 
 @dataclass
@@ -130,6 +135,8 @@ class Client:
         self._text = text
         self._tally = tally
         self._until = until
+        #: When the first bytes of the last answer came.
+        self._first = 0.0
 
     async def run(self) -> None:
         while time.monotonic() < self._until:
@@ -174,8 +181,12 @@ class Client:
         return body
 
     async def _stay(self, body: dict[str, Any]) -> None:
+        began = time.monotonic()
         status, kind, content = await self._ask(json.dumps(body).encode())
         self._tally.statuses[status] += 1
+        if status == 200 and body["stream"]:
+            size = next(size for size in PROMPT_CLASSES if len(body["prompt"]) <= size)
+            self._tally.firsts[size].append(self._first - began)
         if status == 429:
             # Retry-After is one second.
             await asyncio.sleep(self._rng.uniform(0.5, 1.0))
@@ -210,7 +221,9 @@ class Client:
         """Send one request. Returns status, content type and content of the answer."""
         headers = {"content-type": "application/json"}
         async with self._session.post("/v1/completions", data=body, headers=headers) as answer:
-            return answer.status, answer.content_type, await answer.read()
+            first = await answer.content.readany()
+            self._first = time.monotonic()
+            return answer.status, answer.content_type, first + await answer.read()
 
 
 async def load(server: Server, seconds: float, clients: int) -> tuple[Tally, list[Sample]]:
@@ -277,6 +290,9 @@ def judge(tally: Tally, samples: list[Sample], final: dict[str, float]) -> dict[
         "memory": memory,
         "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
         "left_unread": tally.left,
+        "first_byte_p99_s": {
+            str(size): sorted(found)[int(0.99 * len(found))] for size, found in tally.firsts.items() if found
+        },
         "429s": {"seen_by_clients": tally.statuses[429], "metric": counted},
         "ends": dict(tally.ends),
         "ended": {name: count for name, count in final.items() if name.startswith("fastblt_request_success_total")},

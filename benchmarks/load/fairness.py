@@ -5,6 +5,8 @@
     python -m fastblt.benchmarks.load.fairness shared              n = 16 of a long prompt; a prefix that eight share
     python -m fastblt.benchmarks.load.fairness memory              24 prompts in 32 MiB of cache
 
+    python -m fastblt.benchmarks.load.fairness trace FILE --rate 17.673
+
 With `--against CHECKOUT --turns 1` the server of another checkout is measured too.
 """
 
@@ -15,15 +17,19 @@ import itertools
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from fastblt.benchmarks.command import command
 from fastblt.benchmarks.load.client import Endpoint, Record, first_model
+from fastblt.benchmarks.load.serve import Load
+from fastblt.benchmarks.load.serve import run as serve
 from fastblt.benchmarks.load.serving import Server, serving
 from fastblt.benchmarks.load.workload import Job, Texts, held_out_text
 from fastblt.benchmarks.markdown import Table
+from fastblt.benchmarks.report.parts import LEVELS
 from fastblt.server.settings import PRETRAINED
 
 _SHORT, _SHORT_OUTPUT = 50, 16
@@ -135,6 +141,35 @@ def memory(
     return _measured(model, run, seed, "--cache-size", cache)
 
 
+def trace(
+    file: Path,
+    *,
+    model: str = str(PRETRAINED),
+    rate: float = 10.0,
+    prompt_factor: float = 0.05,
+    output_factor: float = 1.0,
+    count: int = 300,
+    method: str = "auto",
+) -> dict[str, Any]:
+    """The share of good requests of a recorded trace, as `fastblt bench all` replays it: first byte within 1,000 ms,
+    50 ms a byte after it."""
+    with serving(model, ["--log-level", "warning", "--max-waiting", "4096", "--method", method]) as server:
+        load = Load(
+            server.url,
+            num_prompts=count,
+            trace=file,
+            trace_rate=rate,
+            prompt_factor=prompt_factor,
+            output_factor=output_factor,
+            max_prompt_bytes=4000,
+            max_output_bytes=1000,
+            goodput=LEVELS,
+        )
+        found = serve(load, show=False)
+    names = ("output_byte_throughput", "p50_ttft_ms", "p95_ttft_ms", "p95_tpob_ms", "p99_itl_ms", "duration")
+    return _shown({"good": found["good_requests"] / count} | {name: found[name] for name in names})
+
+
 def _measured(
     model: str, run: Callable[[Endpoint, Texts], Awaitable[dict[str, Any]]], seed: int, *options: str
 ) -> dict[str, Any]:
@@ -155,6 +190,10 @@ def _measured(
         for name in ("num_preemptions", "turns", "prefix_cache_joined", "prompt_passes_late", "prompt_passes"):
             if (value := metrics.get(f"fastblt_{name}_total")) is not None:
                 found[name] = value
+    return _shown(found)
+
+
+def _shown(found: dict[str, Any]) -> dict[str, Any]:
     table = Table("figure", "")
     for name, value in found.items():
         table.row(name, f"{value:.4g}")
@@ -238,7 +277,7 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
-app = command(prompts, outputs, shared, memory)
+app = command(prompts, outputs, shared, memory, trace)
 
 if __name__ == "__main__":
     app()

@@ -109,7 +109,7 @@ def hour(
     *, costs: Path | None = None, seconds: float = 3600.0, load: float = 0.95, longest: int = 20_000, seed: int = 0
 ) -> dict[str, Any]:
     """Random arrivals at `load` of what the machine can do. Each request's wait for its first byte, over the bound of 3
-    seconds and 15 times what its prompt takes alone."""
+    seconds and 30 times what its prompt takes alone."""
     rng, machine = random.Random(seed), _machine(costs)
 
     def job(at: float) -> Job:
@@ -128,7 +128,7 @@ def hour(
     seen = simulate(where, jobs)
     pass_time = PassTime(machine.curves, machine.per_depth, 0.1)
     alone = [pass_time.prompt_seconds(len(one.job.ids), machine.patches_per_byte) for one in seen]
-    shares = [one.first / (3.0 + 15 * own) for one, own in zip(seen, alone, strict=True)]
+    shares = [one.first / (3.0 + 30 * own) for one, own in zip(seen, alone, strict=True)]
     return _shown(
         {
             "requests": len(seen),

@@ -52,6 +52,7 @@ class Scheduler:
         self._clock = clock
         #: By `Sequence.due`, lower values of `priority` first.
         self.waiting: deque[Sequence] = deque()
+        #: In the order of their admission.
         self.running: list[Sequence] = []
         #: How often a request was put back for want of pages, and how often because its turn was over.
         self.preemptions = self.turns = 0
@@ -104,8 +105,12 @@ class Scheduler:
                 continue
             victim = None
             if len(self.running) >= self.limit:
+                if not self._may_take_a_turn(sequence, now):
+                    continue
                 victim = self._whose_turn_is_over(sequence, now)
                 if victim is None:
+                    if (tried := tried + 1) == _TRIED:
+                        break
                     continue
             own = self._needs([sequence])
             # One alone always fits; another only where nobody is likely to be preempted for it at once.
@@ -250,20 +255,25 @@ class Scheduler:
 
     # Turns
 
+    def _turn(self, sequence: Sequence, now: float) -> float:
+        """Seconds that others have their places before a waiting sequence may take one. Who had a turn already lets
+        those that had none go first, for a while."""
+        first = sequence.timings.scheduled is None or now >= sequence.due + NEXT_TURN
+        return FIRST_TURN if first else NEXT_TURN
+
+    def _may_take_a_turn(self, sequence: Sequence, now: float) -> bool:
+        """Whether anybody has had a place for long enough. Asked for the whole queue in every step."""
+        if not self._prefix.enabled or (sequence.timings.scheduled is not None and now < sequence.due):
+            return False
+        # Whoever came first into a place stands first.
+        return now - self.running[0].turn_began >= self._turn(sequence, now)
+
     def _whose_turn_is_over(self, sequence: Sequence, now: float) -> Sequence | None:
-        """The running sequence that gives its place to a waiting one; None if none has had its time.
+        """The running sequence that gives its place to a waiting one; None if there is none.
 
         Its pages stay in the prefix cache, so what it has computed is still there when its next turn comes.
         """
-        # Who had a turn lets those that had none go first, for a while.
-        first = sequence.timings.scheduled is None or now >= sequence.due + NEXT_TURN
-        turn = FIRST_TURN if first else NEXT_TURN
-        if not self._prefix.enabled or not (first or now >= sequence.due):
-            return None
-        longest = now - min(s.turn_began for s in self.running)
-        if longest < turn:
-            return None
-        eldest, wanted = self.eldest(), sequence.known - sequence.decoded
+        turn, eldest, wanted = self._turn(sequence, now), self.eldest(), sequence.known - sequence.decoded
         over = [
             s
             for s in self.running
@@ -271,7 +281,7 @@ class Scheduler:
             and s is not eldest
             and s.request.priority >= sequence.request.priority
             and s.params.prompt_logprobs is None
-            and not s.undecided
+            and not s.followed
             # A prompt that is nearer to its first byte stays.
             and not (s.prefilling and s.known - s.decoded <= wanted)
         ]
