@@ -37,6 +37,13 @@ def divide(
     rows: dict[Sequence, int] = {}
     if not prompts:
         return rows
+    if leaders is not None:
+        ahead = Leaders(leaders.page, leaders.worth, [*leaders.all(), *prompts])
+        for sequence in prompts:
+            # What it waited for is done: what is left of it decides on its place.
+            if sequence.follows and not ahead.lead(sequence, ahead=True):
+                join(sequence)
+                sequence.follows = False
     order = sorted(prompts, key=lambda s: (s.request.priority, s.known - s.decoded, s.number))
     oldest = min(prompts, key=lambda s: (s.request.priority, s.number))
     kept = 0.0 if oldest is order[0] else OLDEST_SHARE
@@ -82,34 +89,38 @@ class Leaders:
     """
 
     def __init__(self, page: int, worth: int, running: Iterable[Sequence] = ()) -> None:
-        self._page = page
-        self._worth = -(-worth // page)
+        self.page, self.worth = page, worth
         self._by_first: dict[int, list[Sequence]] = {}
         for sequence in running:
             self.add(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """A sequence is computed in this pass."""
-        keys = page_keys(sequence, self._page)
+        keys = page_keys(sequence, self.page)
         if keys:
             own = self._by_first.setdefault(keys[0], [])
             if sequence not in own:
                 own.append(sequence)
 
-    def lead(self, sequence: Sequence) -> bool:
-        """Whether another one computes, or has just computed, the next page of a sequence."""
+    def all(self) -> list[Sequence]:
+        """Those that were added."""
+        return [sequence for own in self._by_first.values() for sequence in own]
+
+    def lead(self, sequence: Sequence, *, ahead: bool = False) -> bool:
+        """Whether another one computes, or has just computed, the next page of a sequence. `ahead`: one that is further
+        than it."""
         if sequence.params.prompt_logprobs is not None:
             # It needs every row itself.
             return False
-        keys = page_keys(sequence, self._page)
+        keys = page_keys(sequence, self.page)
         for other in self._by_first.get(keys[0], ()) if keys else ():
-            if other is sequence:
+            if other is sequence or (ahead and other.decoded <= sequence.decoded):
                 continue
-            theirs = page_keys(other, self._page)
-            at = max(sequence.decoded, other.decoded) // self._page
+            theirs = page_keys(other, self.page)
+            at = max(sequence.decoded, other.decoded) // self.page
             # Who has begun to wait waits for all that is shared; others look further ahead.
             if not sequence.follows:
-                at = max(at, sequence.decoded // self._page + self._worth - 1)
+                at = max(at, sequence.decoded // self.page + -(-self.worth // self.page) - 1)
             if at < len(keys) and at < len(theirs) and keys[at] == theirs[at]:
                 return True
         return False

@@ -311,7 +311,9 @@ class Scheduler:
                 elif group.window is not None:
                     length = min(length, group.window)
                 held = group.held(one.state_index) if one.state_index else 0
-                needed += max(int(length) // group.page_size + 2 - held, 0)
+                # A prompt's chunk reaches beyond its window for a while.
+                spare = 2 if one.prefilling else 1
+                needed += max(int(length) // group.page_size + spare - held, 0)
             needs.append(needed)
         return needs
 

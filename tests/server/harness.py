@@ -58,8 +58,9 @@ def least_memory(which: int, length: int, **overrides: Any) -> int:
 
 
 def short_sighted(engine: Engine) -> Engine:
-    """An engine that expects outputs to be short: it takes in more than fits, and has to preempt."""
-    engine._scheduler._output = 1.0
+    """An engine that expects a page to be enough for anybody: it takes in more than fits, and has to preempt."""
+    groups = len(engine._caches.groups)
+    engine._scheduler._needs = lambda sequences: [len(sequences)] * groups  # type: ignore[method-assign]
     return engine
 
 

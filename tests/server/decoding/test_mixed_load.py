@@ -51,7 +51,7 @@ def test_mixed_load(tmp_path: Path) -> None:
         requests[index] = replace(requests[index], params=params)
     assert {request.params.decoding.method for request in requests} == set(DecodingMethod) - {DecodingMethod.AUTO}
     running = {"max_running": 48, "max_pass_rows": 96}
-    # For a few of those that would run at once: some are preempted.
+    # For a few of those that would run at once: most wait for pages.
     memory = 4 * least_memory(WHICH, 300, **running)
     tight = settings(**running, model=str(tmp_path), max_waiting=REQUESTS, cache_bytes=memory, threads=1)
     ends = Ends()
@@ -72,7 +72,6 @@ def test_mixed_load(tmp_path: Path) -> None:
             assert read[name] == alone.ids[: len(read[name])] and (index in LEFT or read[name] == alone.ids)
     # Some may have come to their end before the word to end reached the engine.
     assert FinishReason.ABORT in ends.reasons.values()
-    assert stats.preemptions > 0
 
 
 async def _serve(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:
