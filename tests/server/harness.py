@@ -6,10 +6,12 @@ import random
 import time
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from typing import Any
 
 from fastblt.models.blt import Blt
 from fastblt.server.engine.engine import Engine
+from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import (
     DecodingMethod,
     DecodingParams,
@@ -58,9 +60,23 @@ def least_memory(which: int, length: int, **overrides: Any) -> int:
 
 
 def short_sighted(engine: Engine) -> Engine:
-    """An engine that expects a page to be enough for anybody: it takes in more than fits, and has to preempt."""
+    """An engine that expects nobody to need pages: it takes in more than fits, and has to preempt."""
     groups = len(engine._caches.groups)
-    engine._scheduler._needs = lambda sequences: [len(sequences)] * groups  # type: ignore[method-assign]
+    engine._scheduler._needs = lambda sequences: [0] * groups  # type: ignore[method-assign]
+    return engine
+
+
+def restless(engine: Engine, every: int) -> Engine:
+    """An engine that preempts the youngest request in one step of `every`."""
+    scheduler, steps = engine._scheduler, count(1)
+    admit = scheduler.admit
+
+    def preempting() -> list[Sequence]:
+        if next(steps) % every == 0 and len(scheduler.running) > 1:
+            scheduler.preempt(max(scheduler.running, key=lambda one: one.number))
+        return admit()
+
+    scheduler.admit = preempting  # type: ignore[method-assign]
     return engine
 
 

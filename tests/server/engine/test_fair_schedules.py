@@ -22,6 +22,7 @@ from tests.server.harness import (
     random_decoding,
     random_params,
     random_request,
+    restless,
     run,
     settings,
     short_sighted,
@@ -77,6 +78,8 @@ def test_no_schedule_changes_a_byte(seed: int) -> None:
             bound_by_time(engine, rng)
         if rng.random() < 0.5:
             short_sighted(engine)
+        if rng.random() < 0.3:
+            restless(engine, rng.choice((3, 10)))
         requests = common_texts(rng, rng.randint(2, 8))
         requests = [r for r in requests if len(r.prompt_ids) + r.params.max_tokens <= engine.max_model_len]
         together = run(engine, requests, [rng.choice((0, 0, rng.randrange(40))) for _ in requests])

@@ -22,6 +22,7 @@ from tests.server.harness import (
     random_decoding,
     random_params,
     random_request,
+    restless,
     run,
     settings,
     short_sighted,
@@ -78,7 +79,7 @@ def test_preempted_prompts_are_scored_once() -> None:
     rng = random.Random(0)
     tight = {"max_running": 6, "max_pass_rows": 16}
     tight["cache_bytes"] = least_memory(1, 200, **tight)
-    engine = short_sighted(Engine(model(1), settings(**tight)))
+    engine = restless(Engine(model(1), settings(**tight)), 5)
     params = {"max_tokens": 100, "min_tokens": 100, "stop": (), "ignore_eos": True, "logit_bias": {}}
     requests = [
         Request(
