@@ -79,7 +79,7 @@ def test_preempted_prompts_are_scored_once() -> None:
     rng = random.Random(0)
     tight = {"max_running": 6, "max_pass_rows": 16}
     tight["cache_bytes"] = least_memory(1, 200, **tight)
-    engine = restless(Engine(model(1), settings(**tight)), 5)
+    engine = restless(short_sighted(Engine(model(1), settings(**tight))), 5)
     params = {"max_tokens": 100, "min_tokens": 100, "stop": (), "ignore_eos": True, "logit_bias": {}}
     requests = [
         Request(
