@@ -105,7 +105,7 @@ def compare(module: str, arguments: Sequence[str], checkout: Path, turns: int) -
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "there").mkdir()
-        paths = {"against": _mixed(checkout, folder / "there"), "here": str(_HERE.parent)}
+        paths = {"against": _mixed(checkout, folder / "there"), "here": str(_HERE / "src")}
         for _ in range(turns):
             for which, path in paths.items():
                 environment = os.environ | {"PYTHONPATH": path}
