@@ -73,7 +73,7 @@ def test_figures_of_two_checkouts_take_turns(
     order: list[str] = []
 
     def run(arguments: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-        which = "here" if env["PYTHONPATH"] == str(module._HERE.parent) else "there"
+        which = "here" if env["PYTHONPATH"] == str(module._HERE / "src") else "there"
         order.append(which)
         assert arguments[1:6] == ["-P", "-m", "some.module", "--rounds", "1"]
         figures = {"machine": {"cores": 2}, "blt": {"speed": next(speeds[which]), "name": "x", "on": True}, which: 1}
