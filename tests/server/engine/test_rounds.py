@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams, Delta, Origin, Request, Round, SamplingParams
-from tests.server.harness import MODELS, Finished, least_memory, model, random_request, run, settings
+from tests.server.harness import MODELS, Finished, least_memory, model, random_request, run, settings, short_sighted
 
 few = hypothesis_settings(max_examples=12, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -110,7 +110,7 @@ def test_preempted_requests_tell_each_round_once() -> None:
     long = {"max_tokens": 150, "min_tokens": 150, "stop": (), "ignore_eos": True}
     asked = [random_request(rng, f"r{i}", return_patches=True, return_rounds=True, **long) for i in range(6)]
     asked = [replace(request, prompt_ids=request.prompt_ids[:6]) for request in asked]
-    engine = Engine(model(1), settings(**tight, cache_bytes=least_memory(1, 200, **tight)))
+    engine = short_sighted(Engine(model(1), settings(**tight, cache_bytes=least_memory(1, 200, **tight))))
     done = run(engine, asked)
     assert engine.stats().preemptions > 0
     for request in asked:
