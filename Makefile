@@ -30,7 +30,7 @@ help:
 	@echo "make shots      take the pictures of the page that the documentation shows (needs Chromium)"
 	@echo "make site       build the documentation as a site in dist/site, and follow its links"
 	@echo "make lint       ruff and mypy"
-	@echo "make gpu-check  on a machine with a GPU: parity, kernels, engine, and a short benchmark there"
+	@echo "make gpu-check  on a machine with a GPU: right, how fast, where time goes; ARGS=--dry-run: what it would do"
 	@echo "make format     let ruff rewrite the tree"
 	@echo "make clean      remove .venv and all caches"
 
@@ -88,11 +88,11 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-gpu-check: $(STAMP)
-	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  { echo "gpu-check needs a GPU, and a build of torch that sees it" >&2; exit 1; }
-	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
-	$(VENV)/bin/python -m fastblt.benchmarks.kernels.run gpu
+# The Python that has a torch for the GPU: nothing is installed. make gpu-check ARGS=--dry-run says what would be done.
+GPU_PYTHON ?= python3
+
+gpu-check:
+	@PYTHONPATH=src $(GPU_PYTHON) -m fastblt.benchmarks.gpu.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) .pytest_cache .hypothesis .ruff_cache .mypy_cache *.egg-info

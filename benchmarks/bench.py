@@ -33,6 +33,8 @@ Model = Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_de
 Method = Annotated[DecodingMethod, typer.Option(help="How to decode.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of arithmetic. Default: what suits the model.")]
 Length = Annotated[int, typer.Option(min=1, help="Bytes of each prompt.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Default: float32, on a GPU bfloat16.")]
 
 
 @app.command()
@@ -157,6 +159,8 @@ def throughput(
     method: Method = DecodingMethod.AUTO,
     max_running: Annotated[int, typer.Option(min=1, help="Requests in a batch.")] = 64,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_path: Result = None,
 ) -> None:
@@ -166,7 +170,9 @@ def throughput(
         from fastblt.benchmarks.load.workload import prompts
         from fastblt.server.llm import LLM
 
-        llm = LLM(model, threads=threads, max_running=max_running, prefix_cache=False)
+        llm = LLM(
+            model, threads=threads, device=device, dtype=dtype, max_running=max_running, prefix_cache=False
+        )  # fmt: skip
         texts = [text.encode() for text, _ in prompts(Dataset.HELD_OUT, num_prompts, input_len, seed)]
         result = run(llm, texts, output_len, DecodingParams(method))
         typer.echo(
@@ -190,6 +196,8 @@ def latency(
     num_iters: Annotated[int, typer.Option(min=1, help="Times the batch is run.")] = 10,
     num_iters_warmup: Annotated[int, typer.Option(min=0, help="Times before that.")] = 2,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_path: Result = None,
 ) -> None:
@@ -199,7 +207,9 @@ def latency(
         from fastblt.benchmarks.load.workload import prompts
         from fastblt.server.llm import LLM
 
-        llm = LLM(model, threads=threads, max_running=batch_size, prefix_cache=False)
+        llm = LLM(
+            model, threads=threads, device=device, dtype=dtype, max_running=batch_size, prefix_cache=False
+        )  # fmt: skip
         texts = [text.encode() for text, _ in prompts(Dataset.HELD_OUT, batch_size, input_len, seed)]
         result = run(llm, texts, output_len, DecodingParams(method), iterations=num_iters, warm_up=num_iters_warmup)
         shares = ", ".join(f"p{share} {1000 * value:.1f}" for share, value in result["percentiles"].items())
@@ -226,6 +236,8 @@ def methods(
     output_len: Annotated[int, typer.Option(min=1, help="Bytes to decode for each.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each setting; the median counts.")] = 1,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
     json_path: Result = None,
 ) -> None:
     """The paper's tables with seconds beside them: what each method saves, by its passes, by prediction, in time."""
@@ -235,8 +247,10 @@ def methods(
         from fastblt.benchmarks.settings import chosen
         from fastblt.models.checkpoint import load_checkpoint
         from fastblt.models.widen import paper_shape, widen
+        from fastblt.server.engine.device.devices import device_of, dtype_of
 
-        blt = load_checkpoint(model)
+        place = device_of(device)
+        blt = load_checkpoint(model, dtype=dtype_of(dtype, place), device=str(place))
         if shape is not None:
             blt = widen(blt, paper_shape(shape, patcher=patcher), weights)
         result: dict[str, Any] = {

@@ -16,6 +16,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.threads import threads
 
@@ -36,6 +37,10 @@ def latent_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def stored_latent_attention(q: Tensor, store: Tensor, layer: int, slots: Tensor) -> Tensor:
     """Attention output [N, H, D] of cross-attention layer `layer` over the stored latents at `slots`."""
+    if use_triton(q.device):
+        from fastblt.kernels.gpu.latent_attention import stored_latent_attention_triton
+
+        return stored_latent_attention_triton(q.contiguous(), store, layer, slots)
     if q.device.type == "cpu" and q.dtype == torch.float32 and store.dtype == torch.float32:
         native = library()
         if native is not None:

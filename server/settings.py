@@ -37,13 +37,13 @@ class EngineSettings:
     #: Checkpoint folder or Hub id; `revision` is a branch, tag or commit of the latter.
     model: str = str(PRETRAINED)
     revision: str | None = None
-    #: cpu, cuda or cuda:N; `dtype` is that of weights and caches.
+    #: cpu, cuda or cuda:N; `dtype` is that of weights and caches. None: float32 on a CPU, bfloat16 on a GPU.
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str | None = None
     #: How a model that does not fit the processor's caches keeps its weights on a CPU: auto (as the checkpoint has
     #: them), float32, bfloat16, float16 or int8. Arithmetic is that of `dtype`, which is float32 then.
     weights: str = "auto"
-    #: Memory of all caches together. None: an eighth of the machine's.
+    #: Memory of all caches together. None: an eighth of the machine's; on a GPU what weights and passes leave of it.
     cache_bytes: int | None = None
     #: Positions (bytes, or patches) of a cache page.
     page_size: int = 64

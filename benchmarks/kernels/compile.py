@@ -54,13 +54,37 @@ _VERIFY = {
     "accepted": "*i64", "next_ids": "*i64",
 }  # fmt: skip
 _ROWS = {
-    "turns": "*fp32", "table": "*i32", "rows": "*i32", "positions": "*i32", "table_stride": "i32", "lows": "*i32",
+    "turns": "*fp32", "table": "*i32", "rows": "*i32", "positions": "*i32", "table_stride": "i32", "firsts": "*i32",
     "highs": "*i32", "total_rows": "i32", "part_out": "*fp32", "part_peak": "*fp32", "part_total": "*fp32",
-    "span": "i32", "scale": "fp32",
+    "span": "i32", "scale": "fp32", "k_stride": "i32", "v_stride": "i32", "q_stride": "i32",
 }  # fmt: skip
-_HASH = {"windows": "*i64", "powers": "*i64", "vocab": "i32", "dim": "i32"}
+_HASH = {
+    "windows": "*i64", "owners": "*i32", "positions": "*i32", "powers": "*i64", "stride": "i32", "vocab": "i32",
+    "dim": "i32",
+}  # fmt: skip
+_LAYERS = {
+    **dict.fromkeys(("x", "delta", "gain", "gains", "total", "normed", "out", "both", "source", "store"), "*bf16"),
+    **dict.fromkeys(("block_table", "q", "weight"), "*bf16"),
+    **dict.fromkeys(("owners", "positions", "pages", "block", "slots", "firsts", "counts"), "*i32"),
+    **dict.fromkeys(("size", "ids_stride", "pad", "pages_stride", "q_stride", "slot_stride", "layer_offset"), "i32"),
+    **dict.fromkeys(("patches", "rows", "columns", "depth", "x_stride"), "i32"),
+    **{"eps": "fp32", "scale": "fp32", "ids": "*i64"},
+}
+_ROUNDS = {
+    **dict.fromkeys(
+        ("owners", "starts", "causals", "selects", "sizes", "rules", "lasts", "mosts", "latents", "blocks", "fixed",
+         "chosen", "accepted", "steps", "bad_out", "left", "first_rows", "rows"), "*i32",
+    ),
+    **dict.fromkeys(("size", "width", "requests", "block_stride", "chosen_stride", "text_stride"), "i32"),
+    **dict.fromkeys(("pad", "step"), "i32"),
+    **{"ids": "*i64", "texts": "*i64", "confidences": "*fp32", "entropies": "*fp32", "bounds": "*fp32", "bads": "*u8"},
+}  # fmt: skip
 #: Integer arguments that are multiples of 16 in practice. At run time Triton detects this itself.
-_SIXTEEN = {"span", "dim"}
+_SIXTEEN = {
+    "span", "dim", "k_stride", "v_stride", "q_stride", "slot_stride", "layer_offset", "depth", "columns", "x_stride"
+}  # fmt: skip
+#: Of the local modules; the global transformer sees all patches.
+_WINDOW = 512
 
 
 #: (heads, key heads, head size, longest span) of attention, by storage type.
@@ -112,7 +136,8 @@ def variants(target: str) -> list[Variant]:
             options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
             label = f"{short} D={dim} M={shape['BLOCK']}"
             constants = {"PAGE": 64, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "KEYS": TILE} | shape
-            constants |= {"PARTS": 1 if dim == 32 else MOST_PARTS, "DOT": getattr(tl, str(dtype)[6:])}
+            constants |= {"DOT": getattr(tl, str(dtype)[6:])}
+            constants |= {"PARTS": MOST_PARTS, "WINDOW": 0} if dim == 128 else {"PARTS": 1, "WINDOW": _WINDOW}
             attend = "paged_attention.attend_kernel"
             found.append(Variant(f"attend {label}", attend, types, constants, options, short != "fp32"))
     # After the loop `types` are those of bf16. Other types differ only in conversions.
@@ -121,8 +146,40 @@ def variants(target: str) -> list[Variant]:
     constants = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "BLOCK": 16, "PARTS": MOST_PARTS}
     found.append(Variant("merge bf16", "paged_attention.merge_kernel", types, constants))
     types = _HASH | dict.fromkeys(("byte_table", "hash_table", "out"), "*bf16")
-    constants = {"WINDOW": 8, "TABLES": 6, "WINDOW_TILE": 8, "TABLE_TILE": 8, "BLOCK": 256}
+    constants = {"STORED": True, "WINDOW": 8, "TABLES": 6, "WINDOW_TILE": 8, "TABLE_TILE": 8, "BLOCK": 256}
     found.append(Variant("hash bf16", "hash_embedding.hash_kernel", types, constants, {"num_warps": 2}))
+    return found + _of_layers()
+
+
+def _of_layers() -> list[Variant]:
+    """What stands between the products of the 1B shape's layers, and between the passes of a round."""
+    import triton.language as tl
+
+    found = []
+    for block in (1024, 2048):
+        warps = {"num_warps": 4 if block == 1024 else 8}
+        for times in (1, 2):
+            constants = {"TIMES": times, "NORM": True, "BLOCK": block}
+            found.append(Variant(f"norm {block} x{times}", "layers.add_norm_kernel", _LAYERS, constants, warps))
+    heads = {"HEADS": 16, "KV_HEADS": 16, "DIM": 64, "WIDTH": 64}
+    product = {"DOT": tl.bfloat16, "ROWS": 16, "COLUMNS": 64, "DEPTH": 64}
+    named: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+        ("norms", "layers.norm_many_kernel", {"BLOCK": 1024}, {}),
+        ("swiglu", "layers.swiglu_kernel", {"BLOCK": 1024}, {}),
+        ("begin", "rows.begin_kernel", {"PAGE": 64, "STORED": True, "BLOCKS": True, "BLOCK": 1024}, {}),
+        ("finish", "rows.finish_kernel", {"PAGE": 64, "BLOCK": 1024}, {}),
+        ("cross", "latent_attention.cross_kernel", heads | {"KEYS": 2, "HEAD_TILE": 16}, {}),
+        ("store", "latent_attention.store_kernel", {"KEYS": 2, "LAYERS": 9, "HALF": 1024, "TILE": 1024}, {}),
+        ("peak", "pooling.peak_kernel", {"BLOCK": 256}, {}),
+        ("pool", "pooling.pool_kernel", heads | {"QUERIES": 2, "ROWS": 16}, {"num_warps": 2}),
+        ("linear", "linear.linear_kernel", product, {"num_stages": 3}),
+    ]
+    found += [Variant(name, kernel, _LAYERS, constants, options) for name, kernel, constants, options in named]
+    found[-1].matrix = True
+    types = {"logits": "*fp32", "out": "*fp32"}
+    found.append(Variant("entropy", "layers.entropy_kernel", types, {"VOCABULARY": 260, "TILE": 512}))
+    found.append(Variant("place", "rounds.place_kernel", _ROUNDS, {"BLOCKS": True, "TILE": 128}))
+    found.append(Variant("settle", "rounds.settle_kernel", _ROUNDS, {"MASK": 260, "BLOCK": 32}))
     return found
 
 

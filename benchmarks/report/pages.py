@@ -1,4 +1,4 @@
-"""Fills the tables of README.md, docs/benchmarks.md and docs/operations.md from the JSON files under docs/benchmarks.
+"""Fills the tables of README.md and of pages under docs from the JSON files under docs/benchmarks.
 
     python -m fastblt.benchmarks.report.pages            write them
     python -m fastblt.benchmarks.report.pages --check    change nothing; status 1 where a page and its JSON differ
@@ -21,16 +21,17 @@ from pathlib import Path
 
 from fastblt.benchmarks.machine import checkpoint_digest
 from fastblt.benchmarks.markdown import day, table
-from fastblt.benchmarks.report import engine_tables, load_tables, method_tables
+from fastblt.benchmarks.report import engine_tables, gpu_tables, load_tables, method_tables
 from fastblt.benchmarks.report.facts import Results, headline
 from fastblt.server.settings import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "benchmarks"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "operations.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "operations", "performance")))
 
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _ALL = "fastblt bench all --traces FOLDER"
+_GPU = "python -m fastblt.benchmarks.savings.gpu_prediction"
 _CONSTRAINTS = "python -m fastblt.benchmarks.checks.constraints --outputs 100 --utf8 500"
 
 
@@ -83,6 +84,10 @@ TABLES = {
     "modes": Table(
         "python -m fastblt.benchmarks.engine.speed modes --rounds 2", ("modes.json",), engine_tables.default_mode
     ),
+    "gpu-kernels": Table(_GPU, ("gpu_prediction.json",), gpu_tables.kernels),
+    "gpu-rounds": Table(_GPU, ("gpu_prediction.json",), gpu_tables.rounds),
+    "gpu-predicted": Table(_GPU, ("gpu_prediction.json",), gpu_tables.predicted),
+    "gpu-arithmetic": Table(_GPU, ("gpu_prediction.json",), gpu_tables.arithmetic),
     "schemas": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.schemas),
     "utf8": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.utf8),
     "constraint-cost": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.constraint_cost),

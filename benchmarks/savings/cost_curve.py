@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastblt.benchmarks.machine import finish
 from fastblt.benchmarks.savings.passes import MODULES as PASSES
 from fastblt.benchmarks.savings.passes import Pass
 from fastblt.models.accounting import ModuleParameters
@@ -143,7 +144,7 @@ def _occupied(caches: KvCaches, context: int, requests: int) -> Iterator[list[in
         # Old contents may be NaN. Pages that no row will read are not touched, so they take no memory.
         for layer in group.layers:
             layer[: (int(pages.max(initial=0)) + 1) * group.page_size].zero_()
-    caches.send_tables()
+    caches.tables.send_whole()
     try:
         yield owners
     finally:
@@ -176,6 +177,7 @@ def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
+    finish()
     began = time.perf_counter()
     while len(next(iter(taken.values()))) < least or (
         time.perf_counter() - began < budget and len(next(iter(taken.values()))) < 50
@@ -183,5 +185,6 @@ def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3)
         for name, call in calls.items():
             clock = time.perf_counter()
             call()
+            finish()
             taken[name].append(time.perf_counter() - clock)
     return {name: statistics.median(values) for name, values in taken.items()}

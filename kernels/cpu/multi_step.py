@@ -68,6 +68,9 @@ class Steps:
     entropies: np.ndarray  # fp32 [N, M], nats
     bad: np.ndarray  # uint8 [N], why a row had no finite choice (as in `Selection`), or 0
     spent: Spent
+    # int32 [N], how many bytes behind those that a step needs went through the encoder; None: the last of drafts that
+    # were scanned
+    ahead: np.ndarray | None = None
 
 
 class MultiStep:

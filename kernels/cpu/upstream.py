@@ -23,14 +23,27 @@ from fastblt.kernels.paged_rows import PagedRows
 
 
 @dataclass(frozen=True)
+class PatchRows:
+    """The bytes of patches, one patch behind another: owners and positions int32 [B], and for each patch the first of
+    them and their number, int32 [P]."""
+
+    owners: Tensor
+    positions: Tensor
+    firsts: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
 class StoredPatches:
-    """Closed patches whose byte states lie in pages; `longest` bounds their bytes."""
+    """Closed patches whose byte states lie in pages; `longest` bounds their bytes. `rows` has the bytes themselves, for
+    a GPU."""
 
     states: PagedRows
     owners: Tensor
     starts: Tensor
     ends: Tensor
     longest: int
+    rows: PatchRows | None = None
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Their states [P, longest, d], repeating the last of a shorter patch, and which belong to it, bool."""

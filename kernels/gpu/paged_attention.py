@@ -6,9 +6,9 @@ over do rows attend, since a row of a block reads keys of other programs.
 Then a program takes a few adjacent rows of one request, one key head with its group of query heads, and one part of the
 positions; (row, head of the group) pairs are the rows of its matrix product. It walks over tiles of 64 keys that begin
 at multiples of 64, whatever the page size and the other rows: for a row that sees none of a tile's keys the tile is
-exactly neutral. Parts are fixed ranges of absolute positions, merged in order by the third launch where there is more
-than one; so a row's result depends on its own range and on `length` alone. Sums are fp32; products are in the
-storage's type, fp32 ones without TF32.
+exactly neutral. Where there is no window, parts are fixed ranges of absolute positions, merged in order by the third
+launch where there is more than one; so a row's result depends on its own range and on `length` alone. Sums are fp32;
+products are in the storage's type, fp32 ones without TF32.
 
 The ranges of the rows of a span must together be one range of written positions: gaps would be read, with weight 0.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastblt.kernels.attention import TILE
 from fastblt.kernels.backend import interpreted
+from fastblt.kernels.gpu.rounding import as_stored
 from fastblt.kernels.types import RaggedRows
 
 #: Contexts are cut into at most this many parts, none shorter than LEAST_PART positions.
@@ -35,18 +36,6 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 @triton.jit
-def as_stored(x, store):
-    """fp32 `x` rounded to the element type of the pointer `store`, bf16 by hand: the interpreter would truncate."""
-    if store.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(x != x, 0x7FC0, rounded)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(store.dtype.element_ty)
-
-
-@triton.jit
 def write_kernel(
     k,
     v,
@@ -55,6 +44,8 @@ def write_kernel(
     table,
     rows,
     positions,
+    k_stride,
+    v_stride,
     table_stride,
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -71,15 +62,15 @@ def write_kernel(
     side = tl.arange(0, 2)[None, :]
     at = pair * 2 + side
     inside = at < WIDTH
-    a, b = tl.split(tl.load(k + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32))
+    a, b = tl.split(tl.load(k + row * k_stride + at, mask=inside, other=0.0).to(tl.float32))
     turn = turns + position.to(tl.int64) * DIM + at % DIM
     c, s = tl.split(tl.load(turn, mask=inside, other=0.0))
     tl.store(slot + at, as_stored(tl.join(a * c - b * s, a * s + b * c), store), mask=inside)
-    value = tl.load(v + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(v + row * v_stride + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(slot + WIDTH + at, as_stored(value, store), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows"])
 def attend_kernel(
     q,
     turns,
@@ -87,16 +78,18 @@ def attend_kernel(
     table,
     rows,
     positions,
-    lows,
+    firsts,
     highs,
     out,
     part_out,
     part_peak,
     part_total,
     total_rows,
+    q_stride,
     table_stride,
     span,
     scale,
+    WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -127,7 +120,7 @@ def attend_kernel(
     m = tl.arange(0, BLOCK)
     valid = m // GROUP < count
     row = first + tl.minimum(m // GROUP, count - 1)
-    low = tl.load(lows + row)
+    low = tl.maximum(tl.load(firsts + row) + 1 - WINDOW, 0) if WINDOW else tl.zeros_like(row)
     high = tl.load(highs + row)
     lowest, highest = tl.min(low, 0), tl.max(high, 0)
     begin = tl.maximum(lowest // KEYS * KEYS, part * span)
@@ -139,7 +132,8 @@ def attend_kernel(
         # Masks that always hold cost registers, so the common widths have none.
         near = at < DIM if DIM < WIDTH else None
         zero = 0.0 if DIM < WIDTH else None
-        a, b = tl.split(tl.load(q + where[:, None, None] * DIM + at, mask=near, other=zero).to(tl.float32))
+        query_at = q + row.to(tl.int64) * q_stride + (head * GROUP + m % GROUP) * DIM
+        a, b = tl.split(tl.load(query_at[:, None, None] + at, mask=near, other=zero).to(tl.float32))
         position = tl.load(positions + row).to(tl.int64)
         c, s = tl.split(tl.load(turns + position[:, None, None] * DIM + at, mask=near, other=zero))
         query = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK, WIDTH)).to(DOT)
@@ -186,7 +180,6 @@ def merge_kernel(
     part_out,
     part_peak,
     part_total,
-    lows,
     highs,
     out,
     span,
@@ -196,7 +189,7 @@ def merge_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """All heads of one row: its parts, in order. BLOCK >= HEADS."""
+    """All heads of one row: its parts, in order. BLOCK >= HEADS. Rows see the positions from 0 on: no window."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK)
     d = tl.arange(0, WIDTH)
@@ -205,7 +198,7 @@ def merge_kernel(
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for part in range(tl.load(lows + row) // span, tl.cdiv(tl.load(highs + row), span)):
+    for part in range(tl.cdiv(tl.load(highs + row), span)):
         here = where * PARTS + part
         other = tl.load(part_peak + here, mask=head < HEADS, other=float("-inf"))
         higher = tl.maximum(peak, other)
@@ -237,8 +230,11 @@ def attention_shape(
     return {"BLOCK": block, "WIDTH": width, "num_warps": warps, "num_stages": stages}
 
 
-def parts_of(length: int) -> tuple[int, int]:
-    """(parts, positions a part) of contexts up to `length`."""
+def parts_of(length: int, window: int | None) -> tuple[int, int]:
+    """(parts, positions a part) of contexts up to `length`. Behind a window of few tiles a merge costs more than it
+    saves."""
+    if window is not None:
+        return 1, length
     span = max(LEAST_PART, -(-length // (MOST_PARTS * TILE)) * TILE)
     return -(-length // span), span
 
@@ -249,8 +245,9 @@ def paged_attention_triton(
     """As `paged_attention_torch`. With `tiled` all rows go through tiles of one shape, which fixes their sums."""
     n, heads, dim = q.shape
     kv_heads = k.shape[1]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty_like(q)
+    # Rows may be parts of longer ones, as those of merged projections are.
+    q, k, v = (each if each.stride()[1:] == (dim, 1) else each.contiguous() for each in (q, k, v))
+    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
     if n == 0:
         return out
     width = kv_heads * dim
@@ -262,6 +259,8 @@ def paged_attention_triton(
         at.table,
         at.rows,
         at.positions,
+        k.stride(0),
+        v.stride(0),
         at.table.stride(0),
         PAGE=at.page_size,
         WIDTH=width,
@@ -271,7 +270,7 @@ def paged_attention_triton(
     )
     longest = 1 if tiled else max(count for _, count in at.spans)
     shape = attention_shape(heads, kv_heads, dim, store.dtype, longest)
-    parts, span = parts_of(at.length)
+    parts, span = parts_of(at.length, at.window)
     scratch = [out, out, out]
     if parts > 1:
         scratch = [torch.empty((n, heads, parts, dim), dtype=torch.float32, device=q.device)]
@@ -283,14 +282,16 @@ def paged_attention_triton(
         at.table,
         at.rows,
         at.positions,
-        at.lows,
+        at.firsts,
         at.highs,
         out,
         *scratch,
         n,
+        q.stride(0),
         at.table.stride(0),
         span,
         dim**-0.5 * _LOG2_E,
+        WINDOW=at.window or 0,
         PAGE=at.page_size,
         HEADS=heads,
         KV_HEADS=kv_heads,
@@ -303,7 +304,6 @@ def paged_attention_triton(
     if parts > 1:
         merge_kernel[(n,)](
             *scratch,
-            at.lows,
             at.highs,
             out,
             span,

@@ -55,7 +55,12 @@ Revision = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of weights and caches.", rich_help_panel=ENGINE)]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype", help="Type of weights and caches. Default: float32, on a GPU bfloat16.", rich_help_panel=ENGINE
+    ),
+]
 WeightsOption = Annotated[
     WeightStorage,
     typer.Option(
@@ -69,7 +74,7 @@ CacheSize = Annotated[
     typer.Option(
         parser=parse_size,
         metavar="SIZE",
-        help="Memory of all caches, such as 512MiB or 2GiB. Default: an eighth of the machine's.",
+        help="Memory of all caches, such as 512MiB. Default: an eighth of the machine's, or what a GPU has free.",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -25,7 +25,6 @@ from fastblt.server.cli.options import (
     Deterministic,
     Device,
     DraftLength,
-    Dtype,
     DtypeOption,
     EntropyBound,
     EntropyRuleOption,
@@ -187,7 +186,7 @@ def serve(
     allow_untrained_block_size: UntrainedBlockSize = False,
     revision: Revision = None,
     device: Device = ENGINE_DEFAULTS.device,
-    dtype: DtypeOption = Dtype.FLOAT32,
+    dtype: DtypeOption = None,
     weights: WeightsOption = WeightStorage.AUTO,
     cache_size: CacheSize = None,
     max_running: Annotated[

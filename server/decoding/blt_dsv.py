@@ -47,12 +47,14 @@ class BltDSV:
         self._steps = 0
         self._fixed: list[int] = []
         self._filled = False
+        #: Whether a call made the draft as far as it should go.
+        self._complete = False
         self._begun = begun
 
     def plan(self, known: int, computed: int, left: int) -> Plan:
         # The verification gives a byte of its own, so the last one is never drafted.
         missing = min(self._length, left - 1) - len(self._draft)
-        if not self._begun or missing <= 0:
+        if not self._begun or missing <= 0 or self._complete:
             plan = verify(self._draft if self._begun else (), known, computed)
             if self._draft:
                 plan.draft_next(self._length, self._whole_step(), self._passes(self._length), self._size)
@@ -95,6 +97,7 @@ class BltDSV:
             self._draft += outcome.ids
             if len(outcome.ids) == 1:
                 self._origin_steps.append(0)
+            self._complete = plan is NEXT_DRAFT
             steps = outcome.steps if plan is NEXT_DRAFT else 0
             return Progress(draft=self._draft, steps=steps, proposed=outcome.proposed, passed=outcome.passed)
         # The block's first byte was the pending row's own; then those that the filter agrees with, and its own byte.
@@ -125,4 +128,4 @@ class BltDSV:
     def reset(self) -> None:
         self._draft, self._origin_steps = [], []
         self._block, self._steps, self._fixed, self._filled = (), 0, [], False
-        self._begun = False
+        self._complete = self._begun = False

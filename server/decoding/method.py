@@ -70,8 +70,8 @@ class Plan:
     #: there is `unmask`, else single rows. `repeat` then counts 1 and the draft's passes, and its outcome comes with
     #: the plan NEXT_DRAFT.
     next_length: int = 0
-    #: That draft is made of blocks of up to so many bytes, which the decoder filters (BLT-DSV), to its whole length or
-    #: not at all. A draft whose block is the first of such a draft of `next_length` bytes may be run as all of it.
+    #: That draft is made of blocks of up to so many bytes, which the decoder filters (BLT-DSV), in one call, which may
+    #: end it early. A draft whose block is the first of such a draft of `next_length` bytes may be run as all of it.
     next_block: int = 0
     #: Rows in all, and the position behind the last causal one: every pass asks several times.
     rows: int = field(init=False)

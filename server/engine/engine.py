@@ -26,7 +26,9 @@ from fastblt.server.engine.constraints.constraint import Constraint
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
 from fastblt.server.engine.context import EngineContext
 from fastblt.server.engine.device.cost import Costs
+from fastblt.server.engine.device.devices import DeviceLostError, is_lost, out_of_memory
 from fastblt.server.engine.device.ranks import RankLostError, leader_of
+from fastblt.server.engine.device_queue import DeviceQueue
 from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.load import load_model, prepare
 from fastblt.server.engine.mask_gate import MaskGate
@@ -71,17 +73,15 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
+        prepare(model, settings)
         device = model.device
         dtype = model.dtype
-        prepare(model, settings)
-        if settings.deterministic and device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = False
         self.model_name = name
         self.config = config
         self.settings = settings
         self._check_defaults()
         leader = leader_of(model)
-        self._caches = KvCaches(model, leader.share(config) if leader else config, settings, device, dtype)
+        self._caches = KvCaches(model, leader.share(config) if leader else config, settings, DeviceQueue(device), dtype)
         self._runner = runner(model, self._caches, settings)
         self._clock = clock
         self._prefix = PrefixCache(self._caches, enabled=settings.prefix_cache)
@@ -114,6 +114,9 @@ class Engine:
         #: Monotonic seconds since when a request waits for the next upstream pass; None: none does.
         self._held_since: float | None = None
         self._bytes_prompt = 0
+        if device.type == "cuda":
+            with self._inference:
+                self._runner.capture(logger.info)
 
     @classmethod
     def load(cls, settings: EngineSettings) -> Engine:
@@ -257,7 +260,9 @@ class Engine:
         except RankLostError:
             raise
         except Exception as error:
-            return deltas + (self._retry(batch) if _out_of_memory(error) else self._fail(batch, error))
+            if is_lost(error):
+                raise DeviceLostError(f"the device is lost: {error}") from error
+            return deltas + (self._retry(batch) if out_of_memory(error) else self._fail(batch, error))
         if self._passes // _GROW_PASSES < (self._passes + made) // _GROW_PASSES:
             self._scheduler.grow()
         self._passes += made
@@ -375,6 +380,3 @@ def _ready(running: list[Sequence]) -> list[Planned]:
     return [(sequence, plan) for sequence in running if sequence.ready and (plan := sequence.plan) is not None]
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # The allocator of CPU tensors raises no type of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.threads import cores, set_threads
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import checkpoint_folder, load_checkpoint, read_config
 from fastblt.models.config import BltConfig
 from fastblt.models.fused import fuse
+from fastblt.models.merged import merge
 from fastblt.models.packed import WEIGHTS, is_packed, pack_maps
+from fastblt.server.engine.device.devices import device_of, dtype_of
 from fastblt.server.engine.device.ranks import spread
 from fastblt.server.settings import EngineSettings
 
@@ -20,21 +23,21 @@ _SMALL = 50_000_000
 #: Counted before an engine changes what torch found.
 _CORES = cores()
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 #: Weights that the fused layers of a small model can have: the processor's caches hold them as they are.
 _FUSED = ("auto", "float32")
 
 
 def load_model(settings: EngineSettings) -> Blt:
     """The model of the settings' checkpoint. Raises CheckpointError, ConfigError or ValueError."""
-    if settings.dtype not in _DTYPES:
-        raise ValueError(f"dtype must be {', '.join(_DTYPES)}, not {settings.dtype!r}")
-    dtype = _DTYPES[settings.dtype]
+    place = device_of(settings.device)
+    dtype = dtype_of(settings.dtype, place)
+    if place.type == "cuda":
+        # What has no index of its own, as a library's memory, goes to the current device.
+        torch.cuda.set_device(place)
     if (size := settings.tensor_parallel_size) < 1:
         raise ValueError(f"tensor_parallel_size must be at least 1, not {size}")
     # Weights that will be spread need not fit one device.
-    device = settings.device if size == 1 else "cpu"
+    device = str(place) if size == 1 else "cpu"
     weights = _weights(settings, dtype)
     folder = checkpoint_folder(settings.model, revision=settings.revision)
     small = _small(read_config(folder))
@@ -48,8 +51,17 @@ def load_model(settings: EngineSettings) -> Blt:
 
 def prepare(model: Blt, settings: EngineSettings) -> None:
     """Set the threads that suit the model on a CPU, and have its modules run as C: the weights of a large one that are
-    not packed yet are, and given up as they were."""
-    if model.device.type != "cpu":
+    not packed yet are, and given up as they were. On a GPU, which becomes the current one, they run merged."""
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Beside 16-bit modules the entropy model alone has fp32 products; in TF32 hardly a boundary moves
+        # (`benchmarks/checkpoint/patch_precision.py`).
+        narrow = model.dtype != torch.float32
+        torch.backends.cuda.matmul.allow_tf32 = narrow and not settings.deterministic
+    if use_triton(device):
+        merge(model, invariant=settings.deterministic)
+    if use_triton(device) or device.type != "cpu":
         return
     threads, small = _threads(settings), _small(model.config)
     # An operation of torch is shorter there than waking a second thread for it; a share of a pass is not.

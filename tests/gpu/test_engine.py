@@ -25,6 +25,7 @@ METHODS = {
     "blt-s": DecodingParams(DecodingMethod.BLT_S, draft_length=6),
     "blt-d": DecodingParams(DecodingMethod.BLT_D, block_size=8),
     "blt-dv": DecodingParams(DecodingMethod.BLT_DV, block_size=8),
+    "blt-dsv": DecodingParams(DecodingMethod.BLT_DSV, block_size=4, draft_length=16),
 }
 
 

@@ -9,6 +9,8 @@ from tests.kernels.gpu.test_cases import run
 
 
 @NEEDS_GPU
-@pytest.mark.parametrize("name", ["selection", "unmasking", "verification", "attention", "hash_embedding"])
+@pytest.mark.parametrize(
+    "name", ["selection", "unmasking", "verification", "attention", "hash_embedding", "merged", "rounds"]
+)
 def test_kernels(name: str) -> None:
     run(name, device="cuda")

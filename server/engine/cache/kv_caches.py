@@ -7,7 +7,7 @@ request. State 0 belongs to the null request, to which padding rows belong: its 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,53 @@ import torch
 from fastblt.models.blt import Blt
 from fastblt.models.config import BltConfig, StackConfig
 from fastblt.server.engine.cache.page_pool import PagePool
+from fastblt.server.engine.device_queue import DeviceQueue
 from fastblt.server.request import MAX_BLOCK_SIZE, MAX_DRAFT_LENGTH
 from fastblt.server.settings import EngineSettings
 
 #: How many positions past the end of a completion a block or a draft may touch.
 OVERSHOOT = MAX_BLOCK_SIZE + 1
+
+#: Of a GPU's memory, what passes and captured graphs may take: this part of it, and at least so many bytes.
+_ROOM, _LEAST_ROOM = 10, 2 << 30
+
+
+class PageTables:
+    """The page tables of some groups: int32 [groups, states, pages], the host's in `host`, the device's in `device`.
+
+    On a CPU both are the same memory. A device apart gets what changed (`changes`), together with the integers of its
+    next pass: its table is of the moment at which a pass was given to it, whatever the host has written since.
+    """
+
+    def __init__(self, groups: int, states: int, pages: int, queue: DeviceQueue) -> None:
+        shape = (groups, states, pages)
+        self.queue = queue
+        self.host: np.ndarray = np.zeros(shape, dtype=np.int32)
+        here = torch.from_numpy(self.host)
+        self.device = torch.zeros(shape, dtype=torch.int32, device=queue.device) if queue.apart else here
+        self._changed: list[int] | None = [] if queue.apart else None
+
+    def enter(self, group: int, state_index: int, first: int, pages: Sequence[int]) -> None:
+        """The pages of a request in a group, from its page number `first` on."""
+        self.host[group, state_index, first : first + len(pages)] = pages
+        if self._changed is not None:
+            place = (group * self.host.shape[1] + state_index) * self.host.shape[2] + first
+            self._changed += range(place, place + len(pages))
+
+    def changes(self) -> np.ndarray | None:
+        """What was entered since the last call: int32 [2, changes], places in the flattened table and pages."""
+        if not self._changed:
+            return None
+        places = np.unique(np.array(self._changed, dtype=np.int32))
+        self._changed.clear()
+        return np.stack((places, self.host.reshape(-1)[places]))
+
+    def send_whole(self) -> None:
+        """Copy the whole table to the device, for who wrote to `host` directly."""
+        if self._changed is not None:
+            self._changed.clear()
+            whole = torch.from_numpy(self.host.copy())
+            self.queue.run(lambda: self.device.copy_(whole))
 
 
 class CacheGroup:
@@ -36,36 +78,33 @@ class CacheGroup:
         name: str,
         pages: int,
         page_size: int,
-        num_states: int,
-        max_length: int,
+        tables: PageTables,
+        number: int,
         shapes: list[tuple[int, ...]],
         dtype: torch.dtype,
-        device: torch.device,
         window: int | None,
     ) -> None:
         self.name = name
         self.window = window
         self.page_size = page_size
         self.pool = PagePool(pages)
+        device = tables.queue.device
         self.layers = [torch.empty((pages + 1) * page_size, *shape, dtype=dtype, device=device) for shape in shapes]
         for layer in self.layers:
             layer[:page_size].zero_()
-        shape = (num_states, -(-max_length // page_size))
-        self.host_table = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.table: np.ndarray = self.host_table.numpy()
-        #: What the device reads, int32 [states, pages], at an address that stays; on a CPU the memory of `table`.
-        self.device_table = (
-            self.host_table if device.type == "cpu" else torch.zeros(shape, dtype=torch.int32, device=device)
-        )
+        self.tables = tables
+        self._number = number
+        #: Pages of every request, int32 [states, pages]; and what the device reads, at an address that stays.
+        self.table: np.ndarray = tables.host[number]
+        self.device_table = tables.device[number]
         #: Told of every copy of a page: source, target, and how many positions.
         self.on_copy: Callable[[int, int, int], None] | None = None
-        self._first = [0] * num_states
+        self._first = [0] * len(self.table)
         #: By state index: the page behind its last one.
-        self.last = [0] * num_states
+        self.last = [0] * len(self.table)
 
-    def send_table(self) -> None:
-        """Bring the device's table up to date: before a pass, never within one, which may be a captured graph."""
-        self.device_table.copy_(self.host_table, non_blocking=True)
+    def _enter(self, state_index: int, first: int, *pages: int) -> None:
+        self.tables.enter(self._number, state_index, first, pages)
 
     def first_page(self, position: int) -> int:
         """The first page that a row at `position` attends to."""
@@ -82,7 +121,7 @@ class CacheGroup:
     def extend(self, state_index: int, length: int) -> None:
         """Take pages until the positions below `length` are covered; so many must be available (`missing`)."""
         for index in range(self.last[state_index], -(-length // self.page_size)):
-            self.table[state_index, index] = self.pool.take()
+            self._enter(state_index, index, self.pool.take())
             self.last[state_index] = index + 1
 
     def free_from(self, state_index: int, length: int) -> None:
@@ -113,21 +152,25 @@ class CacheGroup:
         for page in pages:
             self.pool.share(page)
         self._first[state_index], self.last[state_index] = first, first + len(pages)
-        self.table[state_index, first : first + len(pages)] = pages
+        self._enter(state_index, first, *pages)
 
     def copy_last(self, state_index: int, count: int) -> None:
         """Put a page of its own, with the first `count` positions copied, in place of a request's last, shared one."""
         index = self.last[state_index] - 1
         shared, own = int(self.table[state_index, index]), self.pool.take()
         self.copy(shared, own, count)
-        self.table[state_index, index] = own
+        self._enter(state_index, index, own)
         self.pool.give_back(shared)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a page to another, in every layer."""
-        for layer in self.layers:
-            pages = layer.view(-1, self.page_size, *layer.shape[1:])
-            pages[target, :count] = pages[source, :count]
+
+        def work() -> None:
+            for layer in self.layers:
+                pages = layer.view(-1, self.page_size, *layer.shape[1:])
+                pages[target, :count] = pages[source, :count]
+
+        self.tables.queue.run(work)
         if self.on_copy is not None:
             self.on_copy(source, target, count)
 
@@ -136,7 +179,7 @@ class CacheGroup:
         own = int(self.table[state_index, index])
         if own != page:
             self.pool.share(page)
-            self.table[state_index, index] = page
+            self._enter(state_index, index, page)
             self.pool.give_back(own)
 
     def slots(self, num_states: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -147,7 +190,7 @@ class CacheGroup:
 
     def _drop(self, state_index: int, index: int) -> None:
         self.pool.give_back(int(self.table[state_index, index]))
-        self.table[state_index, index] = 0
+        self._enter(state_index, index, 0)
 
 
 class KvCaches:
@@ -159,8 +202,10 @@ class KvCaches:
     """
 
     def __init__(
-        self, model: Blt, config: BltConfig, settings: EngineSettings, device: torch.device, dtype: torch.dtype
+        self, model: Blt, config: BltConfig, settings: EngineSettings, queue: DeviceQueue, dtype: torch.dtype
     ) -> None:
+        self.queue = queue
+        device = queue.device
         page = settings.page_size
         num_states = settings.max_running + 1
         wide = torch.finfo(dtype).bits // 8
@@ -177,18 +222,16 @@ class KvCaches:
         windows["states"] = config.max_patch_length
         self.max_length, pages = _sizes(settings, windows, per_slot, device)
         self.groups: dict[str, CacheGroup] = {}
-        for name, count in pages.items():
+        self.tables = PageTables(len(pages), num_states, -(-self.max_length // page), queue)
+        for number, (name, count) in enumerate(pages.items()):
             shapes: list[tuple[int, ...]] = [(config.encoder.hidden_size,)]
             kind = dtype
             if name != "states":
                 stack, kind = stacks[name]
                 shapes = [(2, stack.num_kv_heads, stack.head_dim)] * stack.num_layers
-            self.groups[name] = CacheGroup(
-                name, count, page, num_states, self.max_length, shapes, kind, device, windows[name]
-            )
+            self.groups[name] = CacheGroup(name, count, page, self.tables, number, shapes, kind, windows[name])
         self.byte_groups = [self.groups[name] for name in ("patcher", "encoder", "decoder", "states")]
         self._global = self.groups["global"]
-        self._remote = [group for group in self.groups.values() if group.device_table is not group.host_table]
         decoder = config.decoder
         # Every row may close a patch: those of a chunk, or of a whole draft of every request. The newest latent stays.
         self.latent_pool = PagePool(num_states * (MAX_DRAFT_LENGTH + 4) + settings.max_pass_rows)
@@ -253,11 +296,6 @@ class KvCaches:
         self.clear(state_index)
         self._free_states.append(state_index)
 
-    def send_tables(self) -> None:
-        """Bring the device's page tables up to date."""
-        for group in self._remote:
-            group.send_table()
-
     def balanced(self) -> bool:
         """Whether everything is free or cached: true whenever no request is running."""
         pools = [*(group.pool for group in self.groups.values()), self.latent_pool]
@@ -278,7 +316,7 @@ def _sizes(
     the greatest length, windowed groups get a quarter of the memory at least: the prefix cache needs their pages too.
     """
     page = settings.page_size
-    budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes()
+    budget = settings.cache_bytes if settings.cache_bytes is not None else _default_bytes(device)
     # What a request may ask for, and what a block or a draft may touch behind that.
     positions = settings.max_model_len + OVERSHOOT
     longest = -(-positions // page)
@@ -311,8 +349,12 @@ def _sizes(
     return min(positions, count * page), pages
 
 
-def _default_bytes() -> int:
-    return _machine_bytes() // 8
+def _default_bytes(device: torch.device) -> int:
+    """An eighth of a machine's memory. Of a GPU's, what weights have left but for room for passes and graphs."""
+    if device.type != "cuda":
+        return _machine_bytes() // 8
+    free, total = torch.cuda.mem_get_info(device)
+    return max(free - max(total // _ROOM, _LEAST_ROOM), free // 2)
 
 
 def _machine_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -64,9 +64,10 @@ def measure(
 ) -> Costs:
     """The cost curve of every module at the row counts `counts` (ascending, each at least once).
 
-    The passes are those of `make_calls`. The fastest of `repeats` counts. Modules take turns, as in a beat, so that
-    each finds in the processor's caches what the others left; and so do row counts, so that no point of a curve is of
-    another moment than the rest. A module is measured no further once a pass took `limit` seconds.
+    The passes are those of `make_calls`; on a GPU each is run once before, since a first one compiles. The fastest of
+    `repeats` counts. Modules take turns, as in a beat, so that each finds in the processor's caches what
+    the others left; and so do row counts, so that no point of a curve is of another moment than the rest. A module is
+    measured no further once a pass took `limit` seconds.
     """
     calls = [make_calls(forward, count, context, patches, announce) for count in counts]
     seconds: dict[str, list[float]] = {module: [] for module in MODULES}
@@ -76,6 +77,8 @@ def measure(
                 if at < len(known):
                     known[at] = min(known[at], _seconds(own[module], forward.device))
                 elif not turn and (not known or known[-1] <= limit):
+                    if forward.device.type != "cpu":
+                        _seconds(own[module], forward.device)
                     known.append(_seconds(own[module], forward.device))
     return {module: _curve(counts, curve) for module, curve in seconds.items()}
 

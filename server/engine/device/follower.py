@@ -19,9 +19,10 @@ from fastblt.kernels.cpu.threads import set_threads
 from fastblt.models.blt import GlobalTransformer
 from fastblt.models.packed import pack_maps
 from fastblt.models.tensor_parallel import split_transformer
-from fastblt.server.engine.cache.kv_caches import CacheGroup
+from fastblt.server.engine.cache.kv_caches import CacheGroup, PageTables
 from fastblt.server.engine.device.forward import GroupAttention, Rows
 from fastblt.server.engine.device.ranks import Copy, Join, Order, Prepare, Run, meet
+from fastblt.server.engine.device_queue import DeviceQueue
 from fastblt.server.framing import Unpacker
 
 #: Of prctl(2): the signal that a process gets when its parent ends.
@@ -90,16 +91,10 @@ class Follower:
     def _prepare(self, order: Prepare) -> None:
         stack = self._config.global_
         shape = (2, stack.num_kv_heads // self._size, stack.head_dim)
+        pages = -(-order.max_length // order.page_size)
+        tables = PageTables(1, order.rows, pages, DeviceQueue(self._device))
         self._group = CacheGroup(
-            "global",
-            order.pages,
-            order.page_size,
-            order.rows,
-            order.max_length,
-            [shape] * stack.num_layers,
-            self._dtype,
-            self._device,
-            stack.window,
+            "global", order.pages, order.page_size, tables, 0, [shape] * stack.num_layers, self._dtype, stack.window
         )
         self._attended = GroupAttention(self._group, stack, order.max_length, self._device, order.tiled)
 
@@ -110,7 +105,7 @@ class Follower:
         owners = np.frombuffer(order.owners, np.int32)
         table = np.frombuffer(order.table, np.int32).reshape(len(owners), -1)
         group.table[owners, : table.shape[1]] = table
-        group.send_table()
+        group.tables.send_whole()
         # Copied: torch wants memory that it may write to.
         columns = np.frombuffer(order.columns, np.int32).reshape(3, -1).copy()
         of, positions, highs = torch.from_numpy(columns).to(self._device).unbind()

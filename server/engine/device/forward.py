@@ -7,6 +7,7 @@ replay a pass from a captured graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastblt.kernels.cpu.decoder_steps import Decoded, DecoderSteps, Plans
 from fastblt.kernels.cpu.multi_step import MultiStep, Part, Parts, Steps
 from fastblt.kernels.cpu.stack import PackedStack, Sink, Source
 from fastblt.kernels.cpu.structs import Places
-from fastblt.kernels.cpu.upstream import StoredPatches
+from fastblt.kernels.cpu.upstream import PatchRows, StoredPatches
 from fastblt.kernels.latent_attention import StoredLatents
 from fastblt.kernels.paged_attention import PagedAttention, has_native, pointers_of
 from fastblt.kernels.paged_rows import PagedRows
@@ -54,7 +55,8 @@ class Rows:
 class Patches:
     """Closed patches of an upstream pass, padding last: int32 [P], byte positions [start, end] and latent slots.
 
-    `rows` are their rows of the global transformer. `longest` is a bound of their lengths in bytes.
+    `rows` are their rows of the global transformer. `longest` is a bound of their lengths in bytes. `bytes` are their
+    bytes, for a GPU.
     """
 
     rows: Rows
@@ -62,6 +64,7 @@ class Patches:
     ends: Tensor
     latents: Tensor
     longest: int
+    bytes: PatchRows | None = None
 
 
 class ModuleForward:
@@ -106,9 +109,14 @@ class ModuleForward:
     def device(self) -> torch.device:
         return self.tokens.device
 
-    def write_prompt(self, state_index: int, ids: list[int]) -> None:
-        """Store the known ids of a newly admitted request."""
-        self.tokens[state_index, self._pad : self._pad + len(ids)] = torch.tensor(ids, device=self.tokens.device)
+    def write_prompt(self, state_index: int, ids: list[int]) -> Callable[[], None]:
+        """What stores the known ids of a newly admitted request."""
+        known = torch.tensor(ids)
+
+        def write() -> None:
+            self.tokens[state_index, self._pad : self._pad + len(known)] = known
+
+        return write
 
     def entropies(self, rows: Rows) -> Tensor:
         """Entropy model over rows: fp32 [N], nats."""
@@ -121,7 +129,7 @@ class ModuleForward:
     def upstream(self, patches: Patches) -> None:
         """Pooling and global transformer over closed patches; caches the decoder's keys and values of their latents."""
         rows = patches.rows
-        stored = StoredPatches(self._states, rows.owners, patches.starts, patches.ends, patches.longest)
+        stored = StoredPatches(self._states, rows.owners, patches.starts, patches.ends, patches.longest, patches.bytes)
         vectors = self._model.local_encoder.pool_stored(stored, tiled=self.tiled)
         latents = self._model.global_transformer(vectors, self._groups["global"].attend(rows))
         self._model.local_decoder.store_latents(latents, self._caches.latents, patches.latents)
@@ -167,13 +175,29 @@ class ModuleForward:
         group = self._groups[name]
         return Part(stack, source, sink, group.pointers, group.places)
 
-    def steps(self, call: MultiStep, columns: np.ndarray, rule: PatchRule, *, sampled: bool, truncated: bool) -> Steps:
+    def steps(
+        self, call: Callable[..., Steps], columns: np.ndarray, rule: PatchRule, *, sampled: bool, truncated: bool
+    ) -> Steps:
         """Several bytes of each request, as `fastblt.kernels.cpu.multi_step` says."""
         return call(columns, rule.threshold, rule.max_patch_length, sampled=sampled, truncated=truncated)
 
-    def decode_steps(self, call: DecoderSteps, plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
+    def decode_steps(self, call: Callable[..., Decoded], plans: Plans, *, sampled: bool, truncated: bool) -> Decoded:
         """A pass of the decoder with the choice of bytes, and all steps of blocks: see `kernels.cpu.decoder_steps`."""
         return call(plans, sampled=sampled, truncated=truncated)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the decoder takes block rows."""
+        return hasattr(self._model.local_decoder, "embed_tokens")
+
+    @property
+    def encoder_input(self) -> bool:
+        """Whether decoder rows begin as encoder states (else as embeddings)."""
+        return self._encoder_input
+
+    def raw_logits(self, states: Tensor) -> Tensor:
+        """Logits [N, 260] of states [N, d], in their dtype."""
+        return self._model.lm_head(states)
 
     def logits(self, states: Tensor, index: Tensor | None) -> Tensor:
         """Logits fp32 [n, 260] of the states at `index` int32 [n], or of all."""

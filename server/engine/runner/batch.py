@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 
 from fastblt.server.decoding.method import Plan
+from fastblt.server.engine.device.staging import Part
 from fastblt.server.engine.sequence import Planned, Sequence
 
 #: A position that no request reaches.
@@ -19,7 +20,7 @@ _NEVER = 2**31 - 1
 class Batch:
     """Rows of one decoder pass, laid out on the host: first each request's causal rows, then its block rows.
 
-    `columns` int32 [6, padded] is what the device gets (see `build_batch`); `owners`, `positions` and `block` are views
+    `part` int32 [6, padded] is what the device gets (see `build_batch`); `owners`, `positions` and `block` are views
     of its rows without padding, [total]. `sampled_rows` are the rows of the pass from which causal bytes are sampled;
     the samples of request i are `sample_counts[i]` of them from `first_samples[i]` on. `ahead` lists the requests
     (indexes into the batch) whose new bytes go through the entropy model within the same pass. `in_block` bool [total]
@@ -27,7 +28,7 @@ class Batch:
     count) of every request.
     """
 
-    columns: np.ndarray
+    part: Part
     owners: np.ndarray
     positions: np.ndarray
     block: np.ndarray
@@ -87,11 +88,11 @@ def latent_slots(sequence: Sequence, plan: Plan) -> tuple[int, list[tuple[int, i
     return newest, runs
 
 
-def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.ndarray]) -> Batch:
+def build_batch(planned: list[Planned], allocate: Callable[[int, int], Part]) -> Batch:
     """Lay out the rows of all plans in the order of the batch.
 
-    The columns are int32 [6, rows]: state index of the owner, position, `first` and `high` (a row attends to
-    [max(0, first - window + 1), high)), latent slot, and id of a block row or -1. `allocate(kind, columns, rows)` gives
+    The columns are int32 [6, rows]: state index of the owner, position, `high` and `first` (a row attends to
+    [max(0, first - window + 1), high)), latent slot, and id of a block row or -1. `allocate(columns, rows)` gives
     the buffer, padded. Counts a decoder pass in each request's ledger.
     """
     # For every run of adjacent rows that read the same latent: state index, position that the pass's row 0 would have
@@ -124,8 +125,9 @@ def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.n
         sequence.ledger.decoder += 1
         total += plan.rows
         samples += plan.samples
-    columns = allocate("decode", 6, total)
-    owner, position, first, high, latents, block = columns[:, :total]
+    part = allocate(6, total)
+    columns = part.host
+    owner, position, high, first, latents, block = columns[:, :total]
     numbers = np.array(runs, dtype=np.int32)
     owner[:], shifts, latents[:], first[:], high[:], selected = (
         numbers if total == len(runs) else numbers.repeat(sizes, axis=0)
@@ -139,10 +141,10 @@ def build_batch(planned: list[Planned], allocate: Callable[[str, int, int], np.n
     np.minimum(first, position, out=first)
     np.maximum(high, position + 1, out=high)
     # A padding row attends to the first position of the null request.
-    columns[3, total:] = 1
+    columns[2, total:] = 1
     sampled_rows = np.flatnonzero(position >= selected)
     return Batch(
-        columns,
+        part,
         owner,
         position,
         block,

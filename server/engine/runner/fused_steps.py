@@ -20,6 +20,7 @@ from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.decoding.method import Plan, Unmask
 from fastblt.server.engine.device.cost import DRAFT, STEP
 from fastblt.server.engine.device.forward import ModuleForward
+from fastblt.server.engine.device.rounds import PlanRounds, RowRounds
 from fastblt.server.engine.runner.batch import latent_slots
 from fastblt.server.engine.runner.filtered_draft import FilteredDraft
 from fastblt.server.engine.runner.sampler import Result, Sampler
@@ -60,8 +61,8 @@ class FusedSteps:
     def __init__(
         self,
         forward: ModuleForward,
-        steps: MultiStep,
-        decoder_steps: DecoderSteps,
+        steps: MultiStep | RowRounds,
+        decoder_steps: DecoderSteps | PlanRounds,
         sampler: Sampler,
         rule: PatchRule,
         ledger: Ledger,
@@ -110,7 +111,8 @@ class FusedSteps:
             else:
                 ledger.patcher += scanned
             if encoder_input or not plan.draft:
-                encoded = plan.start + made + (plan.draft and scanned > 0)
+                ahead = plan.draft and scanned > 0 if steps.ahead is None else int(steps.ahead[at])
+                encoded = plan.start + made + ahead
                 ledger.encoder += encoded - max(sequence.encoded, plan.start)
                 sequence.encoded = encoded
             result = Result(ids[at][:made], extra_rows=made - 1, bad=int(steps.bad[at]))
@@ -222,6 +224,8 @@ class FusedSteps:
             draft = result.next_draft = DraftResult(bad=drafts.bad[line], steps=steps)
             if plan.next_block:
                 if not draft.bad:
+                    # A device apart may have made less than was asked for.
+                    size = int(np.count_nonzero(drafts.fixed[line, :size]))
                     made = FilteredDraft(drafts.fixed[line, :size].tolist(), plan.next_block, steps)
                     filtered.append(made)
                     self._filtered(ledger, made, draft, ids[:size], start)

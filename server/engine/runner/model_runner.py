@@ -19,22 +19,26 @@ import torch
 from torch import Tensor
 
 from fastblt.kernels.attention import TILE
-from fastblt.kernels.backend import use_triton
+from fastblt.kernels.cpu.decoder_steps import DecoderSteps
+from fastblt.kernels.cpu.multi_step import MultiStep
+from fastblt.kernels.cpu.upstream import PatchRows
 from fastblt.models.blt import Blt
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
-from fastblt.server.engine.device.cuda_graphs import CudaGraphs
 from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
+from fastblt.server.engine.device.passes import BYTES_A_PATCH, MOST_CAPTURED, Passes, captured_size
 from fastblt.server.engine.device.ranks import leader_of
-from fastblt.server.engine.device.staging import Columns, Fetch, Staging
+from fastblt.server.engine.device.rounds import PlanRounds, RoundPasses, RowRounds
+from fastblt.server.engine.device.staging import Fetch, Part, Staging
+from fastblt.server.engine.device_queue import Pending
 from fastblt.server.engine.runner.batch import bucket, build_batch, split, with_padding
 from fastblt.server.engine.runner.fused_steps import FusedSteps
-from fastblt.server.engine.runner.prompt_logprobs import ScoredRows
+from fastblt.server.engine.runner.prompt_logprobs import TENSORS, ScoredRows
 from fastblt.server.engine.runner.sampler import Result, Sampler
 from fastblt.server.engine.sequence import Planned, Sequence
-from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
+from fastblt.server.request import MAX_BLOCK_SIZE, MAX_DRAFT_LENGTH, Ledger
 from fastblt.server.settings import EngineSettings
 
 #: Most causal rows of a plan that takes part in fused steps: the rows of a prompt are better shared among threads.
@@ -43,8 +47,8 @@ _FEW = 40
 #: Most requests for which the cost of fused steps is measured; beyond, the curve goes on as a straight line.
 MOST_STEPPING = 64
 
-#: Most rows of a pass that is captured as a CUDA graph; larger passes hide their launches.
-MOST_CAPTURED = 256
+#: Most rows of one plan that is no chunk of a prompt, and a bound of the integers of a row.
+_MOST_ROWS, _WORDS_A_ROW = MAX_DRAFT_LENGTH + MAX_BLOCK_SIZE + 1, 24
 
 
 class ModelRunner:
@@ -53,23 +57,34 @@ class ModelRunner:
         self._leader = leader_of(model)
         if self._leader is not None:
             self._leader.prepare(caches.groups["global"], caches.max_length, settings.deterministic)
-        device = next(model.parameters()).device
-        self._static = use_triton(device)
+        self._queue = queue = caches.queue
+        device = queue.device
+        #: Rows are padded to buckets, and passes captured.
+        self._static = queue.apart
         state_rows = settings.max_running + 1
         self._forward = ModuleForward(model, caches, state_rows, device, settings.deterministic)
         self._padded = settings.deterministic and not self._forward.row_invariant
-        kinds = ("scan", "encode", "upstream", "decode", "samples", "blocks", "drafts", "tail", "score")
-        self._staging = {kind: Staging(device) for kind in kinds}
-        self._graphs = CudaGraphs(device) if self._static else None
+        most_rows = bucket(settings.max_pass_rows + settings.max_running * _MOST_ROWS)
+        self._staging = Staging(queue, _WORDS_A_ROW * most_rows + 2 * caches.tables.host.size)
         self._fetch = Fetch()
-        self._sampler = Sampler(state_rows, self._forward, self._columns, self._staging, device)
+        self._sampler = Sampler(state_rows, self._forward, self._columns, queue)
         self.ledger = Ledger()
         #: Passes since the engine last cleared it: (module, rows with padding). Fused steps have kinds of their own.
         self.work: list[tuple[str, int]] = []
         #: C calls that make several passes each; None where the model or the device has none.
         self.fused_steps: FusedSteps | None = None
         draws = self._sampler.draws
-        steps, decoder_steps = self._forward.multi_step(draws), self._forward.decoder_steps(draws)
+        #: Passes over rows at one address, on a device apart.
+        self._passes: Passes | None = None
+        steps: MultiStep | RowRounds | None
+        decoder_steps: DecoderSteps | PlanRounds | None
+        if queue.apart:
+            self._passes = Passes(self._forward, draws, most_rows)
+            own = RoundPasses(self._passes, self._forward.ids, encoder_input=self._forward.encoder_input)
+            steps = RowRounds(queue, self._staging, self._fetch, own, self._send)
+            decoder_steps = PlanRounds(queue, self._staging, self._fetch, own, self._send)
+        else:
+            steps, decoder_steps = self._forward.multi_step(draws), self._forward.decoder_steps(draws)
         if steps is not None and decoder_steps is not None:
             patching = model.config.with_patching(settings.patching_threshold, settings.max_patch_length)
             rule = PatchRule(patching.patching_threshold, patching.max_patch_length)
@@ -91,6 +106,10 @@ class ModelRunner:
             )
         return costs
 
+    def capture(self, say: Callable[[str], None]) -> int:
+        """Capture every pass that a device apart replays; returns how many graphs that made."""
+        return 0 if self._passes is None else self._passes.capture(say, upstream=self._leader is None)
+
     @property
     def copies(self) -> int:
         """Copies from the device to the host so far."""
@@ -98,7 +117,8 @@ class ModelRunner:
 
     def admit(self, sequence: Sequence) -> None:
         """Take a newly admitted sequence: its ids and its sampling parameters."""
-        self._forward.write_prompt(sequence.state_index, sequence.ids)
+        write = self._forward.write_prompt(sequence.state_index, sequence.ids)
+        self._queue.run(write)
         self._sampler.admit(sequence)
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
@@ -139,23 +159,47 @@ class ModelRunner:
                 numbers.append((state_index, patch.index, patch.start, patch.end, patch.slot, patch.index + 1))
             sequence.ledger.global_ += 1
         total = len(numbers)
-        columns = self._columns("upstream", 6, total)
+        self._staging.begin()
+        part = self._columns(8 if self._static else 6, total)
+        columns = part.host[:6]
         columns[:, :total] = list(zip(*numbers, strict=True))
         # A padding row attends to the first position of the null request.
         columns[5, total:] = 1
         if self._padded:
             longest = -(-longest // TILE) * TILE
-        elif self._static:
-            longest = bucket(longest)
-        self._caches.send_tables()
         every = with_padding(spans, total, columns.shape[1])
         if self._leader is not None:
             self._leader.announce(columns[[0, 1, 5]], every, self._caches.groups["global"])
-        owners, index, starts, ends, latents, highs = self._staging["upstream"].send_each()
-        rows = Rows(owners, index, index, highs, every)
-        self._forward.upstream(Patches(rows, starts, ends, latents, longest))
+        sent = self._stage_bytes(part, total) if self._static else None
+        longest_patch = longest
+
+        def run() -> None:
+            if self._passes is not None and sent is not None and self._leader is None:
+                self._passes.upstream(*sent)
+                return
+            owners, index, starts, ends, latents, highs = part.each[:6]
+            rows = Rows(owners, index, index, highs, every)
+            inside = PatchRows(*sent[1].unbind(), *part.each[6:]) if sent is not None else None
+            self._forward.upstream(Patches(rows, starts, ends, latents, longest_patch, inside))
+
+        self._send()
+        self._queue.run(run)
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
+
+    def _stage_bytes(self, part: Part, count: int) -> tuple[Tensor, Tensor]:
+        """Stage the bytes of an upstream pass's patches, as `Passes.upstream` takes both."""
+        owners, _, starts, ends, _, _, firsts, counts = part.host[:, :count]
+        np.subtract(ends + 1, starts, out=counts)
+        np.subtract(counts.cumsum(dtype=np.int32), counts, out=firsts)
+        # A padding patch has one byte, whichever.
+        part.host[6:, count:] = np.array([[0], [1]])
+        total, room = int(counts.sum()), BYTES_A_PATCH * part.host.shape[1]
+        inside = self._staging.take(2, room) if total <= room else self._columns(2, total)
+        inside.host[:, total:] = 0
+        inside.host[0, :total] = owners.repeat(counts)
+        np.subtract(np.arange(total, dtype=np.int32), (firsts - starts).repeat(counts), out=inside.host[1, :total])
+        return part.tensor, inside.tensor
 
     def decode(self, planned: list[Planned]) -> list[Result]:
         """Carry out the plans of one decoder pass, and choose its bytes. Results are in the order of the batch.
@@ -180,7 +224,7 @@ class ModelRunner:
         """
         if self.fused_steps is None or plan.causal > _FEW:
             return False
-        return sequence.fusable or (sequence.masked and not plan.block_ids)
+        return sequence.fusable or (sequence.masked and not plan.block_ids and not self._static)
 
     def _call_for(self, sequence: Sequence, plan: Plan) -> Callable[[list[Planned]], list[Result]]:
         if self.fused_steps is None or not self.fuses(sequence, plan):
@@ -190,6 +234,7 @@ class ModelRunner:
 
     def _decode(self, planned: list[Planned]) -> list[Result]:
         """One decoder pass, each plan once."""
+        self._staging.begin()
         batch = build_batch(planned, self._columns)
         spans, with_blocks = with_padding(batch.spans, batch.total, batch.padded), batch.in_block is not None
         ids_only = all(sequence.ids_only for sequence, _ in planned)
@@ -197,43 +242,51 @@ class ModelRunner:
         # A captured graph computes all of its rows.
         asked = None if self._static else batch.needed_rows(scored.rows if scored is not None else [])
         read = None if asked is None else torch.from_numpy(asked)
+        staged = self._sampler.stage(planned, batch, ids_only)
+        score = self._stage_scores(scored) if scored is not None else None
 
-        def run(columns: Columns) -> Tensor:
-            owners, positions, firsts, highs, latents, block = columns
+        def run() -> list[Tensor]:
+            owners, positions, highs, firsts, latents, block = batch.part.each
             rows = Rows(owners, positions, firsts, highs, spans)
-            return self._forward.decode(rows, latents, block if with_blocks else None, read)
+            states = self._forward.decode(rows, latents, block if with_blocks else None, read)
+            scores = score(states) if score is not None else []
+            return [*scores, *self._sampler.choose(states, staged)]
 
-        states = self._launch("decode", run, spans, with_blocks)
+        self._send()
+        results_there = self._queue.run(run)
         self.work.append(("decoder", batch.padded))
         self.ledger.decoder += 1
-        staged = self._sampler.stage(planned, batch, ids_only)
-        tensors = self._sampler.choose(states, staged)
-        scores = self._score(states, scored) if scored is not None else []
         ahead = [planned[at] for at in batch.ahead]
+        scores = TENSORS if scored is not None else 0
         if not ahead:
-            fetched = self._fetch(*scores, *tensors) if scores or staged.total else []
-            results = staged.results(fetched[len(scores) :])
+            fetched = self._fetch(results_there) if scores or staged.total else []
+            results = staged.results(fetched[scores:])
         else:
             begins, ends = [s.scanned for s, _ in ahead], [plan.scan_to for _, plan in ahead]
             tail, entropies = self._causal("tail", self._forward.entropies, [s for s, _ in ahead], begins, ends)
-            *fetched, flat = self._fetch(*scores, *tensors, entropies)
+            both = self._queue.run(lambda: [*results_there.take(), *entropies.take()])
+            *fetched, flat = self._fetch(both)
             self.ledger.patcher += 1
-            results = staged.results(fetched[len(scores) :])
+            results = staged.results(fetched[scores:])
             for at, values in zip(batch.ahead, split(flat, tail), strict=True):
                 results[at].entropies = values
                 planned[at][0].ledger.patcher += 1
         if scored is not None:
-            for at, own in scored.take(fetched[: len(scores)], planned).items():
+            for at, own in scored.take(fetched[:scores], planned).items():
                 results[at].scores = own
         return results
 
-    def _score(self, states: torch.Tensor, scored: ScoredRows) -> list[torch.Tensor]:
-        """Tensors to fetch for the scores of prompts' rows in a pass."""
+    def _stage_scores(self, scored: ScoredRows) -> Callable[[Tensor], list[Tensor]]:
+        """Stages the scores of prompts' rows in a pass; from its states the tensors to fetch for them."""
         count = len(scored.rows)
-        columns = self._columns("score", 2, count)
-        columns[0, :count], columns[1, :count] = scored.rows, scored.targets
-        rows, targets = self._staging["score"].send_each()
-        return scored.tensors(self._forward.logits(states, rows)[:count], targets[:count].long())
+        part = self._columns(2, count)
+        part.host[0, :count], part.host[1, :count] = scored.rows, scored.targets
+
+        def tensors(states: Tensor) -> list[Tensor]:
+            rows, targets = part.each
+            return scored.tensors(self._forward.logits(states, rows)[:count], targets[:count].long())
+
+        return tensors
 
     # Rows
 
@@ -244,7 +297,7 @@ class ModelRunner:
         sequences: list[Sequence],
         begins: list[int],
         ends: list[int],
-    ) -> tuple[list[tuple[int, int]], Tensor]:
+    ) -> tuple[list[tuple[int, int]], Pending[list[Tensor]]]:
         """A pass of one module over causal rows [begin, end) of every sequence: the spans of their rows, and its
         result."""
         rows: list[int] = []
@@ -261,42 +314,47 @@ class ModelRunner:
                 positions += range(begin, end)
             spans.append((total, count))
             total += count
-        columns = self._columns(kind, 3, total)
+        self._staging.begin()
+        part = self._columns(3, total)
+        columns = part.host
         columns[:2, :total] = rows, positions
         np.add(columns[1], 1, out=columns[2])
         every = with_padding(spans, total, columns.shape[1])
         self.work.append(("encoder" if kind == "encode" else "patcher", columns.shape[1]))
 
-        def run(columns: Columns) -> Tensor:
-            owners, positions, highs = columns
-            return function(Rows(owners, positions, positions, highs, every))
+        def run() -> list[Tensor]:
+            if self._passes is not None:
+                size = self._passes.enter(part.tensor)
+                return [self._passes.encode(size) if kind == "encode" else self._passes.scan(size)]
+            owners, positions, highs = part.each
+            return [function(Rows(owners, positions, positions, highs, every))]
 
-        return spans, self._launch(kind, run, every)
+        self._send()
+        return spans, self._queue.run(run)
 
-    def _launch(
-        self, kind: str, run: Callable[[Columns], Tensor], spans: list[tuple[int, int]], with_blocks: bool = False
-    ) -> Tensor:
-        """Run a function of the staged columns, as a captured graph where the device has such."""
-        self._caches.send_tables()
-        staging = self._staging[kind]
-        if self._graphs is None:
-            return run(staging.send_each())
-        columns = staging.send()
-        size = columns.shape[1]
-        if size > MOST_CAPTURED:
-            return run(columns.unbind())
-        # Attention's tiles follow from the longest span.
-        key = (kind, size, with_blocks, bucket(max(n for _, n in spans)))
-        return self._graphs.run(key, columns, lambda sent: run(sent.unbind()))
+    def _send(self) -> None:
+        """Send what was staged, and what changed in the page tables."""
+        if (changes := self._caches.tables.changes()) is None:
+            self._staging.send()
+            return
+        part = self._staging.take(*changes.shape)
+        part.host[:] = changes
+        table = self._caches.tables.device.view(-1)
 
-    def _columns(self, kind: str, count: int, size: int) -> np.ndarray:
-        """A buffer of int32 columns [count, size with padding]. Padding is 0: the null state, page and latent."""
+        def enter() -> None:
+            places, pages = part.each
+            table.index_put_((places.long(),), pages)
+
+        self._staging.send(enter)
+
+    def _columns(self, count: int, size: int) -> Part:
+        """int32 columns [count, size with padding]. Padding is 0: the null state, page and latent."""
         padded = size
         if self._static:
-            padded = bucket(size)
+            padded = captured_size(size) if size <= MOST_CAPTURED else bucket(size)
         elif self._padded:
             padded = max(8, -(-size // 8) * 8)
-        columns = self._staging[kind].columns(count, padded)
+        part = self._staging.take(count, padded)
         if padded > size:
-            columns[:, size:] = 0
-        return columns
+            part.host[:, size:] = 0
+        return part

@@ -15,6 +15,9 @@ from torch import Tensor
 from fastblt.server.engine.sequence import Planned
 from fastblt.server.request import ByteLogprobs
 
+#: How many tensors `ScoredRows.tensors` gives.
+TENSORS = 4
+
 
 @dataclass
 class ScoredRows:

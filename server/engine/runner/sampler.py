@@ -18,7 +18,8 @@ from fastblt.kernels.unmasking import unmask
 from fastblt.kernels.verification import verify
 from fastblt.models.vocabulary import MASK_ID, VOCAB_SIZE
 from fastblt.server.engine.device.forward import ModuleForward
-from fastblt.server.engine.device.staging import Staging
+from fastblt.server.engine.device.staging import Part
+from fastblt.server.engine.device_queue import DeviceQueue
 from fastblt.server.engine.runner.batch import Batch
 from fastblt.server.engine.runner.masks import Masks, part
 from fastblt.server.engine.runner.samples import BlockSamples, CausalSamples, Result
@@ -35,14 +36,13 @@ class Sampler:
         self,
         num_states: int,
         forward: ModuleForward,
-        allocate: Callable[[str, int, int], np.ndarray],
-        staging: dict[str, Staging],
-        device: torch.device,
+        allocate: Callable[[int, int], Part],
+        queue: DeviceQueue,
     ) -> None:
         self._forward = forward
         self._allocate = allocate
-        self._staging = staging
-        self._device = device
+        self._queue = queue
+        self._device = device = queue.device
         # Temperature, top-p, min-p, repetition, presence, frequency; top-k and seed.
         self._values = torch.zeros(6, num_states, device=device)
         self._values[[1, 3]] = 1.0
@@ -57,6 +57,8 @@ class Sampler:
         self._eos_from = np.zeros(num_states, dtype=np.int64)
         # The null request, whose steps are measured, never ends.
         self._eos_from[0] = _NEVER
+        here = torch.from_numpy(self._eos_from)
+        self._eos_there = here.to(device, copy=True) if queue.apart else here
 
     def admit(self, sequence: Sequence) -> None:
         """Store the parameters of a sequence, and count the bytes it has already produced."""
@@ -64,7 +66,7 @@ class Sampler:
         for states, needed in zip(self._needs, (not params.greedy, params.truncates, params.penalizes), strict=True):
             (states.add if needed else states.discard)(state_index)
         self._eos_from[state_index] = _NEVER if params.ignore_eos else sequence.prompt_length + params.min_tokens
-        self._values[:, state_index] = torch.tensor(
+        values = torch.tensor(
             [
                 0.0 if params.greedy else params.temperature,
                 params.top_p,
@@ -72,32 +74,46 @@ class Sampler:
                 params.repetition_penalty,
                 params.presence_penalty,
                 params.frequency_penalty,
-            ],
-            device=self._device,
+            ]
         )
-        seed = mix_seed(sequence.seed, sequence.request.choice)
-        self._integers[:, state_index] = torch.tensor([params.top_k, seed], device=self._device)
-        # Also without penalties: the state's last owner may have had some, and another request of a pass may.
-        self._bias[state_index] = 0.0
-        self._counts[state_index] = 0
-        self._prompt_seen[state_index] = False
+        integers = torch.tensor([params.top_k, mix_seed(sequence.seed, sequence.request.choice)])
+        eos_from = int(self._eos_from[state_index])
+        bias, prompt = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         if params.penalizes:
+            bias, prompt = torch.zeros(VOCAB_SIZE), torch.tensor(sequence.ids[: sequence.prompt_length])
             for token, value in params.logit_bias.items():
-                self._bias[state_index, token] = value
-            prompt = torch.tensor(sequence.ids[: sequence.prompt_length], device=self._device)
-            self._prompt_seen[state_index, prompt] = True
+                bias[token] = value
+
+        def write() -> None:
+            self._values[:, state_index] = values.to(self._device)
+            self._integers[:, state_index] = integers.to(self._device)
+            self._eos_there[state_index] = eos_from
+            # Also without penalties: the state's last owner may have had some, and another request of a pass may.
+            self._bias[state_index] = bias.to(self._device) if len(bias) else 0.0
+            self._counts[state_index] = 0
+            self._prompt_seen[state_index] = False
+            if len(prompt):
+                self._prompt_seen[state_index, prompt.to(self._device)] = True
+
+        self._queue.run(write)
+        if params.penalizes:
             self.commit(sequence, sequence.ids[sequence.prompt_length :])
 
     def commit(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
         """Count produced ids, for penalties."""
         if sequence.params.penalizes and ids:
-            counts = np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32)
-            self._counts[sequence.state_index] += torch.from_numpy(counts).to(self._device)
+            counts = torch.from_numpy(np.bincount(ids, minlength=VOCAB_SIZE).astype(np.int32))
+            state_index = sequence.state_index
+
+            def count() -> None:
+                self._counts[state_index] += counts.to(self._device)
+
+            self._queue.run(count)
 
     @property
     def draws(self) -> Draws:
         """How bytes without penalties are drawn, by state index: what the fused steps need."""
-        return Draws(self._values, self._integers, torch.from_numpy(self._eos_from))
+        return Draws(self._values, self._integers, self._eos_there)
 
     def needs(self, planned: list[Planned]) -> tuple[bool, ...]:
         """Whether one of the sequences draws, whether one truncates, whether one has penalties."""
@@ -109,25 +125,29 @@ class Sampler:
         causal, blocks = CausalSamples(planned, batch, ids_only), BlockSamples(planned, batch, ids_only)
         index = np.concatenate((batch.sampled_rows, blocks.rows.reshape(-1))) if blocks.count else batch.sampled_rows
         count, total = len(batch.sampled_rows), len(index)
-        columns = self._allocate("samples", 6, total)
+        samples_part = self._allocate(6, total)
+        columns = samples_part.host
         at, owners, positions, forbid_eos, masked, ids = columns[:, :total]
         at[:], owners[:], positions[:] = index, batch.owners[index], batch.positions[index]
         # A causal row gives the byte after it, a block row its own.
         positions[:count] += 1
         np.less(positions, self._eos_from[owners], out=forbid_eos, casting="unsafe")
+        rules_part = drafts_part = None
         if blocks.count:
             ids[count:] = batch.block[index[count:]]
             masked[count:] = blocks.masked(ids[count:])
             # Padding of shorter blocks belongs to the null request.
             if not blocks.even:
                 columns[1:, count:total][:, ~blocks.inside.reshape(-1)] = 0
-            rules = self._allocate("blocks", 3, blocks.count)[:, : blocks.count]
+            rules_part = self._allocate(3, blocks.count)
+            rules = rules_part.host[:, : blocks.count]
             steps = [(step.rule, step.bound, step.last_step) for step in blocks.steps]
             numbers, bounds, last = zip(*steps, strict=True)
             rules[0], rules[2], rules[1].view(np.float32)[:] = numbers, last, bounds
         if causal.drafts is not None:
             samples, lengths = causal.drafts
-            drafts = self._allocate("drafts", 1 + samples.shape[1], len(lengths))[:, : len(lengths)]
+            drafts_part = self._allocate(1 + samples.shape[1], len(lengths))
+            drafts = drafts_part.host[:, : len(lengths)]
             drafts[0], drafts[1:] = lengths, samples.T
         draws, truncates, penalizes = self.needs(planned)
         return StagedSamples(
@@ -143,6 +163,9 @@ class Sampler:
             masks=Masks(planned, causal, blocks, total)
             if not ids_only and any(sequence.constraint for sequence, _ in planned)
             else None,
+            samples=samples_part,
+            rules=rules_part,
+            drafts=drafts_part,
         )
 
     def choose(self, states: Tensor, staged: StagedSamples) -> list[Tensor]:
@@ -154,7 +177,7 @@ class Sampler:
         if not total:
             return []
         tensors: list[Tensor] = []
-        sent = self._staging["samples"].send()
+        sent = staged.samples.tensor
         logits = self._forward.logits(states, None if staged.whole else sent[0])[:total]
         sent = sent[:, :total]
         params = self._params(staged, sent)
@@ -166,31 +189,32 @@ class Sampler:
             some = params if count == total else part(params, slice(count))
             chosen = select(logits[:count], some, need_statistics=False)
         if blocks.count:
-            step = self._fill(blocks, logits[count:], sent[4:, count:], part(params, slice(count, total)))
+            step = self._fill(staged, logits[count:], sent[4:, count:], part(params, slice(count, total)))
             if staged.masks is not None:
                 staged.masks.mend(step, None if chosen is None else chosen.ids, logits, params)
             known.write(owners[count:], positions[count:], step.ids.view(-1))
             tensors += blocks.results_of(step, logits[count:])
         if chosen is not None:
-            accepted = self._verify(causal, chosen.ids, owners, positions)
+            accepted = self._verify(staged, chosen.ids, owners, positions)
             # After a block's own ids: where a causal row goes before it, that row gives its first byte.
             known.write(owners[:count], positions[:count], chosen.ids)
             tensors += causal.results_of(chosen, accepted, logits[:count])
         return tensors
 
-    def _fill(self, blocks: BlockSamples, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
+    def _fill(self, staged: StagedSamples, logits: Tensor, sent: Tensor, params: SelectionParams) -> Unmasked:
         """One denoising step of every block; `sent` int32 [2, samples]: whether masked, and the ids."""
-        shape = blocks.rows.shape
-        rules, bounds, last = self._staging["blocks"].send()[:, : blocks.count].unbind()
+        assert staged.rules is not None
+        blocks, shape = staged.blocks, staged.blocks.rows.shape
+        rules, bounds, last = staged.rules.tensor[:, : blocks.count].unbind()
         rules, bounds, last = rules.long(), bounds.view(torch.float32), last.bool()
         masked, ids = sent[0].view(shape).bool(), sent[1].view(shape).long()
         return unmask(logits.view(*shape, -1), masked, ids, params, rules, bounds, last, everything=blocks.everything)
 
-    def _verify(self, causal: CausalSamples, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
+    def _verify(self, staged: StagedSamples, targets: Tensor, owners: Tensor, positions: Tensor) -> Tensor | None:
         """How many drafted bytes agree with their targets, int64 [drafts]; None where nothing is verified."""
-        if causal.drafts is None:
+        if staged.causal.drafts is None or staged.drafts is None:
             return None
-        sent = self._staging["drafts"].send()[:, : len(causal.drafts[1])]
+        sent = staged.drafts.tensor[:, : len(staged.causal.drafts[1])]
         rows, lengths = sent[1:].T, sent[0].long()
         # What still stands where the targets will go is the draft.
         drafted = rows[:, :-1]
@@ -275,6 +299,10 @@ class StagedSamples:
     penalized: bool
     extra: list[tuple[int, abc.Sequence[int]]]
     masks: Masks | None
+    #: What was staged: of samples int32 [6, samples], of blocks' steps [3, blocks], of drafts [1 + longest, drafts].
+    samples: Part
+    rules: Part | None
+    drafts: Part | None
 
     def results(self, fetched: list[np.ndarray]) -> list[Result]:
         """The results of all sequences, from the fetched arrays of `Sampler.choose`."""

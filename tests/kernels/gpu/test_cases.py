@@ -45,5 +45,9 @@ def test_attention_and_hash_embedding() -> None:
     run("attention", "hash_embedding")
 
 
+def test_merged_modules_and_rounds() -> None:
+    run("merged", "rounds")
+
+
 def test_the_whole_engine() -> None:
     run("engine")

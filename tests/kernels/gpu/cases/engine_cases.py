@@ -16,14 +16,15 @@ from fastblt.server.request import DecodingMethod, DecodingParams, Request, Samp
 from tests.server.harness import run, settings
 from tests.tiny import shallow_model
 
-BYTES = 24
+BYTES = 6
 METHODS = {
     "blt": DecodingParams(DecodingMethod.BLT),
-    "blt-s": DecodingParams(DecodingMethod.BLT_S, draft_length=6),
+    "blt-s": DecodingParams(DecodingMethod.BLT_S, draft_length=3),
     "blt-d": DecodingParams(
         DecodingMethod.BLT_D, block_size=8, unmasking=Unmasking.CONFIDENCE, confidence_threshold=0.1
     ),
     "blt-dv": DecodingParams(DecodingMethod.BLT_DV, block_size=8, unmasking=Unmasking.ENTROPY, entropy_bound=8.0),
+    "blt-dsv": DecodingParams(DecodingMethod.BLT_DSV, block_size=4, draft_length=8),
 }
 OPTIONS = ({"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0}, {"temperature": 1.0, "repetition_penalty": 1.2})
 
@@ -55,5 +56,8 @@ def test_every_method_gives_the_torch_path_s_bytes(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(GridExecutor, "__call__", noted)
     assert outputs(model) == expected
-    names = ("select", "unmask", "verify", "write", "attend", "hash")
+    modules = ("begin", "add_norm", "swiglu", "write", "attend", "cross", "finish", "hash", "entropy")
+    upstream = ("peak", "pool", "norm_many", "store")
+    # The penalized request of BLT-D goes step by step, the others by rounds.
+    names = (*modules, *upstream, "linear", "select", "unmask", "place", "settle")
     assert launched == {f"{name}_kernel" for name in names}

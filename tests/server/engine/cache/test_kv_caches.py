@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from fastblt.server.engine.cache import kv_caches
 from fastblt.server.engine.cache.kv_caches import OVERSHOOT, KvCaches
+from fastblt.server.engine.device_queue import DeviceQueue
 from tests.server.harness import model, settings
 
 
 def caches(**overrides: object) -> KvCaches:
     blt = model(3)
     chosen = settings(max_running=4, max_pass_rows=32, **overrides)
-    return KvCaches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
+    return KvCaches(blt, blt.config, chosen, DeviceQueue(torch.device("cpu")), torch.float32)
 
 
 @hypothesis_settings(deadline=None, max_examples=40)
@@ -64,7 +65,9 @@ def test_pages_balance_over_random_use(seed: int) -> None:
 def test_few_and_short_requests_need_no_room_for_a_whole_pass() -> None:
     blt = model(3)
     small = settings(max_running=1, max_model_len=100, max_pass_rows=4096, cache_bytes=None)
-    assert KvCaches(blt, blt.config, small, torch.device("cpu"), torch.float32).max_length == 100 + OVERSHOOT
+    assert (
+        KvCaches(blt, blt.config, small, DeviceQueue(torch.device("cpu")), torch.float32).max_length == 100 + OVERSHOOT
+    )
 
 
 def test_too_little_memory_says_how_much_is_needed() -> None:

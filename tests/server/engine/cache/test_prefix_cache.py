@@ -26,6 +26,7 @@ from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.cache.page_pool import PagePool
 from fastblt.server.engine.cache.prefix_cache import PrefixCache
 from fastblt.server.engine.cache.prefix_tree import Node
+from fastblt.server.engine.device_queue import DeviceQueue
 from fastblt.server.engine.sequence import Patch, Sequence
 from fastblt.server.request import DecodingParams, Request, SamplingParams
 from tests.server.harness import model, settings
@@ -50,7 +51,7 @@ class World:
     def __init__(self, which: int, rows: int = 4, **overrides: object) -> None:
         blt = model(which)
         chosen = settings(max_running=rows, max_pass_rows=32, max_model_len=160, **overrides)
-        self.caches = KvCaches(blt, blt.config, chosen, torch.device("cpu"), torch.float32)
+        self.caches = KvCaches(blt, blt.config, chosen, DeviceQueue(torch.device("cpu")), torch.float32)
         # Few enough to run out of.
         self.caches.latent_pool = PagePool(40)
         self.prefix = PrefixCache(self.caches, enabled=True)

@@ -6,21 +6,19 @@ from torch import Tensor
 from fastblt.server.engine.device.cuda_graphs import CudaGraphs
 
 
-def test_a_key_replays_its_first_function_over_new_columns() -> None:
+def test_a_key_replays_its_first_function_over_what_it_reads() -> None:
     graphs = CudaGraphs(torch.device("cpu"))
-    made: list[str] = []
+    columns = torch.arange(4, dtype=torch.int32)
 
-    def double(columns: Tensor) -> Tensor:
-        made.append("double")
-        return columns * 2
+    def double() -> tuple[Tensor, ...]:
+        return columns * 2, columns + 1
 
-    def never(columns: Tensor) -> Tensor:
+    def never() -> tuple[Tensor, ...]:
         raise AssertionError("the key has a function already")
 
-    first = torch.arange(4, dtype=torch.int32)
-    assert graphs.run(("a", 4), first, double).tolist() == [0, 2, 4, 6]
-    assert graphs.run(("a", 4), first + 1, never).tolist() == [2, 4, 6, 8]
-    # Another key is another shape, and what was captured has kept nothing of the caller's memory.
-    assert graphs.run(("a", 2), first[:2], double).tolist() == [0, 2]
-    first.zero_()
-    assert graphs.run(("a", 4), torch.full((4,), 5, dtype=torch.int32), never).tolist() == [10] * 4
+    assert [made.tolist() for made in graphs.run(("a", 4), double)] == [[0, 2, 4, 6], [1, 2, 3, 4]]
+    columns += 1
+    assert [made.tolist() for made in graphs.run(("a", 4), never)] == [[2, 4, 6, 8], [2, 3, 4, 5]]
+    # Another key is another shape.
+    assert graphs.run(("a", 2), lambda: (columns[:2] * 2,))[0].tolist() == [2, 4]
+    assert len(graphs) == 2
