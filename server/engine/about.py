@@ -8,6 +8,7 @@ from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu import native
 from fastblt.kernels.cpu.threads import threads
 from fastblt.models.blt import Blt
+from fastblt.server.engine.device.devices import dtype_of
 from fastblt.server.engine.engine import Engine
 from fastblt.server.engine.stats import EngineAbout
 
@@ -25,4 +26,5 @@ def about(engine: Engine) -> EngineAbout:
         code = f"{count} thread{'s' if count > 1 else ''}, {native.status()}"
     else:
         code = "torch"
-    return EngineAbout(weights, settings.dtype, settings.device, code, engine.cache_bytes)
+    dtype = str(dtype_of(settings.dtype, device)).removeprefix("torch.")
+    return EngineAbout(weights, dtype, settings.device, code, engine.cache_bytes)

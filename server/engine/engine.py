@@ -378,5 +378,3 @@ class Engine:
 def _ready(running: list[Sequence]) -> list[Planned]:
     """Those whose plan only waits for a decoder pass, oldest first."""
     return [(sequence, plan) for sequence in running if sequence.ready and (plan := sequence.plan) is not None]
-
-

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastblt.models.checkpoint import check_device
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 #: cudaErrorMemoryAllocation: the one error of a GPU's runtime after which it goes on.
@@ -15,21 +17,12 @@ class DeviceLostError(RuntimeError):
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name, with its index. Raises ValueError if there is none here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}") from None
+    """The device of that name, a GPU with its index. Raises ValueError if there is none here."""
+    check_device(name)
+    device = torch.device(name)
     if device.type != "cuda":
         return device
-    if not torch.cuda.is_available():
-        build = "sees no GPU" if torch.version.cuda or torch.version.hip else "is for CPUs only"
-        raise ValueError(f"device {name!r}: this PyTorch ({torch.__version__}) {build}; use device 'cpu'")
-    count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise ValueError(f"device {name!r}: there are {count} GPUs, from cuda:0 on")
-    return torch.device("cuda", index)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:

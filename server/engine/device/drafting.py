@@ -20,7 +20,7 @@ from fastblt.models.vocabulary import MASK_ID
 if TYPE_CHECKING:
     from fastblt.server.engine.device.rounds import RoundPasses
 
-#: Missing bytes up to which single rows take as few passes as a block and its filter; as in `decoding/blt_dsv.py`.
+#: Missing bytes up to which single rows take as few passes as a block and its filter; as in `kernels/cpu/filtered.c`.
 _FEW = 2
 
 #: Most steps of a block.

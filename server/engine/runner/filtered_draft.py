@@ -9,9 +9,9 @@ from fastblt.kernels.cpu.decoder_steps import CORRECTED, PASSED
 
 class FilteredDraft:
     """A draft of as many bytes as `origins` (`ALONE`, `PASSED`, `CORRECTED`), of blocks of up to `block` bytes, made in
-    so many passes of the decoder."""
+    so many passes of the decoder. It should have had `length` bytes: a device apart may end it early."""
 
-    def __init__(self, origins: Sequence[int], block: int, passes: int) -> None:
+    def __init__(self, origins: Sequence[int], block: int, passes: int, length: int) -> None:
         #: Of every inner round, the size of its block.
         self.blocks: list[int] = []
         self.passed = 0
@@ -20,7 +20,7 @@ class FilteredDraft:
             self.passed += origin == PASSED
             if origin == CORRECTED:
                 # As the round began, a byte behind the block's last was to come from the filter.
-                self.blocks.append(min(block, len(origins) - at - 1))
+                self.blocks.append(min(block, length - at - 1))
                 at = end
         #: Bytes behind the last round, each a row of its own.
         self.singles = len(origins) - at

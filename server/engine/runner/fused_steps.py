@@ -224,9 +224,8 @@ class FusedSteps:
             draft = result.next_draft = DraftResult(bad=drafts.bad[line], steps=steps)
             if plan.next_block:
                 if not draft.bad:
-                    # A device apart may have made less than was asked for.
-                    size = int(np.count_nonzero(drafts.fixed[line, :size]))
-                    made = FilteredDraft(drafts.fixed[line, :size].tolist(), plan.next_block, steps)
+                    length, size = size, int(np.count_nonzero(drafts.fixed[line, :size]))
+                    made = FilteredDraft(drafts.fixed[line, :size].tolist(), plan.next_block, steps, length)
                     filtered.append(made)
                     self._filtered(ledger, made, draft, ids[:size], start)
                     # BLT's last byte may have been through the entropy model already.

@@ -32,7 +32,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu_is_said_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"device 'cuda': this PyTorch .* use device 'cpu'"):
+    with pytest.raises(ValueError, match="leave --device out"):
         LLM(device="cuda")
 
 
@@ -40,7 +40,7 @@ def test_devices_by_name(two_gpus: list[torch.device]) -> None:
     assert [device_of(name) for name in ("cpu", "cuda", "cuda:1")] == [
         torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")
     ]
-    for name, says in (("cuda:2", "there are 2 GPUs"), ("gpu", "must be cpu, cuda"), ("", "must be cpu, cuda")):
+    for name, says in (("cuda:2", "has 2 GPUs"), ("gpu", "give cpu, cuda"), ("", "give cpu, cuda")):
         with pytest.raises(ValueError, match=says):
             device_of(name)
     assert [dtype_of(None, torch.device(name)) for name in ("cpu", "cuda")] == [torch.float32, torch.bfloat16]
