@@ -93,11 +93,12 @@ def measure(
     setting: Sequence[str] = ("blt", "blt-s k16", "blt-dv-8 1step", "blt-dsv-4 k16"),
     input_len: int = 32,
     length: int = 64,
-    cache_size: str = "1GiB",
+    cache_size: str = "3GiB",
 ) -> dict[str, Any]:
     """Print and return the figures. `setting` begins with blt."""
     watch, began = Watch(), time.perf_counter()
     options = ("--weights", weights, "--cache-size", cache_size, "--no-prefix-cache", "--max-running", "8")
+    options += ("--max-model-len", "2048")
     result: dict[str, Any] = {**measured_with(), "weights": weights, "settings": {}}
     [ids] = held_out_prompts(1, input_len)
     prompt = decode(ids[1:])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastblt.benchmarks.machine import checkpoint_digest
 from fastblt.benchmarks.markdown import day, table
-from fastblt.benchmarks.report import engine_tables, gpu_tables, load_tables, method_tables
+from fastblt.benchmarks.report import engine_tables, gpu_tables, load_tables, method_tables, narrow_tables
 from fastblt.benchmarks.report.facts import Results, headline
 from fastblt.server.settings import PRETRAINED
 
@@ -59,6 +59,17 @@ TABLES = {
         ("roofline-512.json",),
         method_tables.predicted,
     ),
+    "narrow": Table(
+        "python -m fastblt.benchmarks.savings.narrow --batch 1 --length 32 --rounds 2 --budget 0.03",
+        ("narrow-1b.json",),
+        narrow_tables.speed,
+    ),
+    "narrow-quality": Table(
+        "python -m fastblt.benchmarks.checks.weights --num-prompts 12 --output-len 64",
+        ("weights.json",),
+        narrow_tables.quality,
+    ),
+    "maps": Table("python -m fastblt.benchmarks.kernels.maps --rounds 2", ("maps.json",), narrow_tables.maps),
     "streams": Table(_ALL, ("report/sweep-*.json",), load_tables.streams),
     "traces": Table(_ALL, ("report/trace-*.json", "report/saturation-*.json"), load_tables.traces),
     "peers": Table(_ALL, ("report/peer-*.json",), load_tables.peers),
@@ -126,7 +137,8 @@ def _origin(results: Results) -> str:
         (result.get("part") or {}).get("checkpoint") or result.get("checkpoint", {}).get("sha256")
         for result in results.values()
     }
-    return when if digests <= {_shipped()} else f"{when}, an earlier checkpoint"
+    # Without a digest: of no checkpoint.
+    return when if digests <= {_shipped(), None} else f"{when}, an earlier checkpoint"
 
 
 @cache
