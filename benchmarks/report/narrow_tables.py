@@ -67,3 +67,25 @@ def maps(results: Results) -> str:
     kinds = list(next(iter(result["milliseconds"].values())))
     rows = [[count, *(f"{own[kind]:.2f}" for kind in kinds)] for count, own in result["milliseconds"].items()]
     return table(("rows", *kinds), rows)
+
+
+def large(results: Results) -> str:
+    """A large checkpoint over HTTP."""
+    rows = [
+        [
+            result["weights"],
+            f"{result['start_seconds']:.0f} s",
+            f"{result['stays_gib']:.1f}, {result['start_peak_gib']:.1f}",
+            name,
+            f"{row['bytes_per_second']:.1f}",
+            percent(row["read_share"]),
+            "yes" if row["equal"] else "no",
+        ]
+        for result in results.values()
+        for name, row in result["settings"].items()
+    ]
+    columns = (
+        *("weights", "start", "GiB that stay, peak", "method", "bytes a second"),
+        *("of the read bandwidth, %", "bytes of blt"),
+    )
+    return table(columns, rows)

@@ -64,6 +64,7 @@ TABLES = {
         ("narrow-1b.json",),
         narrow_tables.speed,
     ),
+    "narrow-large": Table("python -m fastblt.benchmarks.load.large FOLDER", ("large-*.json",), narrow_tables.large),
     "narrow-quality": Table(
         "python -m fastblt.benchmarks.checks.weights --num-prompts 12 --output-len 64",
         ("weights.json",),
