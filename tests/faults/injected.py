@@ -29,9 +29,10 @@ def load(settings: EngineSettings) -> Any:
     import torch
 
     from fastblt.server.engine import engine as module
+    from fastblt.server.engine import load as loading
 
     faults = _faults()
-    load_checkpoint = module.load_checkpoint
+    load_checkpoint = loading.load_checkpoint
 
     def load_poisoned(*args: Any, **more: Any) -> Any:
         model = load_checkpoint(*args, **more)
@@ -40,7 +41,7 @@ def load(settings: EngineSettings) -> Any:
         return model
 
     if faults.get("poison"):
-        module.load_checkpoint = load_poisoned
+        loading.load_checkpoint = load_poisoned
     engine = module.Engine.load(settings)
     real, calls = engine._runner.decode, 0
 
