@@ -97,8 +97,8 @@ def measure(
 ) -> dict[str, Any]:
     """Print and return the figures. `setting` begins with blt."""
     watch, began = Watch(), time.perf_counter()
-    options = ("--weights", weights, "--cache-size", cache_size, "--no-prefix-cache", "--max-running", "8")
-    options += ("--max-model-len", "2048")
+    options = ["--weights", weights, "--cache-size", cache_size, "--no-prefix-cache", "--max-running", "8"]
+    options += ["--max-model-len", "2048"]
     result: dict[str, Any] = {**measured_with(), "weights": weights, "settings": {}}
     [ids] = held_out_prompts(1, input_len)
     prompt = decode(ids[1:])

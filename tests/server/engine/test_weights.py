@@ -79,7 +79,6 @@ def test_narrow_weights_give_the_bytes_and_less_to_read(folder: Path) -> None:
     [
         ({"weights": "int4"}, "weights must be auto, float32"),
         ({"weights": "int8", "dtype": "bfloat16"}, "int8 need a CPU and dtype float32"),
-        ({"weights": "bfloat16", "device": "cuda"}, "bfloat16 need a CPU and dtype float32"),
     ],
 )
 def test_weights_that_cannot_be(change: dict[str, str], message: str) -> None:
