@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import os
 
-# Both must be set before triton is imported.
-os.environ.setdefault("FASTBLT_KERNELS", "triton")
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if __name__ == "__main__":
+    # Both must be set before triton is imported; but not where this module is only imported, since child processes
+    # would have them too.
+    os.environ.setdefault("FASTBLT_KERNELS", "triton")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -9,7 +9,7 @@ from fastblt.benchmarks.load.large import descendants, own_memory
 
 def test_memory_of_a_process_is_counted_without_files() -> None:
     before = own_memory(os.getpid())
-    block = np.ones(2**25, dtype=np.uint8)
+    block = np.ones(2**28, dtype=np.uint8)
     assert own_memory(os.getpid()) - before > 0.9 * block.nbytes
     assert own_memory(2**22 + 1) == 0
 
