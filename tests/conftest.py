@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ _runs_a_quick_test = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Shells start background jobs with SIGINT ignored. Then nothing that a test starts could be interrupted either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: in one of the places that tests/conftest.py names")
 
 
