@@ -183,7 +183,7 @@ def throughput(
 
 
 #: The repository's own report in a checkout, elsewhere a folder of this one's.
-REPORT = Path("docs/benchmarks/report") if Path("docs/benchmarks/report").is_dir() else Path("bench-report")
+REPORT = Path("docs/benchmarks") if Path("docs/benchmarks").is_dir() else Path("bench-report")
 
 
 @app.command()

@@ -1,8 +1,7 @@
 """A large checkpoint served over HTTP on a CPU: start, memory, and bytes a second beside what reading weights allows.
 
-    fastblt widen models/pretrained /tmp/7b --shape 7b --weights bfloat16
-    python -m fastblt.benchmarks.load.large /tmp/7b
-    python -m fastblt.benchmarks.load.large /tmp/7b --weights int8
+    python -m fastblt.benchmarks.load.large                    the shipped model at the 7B shape: 15 GB on the disk
+    python -m fastblt.benchmarks.load.large --weights int8
 
 `start` is the time from the command until the server is ready. Memory is the engine process's own, without pages of
 files: the most that it had when the server was ready (`start peak`), what it has then (`stays`), and the most at the
@@ -15,12 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastblt.benchmarks.command import command
 from fastblt.benchmarks.load.serving import Server, serving
@@ -29,6 +31,8 @@ from fastblt.benchmarks.markdown import Table
 from fastblt.benchmarks.prompts import held_out_prompts
 from fastblt.benchmarks.settings import decoding
 from fastblt.models.vocabulary import decode
+from fastblt.models.widen import paper_shape, widen_checkpoint
+from fastblt.server.settings import PRETRAINED
 
 _GIB = 2**30
 
@@ -87,19 +91,31 @@ def complete(server: Server, prompt: bytes, setting: str, length: int) -> tuple[
 
 
 def measure(
-    folder: Path,
     *,
+    model: str = str(PRETRAINED),
+    shape: str = "7b",
     weights: str = "auto",
     setting: Sequence[str] = ("blt", "blt-s k16", "blt-dv-8 1step", "blt-dsv-4 k16"),
     input_len: int = 32,
     length: int = 64,
     cache_size: str = "3GiB",
 ) -> dict[str, Any]:
-    """Print and return the figures. `setting` begins with blt."""
+    """Print and return the figures of the model, widened to `shape` in a temporary folder. `setting` begins with blt."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / shape
+        widen_checkpoint(model, folder, paper_shape(shape), torch.bfloat16)
+        result = serve(folder, weights, setting, input_len, length, cache_size)
+    return measured_with(model) | {"shape": shape, "weights": weights} | result
+
+
+def serve(
+    folder: Path, weights: str, setting: Sequence[str], input_len: int, length: int, cache_size: str
+) -> dict[str, Any]:
+    """Figures of a server of the checkpoint in `folder`."""
     watch, began = Watch(), time.perf_counter()
     options = ["--weights", weights, "--cache-size", cache_size, "--no-prefix-cache", "--max-running", "8"]
     options += ["--max-model-len", "2048"]
-    result: dict[str, Any] = {**measured_with(), "weights": weights, "settings": {}}
+    result: dict[str, Any] = {"settings": {}}
     [ids] = held_out_prompts(1, input_len)
     prompt = decode(ids[1:])
     with serving(str(folder), options) as server:

@@ -62,7 +62,7 @@ def traces(results: Results) -> str:
         rows.append(
             [
                 words,
-                f"{results[f'saturation-{name}']['request_throughput']:.1f}",
+                f"{results[f'trace-{name}-saturation']['request_throughput']:.1f}",
                 f"{trace['request_throughput']:.1f}",
                 number(trace["output_byte_throughput"]),
                 f"{percent(trace['good_requests'] / trace['num_prompts'])} %",
@@ -104,6 +104,44 @@ def peers(results: Results) -> str:
     if rows:
         parts.append(table(("server of a token-level model", "clients", "bytes a second of its text", "failed"), rows))
     return "\n\n".join(parts)
+
+
+def fairness(results: Results) -> str:
+    """What a short request a second feels beside long prompts and long outputs, and what sharing work saves."""
+    rows = []
+    for name, result in results.items():
+        kind, _, count = name.removeprefix("fairness-").partition("-")
+        if kind == "shared":
+            continue
+        words = f"{count} prompts of 30,000 bytes" if kind == "prompts" else "64 outputs of 2,000 bytes"
+        milliseconds = (result[key] for key in ("first_byte_p50_s", "first_byte_p95_s", "gap_p99_s"))
+        rate = result["prompt_bytes_per_second" if kind == "prompts" else "bytes_per_second"]
+        rows.append([words, *(number(round(1000 * value)) for value in milliseconds), number(rate)])
+    columns = (
+        *("beside", "first byte of a short request, ms, p50", "p95", "gaps of a stream, ms, p99"),
+        "bytes a second of the long ones",
+    )
+    shared = results["fairness-shared"]
+    text = (
+        f"Sixteen choices of one prompt of 20,000 bytes take {shared['n_over_one']:.2f} times as long to their first "
+        "bytes as one; eight requests with the same first 8,000 bytes "
+        f"{shared['at_once_over_one_after_another']:.2f} times as long at once as one after another."
+    )
+    return f"{table(columns, rows)}\n\n{text}"
+
+
+def starvation(results: Results) -> str:
+    """The longest wait of a simulated hour."""
+    [result] = results.values()
+    rows = [
+        ["requests", number(result["requests"])],
+        *(
+            [f"first byte, s, {words}", f"{result[f'first_byte_{key}_s']:.2f}"]
+            for key, words in (("p50", "median"), ("p99", "p99"), ("max", "longest"))
+        ),
+        ["longest wait, over its bound", f"{result['longest_wait_over_bound']:.2f}"],
+    ]
+    return table(("random arrivals at 95 % load, simulated", ""), rows)
 
 
 def front(results: Results) -> str:

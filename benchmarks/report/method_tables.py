@@ -9,6 +9,7 @@ from fastblt.benchmarks.savings.methods import MOST_LOOPS
 _SHIPPED = {"greedy": "greedy", "sampled": "T = 0.8"}
 _HEADLINE = (
     *("blt-s k4", "blt-s k8", "blt-s k16", "blt-dv-4 1step", "blt-dv-8 1step", "blt-dv-16 1step"),
+    *("blt-dsv-4 k16", "blt-dsv-4 k32", "blt-dsv-8 k32"),
     *("blt-d-4 a0.7", "blt-d-8 a0.7", "blt-d-16 a0.7"),
 )
 
@@ -114,3 +115,17 @@ def auto(results: Results) -> str:
         cells = [number(rate) for rate in row["bytes_per_second"].values()]
         rows.append([f"{batch}, {words}", *cells, f"{row['over']['blt']:.2f}", f"{fixed[best]:.2f} ({best})"])
     return table(("requests", *names, "`auto` over `blt`", "over the best lossless"), rows)
+
+
+def fresh(results: Results) -> str:
+    """`auto` compared with fixed settings on servers that have just started."""
+    [result] = results.values()
+    measured = {name: row for name, row in result.items() if " clients, " in name}
+    names = list(next(iter(measured.values()))["bytes_per_second"])
+    rows = []
+    for name, row in measured.items():
+        clients, temperature = name.split(" clients, ")
+        words = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
+        cells = [number(rate) for rate in row["bytes_per_second"].values()]
+        rows.append([f"{clients}, {words}", *cells, f"{row['over_blt']:.2f}", f"{row['over_best']:.2f}"])
+    return table(("clients", *names, "`auto` over `blt`", "over the best"), rows)

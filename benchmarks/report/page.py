@@ -37,7 +37,8 @@ dt { color: var(--quiet); } dd { margin: 0; font-weight: 600; } tr.loops td { co
 
 def write_report(folder: Path) -> Path:
     """Draw the charts and write `report.html` into the folder of the results. Raises ValueError without results."""
-    results = load_results(folder)
+    # Files without `part` were made by other commands.
+    results = {name: result for name, result in load_results(folder).items() if "part" in result}
     if not results:
         raise ValueError(f"{folder} has no results; run `fastblt bench all` first")
     charts = draw_all(results, folder)
@@ -137,7 +138,7 @@ def _loads(results: Results) -> str:
     )  # fmt: skip
     rows, notes = [], []
     for name, result in results.items():
-        if not name.startswith(("sweep-", "trace-", "saturation-", "peer-llama", "peer-transformers-serve")):
+        if not name.startswith(("sweep-", "trace-", "peer-llama", "peer-transformers-serve")):
             continue
         good = result["request_goodput"]
         cells = [

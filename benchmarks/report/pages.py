@@ -30,79 +30,52 @@ DATA = ROOT / "docs" / "benchmarks"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "operations", "performance")))
 
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-_ALL = "fastblt bench all --traces FOLDER"
+_HEADLINE = ("methods-*.json", "sweep-*.json", "trace-*.json", "peer-*.json")
 _GPU = "python -m fastblt.benchmarks.savings.gpu_prediction"
-_CONSTRAINTS = "python -m fastblt.benchmarks.checks.constraints --outputs 100 --utf8 500"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page. `command` made the files that match the patterns `files` under docs/benchmarks. `render` gets
-    their contents by file stem."""
+    """A table of a page, made of the files under docs/benchmarks that match the patterns `files`. `render` gets their
+    contents by file stem. `fastblt bench all` makes the files, unless there is another `command`."""
 
-    command: str
     files: tuple[str, ...]
     render: Callable[[Results], str]
+    command: str | None = None
 
 
 TABLES = {
-    "headline": Table(_ALL, ("report/*.json",), lambda results: table(("measured", ""), headline(results))),
-    "capacity": Table(_ALL, ("report/sweep-auto-*.json",), load_tables.capacity),
-    "saved": Table(_ALL, ("report/methods-*.json",), method_tables.saved),
-    "drafts": Table(_ALL, ("report/methods-*-b8.json",), method_tables.drafts),
-    "latent": Table(_ALL, ("report/methods-*-b8.json",), method_tables.latent),
-    "predicted": Table(
-        "python -m fastblt.benchmarks.savings.roofline --rounds 5", ("roofline.json",), method_tables.predicted
-    ),
-    "predicted-alone": Table(
-        "python -m fastblt.benchmarks.savings.roofline --batch 1 --length 512 --rounds 5",
-        ("roofline-512.json",),
-        method_tables.predicted,
-    ),
-    "narrow": Table(
-        "python -m fastblt.benchmarks.savings.narrow --batch 1 --length 32 --rounds 2 --budget 0.03",
-        ("narrow-1b.json",),
-        narrow_tables.speed,
-    ),
-    "narrow-large": Table("python -m fastblt.benchmarks.load.large FOLDER", ("large-*.json",), narrow_tables.large),
-    "narrow-quality": Table(
-        "python -m fastblt.benchmarks.checks.weights --num-prompts 12 --output-len 64",
-        ("weights.json",),
-        narrow_tables.quality,
-    ),
-    "maps": Table("python -m fastblt.benchmarks.kernels.maps --rounds 2", ("maps.json",), narrow_tables.maps),
-    "streams": Table(_ALL, ("report/sweep-*.json",), load_tables.streams),
-    "traces": Table(_ALL, ("report/trace-*.json", "report/saturation-*.json"), load_tables.traces),
-    "peers": Table(_ALL, ("report/peer-*.json",), load_tables.peers),
-    "front": Table("python -m fastblt.benchmarks.load.front --rounds 4", ("front.json",), load_tables.front),
-    "page": Table("python -m fastblt.benchmarks.load.page --num-prompts 96", ("page.json",), load_tables.page),
-    "soak": Table("python -m fastblt.benchmarks.checks.soak", ("soak.json",), load_tables.soak),
-    "auto": Table("python -m fastblt.benchmarks.engine.speed auto --rounds 7", ("auto.json",), method_tables.auto),
-    "overhead": Table(
-        "python -m fastblt.benchmarks.engine.speed overhead --rounds 5", ("overhead.json",), engine_tables.overhead
-    ),
-    "host-time": Table(
-        "python -m fastblt.benchmarks.engine.host_time --steps 150 --rounds 6",
-        ("host_time.json",),
-        engine_tables.host_time,
-    ),
-    "holding": Table("python -m fastblt.benchmarks.engine.holding weights", ("holding.json",), engine_tables.holding),
-    "hold-time": Table(
-        "python -m fastblt.benchmarks.engine.holding latency", ("hold_sweep.json",), engine_tables.hold_time
-    ),
-    "lossless": Table(
-        "python -m fastblt.benchmarks.checks.lossless --processes 2", ("lossless.json",), engine_tables.lossless
-    ),
-    "modes": Table(
-        "python -m fastblt.benchmarks.engine.speed modes --rounds 2", ("modes.json",), engine_tables.default_mode
-    ),
-    "gpu-kernels": Table(_GPU, ("gpu_prediction.json",), gpu_tables.kernels),
-    "gpu-rounds": Table(_GPU, ("gpu_prediction.json",), gpu_tables.rounds),
-    "gpu-predicted": Table(_GPU, ("gpu_prediction.json",), gpu_tables.predicted),
-    "gpu-arithmetic": Table(_GPU, ("gpu_prediction.json",), gpu_tables.arithmetic),
-    "schemas": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.schemas),
-    "utf8": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.utf8),
-    "constraint-cost": Table(_CONSTRAINTS, ("constraints.json",), engine_tables.constraint_cost),
+    "headline": Table(_HEADLINE, lambda results: table(("measured", ""), headline(results))),
+    "capacity": Table(("sweep-auto-*.json",), load_tables.capacity),
+    "saved": Table(("methods-*.json",), method_tables.saved),
+    "drafts": Table(("methods-*-b8.json",), method_tables.drafts),
+    "latent": Table(("methods-greedy-b8.json", "methods-sampled-b8.json"), method_tables.latent),
+    "predicted": Table(("roofline.json",), method_tables.predicted),
+    "predicted-alone": Table(("roofline-512.json",), method_tables.predicted),
+    "narrow": Table(("narrow-1b.json",), narrow_tables.speed),
+    "narrow-large": Table(("large-*.json",), narrow_tables.large),
+    "narrow-quality": Table(("weights.json",), narrow_tables.quality),
+    "maps": Table(("maps.json",), narrow_tables.maps),
+    "streams": Table(("sweep-*.json",), load_tables.streams),
+    "traces": Table(("trace-*.json",), load_tables.traces),
+    "peers": Table(("peer-*.json",), load_tables.peers),
+    "front": Table(("front.json",), load_tables.front),
+    "page": Table(("page.json",), load_tables.page),
+    "soak": Table(("soak.json",), load_tables.soak),
+    "auto": Table(("auto.json",), method_tables.auto),
+    "overhead": Table(("overhead.json",), engine_tables.overhead),
+    "host-time": Table(("host_time.json",), engine_tables.host_time),
+    "holding": Table(("holding.json",), engine_tables.holding),
+    "hold-time": Table(("hold_sweep.json",), engine_tables.hold_time),
+    "lossless": Table(("lossless.json",), engine_tables.lossless),
+    "modes": Table(("modes.json",), engine_tables.default_mode),
+    "gpu-kernels": Table(("gpu_prediction.json",), gpu_tables.kernels, _GPU),
+    "gpu-rounds": Table(("gpu_prediction.json",), gpu_tables.rounds, _GPU),
+    "gpu-predicted": Table(("gpu_prediction.json",), gpu_tables.predicted, _GPU),
+    "gpu-arithmetic": Table(("gpu_prediction.json",), gpu_tables.arithmetic, _GPU),
+    "schemas": Table(("constraints.json",), engine_tables.schemas),
+    "utf8": Table(("constraints.json",), engine_tables.utf8),
+    "constraint-cost": Table(("constraints.json",), engine_tables.constraint_cost),
 }
 
 
@@ -121,7 +94,17 @@ def block(name: str, page: Path) -> str:
     if not results:
         raise ValueError(f"no file under docs/benchmarks matches {', '.join(one.files)}, of which {name} is made")
     links = ", ".join(f"[{pattern}]({_link(pattern, page)})" for pattern in one.files)
-    return f"{one.render(results)}\n\n`{one.command}`; {links}; {_origin(results)}."
+    command = one.command or " ".join(["fastblt bench all", *_only(list(results))])
+    return f"{one.render(results)}\n\n`{command}`; {links}; {_origin(results)}."
+
+
+def _only(names: list[str]) -> list[str]:
+    """The options of `fastblt bench all` that make these files."""
+    first, last = min(names), max(names)
+    same = next((at for at, letter in enumerate(first) if letter != last[at]), len(first))
+    common = first[:same].rstrip("-")
+    traces = ["--traces FOLDER"] if any(name.startswith("trace-") for name in names) else []
+    return traces + ([f"--only {common}"] if common else [])
 
 
 def _link(pattern: str, page: Path) -> str:

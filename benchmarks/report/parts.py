@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastblt.benchmarks.report.scripts import SCRIPTS, Script
+
 #: Traces are replayed at this share of the server's highest rate.
 NEAR_SATURATION = 0.9
 #: Service levels of good requests, in milliseconds.
@@ -55,7 +57,12 @@ class Plan:
     parts: list[Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parts = [*self._methods(), *self._sweeps(), *self._replays(), *self._peers(), *self._large()]
+        scripts = [self._script(name, script) for name, script in SCRIPTS.items()]
+        self.parts = [*self._methods(), *self._sweeps(), *self._replays(), *self._peers(), *self._large(), *scripts]
+
+    def _script(self, name: str, script: Script) -> Part:
+        arguments = script.arguments(self.model, self.quick)
+        return Part(name, lambda _earlier, _url: arguments, large=script.large)
 
     def _methods(self) -> list[Part]:
         parts = []
@@ -97,7 +104,7 @@ class Plan:
             sizes += ["--max-prompt-bytes", "4000", "--max-output-bytes", "1000"]
             for level in LEVELS:
                 sizes += ["--goodput", level]
-            first = f"saturation-{name}"
+            first = f"trace-{name}-saturation"
             rushed = ["--trace-rate", "1000", "--num-prompts", "20" if self.quick else "100", "--trace-first", "1000"]
             parts.append(_bench(first, "serve", *sizes, *rushed, server=("fastblt",)))
             parts.append(

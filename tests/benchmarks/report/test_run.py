@@ -28,9 +28,9 @@ def test_plan_has_every_part_once(tmp_path: Path) -> None:
 def test_traces_are_replayed_near_what_the_server_can_take(tmp_path: Path) -> None:
     plan = Plan("model", tmp_path)
     [part] = [part for part in plan.parts if part.name == "trace-code"]
-    arguments = part.command({"saturation-code": {"request_throughput": 2.0}}, "URL")
+    arguments = part.command({"trace-code-saturation": {"request_throughput": 2.0}}, "URL")
     assert float(arguments[arguments.index("--trace-rate") + 1]) == pytest.approx(2 * NEAR_SATURATION)
-    with pytest.raises(LookupError, match="saturation-code"):
+    with pytest.raises(LookupError, match="trace-code-saturation"):
         part.command({}, "URL")
 
 
