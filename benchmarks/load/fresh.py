@@ -3,8 +3,8 @@
     python -m fastblt.benchmarks.load.fresh    1, 8 and 32 clients, greedy and at 0.8
 
 Every client sends one request after another, of 128 to 256 bytes to complete; the first ones come when /ready says so.
-Each round starts a server for `auto`, which knows nothing yet of this machine's load, and one on which the fixed settings
-follow each other. Medians count.
+Each round starts a server for `auto`, which knows nothing yet of this machine's load, and one on which the fixed
+settings follow each other. Medians count.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def measure(
     length: int = 64,
     cache_size: str = "3GiB",
 ) -> dict[str, Any]:
-    """Print and return the figures of the model, widened to `shape` in a temporary folder. `setting` begins with blt."""
+    """Print and return the figures of the model, widened to `shape` on the disk. `setting` begins with blt."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / shape
         widen_checkpoint(model, folder, paper_shape(shape), torch.bfloat16)
