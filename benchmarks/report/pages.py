@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastblt.benchmarks.machine import checkpoint_digest
 from fastblt.benchmarks.markdown import day, table
-from fastblt.benchmarks.report import engine_tables, gpu_tables, load_tables, method_tables, narrow_tables
+from fastblt.benchmarks.report import engine_tables, gpu_tables, load_tables, method_tables, narrow_tables, paper_tables
 from fastblt.benchmarks.report.facts import Results, headline
 from fastblt.server.settings import PRETRAINED
 
@@ -50,6 +50,9 @@ TABLES = {
     "saved": Table(("methods-*.json",), method_tables.saved),
     "drafts": Table(("methods-*-b8.json",), method_tables.drafts),
     "latent": Table(("methods-greedy-b8.json", "methods-sampled-b8.json"), method_tables.latent),
+    "paper": Table(
+        ("methods-1b-b1.json", "gpu_prediction.json"), paper_tables.beside, "fastblt bench all --only methods-1b"
+    ),
     "predicted": Table(("roofline.json",), method_tables.predicted),
     "predicted-alone": Table(("roofline-512.json",), method_tables.predicted),
     "narrow": Table(("narrow-1b.json",), narrow_tables.speed),
