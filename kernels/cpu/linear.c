@@ -1,8 +1,8 @@
 /* y = x W^T on a CPU, fp32, for weights that do not fit the caches and may be stored narrower. linear.py has the layout.
  *
  * A panel of weights is read once, as one stream, for as many rows as registers have sums for. For more rows a part of
- * it is widened once, into the cache. An output is one sum over the inputs in their order, whatever is computed beside
- * it and however its weights are stored: a row's result cannot depend on its batch.
+ * it is widened once, into the cache, while the next part is fetched. An output is one sum over the inputs in their
+ * order, whatever is computed beside it and however its weights are stored: a row's result cannot depend on its batch.
  */
 #include <stdlib.h>
 
@@ -11,60 +11,74 @@
 #include "team.h"
 
 /* Inputs whose widened weights are kept in the cache, and tiles that use them there. */
-#define DEPTH 256
+#define DEPTH 128
 #define TILES 20
 /* Numbers that one thread lays sooner than two. */
 #define SMALL 8192
 /* How far ahead of its use a stream is fetched: processors stop at the end of a page. */
-#define AHEAD 2048
+#define AHEAD 8192
 
-/* ROWS rows x [depth][ROWS], added to sums [ROWS][WIDTH]; PARTS of the pairs of vectors from `half` on. All in capitals
- * are constants where this is inlined. */
-static inline __attribute__((always_inline)) void multiply(const float *x, const void *panel, int64_t depth,
-                                                           float *sums, int64_t half, int TYPE, int64_t ROWS,
-                                                           int64_t PARTS) {
+/* What a tile reads and writes: x [depth][rows] times weights, added to sums [rows][WIDTH]. Every input fetches `step`
+ * bytes from `next` on, which are read soon. `wide` takes the widened weights, for the tiles that follow. */
+struct part {
+    const float *x;
+    const void *weights;
+    int64_t depth;
+    const char *next;
+    int64_t step;
+    float *sums, *wide;
+};
+
+/* ROWS rows; PARTS of the pairs of vectors from `half` on. All in capitals are constants where this is inlined. */
+static inline __attribute__((always_inline)) void multiply(const struct part *of, int64_t half, int TYPE, int KEEP,
+                                                           int64_t ROWS, int64_t PARTS) {
     vf low[12], high[12];
-    int64_t bytes = WIDTH * (TYPE == FLOAT32 ? 4 : 2);
+    const float *x = of->x;
+    const char *next = of->next;
+    int64_t step = of->step;
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS * PARTS; i++) {
-        const float *at = sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
+        const float *at = of->sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
         low[i] = read_floats(at), high[i] = read_floats(at + 16);
     }
-    for (int64_t k = 0; k < depth; k++) {
-        if (ROWS <= 4) __builtin_prefetch((const char *)panel + k * bytes + AHEAD);
+    for (int64_t k = 0; k < of->depth; k++, x += ROWS, next += step) {
+        if (!half) __builtin_prefetch(next);
+        if (!half && TYPE == FLOAT32) __builtin_prefetch(next + 64);
 #pragma GCC unroll 2
         for (int64_t p = 0; p < PARTS; p++) {
             vf a, b;
-            widen(panel, k, half + p, TYPE, &a, &b);
+            widen(of->weights, k, half + p, TYPE, &a, &b);
+            if (KEEP) {
+                float *at = of->wide + k * WIDTH + (half + p) * LANES;
+                memcpy(at, &a, sizeof a), memcpy(at + 16, &b, sizeof b);
+            }
 #pragma GCC unroll 12
             for (int64_t r = 0; r < ROWS; r++) {
-                low[r * PARTS + p] += x[k * ROWS + r] * a;
-                high[r * PARTS + p] += x[k * ROWS + r] * b;
+                low[r * PARTS + p] += x[r] * a;
+                high[r * PARTS + p] += x[r] * b;
             }
         }
     }
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS * PARTS; i++) {
-        float *at = sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
+        float *at = of->sums + i / PARTS * WIDTH + (half + i % PARTS) * LANES;
         memcpy(at, &low[i], sizeof(vf)), memcpy(at + 16, &high[i], sizeof(vf));
     }
 }
 
-/* A tile of ROWS rows by a whole panel: few rows have registers for all of its outputs at once. */
-static inline __attribute__((always_inline)) void tile(const float *x, const void *panel, int64_t depth, float *sums,
-                                                       int TYPE, int64_t ROWS) {
+/* ROWS rows by all outputs of a panel: few rows have registers for them at once. */
+static inline __attribute__((always_inline)) void tile(const struct part *of, int TYPE, int KEEP, int64_t ROWS) {
     if (HALVES == 1 || ROWS <= 3) {
-        multiply(x, panel, depth, sums, 0, TYPE, ROWS, HALVES);
+        multiply(of, 0, TYPE, KEEP, ROWS, HALVES);
     } else {
-        multiply(x, panel, depth, sums, 0, TYPE, ROWS, 1);
-        multiply(x, panel, depth, sums, 1, TYPE, ROWS, 1);
+        multiply(of, 0, TYPE, KEEP, ROWS, 1);
+        multiply(of, 1, TYPE, KEEP, ROWS, 1);
     }
 }
 
-static inline __attribute__((always_inline)) void tile_of(const float *x, const void *panel, int64_t depth, float *sums,
-                                                          int TYPE, int64_t rows) {
+static inline __attribute__((always_inline)) void tile_of(const struct part *of, int64_t rows, int TYPE, int KEEP) {
 #define ROWS(count) \
-    case count: tile(x, panel, depth, sums, TYPE, count); break;
+    case count: tile(of, TYPE, KEEP, count); break;
     switch (rows) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #if MOST_ROWS == 12
@@ -74,29 +88,24 @@ static inline __attribute__((always_inline)) void tile_of(const float *x, const 
 #undef ROWS
 }
 
-static __attribute__((noinline)) void tile_float32(const float *x, const void *panel, int64_t depth, float *sums,
-                                                   int64_t rows) {
-    tile_of(x, panel, depth, sums, FLOAT32, rows);
+static __attribute__((noinline)) void tile_float32(const struct part *of, int64_t rows) {
+    tile_of(of, rows, FLOAT32, 0);
 }
 
-static __attribute__((noinline)) void tile_bfloat16(const float *x, const void *panel, int64_t depth, float *sums,
-                                                    int64_t rows) {
-    tile_of(x, panel, depth, sums, BFLOAT16, rows);
+static __attribute__((noinline)) void tile_bfloat16(const struct part *of, int64_t rows) {
+    if (of->wide) tile_of(of, rows, BFLOAT16, 1);
+    else tile_of(of, rows, BFLOAT16, 0);
 }
 
-static __attribute__((noinline)) void tile_float16(const float *x, const void *panel, int64_t depth, float *sums,
-                                                   int64_t rows) {
-    tile_of(x, panel, depth, sums, FLOAT16, rows);
+static __attribute__((noinline)) void tile_float16(const struct part *of, int64_t rows) {
+    if (of->wide) tile_of(of, rows, FLOAT16, 1);
+    else tile_of(of, rows, FLOAT16, 0);
 }
 
-static inline __attribute__((always_inline)) void widen_all(const void *panel, int64_t depth, int TYPE, float *out) {
-    for (int64_t k = 0; k < depth; k++)
-        for (int64_t half = 0; half < HALVES; half++) {
-            vf low, high;
-            widen(panel, k, half, TYPE, &low, &high);
-            memcpy(out + k * WIDTH + half * LANES, &low, sizeof low);
-            memcpy(out + k * WIDTH + half * LANES + 16, &high, sizeof high);
-        }
+static void tile_as(const struct part *of, int64_t rows, int64_t type) {
+    if (type == BFLOAT16) tile_bfloat16(of, rows);
+    else if (type == FLOAT16) tile_float16(of, rows);
+    else tile_float32(of, rows);
 }
 
 /* All rows by one panel: outputs from `column` on. x is cut into tiles, [tile][depth][rows]. */
@@ -110,18 +119,22 @@ static void one_panel(const float *x, int64_t n, int64_t depth, const char *pane
         int64_t until = t + TILES < tiles ? t + TILES : tiles, first = tile_start(n, tiles, t);
         int64_t rows = tile_start(n, tiles, until) - first;
         memset(sums, 0, sizeof(float) * rows * WIDTH);
-        if (tiles == 1 && type == BFLOAT16) tile_bfloat16(x, panel, depth, sums, rows);
-        else if (tiles == 1 && type == FLOAT16) tile_float16(x, panel, depth, sums, rows);
-        else if (tiles == 1) tile_float32(x, panel, depth, sums, rows);
-        for (int64_t k = 0; k < depth && tiles > 1; k += DEPTH) {
+        if (until - t == 1)
+            tile_as(&(struct part){x + first * depth, panel, depth, panel + AHEAD, bytes, sums, NULL}, rows, type);
+        for (int64_t k = 0; k < depth && until - t > 1; k += DEPTH) {
             int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
-            const void *weights = wide;
-            if (type == FLOAT32) weights = panel + k * bytes;
-            else if (type == BFLOAT16) widen_all(panel + k * bytes, part, BFLOAT16, wide);
-            else widen_all(panel + k * bytes, part, FLOAT16, wide);
+            const char *weights = panel + k * bytes, *next = weights + part * bytes;
             for (int64_t i = t; i < until; i++) {
                 int64_t from = tile_start(n, tiles, i), own = tile_start(n, tiles, i + 1) - from;
-                tile_float32(x + from * depth + k * own, weights, part, sums + (from - first) * WIDTH, own);
+                struct part of = {x + from * depth + k * own, weights, part, next, bytes};
+                of.sums = sums + (from - first) * WIDTH;
+                of.wide = type == FLOAT32 ? NULL : wide;
+                if (i == t || type == FLOAT32) {
+                    tile_as(&of, own, type);
+                } else {
+                    of.weights = wide;
+                    tile_float32(&of, own);
+                }
             }
         }
         for (int64_t r = 0; r < rows; r++)

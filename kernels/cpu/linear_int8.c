@@ -11,6 +11,7 @@
 #include "export.h"
 #include "narrow.h"
 #include "team.h"
+#include "vector.h"
 
 /* GROUP in linear.py: a group's scales lie before its weights, [GROUP / 4][WIDTH][4]. */
 #define GROUP 128
@@ -19,7 +20,8 @@
 #define TILES 20
 /* Numbers that one thread lays sooner than two. */
 #define SMALL 8192
-#define AHEAD 2048
+/* How far ahead of its use a stream is fetched: processors stop at the end of a page. */
+#define AHEAD 8192
 
 /* Where instructions multiply bytes without a sign by such with one, x is moved by this, and the sum of weights that it
  * adds is taken away. */
@@ -29,39 +31,49 @@
 #define MOVED 0
 #endif
 
-/* ROWS rows of a group, x [GROUP / 4][ROWS][4] with a scale each, added to sums [ROWS][WIDTH]. */
+#if MOVED
+/* What the sums of a group begin with: less what x is moved by, times the weights. */
+static inline void begin(const int8_t *weights, int32_t *sums) {
+    __m512i low = _mm512_setzero_si512(), high = low, all = _mm512_set1_epi8((char)MOVED);
+    for (int64_t k = 0; k < GROUP / 4; k++, weights += WIDTH * 4) {
+        low = _mm512_dpbusd_epi32(low, all, _mm512_loadu_si512(weights));
+        high = _mm512_dpbusd_epi32(high, all, _mm512_loadu_si512(weights + 64));
+    }
+    _mm512_storeu_si512(sums, _mm512_sub_epi32(_mm512_setzero_si512(), low));
+    _mm512_storeu_si512(sums + 16, _mm512_sub_epi32(_mm512_setzero_si512(), high));
+}
+#else
+static inline void begin(const int8_t *weights, int32_t *sums) { }
+#endif
+
+/* ROWS rows of a group, x [GROUP / 4][ROWS][4] with a scale each, added to sums [ROWS][WIDTH]. `first` is what `begin`
+ * made of the group's weights. */
 static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const float *scales, const void *panel,
-                                                           float *sums, int64_t ROWS) {
+                                                           const int32_t *first, float *sums, int64_t ROWS) {
     const float *own = panel;
     const int8_t *weights = (const int8_t *)panel + WIDTH * 4;
-#if defined(__AVX512VNNI__)
-    __m512i low[12], high[12], low_all = _mm512_setzero_si512(), high_all = low_all, ones = _mm512_set1_epi8(1);
+#if MOVED
+    vi low[12], high[12];
+    memcpy(low, first, sizeof low[0]), memcpy(high, first + 16, sizeof high[0]);
 #pragma GCC unroll 12
-    for (int64_t r = 0; r < ROWS; r++) low[r] = high[r] = _mm512_setzero_si512();
+    for (int64_t r = 1; r < ROWS; r++) low[r] = low[0], high[r] = high[0];
     for (int64_t k = 0; k < GROUP / 4; k++, weights += WIDTH * 4) {
-        if (ROWS <= 4) {
-            __builtin_prefetch(weights + AHEAD);
-            __builtin_prefetch(weights + AHEAD + 64);
-        }
+        __builtin_prefetch(weights + AHEAD);
+        __builtin_prefetch(weights + AHEAD + 64);
         __m512i a = _mm512_loadu_si512(weights), b = _mm512_loadu_si512(weights + 64);
-        low_all = _mm512_dpbusd_epi32(low_all, ones, a);
-        high_all = _mm512_dpbusd_epi32(high_all, ones, b);
 #pragma GCC unroll 12
         for (int64_t r = 0; r < ROWS; r++) {
             int32_t four;
             memcpy(&four, x + (k * ROWS + r) * 4, 4);
             __m512i bytes = _mm512_set1_epi32(four);
-            low[r] = _mm512_dpbusd_epi32(low[r], bytes, a);
-            high[r] = _mm512_dpbusd_epi32(high[r], bytes, b);
+            low[r] = (vi)_mm512_dpbusd_epi32((__m512i)low[r], bytes, a);
+            high[r] = (vi)_mm512_dpbusd_epi32((__m512i)high[r], bytes, b);
         }
     }
-    low_all = _mm512_slli_epi32(low_all, 7);
-    high_all = _mm512_slli_epi32(high_all, 7);
     vf low_scales = read_floats(own), high_scales = read_floats(own + 16);
 #pragma GCC unroll 12
     for (int64_t r = 0; r < ROWS; r++) {
-        vf a = (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(low[r], low_all)) * low_scales;
-        vf b = (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(high[r], high_all)) * high_scales;
+        vf a = __builtin_convertvector(low[r], vf) * low_scales, b = __builtin_convertvector(high[r], vf) * high_scales;
         a = read_floats(sums + r * WIDTH) + a * scales[r];
         b = read_floats(sums + r * WIDTH + 16) + b * scales[r];
         memcpy(sums + r * WIDTH, &a, sizeof a), memcpy(sums + r * WIDTH + 16, &b, sizeof b);
@@ -69,25 +81,27 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
 #elif defined(__AVX2__)
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t part = 0; part < WIDTH; part += 8) {
-        __m256i all[6];
-#pragma GCC unroll 6
-        for (int64_t r = 0; r < ROWS; r++) all[r] = _mm256_setzero_si256();
+        i8 all[MOST_ROWS];
+#pragma GCC unroll 12
+        for (int64_t r = 0; r < ROWS; r++) all[r] = (i8){0};
         for (int64_t k = 0; k < GROUP / 4; k++) {
+            if (part % 16 == 0) __builtin_prefetch(weights + (k * WIDTH + part) * 4 + AHEAD);
             __m256i a = _mm256_loadu_si256((const __m256i *)(weights + (k * WIDTH + part) * 4));
-#pragma GCC unroll 6
+#pragma GCC unroll 12
             for (int64_t r = 0; r < ROWS; r++) {
                 int32_t four;
                 memcpy(&four, x + (k * ROWS + r) * 4, 4);
                 __m256i bytes = _mm256_set1_epi32(four);
                 /* The sign goes to the weights: two products of 127 by 127 fit sixteen bits. */
                 __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(bytes), _mm256_sign_epi8(a, bytes));
-                all[r] = _mm256_add_epi32(all[r], _mm256_madd_epi16(pairs, ones));
+                all[r] += (i8)_mm256_madd_epi16(pairs, ones);
             }
         }
-#pragma GCC unroll 6
+        v8 part_scales = load(own + part);
+#pragma GCC unroll 12
         for (int64_t r = 0; r < ROWS; r++) {
-            vf a = (vf)_mm256_cvtepi32_ps(all[r]) * read_floats(own + part);
-            a = read_floats(sums + r * WIDTH + part) + a * scales[r];
+            v8 a = __builtin_convertvector(all[r], v8) * part_scales;
+            a = load(sums + r * WIDTH + part) + a * scales[r];
             memcpy(sums + r * WIDTH + part, &a, sizeof a);
         }
     }
@@ -103,10 +117,10 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
 #endif
 }
 
-static __attribute__((noinline)) void tile(const uint8_t *x, const float *scales, const void *panel, float *sums,
-                                           int64_t rows) {
+static __attribute__((noinline)) void tile(const uint8_t *x, const float *scales, const void *panel,
+                                           const int32_t *first, float *sums, int64_t rows) {
 #define ROWS(count) \
-    case count: multiply(x, scales, panel, sums, count); break;
+    case count: multiply(x, scales, panel, first, sums, count); break;
     switch (rows) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #if MOST_ROWS == 12
@@ -125,12 +139,16 @@ static void one_panel(const uint8_t *x, const float *scales, int64_t n, int64_t 
         int64_t until = t + TILES < tiles ? t + TILES : tiles, first = tile_start(n, tiles, t);
         int64_t rows = tile_start(n, tiles, until) - first;
         memset(sums, 0, sizeof(float) * rows * WIDTH);
-        for (int64_t g = 0; g < groups; g++)
+        for (int64_t g = 0; g < groups; g++) {
+            const char *weights = panel + g * GROUP_BYTES;
+            int32_t begun[WIDTH];
+            begin((const int8_t *)weights + WIDTH * 4, begun);
             for (int64_t i = t; i < until; i++) {
                 int64_t from = tile_start(n, tiles, i), own = tile_start(n, tiles, i + 1) - from;
                 int64_t at = from * groups + g * own;
-                tile(x + at * GROUP, scales + at, panel + g * GROUP_BYTES, sums + (from - first) * WIDTH, own);
+                tile(x + at * GROUP, scales + at, weights, begun, sums + (from - first) * WIDTH, own);
             }
+        }
         for (int64_t r = 0; r < rows; r++)
             memcpy(y + (first + r) * size + column, sums + r * WIDTH, sizeof(float) * count);
     }

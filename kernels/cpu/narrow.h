@@ -29,6 +29,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 #define HALVES (16 / LANES)
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
