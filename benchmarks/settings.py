@@ -56,8 +56,8 @@ def decoding(name: str) -> DecodingParams:
     return DecodingParams(**body(name))
 
 
-#: One lossless setting for each of BLT, BLT-S and BLT-DV, for experiments.
-LOSSLESS = ("blt", "blt-s k8", "blt-dv-8 1step")
+#: One lossless setting for each of BLT, BLT-S, BLT-DV and BLT-DSV, for experiments.
+LOSSLESS = ("blt", "blt-s k8", "blt-dv-8 1step", "blt-dsv-8 k32")
 
 
 def with_diffusion(block_sizes: Sequence[int]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ fixed piece of Python is timed: if that is slow, the machine was slow at that ti
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -137,13 +138,13 @@ def host_time(model: Blt, prompts: list[list[int]], setting: str, steps: int) ->
     results: dict[str, list[Any]] = {name: [] for _, name in (*_CALLS, _FETCH)}
 
     def kept(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        call = call if name == _FETCH[1] else timer.around(call)
-
         def keep(*args: Any, **kwargs: Any) -> Any:
-            results[name].append(call(*args, **kwargs))
-            return results[name][-1]
+            made = call(*args, **kwargs)
+            # The next call may write to the same arrays.
+            results[name].append(copy.deepcopy(made))
+            return made
 
-        return keep
+        return keep if name == _FETCH[1] else timer.around(keep)
 
     timed = [(place, name, timer.around) for place, name in _DEVICE]
     keeping = [(place, name, partial(kept, name)) for place, name in (*_CALLS, _FETCH)]

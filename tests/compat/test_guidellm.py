@@ -15,11 +15,13 @@ from guidellm.backends.openai.http import OpenAIHTTPBackend
 from guidellm.schemas import GenerationRequest, GenerationResponse, RequestInfo, UsageMetrics
 from guidellm.schemas.backends import OpenAIHTTPBackendArgs
 
+#: More than one round can give.
+TOKENS = 120
 PROMPTS = ["def f(x):\n", "naïve 👋", "a" * 300]
 
 
 async def ask(backend: OpenAIHTTPBackend, prompt: str) -> tuple[GenerationResponse, RequestInfo]:
-    request = GenerationRequest(columns={"text_column": [prompt]}, output_metrics=UsageMetrics(text_tokens=20))
+    request = GenerationRequest(columns={"text_column": [prompt]}, output_metrics=UsageMetrics(text_tokens=TOKENS))
     news: list[Any] = [item async for item in backend.resolve(request, RequestInfo())]
     response, info = news[-1]
     assert isinstance(response, GenerationResponse)
@@ -45,7 +47,7 @@ async def test_a_benchmark_s_requests(url: str, stream: bool) -> None:
         for prompt, (response, info) in zip(PROMPTS, answers, strict=True):
             assert response.text
             assert response.input_metrics.text_tokens == len(prompt.encode())
-            assert response.output_metrics.text_tokens == 20
+            assert response.output_metrics.text_tokens == TOKENS
             if stream:
                 timings = info.timings
                 assert timings.first_token_iteration is not None and timings.token_iterations > 1
