@@ -62,6 +62,22 @@ def drafts(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def limits(results: Results) -> str:
+    """Bytes a second, and how far they are from what the machine allows."""
+    runs = sorted(method_runs(results), key=lambda run: _kind(run[0]) not in _SHIPPED)
+    names = ["blt", *(name for name in _HEADLINE if any(name in run["settings"] for _, _, run in runs))]
+    rows = []
+    for name in names:
+        found = (run["settings"].get(name) for _, _, run in runs)
+        cells = (
+            f"{number(row['bytes_per_second'])} ({percent(row['least_seconds'] / row['seconds'])})" if row else ""
+            for row in found
+        )
+        rows.append([name, *cells])
+    heads = (f"{_SHIPPED.get(_kind(part), f'{_kind(part).upper()}, greedy')}, {batch}" for part, batch, _ in runs)
+    return table(("bytes a second (of the limit, %)", *heads), rows)
+
+
 def latent(results: Results) -> str:
     """Acceptance of drafts, by the latent that they read."""
     runs = [(part, run) for part, _, run in method_runs(results) if "draft_latent" in run]

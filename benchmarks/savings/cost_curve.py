@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,11 +109,39 @@ def weights_read(
 ) -> float:
     """Gigabytes of weights that passes read. A pass reads its weights once. The entropy model's have bytes of their
     own."""
-    sizes = {
+    sizes = _sizes(parameters, head, bytes_per_weight, patcher_bytes)
+    return sum(sizes[done.module] for done in passes) / 1e9
+
+
+def least_seconds(
+    passes: Sequence[Pass],
+    parameters: ModuleParameters,
+    head: int,
+    bytes_per_weight: float,
+    patcher_bytes: float,
+    limits: Mapping[str, float],
+) -> float:
+    """Seconds that passes take at least on a machine with these `limits`: each reads its weights from memory once, and
+    multiplies every row by them. Where a processor's caches keep weights, reading takes less."""
+    sizes, weights = _sizes(parameters, head, bytes_per_weight, patcher_bytes), module_weights(parameters, head)
+    return (
+        sum(
+            max(
+                sizes[done.module] / limits["read_gb_s"],
+                2 * weights[done.module] * done.rows / limits["gflop_s"],
+            )
+            for done in passes
+        )
+        / 1e9
+    )
+
+
+def _sizes(parameters: ModuleParameters, head: int, bytes_per_weight: float, patcher_bytes: float) -> dict[str, float]:
+    """Bytes of the weights of a pass, by module."""
+    return {
         module: count * (patcher_bytes if module == "entropies" else bytes_per_weight)
         for module, count in module_weights(parameters, head).items()
     }
-    return sum(sizes[done.module] for done in passes) / 1e9
 
 
 def head_weights(config: BltConfig) -> int:

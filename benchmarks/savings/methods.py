@@ -18,7 +18,7 @@ time of passes beyond the curve; *engine*, all else: selection, host, scheduling
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from fastblt.benchmarks.harness import Output
 from fastblt.benchmarks.machine import machine_limits
 from fastblt.benchmarks.markdown import Table, percent, table
 from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, module_seconds
-from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, module_weights, weights_read
+from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, least_seconds, module_weights, weights_read
 from fastblt.benchmarks.settings import papers
 from fastblt.benchmarks.text_statistics import distinct4, equal_positions, leading_equal, loops
 from fastblt.kernels.cpu.threads import threads as threads_in_use
@@ -63,16 +63,21 @@ def figures(outputs: Sequence[Output], plain: Sequence[Output]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost curve, and the weights of a model."""
+    """A cost curve, the weights of a model, and the machine's limits."""
 
     curve: CostCurve
     parameters: ModuleParameters
     head: int
     bytes_per_weight: float
     patcher_bytes: float
+    limits: Mapping[str, float]
 
     def gigabytes(self, batch: Batch) -> float:
         return weights_read(batch.passes, self.parameters, self.head, self.bytes_per_weight, self.patcher_bytes)
+
+    def least_seconds(self, batch: Batch) -> float:
+        sizes = (self.bytes_per_weight, self.patcher_bytes)
+        return least_seconds(batch.passes, self.parameters, self.head, *sizes, self.limits)
 
 
 def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
@@ -90,6 +95,7 @@ def times(batch: Batch, plain: Batch, cost: Cost) -> dict[str, Any]:
     return {
         "bytes_per_second": batch.bytes / batch.seconds,
         "seconds": batch.seconds,
+        "least_seconds": cost.least_seconds(batch),
         "bytes": batch.bytes,
         "weights_saved": weights,
         "predicted_saved": by_curve,
@@ -148,11 +154,12 @@ def measure(
     size = batch or len(prompts)
     engine = engine_of(model, prompts[:size], length, threads)
     head, parameters = head_weights(model.config), ModuleParameters.of(model.config)
+    limits = machine_limits(threads_in_use(), str(model.device))
     costs: list[Cost] = []
     runs: dict[str, list[Batch]] = {name: [] for name in settings}
     for _ in range(rounds):
         curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), budget, requests=size)
-        costs.append(Cost(curve, parameters, head, weight_bytes(model), weight_bytes(model.patcher)))
+        costs.append(Cost(curve, parameters, head, weight_bytes(model), weight_bytes(model.patcher), limits))
         for name, one in Course(engine, curve).round(settings, prompts, length, temperature, size).items():
             runs[name].append(one)
     rows: dict[str, dict[str, Any]] = {}
@@ -173,7 +180,7 @@ def measure(
             "rows": costs[0].curve.rows,
             "seconds": costs[0].curve.seconds,
             "weights": module_weights(parameters, head),
-            "limits": machine_limits(threads_in_use(), str(model.device)),
+            "limits": limits,
         },
         "threads": threads_in_use(),
     }
