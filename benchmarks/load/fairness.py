@@ -97,7 +97,7 @@ def shared(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The last first byte of `n` choices of a prompt over that of one; and of `together` requests that begin with the
-    same `prefix` bytes, at once over one after another."""
+    same `prefix` bytes, at once over one after another. `unshared`: as many requests that share nothing, at once."""
 
     async def run(endpoint: Endpoint, texts: Texts) -> dict[str, Any]:
         found: dict[str, list[float]] = {}
@@ -113,6 +113,8 @@ def shared(
                 else:
                     seconds = sum([await _timed([_ask(endpoint, text, 1)]) for text in asked])
                 found.setdefault(name, []).append(seconds)
+            different = [_ask(endpoint, texts.cut(prefix + _SHORT), 1) for _ in range(together)]
+            found.setdefault("unshared", []).append(await _timed(different))
         middle = {f"{name}_s": statistics.median(values) for name, values in found.items()}
         return middle | {
             "n_over_one": middle["n_s"] / middle["one_s"],

@@ -36,12 +36,17 @@ def best_lossless(run: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     return max(rows.items(), key=lambda item: item[1]["time_saved"], default=None)
 
 
+def kind(part: str) -> tuple[str | None, bool]:
+    """The shape of a part's model (None: as shipped), and whether it sampled: `methods-1b-sampled-b8` -> (1B, True)."""
+    first = part.removeprefix("methods-").partition("-")[0]
+    return (first.upper() if first[0].isdigit() else None), "-sampled-" in part
+
+
 def title(part: str, batch: str) -> str:
     """A run in words: `methods-1b-b8` at batch 8 -> "1B weights, greedy, 8 requests at once"."""
-    kind = part.removeprefix("methods-").rsplit("-b", 1)[0]
-    words = {"greedy": "shipped model, greedy", "sampled": "shipped model, temperature 0.8"}
-    together = "one request" if batch == "1" else f"{batch} requests at once"
-    return f"{words.get(kind, f'{kind.upper()} weights, greedy')}, {together}"
+    shape, sampled = kind(part)
+    words = ("shipped model" if shape is None else f"{shape} weights", "temperature 0.8" if sampled else "greedy")
+    return ", ".join((*words, "one request" if batch == "1" else f"{batch} requests at once"))
 
 
 def headline(results: Results) -> list[tuple[str, str]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastblt.benchmarks.markdown import number, percent, table
-from fastblt.benchmarks.report.facts import Results, method_runs, title
+from fastblt.benchmarks.report.facts import Results, kind, method_runs, title
 from fastblt.benchmarks.savings.methods import MOST_LOOPS
 
-_SHIPPED = {"greedy": "greedy", "sampled": "T = 0.8"}
 _HEADLINE = (
     *("blt-s k4", "blt-s k8", "blt-s k16", "blt-dv-4 1step", "blt-dv-8 1step", "blt-dv-16 1step"),
     *("blt-dsv-4 k16", "blt-dsv-4 k32", "blt-dsv-8 k32"),
@@ -16,12 +17,11 @@ _HEADLINE = (
 
 def saved(results: Results) -> str:
     """Time saved and, in brackets, weights saved. Rows are settings; columns are runs, the shipped model's first."""
-    runs = sorted(method_runs(results), key=lambda run: _kind(run[0]) not in _SHIPPED)
-    columns = []
-    for part, batch, run in runs:
-        kind = _kind(part)
-        loops = ", loops" if run["settings"]["blt"]["loops"] >= MOST_LOOPS else ""
-        columns.append(f"{_SHIPPED.get(kind, f'{kind.upper()}, greedy')}, {batch}{loops}")
+    runs = _shipped_first(results)
+    columns = [
+        _column(part, batch) + (", loops" if run["settings"]["blt"]["loops"] >= MOST_LOOPS else "")
+        for part, batch, run in runs
+    ]
     rows = []
     for name in _HEADLINE:
         cells = []
@@ -32,8 +32,14 @@ def saved(results: Results) -> str:
     return table(("time saved, % (weights saved, %)", *columns), rows)
 
 
-def _kind(part: str) -> str:
-    return part.removeprefix("methods-").rsplit("-b", 1)[0]
+def _shipped_first(results: Results) -> list[tuple[str, str, dict[str, Any]]]:
+    return sorted(method_runs(results), key=lambda run: kind(run[0])[0] is not None)
+
+
+def _column(part: str, batch: str) -> str:
+    """A run in few words: "1B, greedy, 8"."""
+    shape, sampled = kind(part)
+    return ", ".join([*([shape] if shape else []), "T = 0.8" if sampled else "greedy", batch])
 
 
 def drafts(results: Results) -> str:
@@ -64,7 +70,7 @@ def drafts(results: Results) -> str:
 
 def limits(results: Results) -> str:
     """Bytes a second, and how far they are from what the machine allows."""
-    runs = sorted(method_runs(results), key=lambda run: _kind(run[0]) not in _SHIPPED)
+    runs = _shipped_first(results)
     names = ["blt", *(name for name in _HEADLINE if any(name in run["settings"] for _, _, run in runs))]
     rows = []
     for name in names:
@@ -74,7 +80,7 @@ def limits(results: Results) -> str:
             for row in found
         )
         rows.append([name, *cells])
-    heads = (f"{_SHIPPED.get(_kind(part), f'{_kind(part).upper()}, greedy')}, {batch}" for part, batch, _ in runs)
+    heads = (_column(part, batch) for part, batch, _ in runs)
     return table(("bytes a second (of the limit, %)", *heads), rows)
 
 
