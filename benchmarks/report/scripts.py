@@ -38,7 +38,7 @@ SCRIPTS = {
     "fairness-prompts-4": Script("load.fairness prompts", "--count 4", "--count 1 --length 2000"),
     "fairness-prompts-8": Script("load.fairness prompts", "--count 8", "--count 2 --length 2000"),
     "fairness-prompts-40": Script("load.fairness prompts", "--count 40", "--count 3 --length 2000"),
-    "fairness-outputs": Script("load.fairness outputs", "", "--streams 4 --output 200"),
+    "fairness-outputs": Script("load.fairness outputs", "", "--streams 4 --output 4000"),
     "fairness-shared": Script("load.fairness shared", "--rounds 3", "--length 2000 --prefix 500 --n 4"),
     "starvation": Script("simulation.replay hour", "", "--seconds 60", model=False),
     "roofline": Script("savings.roofline", "--rounds 5", _PAIR),
