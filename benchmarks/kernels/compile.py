@@ -79,6 +79,18 @@ _ROUNDS = {
     **dict.fromkeys(("pad", "step"), "i32"),
     **{"ids": "*i64", "texts": "*i64", "confidences": "*fp32", "entropies": "*fp32", "bounds": "*fp32", "bads": "*u8"},
 }  # fmt: skip
+_DRAWS = {
+    **{"rows": "*i32", "values": "*fp32", "integers": "*i64", "eos_from": "*i64", "floats": "*fp32", "longs": "*i64"},
+    **{"forbid_eos": "*i1", "size": "i32", "values_stride": "i32", "integers_stride": "i32"},
+}
+_DRAFTS = {
+    **dict.fromkeys(
+        ("starts", "wanted", "longest", "done", "steps", "bad", "origins", "block_starts", "block_causals",
+         "block_sizes", "block_steps", "block_bad", "blocks", "fixed", "row_starts", "row_accepted", "row_bad",
+         "limits", "row_causals"), "*i32",
+    ),
+    **dict.fromkeys(("width", "block_width", "requests"), "i32"),
+}  # fmt: skip
 #: Integer arguments that are multiples of 16 in practice. At run time Triton detects this itself.
 _SIXTEEN = {
     "span", "dim", "k_stride", "v_stride", "q_stride", "slot_stride", "layer_offset", "depth", "columns", "x_stride"
@@ -180,6 +192,9 @@ def _of_layers() -> list[Variant]:
     found.append(Variant("entropy", "layers.entropy_kernel", types, {"VOCABULARY": 260, "TILE": 512}))
     found.append(Variant("place", "rounds.place_kernel", _ROUNDS, {"BLOCKS": True, "TILE": 128}))
     found.append(Variant("settle", "rounds.settle_kernel", _ROUNDS, {"MASK": 260, "BLOCK": 32}))
+    found.append(Variant("row draws", "row_draws.row_draws_kernel", _DRAWS, {"TILE": 128}))
+    found.append(Variant("turn", "filtering.turn_kernel", _DRAFTS, {"MASK": 260, "TILE": 32}, {"num_warps": 1}))
+    found.append(Variant("next rows", "filtering.next_rows_kernel", _DRAFTS, {"TILE": 128}))
     return found
 
 

@@ -48,7 +48,7 @@ from fastblt.models.checkpoint import load_checkpoint
 from fastblt.models.config import BltConfig, StackConfig
 from fastblt.models.vocabulary import VOCAB_SIZE
 from fastblt.models.widen import PAPER_PATCHER, SHAPES, Shape, StackShape
-from fastblt.server.engine.device import rounds
+from fastblt.server.engine.device import drafting, rounds
 from fastblt.server.engine.device.cuda_graphs import CudaGraphs
 from fastblt.server.engine.device.passes import BYTES_A_PATCH, LEAST, Passes
 from fastblt.server.engine.device.staging import Fetch, Staging
@@ -253,6 +253,7 @@ def record(model: Blt, prompts: Sequence[list[int]], setting: str, length: int) 
         engine = start(model, len(prompts), max_model_len=1024, max_pass_rows=rows, prefix_cache=False)
         changes = (
             (Passes, "_run", passed), (Passes, "upstream", upstream), (rounds, "place", one), (rounds, "settle", one),
+            (drafting, "turn", one), (drafting, "next_rows", one),
             (Fetch, "__call__", waiting), (Staging, "send", copied), (RequestIds, "read", partial(as_launches, 5)),
         )  # fmt: skip
         with replaced(*changes), counts:

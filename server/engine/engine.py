@@ -214,6 +214,7 @@ class Engine:
 
     def _step(self) -> list[Delta]:
         deltas: list[Delta] = []
+        self._runner.begin_step()
         for request_id in self._aborted:
             if request_id in self._sequences:
                 deltas.append(self._postprocessor.finish(self._sequences[request_id], FinishReason.ABORT))

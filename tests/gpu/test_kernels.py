@@ -10,7 +10,18 @@ from tests.kernels.gpu.test_cases import run
 
 @NEEDS_GPU
 @pytest.mark.parametrize(
-    "name", ["selection", "unmasking", "verification", "attention", "hash_embedding", "merged", "rounds"]
+    "name",
+    [
+        "selection",
+        "unmasking",
+        "verification",
+        "attention",
+        "hash_embedding",
+        "merged",
+        "rounds",
+        "filtering",
+        "row_draws",
+    ],
 )
 def test_kernels(name: str) -> None:
     run(name, device="cuda")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastblt.kernels.cpu.decoder_steps import ALONE, CORRECTED, PASSED, SINGLE_ROWS, Made
+from fastblt.kernels.filtering import FEW, Filtering, next_rows, turn
 from fastblt.kernels.rounds import Stepping
 from fastblt.kernels.selection import EOS
 from fastblt.kernels.unmasking import ONE_STEP
@@ -19,9 +20,6 @@ from fastblt.models.vocabulary import MASK_ID
 
 if TYPE_CHECKING:
     from fastblt.server.engine.device.rounds import RoundPasses
-
-#: Missing bytes up to which single rows take as few passes as a block and its filter; as in `kernels/cpu/filtered.c`.
-_FEW = 2
 
 #: Most steps of a block.
 MOST_STEPS = 4
@@ -62,7 +60,7 @@ class Drafts:
             singles=int((np.minimum(most, asked["mosts"]) * alone).max()),
             blocks=int((np.minimum(steps, asked["mosts"]) * blocks * (most > 0)).max()),
             filters=longest > 0,
-            inner=min(rounds, longest // 2) if longest > _FEW else 0,
+            inner=min(rounds, longest // 2) if longest > FEW else 0,
             block=int(np.minimum(asked["filtered"], np.maximum(most - 1, 0)).max()),
             steps=int((steps * filtered).max()),
         )
@@ -100,7 +98,7 @@ class Drafted:
         """Bytes that an inner round gave, on average."""
         rounds = int((self.fixed == CORRECTED).sum())
         bytes_ = int((self.fixed == PASSED).sum()) + 2 * rounds
-        return bytes_ / rounds if rounds and (self.made_sizes > _FEW).any() else None
+        return bytes_ / rounds if rounds and (self.made_sizes > FEW).any() else None
 
 
 def draft(
@@ -150,8 +148,7 @@ class _State:
     def single_rows(self, sizes: Tensor, most: int) -> None:
         """Each byte is the next row."""
         limits = torch.minimum(sizes, self._base.mosts)
-        for turn in range(most):
-            self._next(turn < limits)
+        self._until(limits, most)
         self._steps = torch.where(sizes > 0, limits, self._steps)
         self._whole |= (sizes > 0) & (sizes <= self._base.mosts)
 
@@ -172,39 +169,34 @@ class _State:
 
     def filtered(self, sizes: Tensor, blocks: Tensor, drafts: Drafts) -> None:
         """Inner rounds: a block, then causal rows over it, which keep what they agree with and correct the next."""
-        own, width = self._own, drafts.block
-        at = torch.arange(self._origins.shape[1], device=sizes.device)
+        own, base, width = self._own, self._base, drafts.block
+        # What `turn` writes: where the passes begin, who takes part, and how long the blocks are.
+        start, behind, active, lengths = torch.zeros(4, len(sizes), dtype=torch.int32, device=sizes.device)
+        block = self._stepping(start, active, active, lengths, width)
+        rows = self._stepping(behind, lengths, lengths, own.nothing(sizes), width)
+        # The last of the steps fills what is left.
+        forced = torch.where(base.lasts > 0, base.lasts.clamp_max(drafts.steps), drafts.steps)
+        block.lasts = torch.where(base.rules == ONE_STEP, base.lasts, forced)
+        block.mosts = torch.full_like(sizes, drafts.steps)
+        these = Filtering(
+            self._starts, sizes, blocks.contiguous(), self._done, self._steps, self._bad, self._origins, block, rows
+        )
         for _ in range(drafts.inner):
-            missing = sizes - self._done
-            active = (missing > _FEW) & (self._bad == 0)
-            block = torch.where(active, torch.minimum(blocks, missing - 1), 0)
-            start, ones = self._starts + self._done, active.int()
-            these = self._stepping(start, ones, ones, block, width)
-            these.mosts = torch.full_like(block, drafts.steps)
-            # The last of the steps fills what is left.
-            forced = torch.where(these.lasts > 0, these.lasts.clamp_max(drafts.steps), drafts.steps)
-            these.lasts = torch.where(these.rules == ONE_STEP, these.lasts, forced)
+            turn(these, MASK_ID)
             if own.encoder_input:
-                own.encode(self._owners, start, ones, 1)
-            own.fill_behind(these, 1 + width, drafts.steps)
+                own.encode(self._owners, start, active, 1)
+            own.fill_behind(block, 1 + width, drafts.steps)
             if own.encoder_input:
-                own.encode(self._owners, start + 1, block, width)
-            rows = self._stepping(start + 1, block, block, torch.zeros_like(block), width)
+                own.encode(self._owners, behind, lengths, width)
             own.fill_behind(rows, width, 1)
-            ends = self._done + 1 + rows.accepted
-            origin = torch.where(at < ends[:, None], PASSED, CORRECTED)
-            origin = torch.where(at == self._done[:, None], ALONE, origin)
-            new = active[:, None] & (at >= self._done[:, None]) & (at <= ends[:, None])
-            self._origins = torch.where(new, origin.int(), self._origins)
-            self._done = self._done + torch.where(active, rows.accepted + 2, 0)
-            self._steps = self._steps + torch.where(active, these.steps + 1, 0)
-            self._bad = self._bad | torch.where(active, these.bad | rows.bad, 0)
-        for _ in range(_FEW):
-            missing = sizes - self._done
-            live = (missing > 0) & (missing <= _FEW) & (self._bad == 0) & (self._rows.bad == 0)
-            self._origins = torch.where(live[:, None] & (at == self._done[:, None]), ALONE, self._origins)
-            self._next(live)
-            self._steps = self._steps + live.int()
+        turn(these, MASK_ID)
+        made = self._done.clone()
+        limits = torch.where((sizes - made <= FEW) & (self._bad == 0), sizes, 0)
+        at = torch.arange(self._origins.shape[1], device=sizes.device)
+        alone = (at >= made[:, None]) & (at < limits[:, None])
+        self._origins = torch.where(alone, ALONE, self._origins)
+        self._until(limits, FEW)
+        self._steps = self._steps + self._done - made
         self._whole |= (sizes > 0) & (self._done > 0) & (self._bad == 0)
 
     def results(self, width: int) -> list[Tensor]:
@@ -233,13 +225,15 @@ class _State:
     def _is_block(self) -> Tensor:
         return torch.zeros_like(self._whole) if self._masked is None else self._masked[0]
 
-    def _next(self, live: Tensor) -> None:
-        """The next byte of who is live, by a single row."""
-        own, positions, some = self._own, self._starts + self._done, live.int()
-        if own.encoder_input:
-            own.encode(self._owners, positions, some, 1)
-        own.next_byte(self._rows, some, positions)
-        self._done = self._done + some
+    def _until(self, limits: Tensor, most: int) -> None:
+        """At most `most` single rows of each request, until it has `limits` bytes."""
+        own, rows = self._own, self._rows
+        for _ in range(most):
+            next_rows(rows, self._starts, limits, self._done)
+            if own.encoder_input:
+                own.encode(self._owners, rows.starts, rows.causals, 1)
+            own.next_byte(rows)
+        next_rows(rows, self._starts, limits, self._done)
 
     def _stepping(self, starts: Tensor, causals: Tensor, selects: Tensor, sizes: Tensor, width: int) -> Stepping:
         """Requests with rows from `starts` on, and blocks of masks, of at most `width`."""

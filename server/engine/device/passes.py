@@ -17,8 +17,8 @@ from torch import Tensor
 from fastblt.kernels.cpu.choice import Draws
 from fastblt.kernels.cpu.upstream import PatchRows
 from fastblt.kernels.rounds import BLOCK, FIRST, HIGH, LATENT, OWNER, POSITION, Chosen
+from fastblt.kernels.row_draws import row_draws
 from fastblt.kernels.selection import select
-from fastblt.kernels.types import SelectionParams
 from fastblt.server.engine.device.cuda_graphs import CudaGraphs
 from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
 
@@ -35,6 +35,12 @@ _LONGEST = 32
 def captured_size(count: int) -> int:
     """The rows that a pass of `count` rows is padded to."""
     return max(LEAST, 1 << (count - 1).bit_length()) if count else LEAST
+
+
+def is_captured(patches: Tensor, inside: Tensor) -> bool:
+    """Whether an upstream pass over staged patches (`Passes.upstream`) is a captured one."""
+    count = patches.shape[1]
+    return count <= MOST_PATCHES and inside.shape[1] == BYTES_A_PATCH * count
 
 
 class Passes:
@@ -77,7 +83,7 @@ class Passes:
         latent slot, index + 1, and the first of their bytes and how many there are. `inside` int32 [2, B]: owners and
         positions of the bytes, one patch behind another."""
         count, total = patches.shape[1], inside.shape[1]
-        if count > MOST_PATCHES or total != BYTES_A_PATCH * count:
+        if not is_captured(patches, inside):
             self._upstream(patches, inside)
             return
         kept, kept_inside = self._patches[: 8 * count].view(8, -1), self._bytes[: 2 * total].view(2, -1)
@@ -129,25 +135,10 @@ class Passes:
         return run() if size > MOST_CAPTURED else self._graphs.run((kind, size), run)
 
     def _choose(self, size: int, rows: Rows) -> tuple[Tensor, ...]:
-        columns, draws = self.rows(size), self._draws
+        columns = self.rows(size)
         block = columns[BLOCK] if self._forward.has_blocks else None
         states = self._forward.decode(rows, columns[LATENT], block)
         logits = self._forward.raw_logits(states)
-        # A causal row gives the byte after it, a block row its own.
-        positions = columns[POSITION] + (columns[BLOCK] < 0)
-        values, integers = draws.values[:, columns[OWNER]], draws.integers[:, columns[OWNER]]
-        params = SelectionParams(
-            temperature=values[0],
-            top_p=values[1],
-            min_p=values[2],
-            top_k=integers[0],
-            seeds=integers[1],
-            positions=positions.long(),
-            forbid_eos=positions < draws.eos_from[columns[OWNER]],
-            sampled=True,
-            truncated=True,
-            penalized=False,
-        )
-        chosen = select(logits, params, need_statistics=True)
+        chosen = select(logits, row_draws(self._draws, columns), need_statistics=True)
         assert chosen.confidence is not None and chosen.entropy is not None
         return chosen.ids, chosen.confidence, chosen.entropy, chosen.bad

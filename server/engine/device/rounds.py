@@ -42,7 +42,9 @@ class RoundPasses:
     def __init__(self, passes: Passes, texts: RequestIds, *, encoder_input: bool) -> None:
         self.passes = passes
         self.texts = texts
-        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
+        # Made once: by how many requests, and how many places each has.
+        self._nothing: dict[int, Tensor] = {}
+        self._first_rows: dict[tuple[int, int], Tensor] = {}
         #: Whether decoder rows begin as encoder states.
         self.encoder_input = encoder_input
 
@@ -78,36 +80,35 @@ class RoundPasses:
         self.fill(these, self.first_rows(these.owners, width), size, width, most)
 
     def single_rows(self, owners: Tensor, latents: Tensor) -> Stepping:
-        """Requests that take one row at a time, each over the byte before (`next_byte`)."""
+        """Requests that take one row at a time, each over the byte before (`next_byte`). None has a row yet."""
         nothing = self.nothing(owners)
-        names = ("starts", "causals", "selects", "sizes", "rules", "lasts", "mosts")
-        columns = {"owners": owners, "latents": latents} | dict.fromkeys(names, nothing)
+        starts, live = torch.zeros(2, len(owners), dtype=torch.int32, device=owners.device)
+        columns = {"owners": owners, "starts": starts, "causals": live, "selects": live, "latents": latents}
+        columns |= dict.fromkeys(("sizes", "rules", "lasts", "mosts"), nothing)
         none = torch.zeros(len(owners), 1, dtype=torch.int32, device=owners.device)
         return Stepping.of(columns, nothing.float(), none, 1)
 
-    def next_byte(self, these: Stepping, live: Tensor, positions: Tensor) -> Tensor:
-        """A row of every request that is `live` (0 or 1), and the byte behind it, which goes into its text: int32."""
-        these.starts, these.causals, these.selects = positions, live, live
-        size = captured_size(len(live))
-        place(self.passes.rows(size), 1, these.owners, positions, live, these.sizes, these.latents)
-        settle(self.passes.decode(size), self.first_rows(live, 1), these, self.texts, 1, MASK_ID)
+    def next_byte(self, these: Stepping) -> Tensor:
+        """A row of every request of `single_rows` that has one (`causals`), at `starts`, and the byte behind it, which
+        goes into its text: int32 [N]."""
+        size = captured_size(len(these.owners))
+        place(self.passes.rows(size), 1, these.owners, these.starts, these.causals, these.sizes, these.latents)
+        settle(self.passes.decode(size), self.first_rows(these.owners, 1), these, self.texts, 1, MASK_ID)
         return these.chosen[:, 0]
 
     def first_rows(self, owners: Tensor, width: int) -> Tensor:
-        """Where the rows of each request begin, if each has `width` places."""
-        numbers = self._constant(owners)[0]
-        return numbers if width == 1 else numbers * width
+        """Where the rows of each request begin, if each has `width` places: int32 [N], not to be written."""
+        found = self._first_rows.get((len(owners), width))
+        if found is None:
+            found = torch.arange(len(owners), dtype=torch.int32, device=owners.device) * width
+            self._first_rows[len(owners), width] = found
+        return found
 
     def nothing(self, owners: Tensor) -> Tensor:
         """Zeros int32 [N], not to be written."""
-        return self._constant(owners)[1]
-
-    def _constant(self, owners: Tensor) -> tuple[Tensor, Tensor]:
-        """0 to N - 1, and zeros; made once for each N."""
-        found = self._constants.get(len(owners))
+        found = self._nothing.get(len(owners))
         if found is None:
-            numbers = torch.arange(len(owners), dtype=torch.int32, device=owners.device)
-            found = self._constants[len(owners)] = numbers, torch.zeros_like(numbers)
+            found = self._nothing[len(owners)] = torch.zeros_like(owners)
         return found
 
     def _place(self, width: int, owners: Tensor, starts: Tensor, counts: Tensor) -> int:
@@ -174,7 +175,8 @@ class RowRounds(Rounds):
         entropies: list[Tensor] = []
         positions = starts
         for turn in range(count):
-            chosen = own.next_byte(rows, live.int(), positions).clone()
+            rows.starts, rows.causals, rows.selects = positions, live.int(), live.int()
+            chosen = own.next_byte(rows).clone()
             positions, made = positions + 1, made + live.int()
             ids.append(chosen)
             going = live & (made < limits)

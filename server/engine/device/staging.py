@@ -1,5 +1,7 @@
 """What crosses between host and device in a pass: one copy there with its integers, one copy back with its results.
 
+A pass whose results the host does not need may wait for the copy of the next one: its integers go along.
+
 On a GPU the host's side is pinned memory, so that neither copy goes through another buffer. On a CPU the device reads
 the very memory that the host wrote.
 """
@@ -17,8 +19,11 @@ from fastblt.server.engine.device_queue import DeviceQueue, Mark, Pending
 #: int32 tensors of the same size.
 Columns = tuple[Tensor, ...]
 
-#: Passes whose integers may be on their way at the same time.
+#: Copies that may be on their way at the same time.
 _SLOTS = 8
+
+#: int32 words that passes may have taken which wait for the next copy.
+_ROOM = 16384
 
 
 class Part:
@@ -34,7 +39,7 @@ class Part:
 
 class Staging:
     """The integers of passes. `begin` a pass, `take` its columns and write them, `send` them; then give the work that
-    reads them to the queue.
+    reads them to the queue. Or leave that work to the next copy, which takes the columns along (`then`).
 
     On a device apart, all passes are read from one buffer at one address, as captured graphs need it: a pass is copied
     there behind the work of the one before. The host writes to one of several buffers in turn, and waits if the copy
@@ -46,17 +51,24 @@ class Staging:
         self._apart = queue.apart
         self._pinned = queue.device.type == "cuda"
         slots = _SLOTS if self._apart else 1
+        capacity += _ROOM
         self._buffers = [self._allocate(capacity) for _ in range(slots)]
         self._marks = [Mark() for _ in range(slots)]
         self._inbox = torch.zeros(capacity, dtype=torch.int32, device=queue.device) if self._apart else self._buffers[0]
         # Shapes come again and again, and making a view costs more than writing a small one.
         self._parts: list[dict[tuple[int, int, int], Part]] = [{} for _ in range(slots)]
         self._slot = self._used = 0
+        #: What is to be done behind the next copy.
+        self._waiting: list[Callable[[], object]] = []
         #: Copies to the device so far.
         self.copies = 0
 
     def begin(self) -> None:
         """A new pass: what was taken for the last one may be written again once it is sent and done."""
+        if self._waiting:
+            if self._used <= _ROOM:
+                return
+            self.send()
         self._used = 0
         if self._apart:
             self._slot = (self._slot + 1) % _SLOTS
@@ -77,22 +89,32 @@ class Staging:
             part = parts[first, count, size] = Part(own.numpy(), there)
         return part
 
-    def send(self, then: Callable[[], object] | None = None) -> None:
-        """Copy what was taken since `begin` to the device. `then` is done directly behind the copy."""
+    def then(self, work: Callable[[], object]) -> None:
+        """Have `work` done directly behind the next copy, which takes along what was taken for it."""
+        self._waiting.append(work)
+
+    def send(self) -> None:
+        """Copy what was taken since the last copy to the device, and do behind it what waits."""
+        works, self._waiting = self._waiting, []
         if not self._apart:
-            if then is not None:
-                then()
+            for work in works:
+                work()
             return
         inbox, sent = self._inbox[: self._used], self._buffers[self._slot][: self._used]
 
         def copy() -> None:
             inbox.copy_(sent, non_blocking=True)
-            if then is not None:
-                then()
+            for work in works:
+                work()
 
         self.copies += 1
         self._queue.run(copy)
         self._marks[self._slot] = self._queue.mark()
+
+    def flush(self) -> None:
+        """Send what waits, if anything does."""
+        if self._waiting:
+            self.send()
 
     def _allocate(self, words: int) -> Tensor:
         return torch.empty(words, dtype=torch.int32, pin_memory=self._pinned)

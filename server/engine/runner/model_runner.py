@@ -28,11 +28,10 @@ from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
 from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
 from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
-from fastblt.server.engine.device.passes import BYTES_A_PATCH, MOST_CAPTURED, Passes, captured_size
+from fastblt.server.engine.device.passes import BYTES_A_PATCH, MOST_CAPTURED, Passes, captured_size, is_captured
 from fastblt.server.engine.device.ranks import leader_of
 from fastblt.server.engine.device.rounds import PlanRounds, RoundPasses, RowRounds
 from fastblt.server.engine.device.staging import Fetch, Part, Staging
-from fastblt.server.engine.device_queue import Pending
 from fastblt.server.engine.runner.batch import bucket, build_batch, split, with_padding
 from fastblt.server.engine.runner.fused_steps import FusedSteps
 from fastblt.server.engine.runner.prompt_logprobs import TENSORS, ScoredRows
@@ -115,6 +114,10 @@ class ModelRunner:
         """Copies from the device to the host so far."""
         return self._fetch.copies
 
+    def begin_step(self) -> None:
+        """Before a step may copy or give away pages: passes that read them and wait go first."""
+        self._staging.flush()
+
     def admit(self, sequence: Sequence) -> None:
         """Take a newly admitted sequence: its ids and its sampling parameters."""
         write = self._forward.write_prompt(sequence.state_index, sequence.ids)
@@ -127,10 +130,9 @@ class ModelRunner:
 
     def scan(self, sequences: list[Sequence], until: list[int]) -> list[list[float]]:
         """Entropy model over rows [scanned, until) of each sequence: a list of entropies (nats) for each."""
-        spans, entropies = self._causal(
-            "scan", self._forward.entropies, sequences, [s.scanned for s in sequences], until
-        )
-        (flat,) = self._fetch(entropies)
+        spans, run = self._causal("scan", self._forward.entropies, sequences, [s.scanned for s in sequences], until)
+        self._send()
+        (flat,) = self._fetch(self._queue.run(run))
         self.ledger.patcher += 1
         for sequence in sequences:
             sequence.ledger.patcher += 1
@@ -138,7 +140,9 @@ class ModelRunner:
 
     def encode(self, sequences: list[Sequence], until: list[int]) -> None:
         """Encoder over rows [encoded, until) of each sequence; the states stay in the cache."""
-        self._causal("encode", self._forward.encode, sequences, [s.encoded for s in sequences], until)
+        _, run = self._causal("encode", self._forward.encode, sequences, [s.encoded for s in sequences], until)
+        rows = self.work[-1][1]
+        self._give(run, captured=self._static and rows <= MOST_CAPTURED)
         self.ledger.encoder += 1
         for sequence, end in zip(sequences, until, strict=True):
             sequence.ledger.encoder += 1
@@ -182,8 +186,8 @@ class ModelRunner:
             inside = PatchRows(*sent[1].unbind(), *part.each[6:]) if sent is not None else None
             self._forward.upstream(Patches(rows, starts, ends, latents, longest_patch, inside))
 
-        self._send()
-        self._queue.run(run)
+        captured = self._leader is None and sent is not None and is_captured(*sent)
+        self._give(run, captured=captured)
         self.work.append(("global", columns.shape[1]))
         self.ledger.global_ += 1
 
@@ -263,7 +267,9 @@ class ModelRunner:
             results = staged.results(fetched[scores:])
         else:
             begins, ends = [s.scanned for s, _ in ahead], [plan.scan_to for _, plan in ahead]
-            tail, entropies = self._causal("tail", self._forward.entropies, [s for s, _ in ahead], begins, ends)
+            tail, run_tail = self._causal("tail", self._forward.entropies, [s for s, _ in ahead], begins, ends)
+            self._send()
+            entropies = self._queue.run(run_tail)
             both = self._queue.run(lambda: [*results_there.take(), *entropies.take()])
             *fetched, flat = self._fetch(both)
             self.ledger.patcher += 1
@@ -297,9 +303,9 @@ class ModelRunner:
         sequences: list[Sequence],
         begins: list[int],
         ends: list[int],
-    ) -> tuple[list[tuple[int, int]], Pending[list[Tensor]]]:
-        """A pass of one module over causal rows [begin, end) of every sequence: the spans of their rows, and its
-        result."""
+    ) -> tuple[list[tuple[int, int]], Callable[[], list[Tensor]]]:
+        """Stages a pass of one module over causal rows [begin, end) of every sequence: the spans of their rows, and
+        the pass."""
         rows: list[int] = []
         positions: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -329,13 +335,26 @@ class ModelRunner:
             owners, positions, highs = part.each
             return [function(Rows(owners, positions, positions, highs, every))]
 
-        self._send()
-        return spans, self._queue.run(run)
+        return spans, run
 
     def _send(self) -> None:
         """Send what was staged, and what changed in the page tables."""
+        self._stage_tables()
+        self._staging.send()
+
+    def _give(self, work: Callable[[], object], *, captured: bool) -> None:
+        """Give a pass whose results the host does not need to the device. A captured one allocates nothing, so it
+        cannot fail later, under another pass: it waits for the next copy."""
+        if captured:
+            self._stage_tables()
+            self._staging.then(work)
+        else:
+            self._send()
+            self._queue.run(work)
+
+    def _stage_tables(self) -> None:
+        """Stage what changed in the page tables."""
         if (changes := self._caches.tables.changes()) is None:
-            self._staging.send()
             return
         part = self._staging.take(*changes.shape)
         part.host[:] = changes
@@ -345,7 +364,7 @@ class ModelRunner:
             places, pages = part.each
             table.index_put_((places.long(),), pages)
 
-        self._staging.send(enter)
+        self._staging.then(enter)
 
     def _columns(self, count: int, size: int) -> Part:
         """int32 columns [count, size with padding]. Padding is 0: the null state, page and latent."""

@@ -46,7 +46,7 @@ def test_attention_and_hash_embedding() -> None:
 
 
 def test_merged_modules_and_rounds() -> None:
-    run("merged", "rounds")
+    run("merged", "rounds", "filtering", "row_draws")
 
 
 def test_the_whole_engine() -> None:
