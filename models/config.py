@@ -80,7 +80,7 @@ class BltConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> BltConfig:
         """Read a `config.json`. Raises ConfigError naming the field that is missing or cannot be run."""
-        _require(raw.get("model_type", "blt") == "blt", f"model_type is {raw.get('model_type')!r}, not 'blt'")
+        _require(raw.get("model_type", "blt") == "blt", f"model_type is {_shown(raw.get('model_type'))}, not 'blt'")
         _require(raw.get("vocab_size", VOCAB_SIZE) == VOCAB_SIZE, f"vocab_size must be {VOCAB_SIZE}")
         _require(
             raw.get("patch_in_forward", True) is True and raw.get("patching_mode", "entropy") == "entropy",
@@ -104,7 +104,9 @@ class BltConfig:
             encoder_cross_attn_all_layers=_flag(encoder, "encoder_config.cross_attn_all_layers", False),
             decoder_cross_attn_all_layers=_flag(decoder, "decoder_config.cross_attn_all_layers", True),
             hash_group_sizes=_integers(
-                _default(raw.get("encoder_hash_byte_group_size"), [3, 4, 5, 6, 7, 8]), "encoder_hash_byte_group_size"
+                _default(raw.get("encoder_hash_byte_group_size"), [3, 4, 5, 6, 7, 8]),
+                "encoder_hash_byte_group_size",
+                _LONGEST_GROUP,
             ),
             hash_group_vocab=_positive(
                 raw.get("encoder_hash_byte_group_vocab", 500002), "encoder_hash_byte_group_vocab"
@@ -115,13 +117,18 @@ class BltConfig:
             patching_threshold=_number(raw.get("patching_threshold", 1.335442066192627), "patching_threshold"),
             max_patch_length=None if longest is None else _positive(longest, "max_patch_length"),
             decoder_input=raw.get("decoder_input", "encoder"),
-            block_sizes=_integers(raw.get("block_sizes", []), "block_sizes"),
+            block_sizes=_integers(raw.get("block_sizes", []), "block_sizes", _LARGEST_BLOCK),
             acceptance={
-                name: _number(value, f"acceptance.{name}")
+                name: _number(value, f"acceptance.{_shown(name)}", 0, 1)
                 for name, value in _object(raw.get("acceptance", {}), "acceptance").items()
             },
         )
         _require(config.decoder_input in DECODER_INPUTS, f"decoder_input must be one of {DECODER_INPUTS}")
+        _require(
+            config.num_hash_tables <= _MOST_TABLES,
+            f"encoder_hash_byte_group_nb_functions x encoder_hash_byte_group_size make {config.num_hash_tables} hash "
+            f"tables, and at most {_MOST_TABLES} can be",
+        )
         _require(encoder_matches(config), "encoder_config.hidden_size and decoder_config.hidden_size differ")
         return config
 
@@ -173,6 +180,17 @@ def encoder_matches(config: BltConfig) -> bool:
 
 #: No size of a model comes near it, and products of a few stay exact in 64 bits.
 _LARGEST = 2**31
+#: Every layer is an object with tensors of its own, before a weight is read.
+_MOST_LAYERS = 1024
+#: Hash tables likewise: functions times group sizes.
+_MOST_TABLES = 1024
+#: Bytes that a hash looks at. One costs a power of a number.
+_LONGEST_GROUP = 256
+_LARGEST_BLOCK = 1024
+#: No float32 is larger.
+_FLOAT32 = 3e38
+#: Characters of a wrong value that a message quotes.
+_QUOTED = 60
 
 
 def _require(condition: object, message: str) -> None:
@@ -192,27 +210,34 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 def _positive(value: Any, name: str) -> int:
     _require(
         isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _LARGEST,
-        f"{name} must be a positive integer below 2^31, not {value!r}",
+        f"{name} must be a positive integer below 2^31, not {_shown(value)}",
     )
     return int(value)
 
 
-def _integers(value: Any, name: str) -> tuple[int, ...]:
-    _require(isinstance(value, list | tuple), f"{name} must be a list of positive integers, not {value!r}")
-    return tuple(_positive(one, name) for one in value)
+def _integers(value: Any, name: str, most: int) -> tuple[int, ...]:
+    _require(isinstance(value, list | tuple), f"{name} must be a list of positive integers, not {_shown(value)}")
+    for one in value:
+        _require(_positive(one, name) <= most, f"{name} must be at most {most}, not {one}")
+    return tuple(value)
 
 
-def _number(value: Any, name: str) -> float:
-    _require(
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300,
-        f"{name} must be a finite number, not {value!r}",
-    )
+def _number(value: Any, name: str, least: float = -_FLOAT32, most: float = _FLOAT32) -> float:
+    """A number that float32 can hold, from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    limits = f"from {least:g} to {most:g}"
+    _require(number and least <= value <= most, f"{name} must be a number {limits}, not {_shown(value)}")
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def _flag(raw: dict[str, Any], name: str, default: bool) -> bool:
     value = raw.get(name.rsplit(".", 1)[-1], default)
-    _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+    _require(isinstance(value, bool), f"{name} must be true or false, not {_shown(value)}")
     return bool(value)
 
 
@@ -232,17 +257,19 @@ def _stack(
     _require(raw.get("hidden_act", "silu") == "silu", f"{name}.hidden_act must be 'silu'")
     rope = _object(_default(raw.get("rope_parameters"), {}), f"{name}.rope_parameters")
     scaling = _object(_default(raw.get("rope_scaling"), {}), f"{name}.rope_scaling")
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    _require(kind == "default", f"{name}: rope_type {kind!r} is not supported, only 'default'")
+    for where in (rope, scaling):
+        for kind in (where.get("rope_type"), where.get("type")):
+            _require(kind in (None, "default"), f"{name}: rope_type must be 'default', not {_shown(kind)}")
     theta = _number(_default(rope.get("rope_theta"), _default(raw.get("rope_theta"), theta)), f"{name}.rope_theta")
-    eps = _number(raw.get("rms_norm_eps", 1e-5), f"{name}.rms_norm_eps")
+    eps = _number(raw.get("rms_norm_eps", 1e-5), f"{name}.rms_norm_eps", 0, 1)
     _require(theta > 0, f"{name}.rope_theta must be positive")
-    _require(eps >= 0, f"{name}.rms_norm_eps must not be negative")
+    layers = _positive(raw.get("num_hidden_layers", layers), f"{name}.num_hidden_layers")
+    _require(layers <= _MOST_LAYERS, f"{name}.num_hidden_layers must be at most {_MOST_LAYERS}, not {layers}")
     if window is not None:
         _positive(window, f"{name}: attention window")
     return StackConfig(
         hidden_size=hidden,
-        num_layers=_positive(raw.get("num_hidden_layers", layers), f"{name}.num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         intermediate_size=_positive(inter, f"{name}.intermediate_size"),
