@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -139,6 +140,7 @@ class _Run:
                 progress = self._progress(step, seconds)
                 means["norm"] = self._optimizer.step(config.scale(step, progress))
                 step += 1
+                _check_finite(means, step)
                 took = time.monotonic() - began
                 if not self._compiles or step > before.steps + 1:
                     clock += min(took, STALL_SECONDS)
@@ -221,6 +223,13 @@ class _Run:
             if key != "step":
                 state.own_rows(value).copy_(saved.local(full, parameter, self._world))
             self._optimizer.restore(name, key, value)
+
+
+def _check_finite(figures: Mapping[str, float], step: int) -> None:
+    """Raises StateError: no later step mends weights that have become NaN."""
+    if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise StateError(f"step {step}: the {wrong[0]} is no number any more; begin again with lower rates (--lr, "
+                         "--muon-lr) and another --work")  # fmt: skip
 
 
 def _line(figures: Mapping[str, float]) -> str:

@@ -34,6 +34,10 @@ from fastblt.models.training.layout import BLOCK_ROWS, PARTS, TILE
 #: The file in an exported checkpoint's folder that describes its text and the runs that made it.
 RUNS_FILE = "training.json"
 
+_WELCOME = """\
+fastblt train: a corpus, 9 minutes for the entropy model, 80 for the BLT-D, unless --entropy-minutes and --minutes say \
+otherwise. Ctrl-C stops it; the same command goes on."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -59,6 +63,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--closed-starts and --forced-starts are shares of the same blocks: together at most 1")
     if args.start is None and (args.freeze or args.keep):
         parser.error("--freeze and --keep need the weights of --from")
+    if args.lr == args.muon_lr == 0:
+        parser.error("--lr and --muon-lr are 0: nothing would be trained")
     if args.micro_batches % (processes := int(os.environ.get("WORLD_SIZE", "1"))):
         parser.error(f"--micro-batches must be a multiple of the {processes} processes, not {args.micro_batches}")
     try:
@@ -79,7 +85,7 @@ def _what(group: argparse._ArgumentGroup) -> None:
     add("--freeze", nargs="+", choices=PARTS, default=[], help="parts that stay as they are")
     add("--block-sizes", type=_count, nargs="+", help="of the diffusion head (default: 4 8 16, or as in --from)")
     add("--max-patch-length", type=_count, help="bytes of a patch at most (default: 8, or as in --from)")
-    add("--bytes-per-patch", type=_above_zero, default=4.5, help="mean patch size of a new entropy model's threshold")
+    add("--bytes-per-patch", type=_patch_size, default=4.5, help="mean patch size of a new entropy model's threshold")
     add("--work", type=Path, default=Path("runs/blt"), help="working folder (default: %(default)s)")
     add("--export", type=Path, help="folder of the finished checkpoint (default: WORK/checkpoint)")
     add("--dry-run", action="store_true", help="say what it would take: memory, time of a step, size of the text")
@@ -88,17 +94,17 @@ def _what(group: argparse._ArgumentGroup) -> None:
 def _how_long(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--steps", type=_count, help="steps: a run that can be repeated")
-    add("--minutes", type=_above_zero, default=80.0, help="training time, if no steps are given (default: %(default)s)")
+    add("--minutes", type=_minutes, default=80.0, help="training time, if no steps are given (default: %(default)s)")
     add("--stop-after", type=_count, help="stop and export after so many of the steps; the same command goes on later")
     add("--entropy-steps", type=_count, help="steps of a new entropy model")
-    add("--entropy-minutes", type=_above_zero, default=9.0, help="or its training time (default: %(default)s)")
+    add("--entropy-minutes", type=_minutes, default=9.0, help="or its training time (default: %(default)s)")
     add("--log-steps", type=_count, default=20, help="steps that a point of the curve is the mean of (%(default)s)")
     add("--save-steps", type=_count, help="save after every so many steps (default: every two minutes)")
 
 
 def _blocks(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--masked-weight", type=_not_negative, default=0.5, help="weight of the diffusion loss")
+    add("--masked-weight", type=_weight, default=0.5, help="weight of the diffusion loss")
     add("--closed-starts", type=_share, default=0.7, help="share of blocks that start as drafts do")
     add("--forced-starts", type=_share, default=0.0, help="share of blocks that start as BLT-D's do")
     add("--old-latents", type=_share, default=0.0, help="share of closed starts with an older latent, as in BLT-DSV")
@@ -111,8 +117,8 @@ def _blocks(group: argparse._ArgumentGroup) -> None:
 
 def _rates(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--muon-lr", type=_not_negative, default=0.02, help="peak rate of Muon; 0: AdamW trains all (%(default)s)")
-    add("--lr", type=_not_negative, default=3e-3, help="peak rate of AdamW (default: %(default)s)")
+    add("--muon-lr", type=_rate, default=0.02, help="peak rate of Muon; 0: AdamW trains all (%(default)s)")
+    add("--lr", type=_rate, default=3e-3, help="peak rate of AdamW (default: %(default)s)")
     add("--scale-lr", type=_factor, nargs="+", default=[], metavar="PART=FACTOR", help="of a part's rates: global=0.1")
     add("--seed", type=_seed, default=0)
 
@@ -162,12 +168,20 @@ def _number(text: str, allowed: Callable[[float], bool], wanted: str) -> float:
     return value
 
 
-def _above_zero(text: str) -> float:
-    return _number(text, lambda value: value > 0, "a number above 0")
+def _minutes(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1e7, "a number above 0, up to 10 million")
 
 
-def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "a number of at least 0")
+def _patch_size(text: str) -> float:
+    return _number(text, lambda value: 1 <= value <= 1024, "a number from 1 to 1024")
+
+
+def _rate(text: str) -> float:
+    return _number(text, lambda value: value == 0 or 1e-12 <= value <= 10, "0 or a number from 1e-12 to 10")
+
+
+def _weight(text: str) -> float:
+    return _number(text, lambda value: 0 <= value <= 1000, "a number from 0 to 1000")
 
 
 def _share(text: str) -> float:
@@ -178,7 +192,7 @@ def _factor(text: str) -> tuple[str, float]:
     part, _, factor = text.partition("=")
     if part not in PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not PART=FACTOR with one of {', '.join(PARTS)}")
-    return part, _not_negative(factor)
+    return part, _weight(factor)
 
 
 def _whole(text: str, least: int) -> int:
@@ -207,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
             standard_library()
         else:
             find(args.text)
+        if os.environ.get("RANK", "0") == "0":
+            print(_WELCOME, file=sys.stderr)
         from fastblt.models.training.stages import run
 
         return run(args)

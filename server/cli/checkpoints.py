@@ -49,12 +49,6 @@ def widen(
 def train(context: typer.Context) -> None:
     """Train a model; `fastblt train --help` lists the options."""
     quiet_openmp()
-    if not {"-h", "--help"} & set(context.args):
-        typer.echo(
-            "fastblt train: a corpus, 9 minutes for the entropy model, 80 for the BLT-D, unless --entropy-minutes and "
-            "--minutes say otherwise. Ctrl-C stops it; the same command goes on.",
-            err=True,
-        )
     from fastblt.models.training.train import main as run
 
     raise typer.Exit(run(context.args))

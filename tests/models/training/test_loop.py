@@ -54,6 +54,20 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return ("--from", str(folder / "start"), "--text", str(ROOT / "models" / "training"), *SETTINGS)
 
 
+def test_a_run_that_diverges_ends(
+    begun: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Optimizer.step
+
+    def diverges(self: Optimizer, scale: float) -> float:
+        return step(self, scale * 1e38)
+
+    monkeypatch.setattr(Optimizer, "step", diverges)
+    assert main([*begun, "--work", str(tmp_path)]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "is no number any more; begin again with lower rates" in last
+
+
 def in_processes(count: int, options: tuple[str, ...], work: Path, script: str = "") -> subprocess.Popen[bytes]:
     path = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     program = ["-m", "fastblt.models.training.train"]

@@ -36,13 +36,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--steps", "9" * 5000], "is not a whole number"),
         (["--micro-batches", "0"], "--micro-batches: '0' is not"),
         (["--scale-lr", "head=1"], "--scale-lr: 'head=1' is not PART=FACTOR"),
-        (["--scale-lr", "global=x"], "--scale-lr: 'x' is not a number of at least 0"),
+        (["--scale-lr", "global=x"], "--scale-lr: 'x' is not a number from 0 to 1000"),
         (["--freeze", "patcher"], "--freeze: invalid choice: 'patcher'"),
         (["--freeze", "global"], "--freeze and --keep need the weights of --from"),
         (["--held-out", "2"], "--held-out: '2' is not a number from 0 to 1"),
         (["--closed-starts", "1.5"], "--closed-starts: '1.5' is not a number from 0 to 1"),
         (["--closed-starts", "0.7", "--forced-starts", "0.7"], "together at most 1"),
         (["--lr", "nan"], "--lr: 'nan' is not"),
+        (["--lr", "1e30"], "--lr: '1e30' is not 0 or a number from 1e-12 to 10"),
+        (["--lr", "0", "--muon-lr", "0"], "--lr and --muon-lr are 0: nothing would be trained"),
         (["--seed", "-1"], "--seed: '-1' is not"),
         (["--block-sizes", "5"], "--block-sizes must divide 48: 5 does not"),
         (["--length", "1000"], "--length must be a multiple of 128"),
@@ -51,6 +53,23 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 )
 def test_what_cannot_be_kept(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert named in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--held-out", "--bytes-per-patch", "--minutes", "--entropy-minutes", "--masked-weight", "--closed-starts"),
+        *("--forced-starts", "--old-latents", "--full-blocks", "--refined-blocks", "--decay", "--distill", "--keep"),
+        *("--muon-lr", "--lr", "--scale-lr"),
+    ],
+)
+def test_no_number_is_out_of_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What trains nothing, or nothing but NaN, is refused before it takes time."""
+    part = "global=" if option == "--scale-lr" else ""
+    for text in ("nan", "-nan", "inf", "-inf", "1e30", "1e308", "1e999", "-1", "-1e-9", "", "x", "1,5"):
+        assert refusal(capsys, f"{option}={part}{text}").startswith(
+            f"fastblt train: argument {option}: '{text}' is not"
+        )
 
 
 def test_a_checkpoint_decides_what_is_not_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
