@@ -62,6 +62,9 @@ PATIENCE = 120
 #: Seconds between two words of progress.
 _TELL_SECONDS = 5
 
+#: What all files together take, and the compiler's own while it works.
+_ROOM = 16 * 2**20
+
 _SEAL = hashlib.sha256().digest_size
 
 
@@ -96,7 +99,10 @@ def load(sources: Path = SOURCES) -> Found:
                 made = build.into(folder)
                 path, seconds = folder / build.name, time.monotonic() - began
         except CompilerError as error:
-            return Found(None, _without(str(error)))
+            if (reason := _full(folder)) is None:
+                return Found(None, _without(str(error)))
+            troubles.append(f"{folder} cannot be used: {reason}")
+            continue
         except OSError as error:
             troubles.append(f"{folder} cannot be used: {error.strerror or error}")
             continue
@@ -122,6 +128,16 @@ def _in_passing(build: Build, troubles: list[str]) -> Found:
     if found is None:
         return Found(None, _without("; ".join(troubles)))
     return Found(found, _words("C code, compiled now, kept nowhere", troubles))
+
+
+def _full(folder: Path) -> str | None:
+    """Why a compiler that failed could not write into a folder; None if that was not its trouble."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, _ROOM)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _open(path: Path, troubles: list[str]) -> ctypes.CDLL | None:
@@ -228,17 +244,21 @@ class Build:
 
     def _compile(self, name: str, scratch: Path) -> bytes:
         source, flags = self._objects[name]
-        self._run(*flags, "-c", str(source), "-o", str(scratch / name))
-        return (scratch / name).read_bytes()
+        return self._run(*flags, "-c", str(source), to=scratch / name)
 
     def _link(self, scratch: Path) -> bytes:
         objects = (str(scratch / name) for name in self._objects)
-        self._run(*LINK_FLAGS, *objects, "-o", str(scratch / self.name), "-lm")
-        return (scratch / self.name).read_bytes()
+        return self._run(*LINK_FLAGS, *objects, "-lm", to=scratch / self.name)
 
-    def _run(self, *arguments: str) -> None:
+    def _run(self, *arguments: str, to: Path) -> bytes:
+        """What the compiler makes in the file `to`."""
+        command = [*self._command, *arguments, "-o", str(to)]
+        # Its own files too go where there is room for the result.
+        environment = {**os.environ, "TMPDIR": str(to.parent)}
         try:
-            subprocess.run([*self._command, *arguments], check=True, capture_output=True, timeout=PATIENCE, text=True)
+            subprocess.run(
+                command, check=True, capture_output=True, timeout=PATIENCE, text=True, errors="replace", env=environment
+            )
         except FileNotFoundError:
             raise CompilerError(f"there is no C compiler: {shlex.join(self._command)} was not found") from None
         except subprocess.CalledProcessError as error:
@@ -246,6 +266,12 @@ class Build:
             raise CompilerError(f"the C compiler {shlex.join(self._command)} failed: {said}") from None
         except (OSError, subprocess.SubprocessError) as error:
             raise CompilerError(f"the C compiler {shlex.join(self._command)} failed: {error}") from None
+        try:
+            return to.read_bytes()
+        except FileNotFoundError:
+            raise CompilerError(
+                f"{shlex.join(self._command)} is no C compiler: it ended well and made no {to.suffix} file; see CC"
+            ) from None
 
 
 def _hash(code: bytes, *words: str) -> str:

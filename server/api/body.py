@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -33,6 +34,16 @@ _MAX_IGNORED = 16
 _MAX_NAME = 64
 #: Names of unknown fields that are logged over the server's life.
 _MAX_LOGGED = 256
+
+#: An escape of one half of a surrogate pair, where the other one does not stand beside it.
+_HALF = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
+)
+#: Bytes that are looked through at a time: some 20 ms.
+_PIECE_BYTES = 2**20
+#: What two escapes take.
+_PAIR_BYTES = 12
 
 logger = logging.getLogger("fastblt.api")
 
@@ -96,6 +107,9 @@ def parse_body(body: bytes | bytearray, schema: type[Schema], large: str, max_le
     except RecursionError:
         refuse("the body is nested too deeply")
     except msgspec.DecodeError as error:
+        # It takes half of a surrogate pair for a body that ends too early.
+        if (half := _half_a_pair(body)) is not None:
+            refuse(half)
         refuse(f"the body is not valid JSON: {error}")
     if data.get(large) is None:
         refuse(f"{large} is required", large)
@@ -171,10 +185,30 @@ def _parse_json(raw: msgspec.Raw | bytes) -> Any:
             # Half of a surrogate pair cannot be encoded as UTF-8, and would fail wherever it is written out.
             json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        refuse("the body has a string with half of a surrogate pair")
+        refuse(_half_a_pair(text.encode()) or "the body has half of a surrogate pair")
     except ValueError as error:
         refuse(f"the body is not valid JSON: {error}")
     return data
+
+
+def _half_a_pair(body: bytes | bytearray) -> str | None:
+    """What to say about half of a surrogate pair (RFC 8259, section 8.2) in a JSON text; None if there is none."""
+    for start in range(0, len(body), _PIECE_BYTES):
+        # With what stands before and after it, that may be the other half.
+        first = max(start - _PAIR_BYTES, 0)
+        piece = bytes(body[first : start + _PIECE_BYTES + _PAIR_BYTES])
+        for half in _HALF.finditer(piece):
+            run = half.start()
+            while run and piece[run - 1] == ord("\\"):
+                run -= 1
+            escaped = (half.start() - run) % 2
+            at = first + half.start()
+            if start <= at < start + _PIECE_BYTES and not escaped:
+                return (
+                    f"the body has {half[0].decode()} at byte {at}: half of a surrogate pair, which is no character; "
+                    "send both halves, or the character itself (bytes that are no text may be sent as ids)"
+                )
+    return None
 
 
 def _number(text: str) -> int | float:

@@ -116,7 +116,9 @@ def failure(delta: Delta) -> ApiError:
             status, headers = 503, {}
         case _:
             status, headers = 500, {}
-    logger.error("%s ended with an error: %s", delta.request_id, message)
+    # A request's own doing is no fault of the server. What a lost engine or the load ends is logged where that is seen.
+    level = {400: logging.INFO, 500: logging.ERROR}.get(status, logging.WARNING)
+    logger.log(level, "%s ended with an error: %s", delta.request_id, message)
     return ApiError(status, message, code=code, headers=headers, taken=True)
 
 
@@ -161,7 +163,9 @@ def install(app: FastAPI) -> None:
             return Response(status_code=499)  # The client has left. This is for the log only.
         problem = _with_advice(to_api_error(error), request)
         if problem.status >= 500 and not problem.taken:
-            logger.error("%s: %s", problem.code, problem.message)
+            # It loads, drains or stalls: known, logged when it began, and told to every request meanwhile.
+            level = logging.WARNING if problem.status == 503 else logging.ERROR
+            logger.log(level, "%s: %s", problem.code, problem.message)
         request.app.state.metrics.count_rejected(problem, request.method)
         headers = dict(problem.headers)
         if problem.status == 500 and (request_id := request.scope.get("request_id")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,12 @@ from fastblt.server.api.security import MAX_HEADER_BYTES
 
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0
+#: Seconds for the TLS opening handshake.
+HANDSHAKE_SECONDS = 10.0
+#: Seconds in which a client has to take what was written for it: a whole answer, or what waits of a stream.
+TAKE_SECONDS = 600.0
+#: Seconds between two looks at these.
+_LOOK_SECONDS = 5.0
 
 #: Seconds in which a refused client may still send the rest of its request, and read the answer.
 LINGER_SECONDS = 10.0
@@ -39,6 +46,9 @@ _CHUNK_BYTES = 512
 _RESERVED_FILES = 128
 
 
+#: What stands before the path of an absolute request target. Proxies are sent these, and some clients send no other.
+_ABSOLUTE = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
+
 #: The key in the ASGI scope's extensions for the HttpProtocol that a request arrived on.
 CONNECTION = "fastblt.connection"
 
@@ -57,6 +67,7 @@ class _Connection(h11.Connection):
             self._chunks, self._bytes = 0, 0
             self.method = event.method
             _check_framing(event)
+            event = _in_origin_form(event)
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
             self._bytes += len(event.data)
@@ -79,6 +90,15 @@ def _check_framing(request: h11.Request) -> None:
         raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
 
 
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """The same request; for a target with a server's name (RFC 9112, section 3.2.2), with what comes after it."""
+    if not (named := _ABSOLUTE.match(request.target)):
+        return request
+    rest = request.target[named.end() :]
+    target = rest if rest.startswith(b"/") else b"/" + rest
+    return h11.Request(method=request.method, headers=request.headers, target=target, http_version=request.http_version)
+
+
 class _Transport:
     """A connection's transport that closes without losing the last answer.
 
@@ -91,9 +111,22 @@ class _Transport:
         self._transport = transport
         self._unfinished = unfinished
         self.lingers = False
+        #: Bytes that were written so far.
+        self.written = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were written and that the system has not taken yet."""
+        below = getattr(getattr(self._transport, "_ssl_protocol", None), "_transport", None)
+        # What is encrypted waits in the transport below, for which asyncio has no public name.
+        return self._transport.get_write_buffer_size() + (below.get_write_buffer_size() if below is not None else 0)
 
     def is_closing(self) -> bool:
         return self.lingers or self._transport.is_closing()
@@ -113,10 +146,16 @@ class _Transport:
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self.end)
 
     def end(self) -> None:
-        """Close now, even while lingering."""
+        """Close, even while lingering, when all that was written is sent."""
+        tls, later = self._transport.get_extra_info("ssl_object") is not None, asyncio.get_running_loop().call_later
+        if tls and self.waiting:
+            # The closing handshake is timed from its begin.
+            self.lingers = True
+            later(TLS_END_SECONDS, self.end)
+            return
         self._transport.close()
-        if self._transport.get_extra_info("ssl_object") is not None:
-            asyncio.get_running_loop().call_later(TLS_END_SECONDS, self._transport.abort)
+        if tls:
+            later(TLS_END_SECONDS, self._transport.abort)
 
 
 class HttpProtocol(H11Protocol):
@@ -170,6 +209,8 @@ class HttpProtocol(H11Protocol):
             # asyncio's default is 256 KiB: as much memory for each slow connection, or many small requests at once.
             transport.max_size = _RECEIVED_BYTES
         self._seen: Any = None
+        self._idle_since = self._marked = self.loop.time()
+        self._mark = 0
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > min(self.limit, max_connections()):
             # Files must be left for logs and for a new engine process.
@@ -217,15 +258,23 @@ class HttpProtocol(H11Protocol):
         self.transport.close()
 
     def _check_later(self) -> None:
-        self._timer = self.loop.call_later(HEAD_SECONDS, self._check)
+        self._timer = self.loop.call_later(min(_LOOK_SECONDS, HEAD_SECONDS, TAKE_SECONDS), self._check)
 
     def _check(self) -> None:
-        """Close a connection without a request since the last check and without a running one."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.cycle is self._seen:
-            self.transport.close()
+        """End a connection whose client has not taken what waited for it TAKE_SECONDS ago, or on which no request runs
+        and none came for HEAD_SECONDS."""
+        now, written = self.loop.time(), self._ending.written
+        if written - self._ending.waiting >= self._mark:
+            self._mark, self._marked = written, now
+        elif now - self._marked >= TAKE_SECONDS:
+            self._ending.abort()
             return
-        self._seen = self.cycle
+        idle = self.cycle is None or self.cycle.response_complete
+        if not idle or self.cycle is not self._seen:
+            self._seen, self._idle_since = self.cycle, now
+        elif now - self._idle_since >= HEAD_SECONDS:
+            # This takes until all that was written is sent, so the look at it goes on.
+            self.transport.close()
         self._check_later()
 
 

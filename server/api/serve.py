@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import cast
 
@@ -21,7 +22,7 @@ from fastapi import FastAPI
 
 from fastblt.server.api import greeting
 from fastblt.server.api.app import create_app
-from fastblt.server.api.http import limited, max_connections, raise_file_limit
+from fastblt.server.api.http import HANDSHAKE_SECONDS, limited, max_connections, raise_file_limit
 from fastblt.server.logs import progress
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
 from fastblt.server.settings import FailurePolicy, HttpSettings
@@ -56,6 +57,14 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
         self._on_signal = on_signal
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.is_ssl:
+            # uvicorn has no option for it. A connection is counted, and its head timed, only after the handshake.
+            loop = asyncio.get_running_loop()
+            create = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_SECONDS)
+            loop.create_server = create  # type: ignore[method-assign]
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True

@@ -88,8 +88,10 @@ def _serve(
 
 
 def _reason(error: Exception) -> str:
-    # Python's own has no words.
-    return "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+    # Python's own has no words, and torch's for a CPU are those of its source.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; give it more (ulimit -v, the container's limit), or a smaller --cache-size"
+    return str(error) or type(error).__name__
 
 
 class _Worker:

@@ -167,6 +167,42 @@ def test_a_compiler_that_fails_is_quoted(world: World) -> None:
     assert found.library is None and "failed: cc1: no space for it" in found.status
 
 
+@pytest.mark.parametrize("command", ["echo", "true", "sh -c true"])
+def test_what_makes_nothing_is_no_compiler(world: World, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", command)
+    found = build.load(world.sources)
+    assert found.library is None
+    reason = (
+        f"because {command if ' ' not in command else 'sh -c true'} is no C compiler: it ended well and made no .o file"
+    )
+    assert reason in found.status and "cannot be used" not in found.status and "\n" not in found.status
+
+
+@pytest.mark.parametrize("command", ["false", "/nonexistent", "/tmp", "cat", "sh -c 'exit 7'"])
+def test_what_fails_is_named(world: World, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", command)
+    found = build.load(world.sources)
+    assert found.library is None and command.split()[0] in found.status and "C compiler" in found.status
+    assert "\n" not in found.status
+
+
+def test_a_full_disk_leaves_the_next_folder(world: World) -> None:
+    """It is the compiler that cannot write."""
+    world.folder.mkdir(parents=True, mode=0o700)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "none", world.folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        found = build.load(world.sources)
+        assert found.library is not None and f"kept in {temporary(world)}" in found.status
+        assert f"{world.folder} cannot be used: No space left on device" in found.status
+    finally:
+        # The library is mapped from elsewhere.
+        subprocess.run(["umount", world.folder], check=True)
+
+
 def test_a_compiler_that_never_ends_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.command.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(build, "PATIENCE", 0.2)

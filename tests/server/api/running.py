@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from fastblt.models.checkpoint import save_checkpoint
-from fastblt.server.api.serve import configure, listen
+from fastblt.server.api.serve import _Server, configure, listen
 from fastblt.server.process.client import EngineClient
 from fastblt.server.settings import EngineSettings, HttpSettings
 from tests.tiny import tiny_model
@@ -50,7 +49,7 @@ class RunningServer:
     def __init__(self, client: EngineClient, http: HttpSettings | None = None, *, wait: bool = True) -> None:
         self.client = client
         self._wait = wait
-        self._server = uvicorn.Server(configure(client, http or HttpSettings(shutdown_timeout=0.0)))
+        self._server = _Server(configure(client, http or HttpSettings(shutdown_timeout=0.0)), lambda: None)
         self._sock = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._sock]})

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fastblt.server.api.body import max_body_bytes
-from fastblt.server.api.errors import MAX_MESSAGE
+from fastblt.server.api.errors import MAX_MESSAGE, failure
 from fastblt.server.api.fields import MAX_CHOICES
 from fastblt.server.api.schemas import CompletionRequest
-from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS
+from fastblt.server.request import MAX_STOP_BYTES, MAX_STOP_STRINGS, Delta, ErrorCode, FinishReason
 from tests.server.api.running import MAX_MODEL_LEN, RunningServer
 
 # (name, body fields beside a good prompt, field that the error must name)
@@ -197,6 +197,30 @@ def test_wrong_bodies(server: RunningServer, body: bytes, status: int) -> None:
     assert_still_good(server)
 
 
+@pytest.mark.parametrize(
+    ("body", "half"),
+    [
+        (rb'{"prompt": "a\ud800b"}', r"\ud800 at byte 13"),
+        (rb'{"prompt": "\uDFFF"}', r"\uDFFF at byte 12"),
+        (rb'{"prompt": ["a", "\ud83d\ud83d\ude00"]}', r"\ud83d at byte 18"),
+        (rb'{"prompt": "a", "stop": ["\\\ud800"]}', r"\ud800 at byte 28"),
+        (rb'{"prompt": "a", "structured_outputs": {"choice": ["\ude00\ud83d"]}}', r"\ude00 at byte 51"),
+        (rb'{"\ud800": 1, "prompt": "a"}', r"\ud800 at byte 2"),
+        (b'{"prompt": "a", "x": "' + b" " * 2**20 + rb'\ud800"}', r"\ud800 at byte 1048598"),
+        (b'{"prompt": "' + b" " * (2**20 - 15) + rb'\ud83d\ude00\ud800"}', r"\ud800 at byte 1048585"),
+        *((b'{"prompt": "' + b" " * (2**20 - 12 - i) + rb"\ud83d\ude00}", None) for i in range(12)),
+        # What stands there is no escape, and the body is wrong for another reason.
+        (rb'{"prompt": "\\ud800}', None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_half_a_surrogate_pair_is_named(server: RunningServer, body: bytes, half: str | None) -> None:
+    message = assert_error(server.http.post("/v1/completions", content=body, headers=JSON), 400)["message"]
+    assert ("half of a surrogate pair" in message) == (half is not None), message
+    if half is not None:
+        assert f"the body has {half}: " in message and "send both halves" in message
+
+
 def test_a_chunked_body_is_bounded_too(server: RunningServer) -> None:
     chunks = (b"x" * 2**20 for _ in range(MAX_BODY_BYTES // 2**20 + 2))
     assert_error(server.http.post("/v1/completions", content=chunks, headers=JSON), 413)
@@ -266,3 +290,41 @@ def test_fields_that_would_restrict_the_answer_are_not_ignored(server: RunningSe
     assert response.status_code == 400 and response.json()["error"]["param"] == name
     assert "send " in response.json()["error"]["message"]
     assert server.http.post("/v1/completions", json=body | {name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("code", "level"),
+    [
+        (ErrorCode.GRAMMAR_TOO_COMPLEX, "INFO"),
+        (ErrorCode.NOTHING_LEFT, "INFO"),
+        (ErrorCode.QUEUE_TIMEOUT, "WARNING"),
+        (ErrorCode.REQUEST_TIMEOUT, "WARNING"),
+        (ErrorCode.ENGINE_DIED, "WARNING"),
+        (ErrorCode.PASS_FAILED, "ERROR"),
+        (ErrorCode.NOT_FINITE, "ERROR"),
+        (ErrorCode.OUT_OF_MEMORY, "ERROR"),
+        (None, "ERROR"),
+    ],
+)
+def test_only_faults_of_the_server_are_logged_as_errors(
+    code: ErrorCode | None, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", "fastblt.api"):
+        problem = failure(Delta("one", finish_reason=FinishReason.ERROR, error="why", error_code=code))
+    assert [record.levelname for record in caplog.records] == [level]
+    assert (problem.status < 500) == (level == "INFO")
+
+
+def test_what_clients_do_wrong_is_not_logged_as_an_error(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither when a request is read, nor when its grammar turns out to be too much in the middle of its output."""
+    endless = {"grammar": 'root ::= "a" root\n'}
+    with caplog.at_level("INFO"):
+        answer = server.http.post("/v1/completions", json={"prompt": "a", "structured_outputs": endless})
+        assert assert_error(answer, 400)["code"] == "grammar_too_complex"
+        for body in (b"", b"{", b'{"prompt": "a", "structured_outputs": {"regex": "("}}', b'{"prompt": 1}'):
+            assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == 400
+        assert server.http.get("/nowhere").status_code == 404
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+    assert "grammar became too complex" in caplog.text

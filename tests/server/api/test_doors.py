@@ -8,6 +8,7 @@ import ssl
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,8 @@ import pytest
 
 from fastblt.server.api import bodies as bodies_module
 from fastblt.server.api import http as http_module
-from fastblt.server.process.client import EngineClient
+from fastblt.server.api import serve as serve_module
+from fastblt.server.process.client import EngineClient, EngineState
 from fastblt.server.settings import EngineSettings, HttpSettings, SchedulingPolicy
 from tests.server.api import fake_engine
 from tests.server.api.running import RunningServer, until
@@ -106,6 +108,20 @@ def test_head_is_get_without_a_body(server: RunningServer, path: str) -> None:
         b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")).count(b"HTTP/1.1 ") == 3  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["http://host", "HTTP://127.0.0.1:1", "https://u@[::1]:8000"])
+def test_a_target_with_a_servers_name_is_its_path(server: RunningServer, name: str) -> None:
+    """As proxies are sent it (RFC 9112, section 3.2.2)."""
+    for path, status in (("/health", 200), ("/v1/models?x=1", 200), ("/nowhere", 404), ("", 200), ("?x=1", 200)):
+        head = f"GET {name}{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        there = server.http.get(path or "/")
+        answer = raw(server, head.encode())
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and there.status_code == status
+        assert answer.endswith(there.content)
+    answer = raw(server, POST.replace(b"/v1", name.encode() + b"/v1") + b"connection: close\r\n"
+                 b"content-length: %d\r\n\r\n" % len(BODY) + BODY)  # fmt: skip
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("coding", ["gzip", "br", "deflate, gzip", "zstd"])
 def test_encoded_bodies_are_told_so(server: RunningServer, coding: str) -> None:
     headers = JSON | {"content-encoding": coding}
@@ -156,6 +172,70 @@ def test_who_never_ends_is_cut_off(server: RunningServer, monkeypatch: pytest.Mo
             for _ in range(100):
                 sock.sendall(b"x" * 1000)
                 time.sleep(0.05)
+
+
+@contextmanager
+def asked_slowly(folder: Path, *, tls: bool, stream: bool) -> Iterator[tuple[RunningServer, socket.socket]]:
+    """A server, and a connection on which a large answer was asked for. Little of it waits in the system."""
+    body = json.dumps({"prompt": "a", "max_tokens": 900, "n": 4, "logprobs": 20, "stream": stream}).encode()
+    certificate, key = map(str, make_certificate(folder)) if tls else (None, None)
+    http = HttpSettings(tls_certificate=certificate, tls_key=key, shutdown_timeout=0.0)
+    server = RunningServer(fake(), http, wait=False)
+    with server:
+        until(lambda: server.client.state is EngineState.READY and server._server.started)
+        server._server.config.timeout_keep_alive = 0.2  # type: ignore[assignment]
+        server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        trusted = ssl.create_default_context(cafile=certificate)
+        with trusted.wrap_socket(sock, server_hostname="127.0.0.1") if tls else sock as slow:
+            slow.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert slow.recv(1) == b"H"
+            yield server, slow
+
+
+@pytest.mark.parametrize(("tls", "stream"), [(False, False), (True, False), (False, True)])
+def test_who_takes_an_answer_a_byte_at_a_time_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool, stream: bool
+) -> None:
+    monkeypatch.setattr(http_module, "TAKE_SECONDS", 0.6)
+    with asked_slowly(tmp_path, tls=tls, stream=stream) as (server, slow):
+        began, port = time.monotonic(), slow.getsockname()[1]
+        # What the system has taken it sends by itself, so its end is seen here later.
+        while any(one.client[1] == port for one in server._server.server_state.connections):
+            assert time.monotonic() - began < 15
+            slow.recv(1)
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_who_takes_it_slowly_has_all_of_it(tmp_path: Path, tls: bool) -> None:
+    """Also when the connection has been idle for long enough to be closed, as the server sees it."""
+    with asked_slowly(tmp_path, tls=tls, stream=False) as (_, slow):
+        head, _, body = b"", b"", b""
+        while b"\r\n\r\n" not in head:
+            head += slow.recv(1)
+        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        assert length > 100_000
+        while data := slow.recv(2**15):
+            body += data
+            time.sleep(3 * len(data) / length)
+        assert len(json.loads(body)["choices"]) == 4 and len(body) == length
+
+
+def test_a_tls_handshake_that_never_ends_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "HANDSHAKE_SECONDS", 0.5)
+    certificate, key = make_certificate(tmp_path)
+    http = HttpSettings(tls_certificate=str(certificate), tls_key=str(key), shutdown_timeout=0.0)
+    with RunningServer(fake(), http, wait=False) as server:
+        until(lambda: server._server.started)
+        for begun in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            with connect(server) as sock:
+                sock.sendall(begun)
+                began = time.monotonic()
+                assert sock.recv(1) == b"" and time.monotonic() - began < 5
 
 
 def test_who_resets_the_connection_meanwhile_is_no_fault(

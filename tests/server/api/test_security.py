@@ -166,6 +166,11 @@ def test_connections_that_never_ask_are_closed(monkeypatch: pytest.MonkeyPatch) 
             silent.settimeout(5)
             slow.settimeout(5)
             assert silent.recv(1) == b"" and slow.recv(1) == b""
+        # Also after an answer.
+        with socket.create_connection(address) as again:
+            again.settimeout(5)
+            again.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /health HTTP/1.1\r\nhost:")
+            assert b"".join(iter(lambda: again.recv(4096), b"")).count(b"HTTP/1.1 200") == 1
         # One that asks in time is not, however long its answer takes.
         long = EngineClient(EngineSettings(), command=fake_engine.command(pause=0.2))
         with RunningServer(long) as other:
