@@ -156,6 +156,16 @@ def front(results: Results) -> str:
     return table(columns, rows)
 
 
+def first_picture(results: Results) -> str:
+    """What a newcomer waits for."""
+    [result] = results.values()
+    rows = [
+        [f"{name} start", *(f"{result[name][key]:.1f}" for key in ("answers_s", "first_byte_s", "whole_s"))]
+        for name in ("first", "later")
+    ]
+    return table(("seconds until", "the server answers", "the first byte is on the page", "256 bytes are"), rows)
+
+
 def page(results: Results) -> str:
     """Bytes a second without the page at /, with it, and with pages open."""
     [result] = results.values()
