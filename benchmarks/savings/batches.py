@@ -127,5 +127,11 @@ def module_seconds(batch: Batch) -> Mapping[str, float]:
     return {name: sum(done.seconds for done in batch.passes if done.module == name) for name in batch.drift}
 
 
+def engine_seconds(batch: Batch) -> float:
+    """Seconds for each decoder pass of a batch that no pass has: selection, scheduling, Python."""
+    outside = batch.seconds - sum(done.seconds for done in batch.passes)
+    return outside / sum(done.module == "decode" for done in batch.passes)
+
+
 def _sums(*counts: Sequence[int]) -> list[int]:
     return [sum(column) for column in zip_longest(*counts, fillvalue=0)]

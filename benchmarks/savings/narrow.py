@@ -5,9 +5,13 @@
 
 The shipped checkpoint is widened to the shape in memory, once for every kind of weights: 11 GB for 1b in float32,
 bfloat16 and int8. Figures are of the time after the prompts' pass: bytes a second, as medians over rounds;
-the ratio to the first kind's, as the median of ratios within a round; predicted over measured time, by a cost curve of
-each engine; and the share of the memory's read bandwidth that reading weights took. `equal`: the share of bytes that
-are those of the first kind's BLT.
+the ratio to the first kind's, as the median of ratios within a round; predicted over measured time; and the share of
+the memory's read bandwidth that reading weights took. `equal`: the share of bytes that are those of the first kind's
+BLT.
+
+Predicted time is that of the run's passes by a cost curve of each engine, with keys and values as in the middle of a
+run, and the engine's own time: a round before all others, which counts for nothing else, says how long that is for each
+decoder pass of a method.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from fastblt.benchmarks.command import command
 from fastblt.benchmarks.machine import machine_limits, measured_with
 from fastblt.benchmarks.markdown import Table
 from fastblt.benchmarks.prompts import held_out_prompts
-from fastblt.benchmarks.savings.batches import Batch, Course, engine_of
+from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, engine_seconds
 from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, weights_read
 from fastblt.benchmarks.text_statistics import equal_positions
 from fastblt.kernels.cpu.threads import threads as threads_in_use
@@ -41,8 +45,16 @@ def gigabytes(batch: Batch, model: Blt) -> float:
     return weights_read(batch.passes, parameters, head, weight_bytes(model), weight_bytes(model.patcher))
 
 
-def row_of(own: list[Batch], first: list[Batch], plain: list[Batch], model: Blt, read_gb_s: float) -> dict[str, Any]:
-    """A kind's figures by a setting. `first` are the first kind's batches of the same rounds, `plain` those of BLT."""
+def predicted(batch: Batch, early: Batch) -> float:
+    """Seconds of a batch by its passes, and by the engine's time beside the passes of an earlier batch."""
+    return batch.predicted + engine_seconds(early) * sum(done.module == "decode" for done in batch.passes)
+
+
+def row_of(
+    own: list[Batch], early: Batch, first: list[Batch], plain: list[Batch], model: Blt, read_gb_s: float
+) -> dict[str, Any]:
+    """A kind's figures by a setting. `early` is its batch before all rounds; `first` are the first kind's batches of
+    the same rounds, `plain` those of BLT."""
     rates = [batch.bytes / batch.seconds for batch in own]
     before = [batch.bytes / batch.seconds for batch in first]
     pairs = [
@@ -53,7 +65,7 @@ def row_of(own: list[Batch], first: list[Batch], plain: list[Batch], model: Blt,
     return {
         "bytes_per_second": statistics.median(rates),
         "ratio": statistics.median(one / other for one, other in zip(rates, before, strict=True)),
-        "predicted_over_measured": statistics.median(batch.predicted / batch.seconds for batch in own),
+        "predicted_over_measured": statistics.median(predicted(batch, early) / batch.seconds for batch in own),
         "read_share": statistics.median(gigabytes(batch, model) / batch.seconds / read_gb_s for batch in own),
         "equal": sum(equal_positions(*pair) for pair in pairs) / sum(len(ids) for ids, _ in pairs),
     }
@@ -81,9 +93,11 @@ def measure(
         courses = {}
         for kind, wide in models.items():
             engine = engine_of(wide, prompts, length, threads)
-            courses[kind] = Course(engine, CostCurve.measure(engine, _ROWS, budget, requests=size))
+            middle = input_len + length // 2
+            courses[kind] = Course(engine, CostCurve.measure(engine, _ROWS, budget, context=middle, requests=size))
         limits = machine_limits(threads_in_use())
         result |= {"threads": threads_in_use(), "limits": limits}
+        early = {kind: course.round(setting, prompts, length) for kind, course in courses.items()}
         runs: dict[str, list[dict[str, Batch]]] = {kind: [] for kind in models}
         for _ in range(rounds):
             for kind, course in courses.items():
@@ -100,7 +114,8 @@ def measure(
             rows[kind] = {}
             for name in setting:
                 taken, first = [one[name] for one in own], [one[name] for one in runs[base]]
-                row = rows[kind][name] = row_of(taken, first, plain, models[kind], limits["read_gb_s"])
+                row = row_of(taken, early[kind][name], first, plain, models[kind], limits["read_gb_s"])
+                rows[kind][name] = row
                 figures = (f"{row['bytes_per_second']:.2f}", f"{row['ratio']:.2f}")
                 shares = (f"{row['predicted_over_measured']:.2f}", f"{100 * row['read_share']:.0f}")
                 table.row(kind, name, *figures, *shares, f"{100 * row['equal']:.1f}")
