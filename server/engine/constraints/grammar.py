@@ -7,6 +7,7 @@ may take any amount of time and memory: only the limits of the process that make
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -25,6 +26,13 @@ CACHED_GRAMMARS = 64
 
 #: Occurs in the library's error message when the lexer fails that copies of a matcher share.
 _LEXER = "lexer error"
+
+#: What the library says where too many rules are open, as those of 500 and more optional properties are.
+_CROWDED = re.compile(r"Current row has (\d+) items; max is (\d+)")
+#: Advice of the library's that we cannot follow.
+_IN_OUR_WORDS = {
+    "Enable 'coerce_one_of' option to approximate oneOf with anyOf": "Write anyOf, or what excludes each other"
+}
 
 #: Letters of the library's error message that a client gets.
 _REASON = 500
@@ -108,6 +116,8 @@ def _accepts(schema: dict[str, Any], text: str) -> bool:
 
 def refusal(structured: StructuredOutput, reason: str) -> InvalidRequestError:
     """The error that a client gets for a grammar that cannot be used."""
+    for theirs, ours in _IN_OUR_WORDS.items():
+        reason = reason.replace(theirs, ours)
     return InvalidRequestError(f"the {structured.kind} cannot be used: {reason[:_REASON]}", "structured_outputs")
 
 
@@ -237,4 +247,9 @@ class GrammarState:
 
 def _reason(matcher: LLMatcher) -> str:
     reason = matcher.get_error().replace("\n<non-verbose/>", "").strip()[:_REASON]
+    if found := _CROWDED.search(reason):
+        return (
+            f"at one byte it may go on in too many ways ({found[1]}; {found[2]} at most): have fewer optional "
+            "properties in one object, or require them; in a grammar of your own, recur on the left"
+        )
     return "no text satisfies it" if reason.startswith("NoExtension") else reason

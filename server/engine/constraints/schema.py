@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,9 +79,16 @@ _KNOWN = frozenset(
 _FORMATS = frozenset(
     ["date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"]
 )
-_COUNTS = frozenset(["maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties"])
+_COUNTS = frozenset(f"{end}{of}" for end in ("min", "max") for of in ("Items", "Length", "Properties", "Contains"))
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+_TYPES = frozenset(["array", "boolean", "integer", "null", "number", "object", "string"])
+#: Options of llguidance under which keywords would be ignored, or kept in part.
+_LOOSE = ("lenient", "coerce_one_of")
+
+#: Characters of a wrong value that a message quotes.
+_QUOTED = 60
 
 #: Whole numbers up to this are exact in float64, which llguidance uses.
 _EXACT = 2**53
@@ -87,6 +96,53 @@ _EXACT = 2**53
 
 class SchemaError(ValueError):
     """The schema asks for something that would not be enforced. The message names it."""
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, dict | bool)
+
+
+def _all(value: Any, kind: type[Any], of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, kind) and all(of(one) for one in (value.values() if isinstance(value, dict) else value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_type(value: Any) -> bool:
+    return isinstance(value, str) and value in _TYPES
+
+
+#: What the standard has a keyword's value be (JSON Schema 2020-12, and `items` and `dependencies` as in draft 7).
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_COUNTS, (lambda v: _is_number(v) and v >= 0 and v % 1 == 0, "a whole number, 0 or more")),
+    **dict.fromkeys(_BOUNDS, (_is_number, "a number")),
+    "multipleOf": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    **dict.fromkeys(("pattern", "format", "$ref", "$dynamicRef", "$id", "$schema", "$anchor"), (_is_text, "a string")),
+    "required": (lambda v: _all(v, list, _is_text), "a list of strings"),
+    "enum": (lambda v: isinstance(v, list) and v != [], "a list that is not empty"),
+    "type": (
+        lambda v: _is_type(v) or (v != [] and _all(v, list, _is_type)), f"one or some of {', '.join(sorted(_TYPES))}"
+    ),
+    **dict.fromkeys(
+        ("anyOf", "oneOf", "allOf", "prefixItems"),
+        (lambda v: v != [] and _all(v, list, _is_schema), "a list of schemas that is not empty"),
+    ),
+    "items": (lambda v: _is_schema(v) or _all(v, list, _is_schema), "a schema"),
+    **dict.fromkeys(
+        ("additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
+         "unevaluatedItems", "unevaluatedProperties"),
+        (_is_schema, "a schema"),
+    ),
+    **dict.fromkeys(_MAPS, (lambda v: _all(v, dict, _is_schema), "an object of schemas")),
+    "x-guidance": (lambda v: isinstance(v, dict), "an object"),
+}  # fmt: skip
 
 
 def checked(schema: Any, accepts: Callable[[dict[str, Any], str], bool]) -> Any:
@@ -122,6 +178,8 @@ def _kept(schema: Any, path: str) -> Any:
         where = f"{path}/{key}"
         if key not in _KNOWN and not key.startswith("x-"):
             raise SchemaError(f"{where}: unknown keyword {key!r}")
+        if key in _VALUES and not _VALUES[key][0](value):
+            raise SchemaError(f"{where} must be {_VALUES[key][1]}, not {json.dumps(value)[:_QUOTED]}")
         if key in _MAPS and isinstance(value, dict):
             value = {name: _kept(part, f"{where}/{name}") for name, part in value.items()}
         elif key in ("const", "enum", *_BOUNDS):
@@ -132,6 +190,8 @@ def _kept(schema: Any, path: str) -> Any:
             if value is not False:
                 raise SchemaError(f"{where}: that items differ cannot be kept; ask for a list and make it a set")
             continue
+        elif key == "x-guidance" and (loose := [option for option in _LOOSE if value.get(option)]):
+            raise SchemaError(f"{where}/{loose[0]}: what a schema asks for is kept or refused; it cannot be ignored")
         elif key == "format" and value not in _FORMATS:
             # The standard allows unknown formats to be ignored.
             continue
@@ -161,10 +221,6 @@ def _check_numbers(value: Any, path: str) -> None:
     # The whole number next to an exclusive bound must be exact, too.
     elif _is_number(value) and abs(value) > _EXACT - path.rpartition("/")[2].startswith("exclusive"):
         raise SchemaError(f"{path}: numbers beyond 2^53 cannot be kept")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -126,7 +126,7 @@ def test_a_run_of_whitespace_is_bounded() -> None:
         (StructuredOutput.regex("(?-u:\\xff)"), "pattern can match invalid"),
         (StructuredOutput.regex(""), "no byte can begin"),
         (StructuredOutput.choice([]), "no byte can begin"),
-        (StructuredOutput.json({"type": "strin"}), "Invalid type: strin"),
+        (StructuredOutput.json({"type": "strin"}), "#/type must be one or some of array"),
         (StructuredOutput.json({"type": "integer", "minimum": 5, "maximum": 4}), "Unsatisfiable"),
         (StructuredOutput.json({"not": {"type": "string"}}), "not"),
         (StructuredOutput.json({"$ref": "#"}), "cannot be used"),
