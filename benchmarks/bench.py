@@ -15,7 +15,7 @@ import typer
 from fastblt.benchmarks.command import clean_errors
 from fastblt.benchmarks.load.names import Dataset, Ramp
 from fastblt.benchmarks.machine import measured_with, write_json
-from fastblt.server.cli.options import WeightStorage
+from fastblt.server.cli.options import ENGINE_DEFAULTS, Device, DtypeOption, WeightStorage
 from fastblt.server.request import DecodingMethod, DecodingParams
 from fastblt.server.settings import PRETRAINED
 
@@ -33,8 +33,6 @@ Model = Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_de
 Method = Annotated[DecodingMethod, typer.Option(help="How to decode.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of arithmetic. Default: what suits the model.")]
 Length = Annotated[int, typer.Option(min=1, help="Bytes of each prompt.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Default: float32, on a GPU bfloat16.")]
 
 
 @app.command()
@@ -159,7 +157,7 @@ def throughput(
     method: Method = DecodingMethod.AUTO,
     max_running: Annotated[int, typer.Option(min=1, help="Requests in a batch.")] = 64,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = ENGINE_DEFAULTS.device,
     dtype: DtypeOption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_path: Result = None,
@@ -196,7 +194,7 @@ def latency(
     num_iters: Annotated[int, typer.Option(min=1, help="Times the batch is run.")] = 10,
     num_iters_warmup: Annotated[int, typer.Option(min=0, help="Times before that.")] = 2,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = ENGINE_DEFAULTS.device,
     dtype: DtypeOption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_path: Result = None,
@@ -236,7 +234,7 @@ def methods(
     output_len: Annotated[int, typer.Option(min=1, help="Bytes to decode for each.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each setting; the median counts.")] = 1,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = ENGINE_DEFAULTS.device,
     dtype: DtypeOption = None,
     json_path: Result = None,
 ) -> None:

@@ -13,6 +13,7 @@ import typer
 from fastblt.benchmarks.command import clean_errors as clean
 from fastblt.benchmarks.evaluation.journal import Record
 from fastblt.benchmarks.machine import write_json
+from fastblt.server.cli.options import ENGINE_DEFAULTS, Device, DtypeOption
 from fastblt.server.settings import PRETRAINED
 
 app = typer.Typer(
@@ -67,6 +68,8 @@ def humaneval(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 32,
     setting: Settings = None,
     output: Output = DEFAULT_OUTPUT,
@@ -82,7 +85,7 @@ def humaneval(
         from fastblt.benchmarks.evaluation.endpoint import Target
         from fastblt.benchmarks.evaluation.sandbox import Sandbox
 
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         with Sandbox(workers=workers, allow_weak=allow_weak_sandbox) as sandbox:
             problems = task.problems(limit)
             programs = {problem.name: problem.program for problem in problems}
@@ -97,6 +100,8 @@ def mbpp(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 32,
     setting: Settings = None,
     output: Output = DEFAULT_OUTPUT,
@@ -116,7 +121,7 @@ def mbpp(
         from fastblt.benchmarks.evaluation.sandbox import Sandbox
 
         examples, test = task.split(task.read(data), limit)
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         with Sandbox(workers=workers, allow_weak=allow_weak_sandbox) as sandbox:
             if check:
                 prove("MBPP", sandbox, test)
@@ -154,6 +159,8 @@ def flores(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 32,
     setting: Settings = None,
     output: Output = DEFAULT_OUTPUT,
@@ -168,7 +175,7 @@ def flores(
         pairs = task.read(*test)[:limit]
         jobs = task.jobs(task.read(*examples), pairs, languages, max_tokens)
         wanted = [pair.target for pair in pairs]
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         write(output, "flores", asyncio.run(task.evaluate(target, setting, jobs, wanted, tokenizer, output)))
 
 
@@ -178,6 +185,8 @@ def bits(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 8,
     output: Output = DEFAULT_OUTPUT,
     length: Annotated[int, typer.Option(min=1, help="Bytes that are read at a time.")] = 1024,
@@ -189,7 +198,7 @@ def bits(
         from fastblt.benchmarks.evaluation.endpoint import Target
 
         texts = {str(path): path.read_bytes() for path in files}
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         write(output, "bits", asyncio.run(task.evaluate(target, texts, length, stride, output)))
 
 
@@ -203,6 +212,8 @@ def likelihood(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 4,
     output: Output = DEFAULT_OUTPUT,
     limit: Limit = None,
@@ -212,7 +223,7 @@ def likelihood(
         from fastblt.benchmarks.evaluation import likelihood as harness
         from fastblt.benchmarks.evaluation.endpoint import Target
 
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         folder = output / "likelihood"
         folder.mkdir(parents=True, exist_ok=True)
         names = [harness.local_task(path, folder) for path in file or ()]
@@ -228,6 +239,8 @@ def quality(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 32,
     setting: Settings = None,
     output: Output = DEFAULT_OUTPUT,
@@ -248,7 +261,7 @@ def quality(
         from fastblt.benchmarks.evaluation.endpoint import Target
 
         other = json.loads((against / "quality.json").read_text()) if against else None
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         result = asyncio.run(task.evaluate(target, setting, prompts, alone, length, output))
         write(output, "quality", result)
         if other:
@@ -262,6 +275,8 @@ def diversity(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    device: Device = ENGINE_DEFAULTS.device,
+    dtype: DtypeOption = None,
     concurrency: Concurrency = 32,
     output: Output = DEFAULT_OUTPUT,
     block_size: Annotated[list[int] | None, typer.Option(help="Default: all that were trained.")] = None,
@@ -277,7 +292,7 @@ def diversity(
         from fastblt.benchmarks.evaluation import diversity as task
         from fastblt.benchmarks.evaluation.endpoint import Target
 
-        target = Target(base_url, model, api_key, concurrency)
+        target = Target(base_url, model, api_key, concurrency, device, dtype)
         result = asyncio.run(task.evaluate(target, block_size, bound or task.BOUNDS, samples, length, output))
         write(output, "diversity", result)
         charts.diversity(result, output / "diversity.png")

@@ -176,12 +176,15 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 @dataclass(frozen=True)
 class Target:
-    """The server to evaluate: the one at `base_url`, or else one that is started with `model` for the time of use."""
+    """The server to evaluate: the one at `base_url`, or else one that is started with `model` for the time of use, on
+    `device` and with `dtype` (as in `fastblt serve`)."""
 
     base_url: str | None
     model: str
     api_key: str | None = None
     concurrency: int = 32
+    device: str = "cpu"
+    dtype: str | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Endpoint]:
@@ -197,7 +200,8 @@ class Target:
             yield self.base_url
             return
         # The cache is sized by --max-running. With twice the concurrency, half of it is left for the prefix cache.
-        options = ["--max-running", str(2 * self.concurrency), "--log-level", "warning"]
+        options = ["--max-running", str(2 * self.concurrency), "--log-level", "warning", "--device", self.device]
+        options += [] if self.dtype is None else ["--dtype", self.dtype]
         with _in_order(), serving(self.model, options) as server:
             yield server.url
 

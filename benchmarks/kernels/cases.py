@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastblt.benchmarks.kernels.case import Case, fused, tensors
+from fastblt.benchmarks.kernels.module_cases import module_cases, round_cases
 from fastblt.kernels.attention import TILE
 from fastblt.kernels.hash_embedding import hash_embedding_torch
 from fastblt.kernels.paged_attention import paged_attention_torch
@@ -18,31 +19,6 @@ from fastblt.kernels.types import RaggedRows, SelectionParams
 from fastblt.kernels.unmasking import ENTROPY, pick_torch
 from fastblt.kernels.verification import verify_torch
 from fastblt.models.layers import Rope
-
-
-@dataclass
-class Case:
-    """A call of an operation. `fused` returns the tensors that it made; `arguments` are the tensors that it got."""
-
-    name: str
-    fused: Callable[[], list[Tensor]]
-    unfused: Callable[[], Any]
-    arguments: list[Tensor]
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors in the fields of a dataclass."""
-    return [item for item in vars(value).values() if isinstance(item, Tensor)]
-
-
-def fused(kernel: Callable[..., Any], *given: Any, **options: Any) -> Callable[[], list[Tensor]]:
-    """A call of a kernel that returns the tensors it made."""
-
-    def call() -> list[Tensor]:
-        made = kernel(*given, **options)
-        return [made] if isinstance(made, Tensor) else list(made) if isinstance(made, tuple) else tensors(made)
-
-    return call
 
 
 def parameters(rows: int, generator: torch.Generator, *, sampled: bool, everything: bool) -> SelectionParams:
@@ -158,6 +134,16 @@ def cases() -> Iterator[Case]:
             partial(paged_attention_torch, *passed),
             [q, k, v, turns, store, *tensors(at)],
         )
+    # All of a long text, in parts that are merged.
+    at = replace(ragged([(0, 700, 1)], [0], TILE, 1024 // TILE, 1), window=None)
+    q, k, v = (torch.randn(1, heads, 32, generator=g) for heads in (4, 2, 2))
+    long = (q, k, v, Rope(32, 10000.0).table(1024).to(device), torch.randn(1024, 2, 2, 32, generator=g), at)
+    yield Case(
+        "attend, 1 row, 700 keys in parts",
+        fused(paged_attention_triton, *long),
+        partial(paged_attention_torch, *long),
+        [*long[:5], *tensors(at)],
+    )
     windows, powers = torch.randint(0, 260, (8, 8), generator=g), torch.randint(1, 2**62, (6, 8), generator=g)
     offsets, bytes_, hashes = torch.arange(6) * 1000, torch.randn(260, 256), torch.randn(6000, 256)
     yield Case(
@@ -166,3 +152,5 @@ def cases() -> Iterator[Case]:
         partial(hash_embedding_torch, windows, powers, offsets, 1000, bytes_, hashes),
         [windows, powers, bytes_, hashes],
     )
+    yield from module_cases()
+    yield from round_cases()

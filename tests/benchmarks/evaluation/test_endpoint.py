@@ -88,7 +88,7 @@ async def test_refusals_say_why(small: str, key: str | None, body: dict[str, obj
 
 def test_a_target_starts_a_server_and_ends_it(checkpoint: str) -> None:
     async def ask() -> str:
-        async with Target(None, checkpoint, concurrency=2).open() as endpoint:
+        async with Target(None, checkpoint, concurrency=2, device="cpu", dtype="float32").open() as endpoint:
             assert (await endpoint.complete("a", max_tokens=4)).bytes <= 4
             return endpoint.base_url
 
@@ -104,4 +104,13 @@ def test_a_target_starts_a_server_and_ends_it(checkpoint: str) -> None:
 
 def test_a_checkpoint_that_is_none_is_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="did not start"), Target(None, str(tmp_path)).running():
+        pass
+
+
+@pytest.mark.parametrize(("device", "dtype", "message"), [("abacus", None, "abacus"), ("cpu", "float7", "float7")])
+def test_a_server_is_started_on_the_device_asked_for(
+    checkpoint: str, device: str, dtype: str | None, message: str
+) -> None:
+    target = Target(None, checkpoint, device=device, dtype=dtype)
+    with pytest.raises(RuntimeError, match=message), target.running():
         pass
