@@ -57,6 +57,7 @@ def module_cases() -> Iterator[Case]:
         fused(norm_many, x, gains, 1e-5),
         lambda: [normed(x, gain) for gain in gains],
         given,
+        _AGAIN,
     )
     yield Case("swiglu, 8 rows", fused(swiglu, both), lambda: F.silu(both[:, :_WIDTH]) * both[:, _WIDTH:], [both])
     logits = draw(_ROWS, VOCAB_SIZE)

@@ -28,20 +28,34 @@ def test_kernels_compile_for_every_target() -> None:
     assert not [(result["kernel"], result["target"], faults(result)) for result in results if faults(result)]
     names = {result["kernel"].split()[0] for result in results}
     of_layers = {"norm", "norms", "swiglu", "begin", "finish", "cross", "store", "peak", "pool", "linear", "entropy"}
-    of_rounds = {"select", "unmask", "verify", "place", "settle"}
+    of_rounds = {"select", "unmask", "verify", "place", "settle", "row", "turn", "next"}
     assert names == of_layers | of_rounds | {"attend", "write", "merge", "hash"}
 
 
+#: What `traffic` and `gpu` report, and that no kernel is without a case.
+_CODE = """
+import importlib, pkgutil
+import fastblt.kernels.gpu
+from fastblt.benchmarks.kernels.run import speed, traffic
+from triton.runtime.interpreter import GridExecutor
+
+launched, launch = set(), GridExecutor.__call__
+GridExecutor.__call__ = lambda self, *given, **named: (launched.add(self.fn.__name__), launch(self, *given, **named))
+assert traffic()["passed"]
+speed(1, lambda: None)
+names = [one.name for one in pkgutil.iter_modules(fastblt.kernels.gpu.__path__)]
+modules = [importlib.import_module(f"fastblt.kernels.gpu.{name}") for name in names]
+assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}, launched
+"""
+
+
 def test_kernels_read_their_arguments_about_once_and_are_timed() -> None:
-    """What `traffic` and `gpu` report, in one process of the interpreter: timed are single calls."""
-    code = (
-        "from fastblt.benchmarks.kernels.run import speed, traffic\nassert traffic()['passed']\nspeed(1, lambda: None)"
-    )
+    """In one process of the interpreter; timed are single calls."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _CODE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # Two tables of eight cases.
-    assert len(done.stdout.splitlines()) == 2 * (2 + 8)
+    # Two tables of as many cases.
+    assert len(done.stdout.splitlines()) == 2 * (2 + 26)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
