@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastblt.kernels.cpu import large_pages
 from fastblt.kernels.cpu.native import library
 from fastblt.kernels.cpu.threads import threads
 
@@ -86,10 +87,10 @@ def pack_weights(weight: Tensor, storage: Storage) -> Weights:
     elif native is None:
         data = _pack(source)
     elif storage == Storage.INT8:
-        data = torch.empty(panels, groups, 4 * WIDTH + WIDTH * GROUP, dtype=torch.int8)
+        data = large_pages.empty((panels, groups, 4 * WIDTH + WIDTH * GROUP), torch.int8)
         lost = native.fastblt_pack_int8(source.data_ptr(), outputs, inputs, threads(), data.data_ptr())
     else:
-        data = torch.empty(panels, inputs, WIDTH, dtype=storage.dtype)
+        data = large_pages.empty((panels, inputs, WIDTH), storage.dtype)
         number = NUMBERS[storage.dtype]
         native.fastblt_pack(source.data_ptr(), number, outputs, inputs, threads(), data.data_ptr())
     return Weights(data, outputs, inputs, storage, lost)
