@@ -95,10 +95,13 @@ class Server:
 
 
 @contextmanager
-def serving(checkpoint: str, folder: Path, *args: str, stderr: str | None = None, **faults: Any) -> Iterator[Server]:
-    """A server that is ready. `stderr` is a file for its log instead of one in `folder`."""
+def serving(
+    checkpoint: str, folder: Path, *args: str, stderr: str | None = None, files: int | None = None, **faults: Any
+) -> Iterator[Server]:
+    """A server that is ready. `stderr` is a file for its log, else it is in `folder`; `files` may be open at once."""
     log = folder / "log"
-    command = [sys.executable, "-m", "tests.faults.injected", "serve", checkpoint, *SMALL, *args]
+    limit = ["prlimit", f"--nofile={files}"] if files is not None else []
+    command = [*limit, sys.executable, "-m", "tests.faults.injected", "serve", checkpoint, *SMALL, *args]
     env = {**os.environ, VARIABLE: json.dumps(faults), "OMP_NUM_THREADS": "1"}
     port = _free_port()
     with open(stderr or log, "w") as output:

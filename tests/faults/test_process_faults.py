@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,3 +40,28 @@ def test_a_disk_that_is_full(checkpoint: str, tmp_path: Path) -> None:
         server.assert_sound()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
+
+
+def test_few_open_files(checkpoint: str, tmp_path: Path) -> None:
+    """It says so, serves who comes one after another, and grammars, each of which wants a process with files."""
+    with serving(checkpoint, tmp_path, files=64) as server:
+        assert "only 1 connections at once: the limit of open files is low; raise it (ulimit -n)" in server.log()
+        for number in range(12):
+            grammar = f'start: e\ne: "{number}" | "(" e ")"'
+            body = {"prompt": "a", "max_tokens": 5, "structured_outputs": {"grammar": grammar}}
+            assert server.http.post("/v1/completions", json=body).status_code == 200
+        server.assert_sound()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log()
+
+
+def test_too_little_memory_to_load_is_one_line(checkpoint: str) -> None:
+    """By a limit of address space (ulimit -v), as a container's limit would be."""
+    command = ["prlimit", f"--as={2 * 10**9}", sys.executable, "-m", "fastblt", "serve", checkpoint, "--port", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "--cache-size", "2GiB"], capture_output=True, text=True, timeout=60, env=env)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("fastblt: cannot serve") and "out of memory; give it more" in last
+    assert "Traceback" not in ended.stderr
