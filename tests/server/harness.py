@@ -10,6 +10,8 @@ from itertools import count
 from typing import Any
 
 from fastblt.models.blt import Blt
+from fastblt.server.decoding.auto import Draft
+from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.engine import Engine
 from fastblt.server.engine.sequence import Sequence
 from fastblt.server.request import (
@@ -78,6 +80,38 @@ def restless(engine: Engine, every: int) -> Engine:
 
     scheduler.admit = preempting  # type: ignore[method-assign]
     return engine
+
+
+class Fickle(DraftController):
+    """Names any draft at any time."""
+
+    def __init__(self, drafts: list[Draft], rng: random.Random) -> None:
+        self.drafts, self._rng = drafts, rng
+        self.named: set[Draft] = set()
+
+    def next(self) -> Draft:
+        draft = self._rng.choice(self.drafts)
+        self.named.add(draft)
+        return draft
+
+    def step_ended(self, *of_a_pass: object) -> None:
+        pass
+
+    def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
+        assert draft in self.drafts and passed <= proposed
+
+    def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
+        assert draft in self.drafts and accepted <= drafted <= draft.length
+
+
+def fickle(engine: Engine, seed: int) -> Fickle:
+    """Has an engine's `auto` draft anything at any time, by the controller that is returned."""
+    sizes = engine.config.block_sizes
+    drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in (1, 3, 16))]
+    drafts += [Draft(DecodingMethod.BLT_DV, size) for size in sizes]
+    drafts += [Draft(DecodingMethod.BLT_DSV, length, size) for size in sizes for length in (3, 16)]
+    engine._context.controller = controller = Fickle(drafts, random.Random(seed))
+    return controller
 
 
 @dataclass

@@ -10,45 +10,26 @@ from hypothesis import settings as hypothesis_settings
 
 from fastblt.server.decoding.auto import Auto, Draft
 from fastblt.server.decoding.method import Outcome
-from fastblt.server.engine.draft_controller import DraftController
 from fastblt.server.engine.engine import Engine
 from fastblt.server.request import DecodingMethod, DecodingParams
-from tests.server.harness import MODELS, model, random_params, random_request, run, settings, with_method
+from tests.server.harness import (
+    MODELS,
+    Fickle,
+    fickle,
+    model,
+    random_params,
+    random_request,
+    run,
+    settings,
+    with_method,
+)
 
 AUTO = DecodingParams(DecodingMethod.AUTO)
 
 
-class Fickle(DraftController):
-    """Names any draft at any time."""
-
-    def __init__(self, drafts: list[Draft], rng: random.Random) -> None:
-        self.drafts, self._rng = drafts, rng
-        self.named: set[Draft] = set()
-
-    def next(self) -> Draft:
-        draft = self._rng.choice(self.drafts)
-        self.named.add(draft)
-        return draft
-
-    def step_ended(self, *of_a_pass: object) -> None:
-        pass
-
-    def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
-        assert draft in self.drafts and passed <= proposed
-
-    def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
-        assert draft in self.drafts and accepted <= drafted <= draft.length
-
-
 def fickle_engine(which: int, seed: int, **changes: object) -> tuple[Engine, Fickle]:
     engine = Engine(model(which), settings(**changes))
-    drafts = [Draft(), *(Draft(DecodingMethod.BLT_S, length) for length in (1, 3, 16))]
-    sizes = model(which).config.block_sizes
-    drafts += [Draft(DecodingMethod.BLT_DV, size) for size in sizes]
-    drafts += [Draft(DecodingMethod.BLT_DSV, length, size) for size in sizes for length in (3, 16)]
-    controller = Fickle(drafts, random.Random(seed))
-    engine._context.controller = controller
-    return engine, controller
+    return engine, fickle(engine, seed)
 
 
 @hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,8 +11,9 @@ from pathlib import Path
 from fastblt.models.checkpoint import save_checkpoint
 from fastblt.server.engine.engine import Engine
 from fastblt.server.process.client import EngineClient, LiveRequest
-from fastblt.server.request import DecodingMethod, Delta, FinishReason, Request
-from tests.server.harness import least_memory, model, random_params, random_request, run, settings
+from fastblt.server.request import DecodingMethod, DecodingParams, Delta, FinishReason, Request
+from tests.server.decoding.short_sighted import COMMAND
+from tests.server.harness import least_memory, model, random_params, random_request, run, settings, with_method
 from tests.server.harness import random_decoding as draw
 
 WHICH = 1
@@ -49,13 +50,15 @@ def test_mixed_load(tmp_path: Path) -> None:
         # Long enough to be cut off in the middle, and for pages to run out.
         params = replace(requests[index].params, max_tokens=100, min_tokens=100, stop=(), ignore_eos=True)
         requests[index] = replace(requests[index], params=params)
-    assert {request.params.decoding.method for request in requests} == set(DecodingMethod) - {DecodingMethod.AUTO}
+    for index in range(0, REQUESTS, 7):
+        requests[index] = with_method(requests[index], requests[index].request_id, DecodingParams(DecodingMethod.AUTO))
+    assert {request.params.decoding.method for request in requests} == set(DecodingMethod)
     running = {"max_running": 48, "max_pass_rows": 96}
-    # For a few of those that would run at once: most wait for pages.
-    memory = 4 * least_memory(WHICH, 300, **running)
+    # For one or two of the longest, and no foresight: many are preempted.
+    memory = 3 * least_memory(WHICH, 300, **running) // 2
     tight = settings(**running, model=str(tmp_path), max_waiting=REQUESTS, cache_bytes=memory, threads=1)
     ends = Ends()
-    client = EngineClient(tight, observers=[ends])
+    client = EngineClient(tight, observers=[ends], command=COMMAND)
     read = asyncio.run(_serve(client, requests))
     stats = client.stats()
     assert stats.pages_available == stats.pages_total and stats.running == stats.waiting == 0
@@ -72,6 +75,7 @@ def test_mixed_load(tmp_path: Path) -> None:
             assert read[name] == alone.ids[: len(read[name])] and (index in LEFT or read[name] == alone.ids)
     # Some may have come to their end before the word to end reached the engine.
     assert FinishReason.ABORT in ends.reasons.values()
+    assert stats.preemptions > 0
 
 
 async def _serve(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:

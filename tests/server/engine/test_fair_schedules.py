@@ -13,10 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from fastblt.server.engine import scheduler
 from fastblt.server.engine.device.cost import MODULES, CostCurve
 from fastblt.server.engine.engine import Engine
-from fastblt.server.request import Request
+from fastblt.server.request import DecodingMethod, DecodingParams, Request
 from tests.server.harness import (
     MODELS,
     Finished,
+    fickle,
     least_memory,
     model,
     random_decoding,
@@ -26,10 +27,16 @@ from tests.server.harness import (
     run,
     settings,
     short_sighted,
+    with_method,
 )
+
+AUTO = DecodingParams(DecodingMethod.AUTO)
 
 
 def alone(which: int, request: Request) -> Finished:
+    """By itself, and without drafts if it is `auto`."""
+    if request.params.decoding == AUTO:
+        request = with_method(request, request.request_id, DecodingParams(DecodingMethod.BLT))
     return run(Engine(model(which), settings(prefix_cache=False)), [request])[request.request_id]
 
 
@@ -41,7 +48,8 @@ def common_texts(rng: random.Random, count: int, **overrides: object) -> list[Re
         text = rng.choice(texts)
         ids = text[: rng.choice((len(text), len(text), rng.randint(20, len(text))))]
         ids = ids + rng.choices(range(4, 260), k=rng.choice((0, 0, 5, 40)))
-        params = random_params(rng, decoding=random_decoding(rng), **overrides)
+        decoding = AUTO if rng.random() < 0.25 else random_decoding(rng)
+        params = random_params(rng, decoding=decoding, **overrides)
         params = replace(params, return_patches=rng.random() < 0.2)
         requests.append(replace(random_request(rng, f"r{number}", params), prompt_ids=ids, choice=number % 2))
         if rng.random() < 0.2:
@@ -74,6 +82,8 @@ def test_no_schedule_changes_a_byte(seed: int) -> None:
         patch.setattr(scheduler, "FIRST_TURN", rng.choice((0.0, 1e-3, 0.25)))
         patch.setattr(scheduler, "NEXT_TURN", rng.choice((0.0, 1e-3, 4.0)))
         engine = Engine(model(which), settings(**chosen))
+        if rng.random() < 0.7:
+            fickle(engine, seed)
         if rng.random() < 0.7:
             bound_by_time(engine, rng)
         if rng.random() < 0.5:
