@@ -56,7 +56,7 @@ def parts(device: str, shape: str, dtype: str | None, folder: Path, *, quick: bo
             "server", 60, ("-m", "fastblt.benchmarks.gpu.contact", "--device", device, "--only", "server", *small,
             "--json", str(folder / "server.json")), ("starlette", "uvicorn", "pydantic", "httpx"),
         ),
-        Part("kernels", 45, ("-m", "fastblt.benchmarks.kernels.run", "gpu"), ("triton", "cuda")),
+        Part("kernels", 60, ("-m", "fastblt.benchmarks.kernels.run", "gpu"), ("triton", "cuda")),
     ]  # fmt: skip
 
 
