@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastblt.kernels.cpu import linear as kernel
 from fastblt.kernels.cpu.linear import Storage
 from fastblt.models import packed
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
+from fastblt.models.layers import Layer
 from fastblt.models.packed import PackedLinear, is_packed, pack_maps, storage_of, weight_bytes
 from tests.models.test_fused import make, rows_of
 from tests.tiny import random_ids, tiny_model
+
+PRETRAINED = Path(packed.__file__).parent / "pretrained"
 
 
 def narrowed(seed: int, storage: Storage) -> Blt:
@@ -94,6 +97,55 @@ def test_maps_that_int8_would_spoil_stay_in_sixteen_bits() -> None:
     pack_maps(model, "int8")
     assert stack.mlp.up_proj.weights.storage == Storage.BFLOAT16
     assert stack.mlp.gate_proj.weights.storage == Storage.INT8
+
+
+def with_outliers(model: Blt, factor: float) -> Blt:
+    """The same function with outlier channels: every hundredth input of every map in the layers is `factor` times as
+    large, and its weights are as much smaller."""
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            attention, mlp = layer.self_attn, layer.mlp
+            fed: list[tuple[Tensor, tuple[nn.Linear, ...]]] = [
+                (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj)),
+                (mlp.up_proj.weight, (mlp.down_proj,)),
+            ]
+            values = torch.ones(attention.v_proj.weight.shape[0])
+            values[5::100] = factor
+            attention.v_proj.weight *= values[:, None]
+            # Several query heads read one head of values.
+            heads = attention.o_proj.weight.shape[1] // len(values)
+            attention.o_proj.weight /= (
+                values.unflatten(0, (-1, attention.head_dim)).repeat_interleave(heads, 0).flatten()
+            )
+            for before, maps in fed:
+                before[5::100] *= factor
+                for one in maps:
+                    one.weight[:, 5::100] /= factor
+    return model
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("factor", [1, 8, 64, 512, 2**14])
+def test_a_checkpoint_with_outlier_channels_is_handled(
+    factor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, read from its file. What looks at the weights of each output alone makes another model of it."""
+    plain = logits(load_checkpoint(PRETRAINED))
+    save_checkpoint(with_outliers(load_checkpoint(PRETRAINED), factor), tmp_path)
+
+    def error(weights: str) -> float:
+        return float((logits(load_checkpoint(tmp_path, weights=weights)) - plain).norm() / plain.norm())
+
+    assert error("float32") < 1e-5
+    assert error("int8") < 0.05
+    if factor == 1:
+        model = load_checkpoint(tmp_path, weights="int8")
+        maps = [module.weights for module in model.modules() if isinstance(module, PackedLinear)]
+        assert sum(one.storage == Storage.INT8 for one in maps) == 73
+    if factor >= 64:
+        monkeypatch.setattr(packed, "rounds_away", lambda *_: False)
+        assert error("int8") > 0.1
 
 
 def test_what_is_no_kind_of_weights() -> None:
