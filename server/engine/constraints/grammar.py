@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 
 from fastblt.models.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, NEVER_PRODUCED, encode
 from fastblt.server.engine.constraints.choice import one_of
-from fastblt.server.engine.constraints.schema import checked
+from fastblt.server.engine.constraints.schema import checked, checked_within
 from fastblt.server.request import GrammarKind, InvalidRequestError, StructuredOutput
 
 #: Compiled grammars that are kept.
@@ -95,7 +95,7 @@ def compile_grammar(structured: StructuredOutput) -> LLMatcher:
             case GrammarKind.CHOICE:
                 grammar = LLMatcher.grammar_from_regex(one_of(json.loads(structured.text)))
             case GrammarKind.GRAMMAR:
-                grammar = grammar_from("grammar", structured.text)
+                grammar = grammar_from("grammar", checked_within(structured.text, _accepts))
     except (ValueError, RecursionError) as error:
         raise refusal(structured, str(error)) from None
     matcher = LLMatcher(_vocabulary(), grammar, limits=_LIMITS, log_level=0)

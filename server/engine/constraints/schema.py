@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 #: Keywords that llguidance enforces or refuses itself, and annotations, which have no effect.
@@ -87,6 +89,9 @@ _TYPES = frozenset(["array", "boolean", "integer", "null", "number", "object", "
 #: Options of llguidance under which keywords would be ignored, or kept in part.
 _LOOSE = ("lenient", "coerce_one_of")
 
+#: What a schema in a grammar stands behind, and where else its mark may stand: strings, comments, expressions.
+_LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
+
 #: Characters of a wrong value that a message quotes.
 _QUOTED = 60
 
@@ -168,6 +173,22 @@ def checked(schema: Any, accepts: Callable[[dict[str, Any], str], bool]) -> Any:
                         raise SchemaError(f"{exclusive} {end} beside {key} {other} cannot be kept; use type integer or "
                                           "an inclusive bound")  # fmt: skip
     return schema
+
+
+def checked_within(grammar: str, accepts: Callable[[dict[str, Any], str], bool]) -> str:
+    """The same grammar in Lark's notation, with each schema in it (`%json {...}`) as `checked` has it.
+
+    Raises SchemaError. What is no JSON is left for llguidance to refuse.
+    """
+    parts, at = list[str](), 0
+    while found := _LARK.search(grammar, at):
+        parts.append(grammar[at : found.end()])
+        at = found.end()
+        if found["json"]:
+            with suppress(json.JSONDecodeError):
+                schema, at = json.JSONDecoder().raw_decode(grammar, at)
+                parts.append(json.dumps(checked(schema, accepts), ensure_ascii=False))
+    return "".join((*parts, grammar[at:]))
 
 
 def _kept(schema: Any, path: str) -> Any:

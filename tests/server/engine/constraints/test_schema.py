@@ -98,6 +98,30 @@ def test_what_is_no_schema_by_the_standard_is_refused(keyword: str, value: Any, 
         assert not wrong
 
 
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ('{"x-guidance": {"lenient": true}, "not": {}}', "#/x-guidance/lenient"),
+        ('{"type": "integer", "multipleOf": -3}', "#/multipleOf must be"),
+        ('\n {"properties": {"a": {"maxlength": 3}}}', "#/properties/a/maxlength: unknown keyword"),
+        ('{"type": "array", "uniqueItems": true}', "#/uniqueItems"),
+        ("{", "EOF while parsing"),
+    ],
+)
+def test_a_schema_in_a_grammar_is_no_way_around(schema: str, reason: str) -> None:
+    for before in ("", '"%json" ', r'"\"" /"%json\// '):
+        with pytest.raises(InvalidRequestError, match=reason):
+            compile_grammar(StructuredOutput.grammar(f"start: {before}%json {schema}"))
+
+
+def test_a_schema_in_a_grammar_is_kept() -> None:
+    whole = 'start: "%json {" %json {"type": "string", "format": "mine", "maxLength": 2.0} /[%]json/ // %json {"a"\n'
+    matcher = compile_grammar(StructuredOutput.grammar(whole))
+    assert matcher.consume_tokens(encode(b'%json {"ab"%json')) and matcher.is_accepting()
+    matcher = compile_grammar(StructuredOutput.grammar(whole))
+    assert not matcher.consume_tokens(encode(b'%json {"abc"'))
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_too_many_optional_properties_are_told_so(closed: bool) -> None:
     def produced(count: int) -> str | None:
