@@ -69,6 +69,19 @@ def maps(results: Results) -> str:
     return table(("rows", *kinds), rows)
 
 
+def peer_loop(results: Results) -> str:
+    """Passes of a 1B BLT beside those of llama.cpp."""
+    [result] = results.values()
+    rows = [
+        [kind, count, f"{row['theirs_ms']:.0f}", f"{row['ours_ms']:.0f}", f"{row['over']:.2f}"]
+        for kind, own in result["kinds"].items()
+        for count, row in own.items()
+    ]
+    theirs, ours = (f"{result[name] / 1e9:.2f} billion" for name in ("their_weights", "our_weights"))
+    columns = ("weights", "rows", f"llama.cpp, {theirs} weights, ms", f"ours, {ours}, ms", "theirs over ours, a weight")
+    return table(columns, rows)
+
+
 def large(results: Results) -> str:
     """A large checkpoint over HTTP."""
     rows = [

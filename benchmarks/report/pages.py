@@ -59,6 +59,7 @@ TABLES = {
     "narrow-large": Table(("large-*.json",), narrow_tables.large),
     "narrow-quality": Table(("weights.json",), narrow_tables.quality),
     "maps": Table(("maps.json",), narrow_tables.maps),
+    "peer-loop": Table(("peer_loop.json",), narrow_tables.peer_loop),
     "streams": Table(("sweep-*.json",), load_tables.streams),
     "traces": Table(("trace-*.json",), load_tables.traces),
     "peers": Table(("peer-*.json",), load_tables.peers),

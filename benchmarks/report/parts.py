@@ -62,7 +62,7 @@ class Plan:
 
     def _script(self, name: str, script: Script) -> Part:
         arguments = script.arguments(self.model, self.quick)
-        return Part(name, lambda _earlier, _url: arguments, large=script.large)
+        return Part(name, lambda _earlier, _url: arguments, needs=script.needs, large=script.large)
 
     def _methods(self) -> list[Part]:
         parts = []

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Script:
     """`python -m fastblt.benchmarks.COMMAND`. `quick` are the options that make it small. `large`: it needs more than
-    4 GB of memory."""
+    4 GB of memory. `needs` are packages without which it is left out."""
 
     command: str
     options: str = ""
     quick: str = ""
     model: bool = True
     large: bool = False
+    needs: tuple[str, ...] = ()
 
     def arguments(self, model: str, quick: bool) -> list[str]:
         """What follows `python -m`."""
@@ -51,6 +52,7 @@ SCRIPTS = {
     "lossless": Script("checks.lossless", "--processes 2", "--prompts 2 --sampled 1 --length 16"),
     "soak": Script("checks.soak", "", "--seconds 30"),
     "narrow-1b": Script("savings.narrow", "--length 32", f"--batch 1 --length 8 --rounds 1 {_TWO}", large=True),
+    "peer_loop": Script("kernels.peer_loop", "", "--weights 0.2 --rounds 1", large=True, needs=("llama_cpp", "gguf")),
     "keys_values": Script("savings.keys_values", "", "--patches 64 --num-prompts 1 --rounds 1", large=True),
     "hold_sweep": Script("engine.holding latency", "", "--requests 2 --length 8", large=True),
     "large-bf16": Script("load.large", "--shape 7b", "--shape 1b --length 8", large=True),
