@@ -5,5 +5,6 @@
 /* Part `part` of `parts` of a work. */
 typedef void (*work)(void *with, int64_t part, int64_t parts);
 
-/* Runs all parts, one by this thread. Which thread runs which must not matter. */
-void share(work run, void *with, int64_t parts);
+/* Runs all parts, by up to so many threads, this one among them. How many parts there are, and which thread runs which,
+ * must not matter. */
+void share(work run, void *with, int64_t threads);
