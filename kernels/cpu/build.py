@@ -33,7 +33,7 @@ from pathlib import Path
 #: Tells whoever waits what takes so long (`server/logs.py`).
 _progress = logging.getLogger("fastblt.progress")
 
-SOURCES = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parent / "csrc"
 #: Sums are reordered only where the source says so; NaN and infinity survive.
 FLAGS = (
     "-O3",

@@ -126,7 +126,7 @@ static void one_panel(const float *x, int64_t n, int64_t depth, const char *pane
             const char *weights = panel + k * bytes, *next = weights + part * bytes;
             for (int64_t i = t; i < until; i++) {
                 int64_t from = tile_start(n, tiles, i), own = tile_start(n, tiles, i + 1) - from;
-                struct part of = {x + from * depth + k * own, weights, part, next, bytes};
+                struct part of = {x + from * depth + k * own, weights, part, next, bytes, NULL, NULL};
                 of.sums = sums + (from - first) * WIDTH;
                 of.wide = type == FLOAT32 ? NULL : wide;
                 if (i == t || type == FLOAT32) {
