@@ -16,7 +16,8 @@ from fastblt.kernels.backend import use_triton
 from fastblt.kernels.cpu.decoder_steps import ALONE, CORRECTED, PASSED
 from fastblt.kernels.rounds import Stepping
 
-#: Missing bytes up to which single rows take as few passes as a block and its filter; as in `kernels/cpu/csrc/filtered.c`.
+#: Missing bytes up to which single rows take as few passes as a block and its filter; as in
+#: `kernels/cpu/csrc/filtered.c`.
 FEW = 2
 
 

@@ -6,9 +6,9 @@ each give a byte, and behind them a block of `sizes` positions, ids int32 [R, B]
 of a pass are int32 [6, N]: owner, position, `high`, `first` (a row sees [max(0, first - window + 1), high)), latent
 slot, and the id of a block row or -1. Rows that nobody has belong to owner 0.
 
-`settle` does what `kernels/cpu/csrc/block_steps.c` does behind a pass: the selected rows' bytes go into the request's text,
-as far as they agree with what stands there they confirm it, and the last opens the block; then the rule fixes masked
-positions (`unmasking.py`), and a block that is done goes into the text.
+`settle` does what `kernels/cpu/csrc/block_steps.c` does behind a pass: the selected rows' bytes go into the request's
+text, as far as they agree with what stands there they confirm it, and the last opens the block; then the rule fixes
+masked positions (`unmasking.py`), and a block that is done goes into the text.
 """
 
 from __future__ import annotations

@@ -54,7 +54,11 @@ def test_the_wheel_is_one_package_with_all_its_files(wheel: Path) -> None:
         expected |= {str(path.relative_to(ROOT)) for path in paths}
     assert {name.removeprefix("fastblt/") for name in found if name.startswith("fastblt/")} == expected
     # Read at run time, each by another part.
-    assert {"models/pretrained/model.safetensors", "kernels/cpu/csrc/stack.c", "benchmarks/checks/schemas.json"} <= expected
+    assert {
+        "models/pretrained/model.safetensors",
+        "kernels/cpu/csrc/stack.c",
+        "benchmarks/checks/schemas.json",
+    } <= expected
 
 
 def test_the_wheel_of_the_sdist_is_the_same(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""The drafts behind verifications, within a round on a device apart (`rounds.py`), as in `kernels/cpu/csrc/follow.c` and
-`kernels/cpu/csrc/filtered.c`: blocks, single rows, or blocks that the decoder's causal rows filter (BLT-DSV)."""
+"""The drafts behind verifications, within a round on a device apart (`rounds.py`), as in `kernels/cpu/csrc/follow.c`
+and `kernels/cpu/csrc/filtered.c`: blocks, single rows, or blocks that the decoder's causal rows filter (BLT-DSV)."""
 
 from __future__ import annotations
 
