@@ -116,6 +116,9 @@ class SimulatedRunner(ModelRunner):
             for name, curve in self.machine.curves.items()
         }
 
+    def begin_step(self) -> None:
+        """No pass waits."""
+
     def admit(self, sequence: Sequence) -> None:
         self.clock.now += self.machine.per_request
 
