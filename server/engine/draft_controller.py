@@ -2,7 +2,7 @@
 
 A round of a draft costs its passes, on the cost curves measured at the start, and the engine's own time for each; it
 gives the bytes that drafts like it have been giving. Both are known to some accuracy only, so another draft is taken
-only where it promises clearly more, and one round in `_PROBE` tries a neighbor, so that its acceptance is known too.
+only where it promises clearly more, and now and then a round tries another one, so that its acceptance is known too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
-from fastblt.server.engine.device.cost import DRAFT, STEP, Costs
+from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
 from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -21,10 +21,11 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: One round in so many tries another draft than the best.
-_PROBE = 32
+#: One round in so many tries another draft than the best. It costs a call of its own, for which all others wait: with
+#: many requests it is fewer, down to so many times the root of their number, once `_YOUNG` rounds have tried.
+_PROBE, _YOUNG = 32, 16
 #: What another draft must promise more before it is taken.
-_CLEARLY = 1.05
+_CLEARLY = 1.03
 #: Steps of the engine after which the choice is looked at again.
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
@@ -113,14 +114,20 @@ class DraftController:
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        self._rounds = 0
+        #: Rounds since the last one that tried another draft, and how many have.
+        self._rounds = self._probed = 0
         self._probes = self._probing()
         self.best = max(self.drafts, key=self.rate)
 
     def next(self) -> Draft:
         """What a round that begins now drafts."""
         self._rounds += 1
-        return next(self._probes) if self._rounds % _PROBE == 0 else self.best
+        seldom = max(math.sqrt(self._load.requests), 1.0)
+        if self._rounds < _PROBE * min(seldom, 1 + self._probed / _YOUNG):
+            return self.best
+        self._rounds = 0
+        self._probed += 1
+        return next(self._probes)
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         """Count a round's acceptance, unless its draft was cut short by the request's end."""
@@ -200,14 +207,16 @@ class DraftController:
     def _filtering(self, draft: Draft, count: float) -> float:
         """Seconds of a filtered draft: inner rounds of a block's pass and its filter's."""
         costs, tried_kept = self._costs, self._filtered[draft.block]
-        kept = tried_kept[1] / tried_kept[0] * (draft.block - 1)
+        # A round gives the pending row's own byte, those that pass, and the filter's own.
+        rounds = draft.length / (tried_kept[1] / tried_kept[0] * (draft.block - 1) + 2)
+        if (fused := costs.get(filter_of(draft.block))) is not None:
+            return rounds * fused(count)
         inner = costs["decoder"](count * (1 + draft.block)) + costs["decoder"](count * draft.block)
         if self._encoder_input:
             inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
         if DRAFT not in costs:
             inner += 2 * self._load.overhead
-        # A round gives the pending row's own byte, those that pass, and the filter's own.
-        return inner * draft.length / (kept + 2)
+        return rounds * inner
 
     def _probing(self) -> Iterator[Draft]:
         """The next longer draft of the best's kind, and, in turn, each kind's most promising draft: one time in four

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 
 MIB = 2**20
@@ -54,7 +55,8 @@ def large_bodies(max_model_len: int) -> Iterator[tuple[str, str, bytes]]:
         completions,
         json.dumps(
             {
-                "prompt": "z" * one,
+                # Patches close in it, so that the choices share its pages.
+                "prompt": "".join(random.Random(0).choices("abcdefgh .\n", k=one)),
                 "n": 16,
                 "echo": True,
                 "max_tokens": 0,

@@ -26,6 +26,12 @@ MODULES = ("patcher", "encoder", "global", "decoder")
 #: Kinds of fused steps: of drafts, and of bytes that stay.
 DRAFT, STEP = "draft", "step"
 
+
+def filter_of(block: int) -> str:
+    """The kind of an inner round of BLT-DSV, a block of so many bytes and its filter."""
+    return f"filter {block}"
+
+
 #: Bytes of the patches that a measured upstream pass pools.
 _PATCH = 5
 _CPU = torch.device("cpu")
@@ -113,6 +119,28 @@ def measure_steps(
         name: _curve(counts, [min(point) for point in zip(*(turn[name] for turn in turns), strict=True)])
         for name in calls
     }
+
+
+@torch.inference_mode()
+def measure_filters(
+    run: Callable[[int, int, int], int], context: int, counts: Sequence[int], blocks: Sequence[int]
+) -> Costs:
+    """Seconds of one inner round of filtered drafts by the number of requests, for every block size in `blocks`.
+
+    `run(count, context, block)` makes a draft for each of `count` null requests at position `context`, and returns how
+    many inner rounds that took; 0 where the model, asked for nothing in particular, gave no finite number.
+    """
+    found: Costs = {}
+    for block in blocks:
+        points = [math.inf] * len(counts)
+        for _ in range(3):
+            for at, count in enumerate(counts):
+                began = time.perf_counter()
+                if rounds := run(count, context, block):
+                    points[at] = min(points[at], (time.perf_counter() - began) / rounds)
+        if all(map(math.isfinite, points)):
+            found[filter_of(block)] = _curve(counts, points)
+    return found
 
 
 @torch.inference_mode()

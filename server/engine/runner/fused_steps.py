@@ -11,7 +11,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from fastblt.kernels.cpu.decoder_steps import SINGLE_ROWS, DecoderSteps, Made, Plans
+from fastblt.kernels.cpu.decoder_steps import CORRECTED, SINGLE_ROWS, DecoderSteps, Made, Plans
 from fastblt.kernels.cpu.multi_step import OPENED, MultiStep
 from fastblt.kernels.cpu.structs import Spent
 from fastblt.kernels.unmasking import ONE_STEP
@@ -26,7 +26,7 @@ from fastblt.server.engine.runner.filtered_draft import FilteredDraft
 from fastblt.server.engine.runner.sampler import Result, Sampler
 from fastblt.server.engine.runner.samples import DraftResult
 from fastblt.server.engine.sequence import Planned
-from fastblt.server.request import Ledger
+from fastblt.server.request import MAX_DRAFT_LENGTH, Ledger
 
 #: Stand for the denoising step of a plan without a block, and of one behind which single rows are drafted.
 _NO_STEP, _SINGLE_ROWS = Unmask(ONE_STEP, 0.0), Unmask(SINGLE_ROWS, 0.0)
@@ -81,6 +81,17 @@ class FusedSteps:
     def time(self, columns: np.ndarray, rule: PatchRule) -> None:
         """Steps of single rows, to be timed; columns as in `fastblt.kernels.cpu.multi_step`."""
         self._forward.steps(self._steps, columns, rule, sampled=False, truncated=False)
+
+    def time_filter(self, count: int, context: int, block: int) -> int:
+        """Filtered drafts of `count` null requests at position `context`, to be timed. Returns the inner rounds of
+        one of them; 0 where a choice was not finite."""
+        left = MAX_DRAFT_LENGTH + 2
+        # As in `decoder_steps.COLUMNS`: no rows of its own, then a draft.
+        own = (0, context, 0, 0, 0, 0, 0, ONE_STEP, 0, left, context, context, 0, MAX_DRAFT_LENGTH, left, block)
+        asked = Plans([own] * count, [0.0] * count, [], [])
+        made = self._forward.decode_steps(self._decoder_steps, asked, sampled=False, truncated=False)
+        line = made.lines[0]
+        return 0 if made.drafts.bad[line] else int((made.drafts.fixed[line] == CORRECTED).sum())
 
     def run_rows(self, planned: list[Planned]) -> list[Result]:
         """Plans of one row that go on over the bytes they give: all rows of all requests."""

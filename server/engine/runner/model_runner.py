@@ -26,7 +26,7 @@ from fastblt.models.blt import Blt
 from fastblt.models.patching import PatchRule
 from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
-from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_steps
+from fastblt.server.engine.device.cost import Announce, Costs, measure, measure_filters, measure_steps
 from fastblt.server.engine.device.forward import ModuleForward, Patches, Rows
 from fastblt.server.engine.device.passes import BYTES_A_PATCH, MOST_CAPTURED, Passes, captured_size, is_captured
 from fastblt.server.engine.device.ranks import leader_of
@@ -70,6 +70,7 @@ class ModelRunner:
         self.ledger = Ledger()
         #: Passes since the engine last cleared it: (module, rows with padding). Fused steps have kinds of their own.
         self.work: list[tuple[str, int]] = []
+        self._block_sizes = model.config.block_sizes
         #: C calls that make several passes each; None where the model or the device has none.
         self.fused_steps: FusedSteps | None = None
         draws = self._sampler.draws
@@ -100,9 +101,11 @@ class ModelRunner:
         if self.fused_steps is not None:
             # The measured steps write behind `context`, which must stay within the longest request.
             context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
-            costs |= measure_steps(
-                self.fused_steps.time, context, [count for count in counts if count <= MOST_STEPPING]
-            )
+            counts = tuple(count for count in counts if count <= MOST_STEPPING)
+            costs |= measure_steps(self.fused_steps.time, context, counts)
+            if self._passes is None:
+                sizes = [size for size in self._block_sizes if 1 < size <= MAX_DRAFT_LENGTH // 2]
+                costs |= measure_filters(self.fused_steps.time_filter, context, counts, sizes)
         return costs
 
     def capture(self, say: Callable[[str], None]) -> int:

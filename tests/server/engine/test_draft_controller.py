@@ -9,7 +9,7 @@ import pytest
 
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
-from fastblt.server.engine.device.cost import MODULES, CostCurve, Costs
+from fastblt.server.engine.device.cost import DRAFT, MODULES, CostCurve, Costs, filter_of
 from fastblt.server.engine.draft_controller import Acceptance, DraftController, _chance
 from fastblt.server.request import DecodingMethod
 from tests.server.harness import model
@@ -75,6 +75,27 @@ def test_blocks_that_the_decoder_refuses_do_not_draft() -> None:
     assert replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1).method == (
         DecodingMethod.BLT_DSV
     )
+
+
+def test_what_a_whole_filtered_draft_takes_counts_and_not_its_single_passes() -> None:
+    """Where one call makes the draft, its inner rounds may take far less than passes that are asked for one by one."""
+    costs = curves(1e-3, 1e-4) | {"global": CostCurve((1, 64), (5e-3, 5e-3)), DRAFT: CostCurve((1, 64), (2e-4, 2e-2))}
+    right = {DecodingMethod.BLT_S: 0.97, DecodingMethod.BLT_DV: 0.7}
+    slow = replay(DraftController(config(), costs), lambda draft, at: right[draft.method], 1)
+    assert slow.method == DecodingMethod.BLT_S
+    fused = {filter_of(size): CostCurve((1, 64), (3e-4, 3e-2)) for size in config().block_sizes}
+    quick = replay(DraftController(config(), costs | fused), lambda draft, at: right[draft.method], 1)
+    assert quick.method == DecodingMethod.BLT_DSV
+
+
+def test_many_requests_try_other_drafts_seldom_once_these_are_known() -> None:
+    def probes(requests: int) -> int:
+        controller = DraftController(config(), curves(1e-3, 1e-4))
+        controller.step_ended(requests, lambda: 0.25, None, [("decoder", requests)] * 200)
+        return sum(controller.next() is not controller.best for _ in range(20_000))
+
+    assert 0.9 * 20_000 / 32 / 2 < probes(1) <= 20_000 / 32
+    assert probes(64) < probes(1) / 3
 
 
 def test_a_choice_for_one_request_is_looked_at_again_when_there_are_many() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fastblt.server.engine.device.cost import DRAFT, MODULES, STEP, CostCurve
+from fastblt.server.engine.device.cost import DRAFT, MODULES, STEP, CostCurve, filter_of
 from fastblt.server.engine.engine import Engine
 from tests.server.harness import model, random_request, run, settings
 
@@ -26,7 +26,8 @@ def test_measuring_leaves_no_trace(which: int, deterministic: bool) -> None:
     plain = run(Engine(model(which), settings(deterministic=deterministic)), requests)
     engine = Engine(model(which), settings(deterministic=deterministic))
     costs = engine._runner.costs(50, 12, (1, 2, 4))
-    assert set(costs) == {*MODULES, *((DRAFT, STEP) if engine._runner.fused_steps else ())}
+    fused = {DRAFT, STEP, *map(filter_of, (4, 8))} if engine._runner.fused_steps else set()
+    assert set(costs) == {*MODULES, *fused}
     for curve in costs.values():
         assert 0 < curve.seconds[0] <= curve.seconds[-1]
     assert engine.balanced()
