@@ -7,6 +7,7 @@ only where it promises clearly more, and now and then a round tries another one,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ FILTERED_LENGTHS = (16, 32)
 #: One round in so many tries another draft than the best. It costs a call of its own, for which all others wait: with
 #: many requests it is fewer, down to so many times the root of their number, once `_YOUNG` rounds have tried.
 _PROBE, _YOUNG = 32, 16
+#: What a draft of another kind must promise of the best one's to be tried often.
+_NEARLY = 0.8
 #: What another draft must promise more before it is taken.
 _CLEARLY = 1.03
 #: Steps of the engine after which the choice is looked at again.
@@ -103,10 +106,7 @@ class DraftController:
         #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of a few
         #: blocks as right as BLT-DV's.
         self._filtered = {
-            size: (
-                _PRIOR_ROUNDS * (size - 1),
-                _PRIOR_ROUNDS * self._acceptance[DecodingMethod.BLT_DV].bytes(size - 1),
-            )
+            size: (_PRIOR_ROUNDS * (size - 1), _PRIOR_ROUNDS * self._right_of_block(config.acceptance, size))
             for size in config.block_sizes
             if size > 1
         }
@@ -118,6 +118,14 @@ class DraftController:
         self._rounds = self._probed = 0
         self._probes = self._probing()
         self.best = max(self.drafts, key=self.rate)
+
+    def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
+        """How many of the bytes that a block of BLT-DV proposes are right, by the checkpoint's table if that has it.
+        The block's first byte is the pending row's own, and is not proposed."""
+        share = table.get(f"blt-dv-{size} 1step")
+        if share is None:
+            return self._acceptance[DecodingMethod.BLT_DV].bytes(size - 1)
+        return max(share * size - 1, 0.0)
 
     def next(self) -> Draft:
         """What a round that begins now drafts."""
@@ -219,19 +227,20 @@ class DraftController:
         return rounds * inner
 
     def _probing(self) -> Iterator[Draft]:
-        """The next longer draft of the best's kind, and, in turn, each kind's most promising draft: one time in four
-        where there is no longer one, for a round of another kind then gives a fraction of the best's bytes."""
-        while True:
+        """The next longer draft of the best's kind, and, in turn, the most promising draft of each other kind that
+        promises nearly as much; of every kind one time in four, since promises are made on what is known."""
+        for turn in itertools.count(1):
             same = [draft for draft in self.drafts if draft.method == self.best.method]
             longer = [draft for draft in same if draft.length > self.best.length]
             if longer:
                 yield longer[0]
-            for _ in range(0 if longer else 3):
+            else:
                 yield self.best
+            least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
                 others = [d for d in self.drafts if d.method == method and method != self.best.method]
-                if others:
-                    yield max(others, key=self.rate)
+                if others and self.rate(most := max(others, key=self.rate)) >= least:
+                    yield most
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:

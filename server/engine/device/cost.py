@@ -123,12 +123,17 @@ def measure_steps(
 
 @torch.inference_mode()
 def measure_filters(
-    run: Callable[[int, int, int], int], context: int, counts: Sequence[int], blocks: Sequence[int]
+    run: Callable[[int, int, int], int],
+    context: int,
+    counts: Sequence[int],
+    blocks: Sequence[int],
+    behind: Callable[[int], float],
 ) -> Costs:
     """Seconds of one inner round of filtered drafts by the number of requests, for every block size in `blocks`.
 
     `run(count, context, block)` makes a draft for each of `count` null requests at position `context`, and returns how
-    many inner rounds that took; 0 where the model, asked for nothing in particular, gave no finite number.
+    many inner rounds that took; 0 where the model, asked for nothing in particular, gave no finite number. Its last
+    passes, which take `behind(count)` seconds, are of no round.
     """
     found: Costs = {}
     for block in blocks:
@@ -137,7 +142,8 @@ def measure_filters(
             for at, count in enumerate(counts):
                 began = time.perf_counter()
                 if rounds := run(count, context, block):
-                    points[at] = min(points[at], (time.perf_counter() - began) / rounds)
+                    taken = time.perf_counter() - began
+                    points[at] = min(points[at], max(taken - behind(count), taken / 2) / rounds)
         if all(map(math.isfinite, points)):
             found[filter_of(block)] = _curve(counts, points)
     return found

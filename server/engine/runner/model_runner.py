@@ -105,7 +105,13 @@ class ModelRunner:
             costs |= measure_steps(self.fused_steps.time, context, counts)
             if self._passes is None:
                 sizes = [size for size in self._block_sizes if 1 < size <= MAX_DRAFT_LENGTH // 2]
-                costs |= measure_filters(self.fused_steps.time_filter, context, counts, sizes)
+                patcher = costs["patcher"]
+
+                def behind(count: int) -> float:
+                    """Of the entropy model's pass over whole drafts."""
+                    return patcher(count * (MAX_DRAFT_LENGTH + 1))
+
+                costs |= measure_filters(self.fused_steps.time_filter, context, counts, sizes, behind)
         return costs
 
     def capture(self, say: Callable[[str], None]) -> int:
