@@ -26,6 +26,10 @@ _SLOTS = 8
 _ROOM = 16384
 
 
+#: Views of a buffer that are kept.
+_VIEWS = 512
+
+
 class Part:
     """int32 columns [count, size] of a pass: `host` is for the host to write, the tensors are the device's."""
 
@@ -84,6 +88,9 @@ class Staging:
             if self._used > len(self._buffers[self._slot]):
                 self._grow()
                 parts = self._parts[self._slot]
+            if len(parts) >= _VIEWS:
+                # Rare shapes add up over days; those that come often are soon there again.
+                parts.clear()
             own = self._buffers[self._slot][first : self._used].view(count, size)
             there = self._inbox[first : self._used].view(count, size) if self._apart else own
             part = parts[first, count, size] = Part(own.numpy(), there)

@@ -7,6 +7,7 @@ import torch
 
 from fastblt.server.engine.device import staging as staging_module
 from fastblt.server.engine.device.staging import Staging
+from fastblt.server.engine.device_queue import DeviceQueue
 from tests.server.engine.late import LateQueue
 
 
@@ -43,3 +44,19 @@ def test_what_waits_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     staging.flush()
     queue.do()
     assert staging.copies == 4 and done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_shapes_without_end_take_no_memory_without_end(apart: bool) -> None:
+    queue = LateQueue(torch.device("cpu")) if apart else DeviceQueue(torch.device("cpu"))
+    staging = Staging(queue)
+    for count in range(1, 60):
+        for size in range(1, 60):
+            staging.begin()
+            first, second = staging.take(count, size), staging.take(1, size)
+            first.host[:], second.host[:] = count, size
+            staging.send()
+            queue.do() if isinstance(queue, LateQueue) else None
+            # Views that were given up go on reading the same memory.
+            assert int(first.tensor.sum()) == count * count * size and int(second.tensor.sum()) == size * size
+    assert max(map(len, staging._parts)) <= staging_module._VIEWS
