@@ -138,7 +138,7 @@ def measure_filters(
     found: Costs = {}
     for block in blocks:
         points = [math.inf] * len(counts)
-        for _ in range(3):
+        for _ in range(2):
             for at, count in enumerate(counts):
                 began = time.perf_counter()
                 if rounds := run(count, context, block):

@@ -45,6 +45,8 @@ _FEW = 40
 
 #: Most requests for which the cost of fused steps is measured; beyond, the curve goes on as a straight line.
 MOST_STEPPING = 64
+#: Numbers of requests for which filtered drafts are measured: a call of many takes so much longer than the others.
+_FILTERING = (1, 4, 16)
 
 #: Most rows of one plan that is no chunk of a prompt, and a bound of the integers of a row.
 _MOST_ROWS, _WORDS_A_ROW = MAX_DRAFT_LENGTH + MAX_BLOCK_SIZE + 1, 24
@@ -111,7 +113,7 @@ class ModelRunner:
                     """Of the entropy model's pass over whole drafts."""
                     return patcher(count * (MAX_DRAFT_LENGTH + 1))
 
-                costs |= measure_filters(self.fused_steps.time_filter, context, counts, sizes, behind)
+                costs |= measure_filters(self.fused_steps.time_filter, context, _FILTERING, sizes, behind)
         return costs
 
     def capture(self, say: Callable[[str], None]) -> int:
