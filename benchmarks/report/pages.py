@@ -63,6 +63,7 @@ TABLES = {
     "streams": Table(("sweep-*.json",), load_tables.streams),
     "traces": Table(("trace-*.json",), load_tables.traces),
     "peers": Table(("peer-*.json",), load_tables.peers),
+    "fairness": Table(("fairness-*.json",), load_tables.fairness),
     "front": Table(("front.json",), load_tables.front),
     "page": Table(("page.json",), load_tables.page),
     "soak": Table(("soak.json",), load_tables.soak),
