@@ -15,8 +15,8 @@ from guidellm.backends.openai.http import OpenAIHTTPBackend
 from guidellm.schemas import GenerationRequest, GenerationResponse, RequestInfo, UsageMetrics
 from guidellm.schemas.backends import OpenAIHTTPBackendArgs
 
-#: More than one round can give.
-TOKENS = 120
+#: More than fits into the time between two writes to a stream.
+TOKENS = 2000
 PROMPTS = ["def f(x):\n", "naïve 👋", "a" * 300]
 
 
