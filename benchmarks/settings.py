@@ -99,20 +99,22 @@ def papers(block_sizes: Sequence[int]) -> list[str]:
     return ["blt", *_twice(drafts), *blocks, *_twice(verified)]
 
 
-def filtered(block_sizes: Sequence[int]) -> list[str]:
-    """Settings of BLT-DSV, which the paper does not have."""
-    return [f"blt-dsv-{size} k{length}" for length in (16, 32) for size in block_sizes if size < length // 2]
+def longer(block_sizes: Sequence[int]) -> list[str]:
+    """Settings that the paper does not have: BLT-DSV, and the drafts of BLT-S that are as long as its longest."""
+    return ["blt-s k32"] + [
+        f"blt-dsv-{size} k{length}" for length in (16, 32) for size in block_sizes if size < length // 2
+    ]
 
 
 def chosen(block_sizes: Sequence[int], which: str) -> list[str]:
     """The settings that `which` selects. `all`: those of the paper, and BLT-DSV. `headline`: BLT-S, BLT-D a0.7, BLT-DV
     in one step, BLT-DSV. Any other text: those whose names contain it. BLT is always included.
     """
-    names = [*papers(block_sizes), *filtered(block_sizes)]
+    names = [*papers(block_sizes), *longer(block_sizes)]
     if which == "all":
         return names
     headline = {*(f"blt-d-{size} a0.7" for size in block_sizes), *(f"blt-dv-{size} 1step" for size in block_sizes)}
-    headline |= {f"blt-s k{length}" for length in (4, 8, 16)} | set(filtered(block_sizes))
+    headline |= {f"blt-s k{length}" for length in (4, 8, 16)} | set(longer(block_sizes))
     return [name for name in names if name == "blt" or (name in headline if which == "headline" else which in name)]
 
 

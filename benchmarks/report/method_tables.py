@@ -9,7 +9,8 @@ from fastblt.benchmarks.report.facts import Results, kind, method_runs, title
 from fastblt.benchmarks.savings.methods import MOST_LOOPS
 
 _HEADLINE = (
-    *("blt-s k4", "blt-s k8", "blt-s k16", "blt-dv-4 1step", "blt-dv-8 1step", "blt-dv-16 1step"),
+    *("blt-s k4", "blt-s k8", "blt-s k16", "blt-s k32"),
+    *("blt-dv-4 1step", "blt-dv-8 1step", "blt-dv-16 1step"),
     *("blt-dsv-4 k16", "blt-dsv-4 k32", "blt-dsv-8 k32"),
     *("blt-d-4 a0.7", "blt-d-8 a0.7", "blt-d-16 a0.7"),
 )

@@ -27,6 +27,10 @@ class MaskGate:
             self._pool.poll()
         return [s for s in undecided if s.constraint and s.constraint.grammar and not s.constraint.grammar.waiting]
 
+    def send(self) -> None:
+        """Ask the processes for what the step's bytes and drafts need, so that they work during what comes next."""
+        self._pool.send()
+
     def ready(self, planned: list[Planned], *, others: bool = False) -> list[Planned]:
         """The planned sequences whose masks are there. `others`: whether further requests could run without them."""
         late = [sequence for sequence, plan in planned if not _has_masks(sequence, plan)]

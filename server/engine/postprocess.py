@@ -63,7 +63,7 @@ class Postprocessor:
             if progress.keep is not None:
                 sequence.cut(progress.keep)
             self._count(sequence, progress)
-            sequence.draft = progress.draft
+            sequence.take_draft(progress.draft)
             if result.entropies is not None:
                 sequence.take_entropies(result.entropies, self._rule)
             return None
@@ -89,7 +89,7 @@ class Postprocessor:
             delta = self._commit(sequence, progress.commit, progress.accepted, logprobs)
             if delta is not None and delta.finish_reason is not None:
                 return delta
-        sequence.draft = progress.draft
+        sequence.take_draft(progress.draft)
         if progress.commit:
             if sequence.provisional is not None:
                 self._scheduler.drop_provisional(sequence)
@@ -110,7 +110,7 @@ class Postprocessor:
             return self._failed(sequence, draft.bad)
         progress = sequence.method.advance(NEXT_DRAFT, draft)
         self._count(sequence, progress)
-        sequence.draft = progress.draft
+        sequence.take_draft(progress.draft)
         sequence.encoded = draft.encoded
         if draft.entropies:
             sequence.take_entropies(draft.entropies, self._rule)

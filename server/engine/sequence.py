@@ -142,6 +142,12 @@ class Sequence:
         """Whether a process follows its grammar, or is about to."""
         return self.constraint is not None and self.constraint.followed
 
+    def take_draft(self, draft: abc.Sequence[int]) -> None:
+        """Take what is drafted so far. Asks for the masks behind it, which a process makes while others are served."""
+        self.draft = draft
+        if self.constraint is not None:
+            self.constraint.ready(draft, ())
+
     def take_entropies(self, entropies: list[float], rule: PatchRule) -> None:
         """Take the entropies (nats) of the next rows, and close patches where the rule says so."""
         if self.reports:

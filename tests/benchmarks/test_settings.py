@@ -69,8 +69,8 @@ def test_the_papers_settings() -> None:
 
 
 def test_some_of_the_papers_settings() -> None:
-    filtered = ["blt-dsv-4 k16", "blt-dsv-4 k32"]
-    assert chosen((4,), "all") == [*papers((4,)), *filtered]
-    headline = ["blt", "blt-s k4", "blt-s k8", "blt-s k16", "blt-d-4 a0.7", "blt-dv-4 1step", *filtered]
+    longer = ["blt-s k32", "blt-dsv-4 k16", "blt-dsv-4 k32"]
+    assert chosen((4,), "all") == [*papers((4,)), *longer]
+    headline = ["blt", "blt-s k4", "blt-s k8", "blt-s k16", "blt-d-4 a0.7", "blt-dv-4 1step", *longer]
     assert chosen((4,), "headline") == headline
     assert chosen((4,), "blt-s k4") == ["blt", "blt-s k4", "blt-s k4 paper"]

@@ -197,6 +197,7 @@ class GrammarPool:
 
     def poll(self, timeout: float = 0.0) -> None:
         """Take the answers that have arrived. If there are none, wait up to `timeout` seconds for the first."""
+        self.send()
         for key, _ in self._selector.select(timeout):
             self._read(key.data)
         now = time.monotonic()
@@ -210,6 +211,12 @@ class GrammarPool:
     def begin_step(self) -> None:
         """Begin a step of the engine: resets the time that it may wait."""
         self._wait_left = STEP_WAIT_SECONDS
+        self.send()
+
+    def send(self) -> None:
+        """Send what cursors have asked for since the last time. Sent together, this costs a system call a process."""
+        for worker in list(self._workers.values()):
+            self._send(worker)
 
     def wait(self, cursors: Sequence[GrammarCursor], *, alone: bool) -> None:
         """Take answers until none of `cursors` is waiting, or until the time is up.
@@ -245,7 +252,7 @@ class GrammarPool:
         return worker is not None and cursor.key in worker.members
 
     def ask(self, cursor: GrammarCursor, walk: Walk) -> None:
-        """Answer `walk` at once, or send it to the grammar's process. The cursor may have to wait for a process."""
+        """Answer `walk` at once, or queue it for its process (`send`), for which the cursor may have to wait."""
         if walk.fresh and cursor.structured in self._grammars and not cursor.dear:
             self._states[cursor.key] = self._grammars.start(cursor.structured)
         if (state := self._states.get(cursor.key)) is not None:
@@ -268,7 +275,6 @@ class GrammarPool:
         self._workers.move_to_end(cursor.structured)
         worker.members[cursor.key] = cursor
         worker.queue.append((cursor, walk))
-        self._send(worker)
 
     def forget(self, cursor: GrammarCursor) -> None:
         """The completion has ended. A process that is working for this cursor alone is killed."""
@@ -282,8 +288,8 @@ class GrammarPool:
             self._drop(worker)
             _nursery.tell(KILL, worker.number)
             return
-        worker.queue.append((None, Forget(cursor.key)))
-        self._send(worker)
+        unsent = [(asker, command) for asker, command in worker.queue if asker is not cursor]
+        worker.queue = deque([*unsent, (None, Forget(cursor.key))])
         unused = [worker for worker in self._workers.values() if not worker.members]
         if len(unused) > _SPARE:
             self._drop(unused[0])

@@ -175,10 +175,22 @@ def test_nobody_works_on_for_who_has_left() -> None:
     cursor = pool.start(AMBIGUOUS)
     settle(pool, cursor)
     cursor.ready(encode(b"1+" * 5000))
+    pool.send()
     [worker] = pool._workers.values()
     assert worker.unanswered
     cursor.close()
     assert not pool._workers
+
+
+def test_nothing_is_asked_for_who_has_left_before_it_was_sent() -> None:
+    pool = GrammarPool()
+    cursor, neighbor = pool.start(ARITHMETIC), pool.start(ARITHMETIC)
+    settle(pool, cursor, neighbor)
+    assert not cursor.ready(encode(b"1+1"))
+    cursor.close()
+    pool.send()
+    [worker] = pool._workers.values()
+    assert worker.idle and feed(pool, neighbor, b"1+1") == 3
 
 
 def test_a_wait_is_bounded_for_the_step_and_for_each() -> None:
