@@ -4,8 +4,7 @@
 
 Every client sends one request after another, of 128 to 256 bytes to complete; the first ones come when /ready says so.
 Each round starts a server for `auto`, which knows nothing yet of this load, and one on which the fixed settings follow
-each other. A `blt` request of every client comes before, so that no setting pays for the server's first passes. Medians
-count.
+each other. As many `blt` requests come before, so that no setting pays for the server's first second. Medians count.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SETTINGS = (
 )
 
 
-def speed(port: int, setting: str, temperature: float, clients: int, each: int) -> float:
+def speed(port: int, setting: str, temperature: float, clients: int, each: int, salt: str = "") -> float:
     """Bytes a second of `each` requests of every client, from the first to the last answer."""
     prompts = [decode(ids).decode("utf-8", "replace") for ids in held_out_prompts(clients * each, 256)]
 
@@ -48,7 +47,7 @@ def speed(port: int, setting: str, temperature: float, clients: int, each: int) 
                 "ignore_eos": True,
                 "decoding": body(setting),
                 # Settings on one server must not find each other's prompts in the prefix cache.
-                "cache_salt": f"{setting}, {each}",
+                "cache_salt": f"{setting}, {salt}",
             }
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/completions",
@@ -83,7 +82,7 @@ def fresh(
             for _ in range(rounds):
                 for names in (["auto"], setting):
                     with serving(model, []) as server:
-                        speed(server.port, "blt", warmth, count, 1)
+                        speed(server.port, "blt", warmth, count, each, "before")
                         for name in names:
                             runs[name].append(speed(server.port, name, warmth, count, each))
             speeds = {name: statistics.median(own) for name, own in runs.items()}

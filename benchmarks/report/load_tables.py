@@ -106,6 +106,27 @@ def peers(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def token_loop(results: Results) -> str:
+    """llama.cpp's own loop over a token-level model, without a server."""
+    [result] = results.values()
+    rows = []
+    for count, row in result["requests"].items():
+        rates, read = row["bytes_per_second"], row["weights_read"]
+        rows.append(
+            [
+                count,
+                number(rates["theirs"]),
+                *(f"{number(rates[name])} ({row['over'][name]:.2f} times)" for name in row["over"]),
+                *(f"{read[name] / 1e6:.1f}" for name in ("theirs", *row["over"])),
+            ]
+        )
+    columns = (
+        *("requests", "llama.cpp, bytes a second", "`blt`", "`auto`"),
+        *("million weights read a byte, llama.cpp", "`blt`", "`auto`"),
+    )
+    return table(columns, rows)
+
+
 def fairness(results: Results) -> str:
     """What a short request a second feels beside long prompts and long outputs, and what sharing work saves."""
     rows = []

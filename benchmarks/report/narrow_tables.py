@@ -102,3 +102,19 @@ def large(results: Results) -> str:
         *("of the read bandwidth, %", "bytes of blt"),
     )
     return table(columns, rows)
+
+
+def keys_values(results: Results) -> str:
+    """What keys and values of 16 bits could save, and what they would change."""
+    [result] = results.values()
+    rows = []
+    for requests, own in result["ms"].items():
+        least, *_, most = own.values()
+        rows.append([requests, *(f"{taken:.0f}" for taken in own.values()), percent((most - least) / most / 2)])
+    contexts = list(next(iter(result["ms"].values())))
+    columns = ("requests", *(f"{number(int(patches))} patches, ms" for patches in contexts), "could be saved, %")
+    text = (
+        f"Rounding keys and values to bfloat16 makes {result['rounded']:.4f} bits a byte of {result['bits']:.4f}, and "
+        f"leaves {percent(result['same_choice'], 1)} % of the choices."
+    )
+    return f"{table(columns, rows)}\n\n{text}"

@@ -32,7 +32,7 @@ SCRIPTS = {
     "modes": Script("engine.speed modes", "--rounds 2", "--rounds 1 --requests 4 --length 16"),
     "overhead": Script("engine.speed overhead", "--rounds 5", "--rounds 1 --length 20"),
     "auto": Script("engine.speed auto", "--rounds 5", "--rounds 1 --requests 1 --length 40"),
-    "fresh": Script("load.fresh", "--rounds 3", "--rounds 1 --clients 1 --setting blt"),
+    "fresh": Script("load.fresh", "--rounds 5", "--rounds 1 --clients 1 --setting blt"),
     "first_picture": Script("load.first_picture"),
     "front": Script("load.front", "--rounds 4", "--rounds 1 --streams 4 --num-prompts 4"),
     "page": Script("load.page", "--num-prompts 96", "--rounds 1 --streams 4 --num-prompts 4"),
@@ -53,6 +53,9 @@ SCRIPTS = {
     "soak": Script("checks.soak", "", "--seconds 30"),
     "narrow-1b": Script("savings.narrow", "--length 32", f"--batch 1 --length 8 --rounds 1 {_TWO}", large=True),
     "peer_loop": Script("kernels.peer_loop", "", "--weights 0.2 --rounds 1", large=True, needs=("llama_cpp", "gguf")),
+    "token_loop": Script(
+        "report.token_loop", "", "--requests 1 --rounds 1 --output-len 16", needs=("llama_cpp", "gguf", "tokenizers")
+    ),
     "keys_values": Script("savings.keys_values", "", "--patches 64 --num-prompts 1 --rounds 1", large=True),
     "hold_sweep": Script("engine.holding latency", "", "--requests 2 --length 8", large=True),
     "large-bf16": Script("load.large", "--shape 7b", "--shape 1b --length 8", large=True),

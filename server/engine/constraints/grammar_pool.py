@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
-import os
 import selectors
 import socket
-import subprocess
-import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 
 from fastblt.models.vocabulary import encode
-from fastblt.server.child_process import child_environment
 from fastblt.server.engine.constraints.cursor import GrammarCursor
 from fastblt.server.engine.constraints.grammar import Grammars, GrammarState
 from fastblt.server.engine.constraints.grammar_worker import (
     COMPILE_SECONDS,
-    FORK,
     KILL,
     LOWER,
     MEMORY_BYTES,
-    ORDER,
     Answer,
     Command,
     Compile,
@@ -36,6 +28,7 @@ from fastblt.server.engine.constraints.grammar_worker import (
     Walk,
     follow,
 )
+from fastblt.server.engine.constraints.nursery import nursery
 from fastblt.server.engine.constraints.recursion import is_regular
 from fastblt.server.framing import Unpacker, pack
 from fastblt.server.request import StructuredOutput
@@ -65,80 +58,6 @@ _STEP_SECONDS, _SECONDS, _SECONDS_PER_BYTE = 3e-3, 3e-2, 1e-4
 _COMPILING_SECONDS, _COMPILING_SHARE = 0.05, 0.1
 
 _TOO_LONG = f"it took more than {COMPILE_SECONDS:g} s or {MEMORY_BYTES >> 20} MiB to compile; make it simpler"
-_COMMAND = (sys.executable, "-P", "-m", "fastblt.server.engine.constraints.grammar_worker")
-
-
-class _Nursery:
-    """The process that forks the grammar processes. It starts with the first grammar, and all engines here share it."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._numbers = itertools.count()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._owner = 0
-        atexit.register(self.close)
-
-    def fork(self) -> tuple[int, socket.socket]:
-        """Start a process. Returns its number, and our end of its socket. If the fork fails, the other end is closed.
-
-        Raises OSError.
-        """
-        ours, theirs = socket.socketpair()
-        try:
-            with self._lock:
-                number = next(self._numbers)
-                order = ORDER.pack(FORK, number)
-                try:
-                    socket.send_fds(self._started(), [order], [theirs.fileno()])
-                except OSError:
-                    # The forking process was killed. Start another.
-                    self._end()
-                    socket.send_fds(self._started(), [order], [theirs.fileno()])
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return number, ours
-
-    def tell(self, kind: bytes, number: int) -> None:
-        """Send KILL or LOWER for a process."""
-        with self._lock:
-            try:
-                if self._control is not None and self._owner == os.getpid():
-                    self._control.sendall(ORDER.pack(kind, number))
-            except OSError:
-                # The forking process has ended, and its children with it.
-                self._end()
-
-    def close(self) -> None:
-        with self._lock:
-            self._end()
-
-    def _started(self) -> socket.socket:
-        if self._control is None or self._owner != os.getpid():
-            ours, theirs = socket.socketpair()
-            # Numerical libraries need no threads in that process.
-            environment = {**child_environment(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            with theirs:
-                # A new session, so that Ctrl-C in the terminal does not reach it.
-                self._process = subprocess.Popen(
-                    _COMMAND, stdin=theirs.fileno(), stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-                )
-            self._owner, self._control = os.getpid(), ours
-        return self._control
-
-    def _end(self) -> None:
-        control, process, self._control, self._process = self._control, self._process, None, None
-        if control is not None:
-            control.close()
-        if process is not None and self._owner == os.getpid():
-            process.kill()
-            process.wait()
-
-
-_nursery = _Nursery()
 
 
 class _Worker:
@@ -146,7 +65,7 @@ class _Worker:
 
     def __init__(self, structured: StructuredOutput) -> None:
         self.structured = structured
-        self.number, self.sock = _nursery.fork()
+        self.number, self.sock = nursery.process()
         self.unpacker: Unpacker[Answer] = Unpacker(Answer)
         self.members: dict[int, GrammarCursor] = {}
         #: Who waits for the answers that are outstanding, in order. None stands for the answer to Compile.
@@ -156,7 +75,7 @@ class _Worker:
         #: Commands that are not sent yet.
         self.queue: deque[tuple[GrammarCursor | None, Command]] = deque()
         self.since = 0.0
-        self.lowered = False
+        self.compiled = self.lowered = False
 
     @property
     def idle(self) -> bool:
@@ -204,7 +123,7 @@ class GrammarPool:
         for worker in self._workers.values():
             if worker.unanswered and not worker.lowered and now - worker.since > _LATE_SECONDS:
                 worker.lowered = True
-                _nursery.tell(LOWER, worker.number)
+                nursery.tell(LOWER, worker.number)
         while self._homeless and self._room():
             self._homeless.popleft().ask_again()
 
@@ -272,6 +191,7 @@ class GrammarPool:
             self._workers[cursor.structured] = worker
             self._selector.register(worker.sock, selectors.EVENT_READ, worker)
             worker.queue.append((None, Compile(cursor.structured)))
+            self._send(worker)
         self._workers.move_to_end(cursor.structured)
         worker.members[cursor.key] = cursor
         worker.queue.append((cursor, walk))
@@ -286,7 +206,7 @@ class GrammarPool:
             return
         if worker.unanswered and not worker.members:
             self._drop(worker)
-            _nursery.tell(KILL, worker.number)
+            nursery.tell(KILL, worker.number)
             return
         unsent = [(asker, command) for asker, command in worker.queue if asker is not cursor]
         worker.queue = deque([*unsent, (None, Forget(cursor.key))])
@@ -316,8 +236,9 @@ class GrammarPool:
         return True
 
     def _send(self, worker: _Worker) -> None:
-        """Send the queued commands, unless answers are outstanding and the commands too many to be sent beside them."""
-        if not worker.queue:
+        """Send the queued commands, unless answers are outstanding and the commands too many to be sent beside them.
+        While the grammar is compiled nothing is sent: this thread may follow it."""
+        if not worker.queue or (worker.unanswered and not worker.compiled):
             return
         data = pack([command for _, command in worker.queue])
         if not worker.unanswered:
@@ -351,8 +272,9 @@ class GrammarPool:
                     for cursor in worker.members.values():
                         cursor.refuse(answer.refusal)
                     return
+                worker.compiled = True
                 if self._takes(worker.structured, answer.seconds):
-                    self._drop(worker)
+                    self._release(worker)
                     for cursor in worker.members.values():
                         cursor.ask_again()
                     return
@@ -387,6 +309,15 @@ class GrammarPool:
         for cursor in worker.members.values():
             if cursor.waiting:
                 cursor.ask_again()
+
+    def _release(self, worker: _Worker) -> None:
+        """This thread does its work from now on."""
+        if worker.lowered:
+            self._drop(worker)
+            return
+        del self._workers[worker.structured]
+        self._selector.unregister(worker.sock)
+        nursery.take_back(worker.number, worker.sock)
 
     def _drop(self, worker: _Worker) -> None:
         if self._workers.get(worker.structured) is worker:

@@ -45,7 +45,7 @@ FORK, KILL, LOWER = b"f", b"k", b"l"
 
 
 class Compile(Message):
-    """The first message; answered by Compiled."""
+    """The first message, and the first after the engine has let go of the grammar before; answered by Compiled."""
 
     structured: StructuredOutput
 
@@ -109,6 +109,7 @@ def serve(sock: socket.socket) -> None:
                     states.pop(command.key, None)
                 case Compile():
                     structured = command.structured
+                    states.clear()
                     # SIGPROF ends the process by default, even inside native code.
                     signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
                     refusal, began = None, time.thread_time()

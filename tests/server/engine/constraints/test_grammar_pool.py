@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastblt.models.vocabulary import EOS_ID, encode
 from fastblt.server.engine.constraints import cursor as cursors
-from fastblt.server.engine.constraints import grammar_pool, grammar_worker
+from fastblt.server.engine.constraints import grammar_pool, grammar_worker, nursery
 from fastblt.server.engine.constraints.cursor import GrammarCursor
 from fastblt.server.engine.constraints.grammar import Grammars
 from fastblt.server.engine.constraints.grammar_pool import GrammarPool
@@ -84,7 +84,7 @@ def test_masks_are_those_of_the_grammar_wherever_they_are_made(seed: int) -> Non
 def kill_workers(pool: GrammarPool) -> None:
     for worker in list(pool._workers.values()):
         if worker.idle:
-            grammar_pool._nursery.tell(grammar_worker.KILL, worker.number)
+            nursery.nursery.tell(grammar_worker.KILL, worker.number)
 
 
 def test_arithmetic_of_1500_bytes_is_followed_to_its_end() -> None:
@@ -142,7 +142,7 @@ def test_a_process_that_was_killed_is_replaced_and_told_everything() -> None:
     cursor = pool.start(ARITHMETIC)
     assert feed(pool, cursor, b"12+(3") == 5
     [worker] = pool._workers.values()
-    grammar_pool._nursery.tell(grammar_worker.KILL, worker.number)
+    nursery.nursery.tell(grammar_worker.KILL, worker.number)
     assert feed(pool, cursor, b"+4)") == 3
     assert cursor.failure is None and pool._workers[ARITHMETIC] is not worker
 
@@ -150,7 +150,7 @@ def test_a_process_that_was_killed_is_replaced_and_told_everything() -> None:
 def test_the_process_that_forks_is_replaced_too() -> None:
     pool = GrammarPool()
     assert feed(pool, pool.start(ARITHMETIC), b"1") == 1
-    process = grammar_pool._nursery._process
+    process = nursery.nursery._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -191,6 +191,23 @@ def test_nothing_is_asked_for_who_has_left_before_it_was_sent() -> None:
     pool.send()
     [worker] = pool._workers.values()
     assert worker.idle and feed(pool, neighbor, b"1+1") == 3
+
+
+def test_a_process_whose_grammar_is_followed_on_the_spot_takes_the_next_one() -> None:
+    pool = GrammarPool()
+    numbers = set()
+    for count in range(3, 9):
+        cursor = pool.start(StructuredOutput.regex(f"[0-9]{{{count}}}"))
+        numbers |= {worker.number for worker in pool._workers.values()}
+        assert feed(pool, cursor, b"123") == 3 and cursor.on_the_spot
+        cursor.close()
+    assert len(numbers) == 1
+    # One that has ended in the meantime is not taken.
+    [number] = numbers
+    nursery.nursery.tell(grammar_worker.KILL, number)
+    time.sleep(0.3)
+    cursor = pool.start(ARITHMETIC)
+    assert feed(pool, cursor, b"1+2") == 3
 
 
 def test_a_wait_is_bounded_for_the_step_and_for_each() -> None:
