@@ -6,8 +6,9 @@
 `start` is the time from the command until the server is ready. Memory is the engine process's own, without pages of
 files: the most that it had when the server was ready (`start peak`), what it has then (`stays`), and the most at the
 end. For each setting one request is completed, greedily, and its seconds are compared with those that reading the
-weights of its passes (`gb` of the answer) takes at the memory's read bandwidth. The exit status is 1 if an output of a
-lossless setting differs from BLT's.
+weights of its passes (`gb` of the answer) takes at the memory's read bandwidth, which is measured before and after all:
+the whole request (`read_share`), and what comes after its first byte (`decoding_share`), since a prompt's pass takes as
+long as multiplying. The exit status is 1 if an output of a lossless setting differs from BLT's.
 """
 
 from __future__ import annotations
@@ -122,22 +123,31 @@ def serve(
         result["start_seconds"] = time.perf_counter() - began
         complete(server, prompt, setting[0], 4)
         result["start_peak_gib"], result["stays_gib"] = watch.largest / _GIB, watch.now / _GIB
-        limits = result["limits"] = machine_limits(os.cpu_count() or 1)
+        early = machine_limits(os.cpu_count() or 1)
         print(
             f"ready after {result['start_seconds']:.0f} s; at most {result['start_peak_gib']:.2f} GiB, "
-            f"{result['stays_gib']:.2f} stay; memory reads {limits['read_gb_s']:.1f} GB/s\n"
+            f"{result['stays_gib']:.2f} stay\n"
         )
-        table = Table("setting", "bytes/s", "seconds", "GB read", "of bandwidth %", "equal to blt")
         plain: list[int] = []
         for name in setting:
+            first, first_seconds = complete(server, prompt, name, 1)
             answer, seconds = complete(server, prompt, name, length)
             made, gb = answer["choices"][0]["token_ids"], answer["efficiency"]["gb"]
             plain = plain or made
-            share = gb / limits["read_gb_s"] / seconds
-            row = {"bytes_per_second": length / seconds, "seconds": seconds, "gb": gb, "read_share": share}
-            result["settings"][name] = row | {"equal": made == plain}
-            figures = (f"{length / seconds:.2f}", f"{seconds:.1f}", f"{gb:.1f}", f"{100 * share:.0f}")
-            table.row(name, *figures, "yes" if made == plain else "NO")
+            row = {"bytes_per_second": length / seconds, "seconds": seconds, "gb": gb, "equal": made == plain}
+            after = {"gb_after": gb - first["efficiency"]["gb"], "seconds_after": seconds - first_seconds}
+            result["settings"][name] = row | after
+        late = machine_limits(os.cpu_count() or 1)
+        limits = result["limits"] = {name: (value + late[name]) / 2 for name, value in early.items()}
+        read = limits["read_gb_s"]
+        print(f"memory reads {read:.1f} GB/s\n")
+        table = Table("setting", "bytes/s", "seconds", "GB read", "of bandwidth %", "decoding %", "equal to blt")
+        for name, row in result["settings"].items():
+            row["read_share"] = row["gb"] / read / row["seconds"]
+            row["decoding_share"] = row["gb_after"] / read / row["seconds_after"]
+            figures = (f"{row['bytes_per_second']:.2f}", f"{row['seconds']:.1f}", f"{row['gb']:.1f}")
+            shares = (f"{100 * row[share]:.0f}" for share in ("read_share", "decoding_share"))
+            table.row(name, *figures, *shares, "yes" if row["equal"] else "NO")
         result["peak_gib"] = watch.largest / _GIB
     watch.end()
     result["passed"] = all(row["equal"] for row in result["settings"].values())

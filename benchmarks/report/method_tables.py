@@ -152,3 +152,37 @@ def fresh(results: Results) -> str:
         cells = [number(rate) for rate in row["bytes_per_second"].values()]
         rows.append([f"{clients}, {words}", *cells, f"{row['over_blt']:.2f}", f"{row['over_best']:.2f}"])
     return table(("clients", *names, "`auto` over `blt`", "over the best"), rows)
+
+
+#: Settings of each lossless method, and of BLT-D, and the runs in which they are compared: file, batch, words.
+_WINNERS = (
+    *("blt-s k8", "blt-s k16", "blt-s k32", "blt-dv-8 1step"),
+    *("blt-dsv-4 k32", "blt-dsv-8 k32", "blt-d-8 a0.7"),
+)
+_PLACES = (
+    ("methods-greedy-b1", "1", "shipped model, greedy"),
+    ("methods-sampled-b1", "1", "temperature 0.8"),
+    ("methods-greedy-b32", "32", "greedy, 32 requests"),
+    ("methods-1b-b1", "1", "1B, greedy"),
+    ("methods-1b-sampled-b1", "1", "1B, temperature 0.8"),
+    ("methods-1b-b8", "8", "1B, greedy, 8 requests"),
+)
+
+
+def winners(results: Results) -> str:
+    """Bytes a second over BLT's, by where the time goes: a small model, one whose weights come from memory, a GPU."""
+    predicted = results["gpu_prediction"]["predicted"]
+    rows = []
+    for name in _WINNERS:
+        cells = []
+        for part, batch, _ in _PLACES:
+            settings = results[part]["batches"][batch]["settings"]
+            row = settings.get(name)
+            over = None if row is None else row["bytes_per_second"] / settings["blt"]["bytes_per_second"]
+            cells.append("" if over is None else f"{over:.2f}")
+        for requests in ("1", "32"):
+            rates = predicted.get(f"1b, H200, {name}")
+            cells.append("" if rates is None else f"{rates[requests] / predicted['1b, H200, blt'][requests]:.2f}")
+        rows.append([name, *cells])
+    places = (*(words for _, _, words in _PLACES), "1B on an H200, predicted", "predicted, 32 requests")
+    return table(("bytes a second over `blt`'s", *places), rows)

@@ -92,6 +92,7 @@ def large(results: Results) -> str:
             name,
             f"{row['bytes_per_second']:.1f}",
             percent(row["read_share"]),
+            percent(row["decoding_share"]) if "decoding_share" in row else "",
             "yes" if row["equal"] else "no",
         ]
         for result in results.values()
@@ -99,7 +100,7 @@ def large(results: Results) -> str:
     ]
     columns = (
         *("weights", "start", "GiB that stay, peak", "method", "bytes a second"),
-        *("of the read bandwidth, %", "bytes of blt"),
+        *("of the read bandwidth, %", "after the first byte, %", "bytes of blt"),
     )
     return table(columns, rows)
 

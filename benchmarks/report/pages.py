@@ -27,7 +27,10 @@ from fastblt.server.settings import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "docs" / "benchmarks"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "operations", "performance")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "methods", "operations", "performance")),
+)
 
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HEADLINE = ("methods-*.json", "sweep-*.json", "trace-*.json", "peer-*.json")

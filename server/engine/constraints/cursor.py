@@ -57,11 +57,14 @@ class GrammarCursor:
         self.dear = False
         #: Processor seconds used so far.
         self.seconds = 0.0
+        #: Whether a process ended that may have been working on it: its next answer is waited for alone.
+        self.suspect = False
         self._pool = pool
         self._fixed = bytearray()
         self._told = 0
         self._lost = False
         self._path = b""
+        self._known = 0
         self._tape: list[int] = []
         #: bool [260] after each prefix of the tape. The one after the whole tape is missing if `_problem` says why.
         self._masks: list[np.ndarray] = []
@@ -104,7 +107,7 @@ class GrammarCursor:
             if at == len(self._masks) or token == EOS_ID or not self._masks[at][token]:
                 return True
             if at == len(self._tape) or self._tape[at] != token:
-                self._ask(_bytes(path))
+                self._ask(_bytes(path), at + 1)
                 return not self.waiting and self.ready(path)
         return True
 
@@ -135,12 +138,12 @@ class GrammarCursor:
 
     # Called by the pool.
 
-    def take(self, masks: list[np.ndarray], tape: list[int], seconds: float, problem: str | None) -> None:
-        """Take an answer, which cost `seconds` of processor time."""
-        self.waiting = self._lost = False
+    def take(self, known: int, masks: list[np.ndarray], tape: list[int], seconds: float, problem: str | None) -> None:
+        """Take an answer, which cost `seconds` of processor time: the masks behind the first `known` ones."""
+        self.waiting = self._lost = self.suspect = False
         self.patience = min(max(self.patience, 0.0) + PATIENCE_GAINED, PATIENCE)
         self.seconds += seconds
-        self._masks, self._tape, self._problem = masks, tape, problem
+        self._masks, self._tape, self._problem = self._masks[:known] + masks, tape, problem
         if not self._masks:
             self.failure = problem
         elif self._left <= 0:
@@ -148,7 +151,7 @@ class GrammarCursor:
 
     def ask_again(self) -> None:
         """Repeat the last request: the process that got it will not answer."""
-        self._ask(self._path)
+        self._ask(self._path, self._known)
 
     def refuse(self, reason: str) -> None:
         """The grammar cannot be used at all."""
@@ -156,7 +159,7 @@ class GrammarCursor:
         self._fail(reason)
 
     def lose(self, seconds: float) -> None:
-        """The process ended while it worked on this cursor, for `seconds`. At the second time in a row, fail."""
+        """The process ended while it worked on this cursor alone, for `seconds`. At the second time in a row, fail."""
         self.seconds += seconds
         if self._lost or self._left <= 0:
             self._fail(_EXCEEDED)
@@ -170,11 +173,12 @@ class GrammarCursor:
         self.waiting, self.failure = False, reason
         self._tape, self._masks = [], []
 
-    def _ask(self, path: bytes) -> None:
+    def _ask(self, path: bytes, known: int = 0) -> None:
+        """Ask for the masks along `path`, of which the first `known` are there."""
         fresh = not self._pool.knows(self)
         fixed = bytes(self._fixed if fresh else self._fixed[self._told :])
-        self._path, self._told, self.waiting = path, len(self._fixed), True
-        self._pool.ask(self, Walk(self.key, fresh, fixed, path, max(self._left, 1e-3)))
+        self._path, self._known, self._told, self.waiting = path, known, len(self._fixed), True
+        self._pool.ask(self, Walk(self.key, fresh, fixed, path, known, max(self._left, 1e-3), self.suspect))
 
 
 def _bytes(path: Sequence[int]) -> bytes:

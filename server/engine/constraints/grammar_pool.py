@@ -47,6 +47,9 @@ _SPARE = 16
 
 _CHUNK = 1 << 18
 
+#: Seconds for which the engine's thread looks for an answer before it sleeps: waking it takes as long as a mask.
+_LOOK_SECONDS = 3e-4
+
 #: Bytes that a process may be sent before it has answered; a socket holds many times as many.
 _AHEAD_BYTES = 1 << 14
 
@@ -89,8 +92,9 @@ class GrammarPool:
     A grammar whose steps are certain to be cheap (`is_regular`), and have been so far, is followed in the engine's own
     thread, which takes less time than a request to a process. A process compiles it first, to measure the time.
 
-    A process that owes answers is sent no more than a socket surely holds, so sending never blocks. If it ends, the
-    cursor whose answer was due is taken for the cause. The other cursors ask another process.
+    A process that owes answers is sent no more than a socket surely holds, so sending never blocks. If it ends, those
+    whose answers were due ask another process, to be answered one by one. If that ends too, the one whose answer was
+    due is the cause.
     """
 
     def __init__(self, bound: int = 16) -> None:
@@ -117,7 +121,11 @@ class GrammarPool:
     def poll(self, timeout: float = 0.0) -> None:
         """Take the answers that have arrived. If there are none, wait up to `timeout` seconds for the first."""
         self.send()
-        for key, _ in self._selector.select(timeout):
+        ready, now = self._selector.select(0), time.monotonic()
+        looked = now + min(timeout, _LOOK_SECONDS)
+        while not ready and now < looked:
+            ready, now = self._selector.select(0), time.monotonic()
+        for key, _ in ready or self._selector.select(max(timeout - _LOOK_SECONDS, 0.0)):
             self._read(key.data)
         now = time.monotonic()
         for worker in self._workers.values():
@@ -133,7 +141,7 @@ class GrammarPool:
         self.send()
 
     def send(self) -> None:
-        """Send what cursors have asked for since the last time. Sent together, this costs a system call a process."""
+        """Send what cursors have asked for since the last time. Together this costs one system call a process."""
         for worker in list(self._workers.values()):
             self._send(worker)
 
@@ -171,7 +179,8 @@ class GrammarPool:
         return worker is not None and cursor.key in worker.members
 
     def ask(self, cursor: GrammarCursor, walk: Walk) -> None:
-        """Answer `walk` at once, or queue it for its process (`send`), for which the cursor may have to wait."""
+        """Answer `walk` at once, or leave it to the grammar's process, for which the cursor may have to wait. If the
+        process is at work, `send` sends it."""
         if walk.fresh and cursor.structured in self._grammars and not cursor.dear:
             self._states[cursor.key] = self._grammars.start(cursor.structured)
         if (state := self._states.get(cursor.key)) is not None:
@@ -195,6 +204,9 @@ class GrammarPool:
         self._workers.move_to_end(cursor.structured)
         worker.members[cursor.key] = cursor
         worker.queue.append((cursor, walk))
+        if not worker.unanswered:
+            # It wakes while the rest is asked for.
+            self._send(worker)
 
     def forget(self, cursor: GrammarCursor) -> None:
         """The completion has ended. A process that is working for this cursor alone is killed."""
@@ -222,7 +234,7 @@ class GrammarPool:
         if seconds > _STEP_SECONDS or spent > _SECONDS + _SECONDS_PER_BYTE * cursor.length:
             cursor.dear = True
             del self._states[cursor.key]
-        cursor.take(masks, tape, seconds, problem)
+        cursor.take(0, masks, tape, seconds, problem)
 
     # Processes
 
@@ -280,7 +292,7 @@ class GrammarPool:
                     return
             elif asker is not None:
                 masks = [np.frombuffer(mask, dtype=bool) for mask in answer.masks]
-                asker.take(masks, encode(answer.tape), answer.seconds, answer.problem)
+                asker.take(answer.known, masks, encode(answer.tape), answer.seconds, answer.problem)
         self._send(worker)
 
     def _takes(self, structured: StructuredOutput, seconds: float) -> bool:
@@ -304,8 +316,13 @@ class GrammarPool:
             for cursor in worker.members.values():
                 cursor.refuse(f"the {worker.structured.kind} cannot be used: {_TOO_LONG}")
             return
-        if culprit is not None:
+        if culprit is not None and culprit.suspect:
             culprit.lose(time.monotonic() - worker.since)
+        elif culprit is not None:
+            # Answers are sent together, so it may have been any of these.
+            for asker in worker.unanswered:
+                if asker is not None:
+                    asker.suspect = True
         for cursor in worker.members.values():
             if cursor.waiting:
                 cursor.ask_again()

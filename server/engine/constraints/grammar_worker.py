@@ -40,6 +40,9 @@ _FORCED = 16
 
 _CHUNK = 1 << 16
 
+#: Processor seconds of an answer behind which no other waits to be sent.
+_SLOW_SECONDS = 2e-4
+
 ORDER = struct.Struct(">cI")
 FORK, KILL, LOWER = b"f", b"k", b"l"
 
@@ -53,15 +56,18 @@ class Compile(Message):
 class Walk(Message):
     """Asks for the masks after the bytes of completion `key` and along `path`, drafted bytes; answered by Walked.
 
-    `fixed` has the bytes of the completion that this process has not been sent; with `fresh`, all of them. `seconds` is
-    the processor time that the answer may take.
+    `fixed` has the bytes of the completion that this process has not been sent; with `fresh`, all of them. The first
+    `known` masks are there. `seconds` is the processor time that the answer may take. `apart`: the answers before it
+    are sent first, and its own before the next one is begun.
     """
 
     key: int
     fresh: bool
     fixed: bytes
     path: bytes
+    known: int
     seconds: float
+    apart: bool
 
 
 class Forget(Message):
@@ -78,12 +84,14 @@ class Compiled(Message):
 
 
 class Walked(Message):
-    """The masks after the fixed bytes and after each prefix of `tape`. A mask has a byte, 0 or 1, for each of 260 ids.
+    """The masks after the fixed bytes and after each prefix of `tape`, but for the first `known`, which were there. A
+    mask has a byte, 0 or 1, for each of 260 ids.
 
     `tape` is the allowed part of the path, followed by forced bytes, where the grammar allows only one. `problem` says
     why there is no mask after the whole of `tape`. `seconds` is the processor time that was used.
     """
 
+    known: int
     masks: list[bytes]
     tape: bytes
     seconds: float
@@ -95,21 +103,35 @@ Answer = Compiled | Walked
 
 
 def serve(sock: socket.socket) -> None:
-    """Work on one grammar until the socket is closed."""
+    """Work on one grammar until the socket is closed.
+
+    Answers to what came together are sent together, but those before and of one that may take long are not kept back.
+    """
     from fastblt.server.engine.constraints.grammar import Grammars
 
     grammars = Grammars(bound=1)
     structured: StructuredOutput | None = None
     states: dict[int, GrammarState] = {}
+    #: Completions whose last answer took long.
+    slow: set[int] = set()
     unpacker: Unpacker[Command] = Unpacker(Command)
+    answers: list[Answer] = []
+
+    def send() -> None:
+        if answers:
+            sock.sendall(pack(answers))
+            answers.clear()
+
     while data := sock.recv(_CHUNK):
         for command in unpacker.feed(data):
             match command:
                 case Forget():
                     states.pop(command.key, None)
+                    slow.discard(command.key)
                 case Compile():
                     structured = command.structured
                     states.clear()
+                    slow.clear()
                     # SIGPROF ends the process by default, even inside native code.
                     signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
                     refusal, began = None, time.thread_time()
@@ -118,11 +140,14 @@ def serve(sock: socket.socket) -> None:
                     except InvalidRequestError as error:
                         refusal = str(error)
                     signal.setitimer(signal.ITIMER_PROF, 0)
-                    sock.sendall(pack([Compiled(refusal, time.thread_time() - began)]))
+                    answers.append(Compiled(refusal, time.thread_time() - began))
                     if refusal is not None:
+                        send()
                         return
                 case Walk():
                     assert structured is not None
+                    if alone := command.apart or command.fresh or command.key in slow:
+                        send()
                     signal.setitimer(signal.ITIMER_PROF, command.seconds)
                     began = time.thread_time()
                     if command.fresh:
@@ -132,7 +157,12 @@ def serve(sock: socket.socket) -> None:
                     seconds = time.thread_time() - began
                     signal.setitimer(signal.ITIMER_PROF, 0)
                     text = bytes(token - BYTE_OFFSET for token in tape)
-                    sock.sendall(pack([Walked([mask.tobytes() for mask in masks], text, seconds, problem)]))
+                    known = command.known if problem is None and len(masks) > command.known else 0
+                    answers.append(Walked(known, [mask.tobytes() for mask in masks[known:]], text, seconds, problem))
+                    (slow.add if seconds > _SLOW_SECONDS else slow.discard)(command.key)
+                    if alone:
+                        send()
+        send()
 
 
 def follow(

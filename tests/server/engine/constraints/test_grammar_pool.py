@@ -120,6 +120,19 @@ def test_who_takes_more_than_his_time_ends_alone(structured: StructuredOutput, m
     assert feed(pool, neighbor, b"+1" if structured is AMBIGUOUS else b"xx") == 2
 
 
+def test_who_ends_a_process_is_found_among_those_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are sent together, so those of others may be lost with it; they are asked again and nobody else ends."""
+    monkeypatch.setattr(cursors, "SECONDS", 0.2)
+    pool = GrammarPool()
+    asked = [pool.start(AMBIGUOUS) for _ in range(5)]
+    settle(pool, *asked)
+    for at, cursor in enumerate(asked):
+        cursor.ready(encode(b"1+" * 5000 if at == 3 else b"1+1"))
+    settle(pool, *asked)
+    assert [cursor.failure is not None for cursor in asked] == [False, False, False, True, False]
+    assert all(cursor.ready(encode(b"1+1")) for at, cursor in enumerate(asked) if at != 3)
+
+
 def test_a_single_step_beyond_all_bounds_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native code that does not come back: the process ends, and whoever else it worked for has another."""
     monkeypatch.setattr(cursors, "SECONDS", 0.2)
@@ -186,11 +199,13 @@ def test_nothing_is_asked_for_who_has_left_before_it_was_sent() -> None:
     pool = GrammarPool()
     cursor, neighbor = pool.start(ARITHMETIC), pool.start(ARITHMETIC)
     settle(pool, cursor, neighbor)
-    assert not cursor.ready(encode(b"1+1"))
+    assert not neighbor.ready(encode(b"1+1")) and not cursor.ready(encode(b"1+1"))
     cursor.close()
     pool.send()
     [worker] = pool._workers.values()
-    assert worker.idle and feed(pool, neighbor, b"1+1") == 3
+    assert list(worker.unanswered) == [neighbor]
+    settle(pool, neighbor)
+    assert feed(pool, neighbor, b"1+1") == 3
 
 
 def test_a_process_whose_grammar_is_followed_on_the_spot_takes_the_next_one() -> None:
