@@ -81,13 +81,14 @@ class Load:
 
     requests: float
     patches_per_byte: float
-    overheads: tuple[float | None, ...] = (0.0, *[None] * 11)
+    overheads: tuple[float | None, ...] = (None,) * 12
 
     @property
     def overhead(self) -> float:
-        """That of this number of requests, or of the next smaller one seen."""
-        seen = [value for value in self.overheads[: _power(self.requests) + 1] if value is not None]
-        return seen[-1]
+        """That of this number of requests, or, in proportion to its root, of the next one seen."""
+        own = _power(self.requests)
+        seen = [(abs(at - own), value * 2 ** ((own - at) / 2)) for at, value in enumerate(self.overheads) if value]
+        return min(seen)[1] if seen else 0.0
 
     def counted(self, requests: int, overhead: float | None, weight: float) -> Load:
         """With one more step in the means, at this weight."""

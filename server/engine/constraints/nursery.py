@@ -16,7 +16,7 @@ from fastblt.server.engine.constraints.grammar_worker import FORK, ORDER
 _COMMAND = (sys.executable, "-P", "-m", "fastblt.server.engine.constraints.grammar_worker")
 
 #: Processes without a grammar that are kept.
-_KEPT = 16
+_KEPT = 8
 
 
 class Nursery:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, MODULES, CostCurve, Costs, filter_of
-from fastblt.server.engine.draft_controller import Acceptance, DraftController, _chance
+from fastblt.server.engine.draft_controller import Acceptance, DraftController, Load, _chance
 from fastblt.server.request import DecodingMethod
 from tests.server.harness import model
 
@@ -130,6 +131,15 @@ def test_what_a_step_takes_beyond_its_passes_is_known_by_the_number_of_requests(
     for _ in range(12):
         controller.step_ended(32, lambda: 0.25, None, [("decoder", 0)] * 16)
     assert controller._load.overhead == pytest.approx(0.02, rel=0.1)
+
+
+def test_numbers_of_requests_that_were_not_seen_yet_are_taken_for_their_neighbors() -> None:
+    """Not for free: then many short calls would look best while requests come one by one."""
+    load = Load(32.0, 0.25).counted(32, 0.008, 1.0)
+    assert load.overhead == 0.008
+    assert replace(load, requests=16.0).overhead == pytest.approx(0.008 / 2**0.5)
+    assert replace(load, requests=1.0).overhead == pytest.approx(0.008 / 32**0.5)
+    assert Load(5.0, 0.25).overhead == 0.0
 
 
 def test_nothing_drafted_is_right() -> None:
