@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 FILTERED_LENGTHS = (16, 32)
 
 #: In so many rounds of every request, one round of one of them tries another draft than the best. It costs a call of
-#: its own, for which all others wait. The first ones come sooner, after so many rounds, twice as many, and so on.
+#: its own, for which all others wait. The first ones come sooner: after so many rounds, half as many more, and so on.
 _PROBE = 32
 #: What a draft of another kind must promise of the best one's to be tried often.
 _NEARLY = 0.8
@@ -140,7 +140,7 @@ class DraftController:
         self._chosen_for = 1.0
         self._steps = 0
         #: Rounds since the last one that tried another draft, and after how many the next one does at most.
-        self._rounds, self._soon = 0, _PROBE
+        self._rounds, self._soon = 0, float(_PROBE)
         self._probes = self._probing()
         self.best = max(self.drafts, key=self.rate)
 
@@ -158,7 +158,7 @@ class DraftController:
         if self._rounds < min(_PROBE * max(self._load.requests, 1.0), self._soon):
             return self.best
         self._rounds = 0
-        self._soon *= 2
+        self._soon *= 1.5
         return next(self._probes)
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
@@ -248,13 +248,15 @@ class DraftController:
         """In turn, the most promising draft of each other kind than the best's that promises nearly as much, and the
         next longer one of its own kind; of every kind one time in four, since promises are made on what is known."""
         for turn in itertools.count(1):
+            tries = []
             least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
                 others = [d for d in self.drafts if d.method == method and method != self.best.method]
                 if others and self.rate(most := max(others, key=self.rate)) >= least:
-                    yield most
+                    tries.append(most)
             same = [draft for draft in self.drafts if draft.method == self.best.method]
-            yield next((draft for draft in same if draft.length > self.best.length), self.best)
+            tries += [draft for draft in same if draft.length > self.best.length][:1]
+            yield from tries or [self.best]
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:
