@@ -22,9 +22,9 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: In so many rounds of every request, one round of one of them tries another draft than the best. It costs a call of
-#: its own, for which all others wait. The first ones come sooner: after so many rounds, half as many more, and so on.
-_PROBE = 32
+#: One round in so many tries another draft than the best. It costs a call of its own, for which all others wait: with
+#: many requests it is fewer, down to so many times the root of their number, once `_YOUNG` rounds have tried.
+_PROBE, _YOUNG = 32, 16
 #: What a draft of another kind must promise of the best one's to be tried often.
 _NEARLY = 0.8
 #: What another draft must promise more before it is taken.
@@ -73,36 +73,11 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Load:
-    """Running means: decoding requests, patches a byte of their text, and the seconds of a step beyond what its passes
-    take on the curves: the engine's own, and what keys and values of so many requests take to come from memory.
-
-    `overheads` are by the power of two next to the number of requests; None where none was seen yet.
-    """
+    """Running means: decoding requests, patches a byte of their text, and the engine's own seconds for each pass."""
 
     requests: float
     patches_per_byte: float
-    overheads: tuple[float | None, ...] = (None,) * 12
-
-    @property
-    def overhead(self) -> float:
-        """That of this number of requests, or, in proportion to its root, of the next one seen."""
-        own = _power(self.requests)
-        seen = [(abs(at - own), value * 2 ** ((own - at) / 2)) for at, value in enumerate(self.overheads) if value]
-        return min(seen)[1] if seen else 0.0
-
-    def counted(self, requests: int, overhead: float | None, weight: float) -> Load:
-        """With one more step in the means, at this weight."""
-        overheads = list(self.overheads)
-        if overhead is not None:
-            at = _power(requests)
-            before = overheads[at]
-            overheads[at] = overhead if before is None else before + weight * (overhead - before)
-        mean = self.requests + weight * (requests - self.requests)
-        return replace(self, requests=mean, overheads=tuple(overheads))
-
-
-def _power(requests: float) -> int:
-    return min(max(round(math.log2(max(requests, 1.0))), 0), 11)
+    overhead: float
 
 
 class DraftController:
@@ -135,12 +110,12 @@ class DraftController:
             for size in config.block_sizes
             if size > 1
         }
-        self._load = Load(1.0, 0.25)
+        self._load = Load(1.0, 0.25, 0.0)
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        #: Rounds since the last one that tried another draft, and after how many the next one does at most.
-        self._rounds, self._soon = 0, float(_PROBE)
+        #: Rounds since the last one that tried another draft, and how many have.
+        self._rounds = self._probed = 0
         self._probes = self._probing()
         self.best = max(self.drafts, key=self.rate)
 
@@ -155,10 +130,11 @@ class DraftController:
     def next(self) -> Draft:
         """What a round that begins now drafts."""
         self._rounds += 1
-        if self._rounds < min(_PROBE * max(self._load.requests, 1.0), self._soon):
+        seldom = max(math.sqrt(self._load.requests), 1.0)
+        if self._rounds < _PROBE * min(seldom, 1 + self._probed / _YOUNG):
             return self.best
         self._rounds = 0
-        self._soon *= 1.5
+        self._probed += 1
         return next(self._probes)
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
@@ -178,12 +154,18 @@ class DraftController:
         """Count a step of the engine: it took `seconds` for the `work`, passes as (module, rows), while `requests` were
         decoding. None: prompts were computed too, and it tells nothing about drafts. `patches_per_byte` is called now
         and then."""
-        overhead = None
+        load = self._load
+        overhead = load.overhead
         if seconds is not None:
-            overhead = max(seconds - sum(self._costs[module](rows) for module, rows in work), 0.0)
+            overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
-        self._load = self._load.counted(requests, overhead, 1 - (1 - _NEWEST) ** made)
+        newest = 1 - (1 - _NEWEST) ** made
+        self._load = Load(
+            load.requests + newest * (requests - load.requests),
+            load.patches_per_byte,
+            load.overhead + newest * (max(overhead, 0.0) - load.overhead),
+        )
         self._steps += 1
         # A choice for one request is none for eight: short requests would be over before the next look.
         changed = not 1 / _CHANGED < self._load.requests / self._chosen_for < _CHANGED
@@ -245,18 +227,20 @@ class DraftController:
         return rounds * inner
 
     def _probing(self) -> Iterator[Draft]:
-        """In turn, the most promising draft of each other kind than the best's that promises nearly as much, and the
-        next longer one of its own kind; of every kind one time in four, since promises are made on what is known."""
+        """The next longer draft of the best's kind, and, in turn, the most promising draft of each other kind that
+        promises nearly as much; of every kind one time in four, since promises are made on what is known."""
         for turn in itertools.count(1):
-            tries = []
+            same = [draft for draft in self.drafts if draft.method == self.best.method]
+            longer = [draft for draft in same if draft.length > self.best.length]
+            if longer:
+                yield longer[0]
+            else:
+                yield self.best
             least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
                 others = [d for d in self.drafts if d.method == method and method != self.best.method]
                 if others and self.rate(most := max(others, key=self.rate)) >= least:
-                    tries.append(most)
-            same = [draft for draft in self.drafts if draft.method == self.best.method]
-            tries += [draft for draft in same if draft.length > self.best.length][:1]
-            yield from tries or [self.best]
+                    yield most
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:

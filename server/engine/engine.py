@@ -201,11 +201,11 @@ class Engine:
         with self._inference:
             deltas = self._step()
         if self._runner.work:
-            decoding = self._planner.decoding
+            decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
             seconds, prompts = self._clock() - began, self._planner.prompt_seconds
             if (pass_time := self._context.pass_time) is not None:
                 held = bool(self._planner.held())
-                pass_time.step_ended(seconds, prompts, decoding=decoding > 0, held=held)
+                pass_time.step_ended(seconds, prompts, decoding=self._planner.decoding > 0, held=held)
             if (controller := self._context.controller) is not None:
                 # What prompts take is no cost of drafting.
                 own = None if prompts else seconds

@@ -138,11 +138,8 @@ def measure_filters(
     found: Costs = {}
     for block in blocks:
         points = [math.inf] * len(counts)
-        for turn in range(5):
+        for _ in range(2):
             for at, count in enumerate(counts):
-                # Short calls are disturbed more, and cost less.
-                if turn > 1 and count > 4:
-                    continue
                 began = time.perf_counter()
                 if rounds := run(count, context, block):
                     taken = time.perf_counter() - began
