@@ -51,6 +51,9 @@ TABLES = {
     "headline": Table(_HEADLINE, lambda results: table(("measured", ""), headline(results))),
     "capacity": Table(("sweep-auto-*.json",), load_tables.capacity),
     "saved": Table(("methods-*.json",), method_tables.saved),
+    "winners": Table(
+        ("methods-*.json", "gpu_prediction.json"), method_tables.winners, "fastblt bench all --only methods"
+    ),
     "drafts": Table(("methods-*-b8.json",), method_tables.drafts),
     "latent": Table(("methods-greedy-b8.json", "methods-sampled-b8.json"), method_tables.latent),
     "paper": Table(
@@ -71,6 +74,7 @@ TABLES = {
     "page": Table(("page.json",), load_tables.page),
     "soak": Table(("soak.json",), load_tables.soak),
     "auto": Table(("auto.json",), method_tables.auto),
+    "fresh": Table(("fresh.json",), method_tables.fresh),
     "overhead": Table(("overhead.json",), engine_tables.overhead),
     "host-time": Table(("host_time.json",), engine_tables.host_time),
     "holding": Table(("holding.json",), engine_tables.holding),
