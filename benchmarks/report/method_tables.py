@@ -172,17 +172,12 @@ _PLACES = (
 def winners(results: Results) -> str:
     """Bytes a second over BLT's, by where the time goes: a small model, one whose weights come from memory, a GPU."""
     predicted = results["gpu_prediction"]["predicted"]
-    rows = []
+    columns = [results[part]["batches"][batch]["settings"] for part, batch, _ in _PLACES]
+    speeds = [{name: row["bytes_per_second"] for name, row in settings.items()} for settings in columns]
+    on_gpu = {name: predicted.get(f"1b, H200, {name}") for name in ("blt", *_WINNERS)}
+    speeds += [{name: rates[requests] for name, rates in on_gpu.items() if rates} for requests in ("1", "32")]
+    rows = [["`blt` itself, bytes a second", *(number(own["blt"]) for own in speeds)]]
     for name in _WINNERS:
-        cells = []
-        for part, batch, _ in _PLACES:
-            settings = results[part]["batches"][batch]["settings"]
-            row = settings.get(name)
-            over = None if row is None else row["bytes_per_second"] / settings["blt"]["bytes_per_second"]
-            cells.append("" if over is None else f"{over:.2f}")
-        for requests in ("1", "32"):
-            rates = predicted.get(f"1b, H200, {name}")
-            cells.append("" if rates is None else f"{rates[requests] / predicted['1b, H200, blt'][requests]:.2f}")
-        rows.append([name, *cells])
+        rows.append([name, *(f"{own[name] / own['blt']:.2f}" if name in own else "" for own in speeds)])
     places = (*(words for _, _, words in _PLACES), "1B on an H200, predicted", "predicted, 32 requests")
     return table(("bytes a second over `blt`'s", *places), rows)
