@@ -70,6 +70,7 @@ TABLES = {
     "traces": Table(("trace-*.json",), load_tables.traces),
     "peers": Table(("peer-*.json",), load_tables.peers),
     "fairness": Table(("fairness-*.json",), load_tables.fairness),
+    "starvation": Table(("starvation.json",), load_tables.starvation),
     "front": Table(("front.json",), load_tables.front),
     "page": Table(("page.json",), load_tables.page),
     "soak": Table(("soak.json",), load_tables.soak),
