@@ -22,14 +22,15 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: One round in so many tries another draft than the best. It costs a call of its own, for which all others wait: with
-#: many requests it is fewer, down to so many times the root of their number, once `_YOUNG` rounds have tried.
-_PROBE, _YOUNG = 32, 16
+#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds.
+_PROBE, _TRY = 64, 2
+#: Tries are counted up to so many: two to this power is more than any number of requests.
+_MOST_TRIES = 20
 #: What a draft of another kind must promise of the best one's to be tried often.
 _NEARLY = 0.8
 #: What another draft must promise more before it is taken.
 _CLEARLY = 1.03
-#: Steps of the engine after which the choice is looked at again.
+#: Rounds, or steps of the engine, after which the choice is looked at again.
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
 _CHANGED = 1.5
@@ -37,8 +38,12 @@ _CHANGED = 1.5
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
-#: Share of a pass in running means.
-_NEWEST = 0.05
+#: What a step takes of the engine's own time whoever is in it, in requests.
+_STEP = 2.0
+#: Share of a pass in running means, and of a round whose time counts.
+_NEWEST, _NEWEST_ROUND = 0.05, 0.3
+#: Part of all requests that must begin a round together for its time to count, and bounds of what it is taken for.
+_ALIKE, _SCALES = 0.9, (0.5, 2.0)
 #: Acceptance assumed where a checkpoint says nothing.
 _UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
 
@@ -73,11 +78,12 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Load:
-    """Running means: decoding requests, patches a byte of their text, and the engine's own seconds for each pass."""
+    """Running means: decoding requests, patches a byte of their text, and what a step takes beside its passes, for each
+    request and for `_STEP` more, so that what one request taught holds for many."""
 
     requests: float
     patches_per_byte: float
-    overhead: float
+    overhead_each: float
 
 
 class DraftController:
@@ -114,9 +120,18 @@ class DraftController:
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        #: Rounds since the last one that tried another draft, and how many have.
-        self._rounds = self._probed = 0
-        self._probes = self._probing()
+        #: What rounds of each kind take, by the method and its blocks, over what the curves say.
+        self._scale: dict[tuple[DecodingMethod, int], float] = {}
+        #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
+        self._rounds = self._unseen = self._tries = 0
+        self._others = self._rivals()
+        #: The draft that is tried, for so many steps more.
+        self._trying, self._left = Draft(), 0
+        #: What rounds draft that begin in this step, and how many do; None: none did.
+        self._drafted: Draft | None = None
+        self._began = 0
+        #: What all drafted in the step before, if they drafted the same.
+        self._before: Draft | None = None
         self.best = max(self.drafts, key=self.rate)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
@@ -128,14 +143,26 @@ class DraftController:
         return max(share * size - 1, 0.0)
 
     def next(self) -> Draft:
-        """What a round that begins now drafts."""
-        self._rounds += 1
-        seldom = max(math.sqrt(self._load.requests), 1.0)
-        if self._rounds < _PROBE * min(seldom, 1 + self._probed / _YOUNG):
+        """What a round that begins now drafts.
+
+        Each kind of draft takes a call of its own, for which all others wait. So all rounds that begin in a step draft
+        the same, and try another draft together. That tells as much as many tries of single ones: tries become fewer,
+        down to one in `_PROBE` rounds of each request.
+        """
+        if self._drafted is None:
+            self._drafted = self._decide()
+        self._began += 1
+        return self._drafted
+
+    def _decide(self) -> Draft:
+        if not self._left and self._rounds >= _PROBE * min(max(self._load.requests, 1.0), 2.0**self._tries):
+            self._rounds, self._left = 0, _TRY
+            self._tries = min(self._tries + 1, _MOST_TRIES)
+            self._trying = next(self._others)
+        if not self._left:
             return self.best
-        self._rounds = 0
-        self._probed += 1
-        return next(self._probes)
+        self._left -= 1
+        return self._trying
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         """Count a round's acceptance, unless its draft was cut short by the request's end."""
@@ -155,31 +182,49 @@ class DraftController:
         decoding. None: prompts were computed too, and it tells nothing about drafts. `patches_per_byte` is called now
         and then."""
         load = self._load
-        overhead = load.overhead
-        if seconds is not None:
-            overhead = seconds - sum(self._costs[module](rows) for module, rows in work)
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
         newest = 1 - (1 - _NEWEST) ** made
-        self._load = Load(
-            load.requests + newest * (requests - load.requests),
-            load.patches_per_byte,
-            load.overhead + newest * (max(overhead, 0.0) - load.overhead),
-        )
+        each = load.overhead_each
+        if seconds is not None:
+            own = seconds - sum(self._costs[module](rows) for module, rows in work)
+            each += newest * (max(own, 0.0) / (requests + _STEP) - each)
+        self._load = Load(load.requests + newest * (requests - load.requests), load.patches_per_byte, each)
+        self._time_round(requests, seconds)
         self._steps += 1
         # A choice for one request is none for eight: short requests would be over before the next look.
         changed = not 1 / _CHANGED < self._load.requests / self._chosen_for < _CHANGED
-        if changed or self._steps % _REVIEW == 0:
+        if changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
+            self._unseen = 0
             self._chosen_for = max(self._load.requests, 1e-3)
             self._load = replace(self._load, patches_per_byte=patches_per_byte())
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival
 
+    def _time_round(self, requests: int, seconds: float | None) -> None:
+        """Learn from a step what rounds take, where one call is a whole round, and all drafted alike in this step and
+        in the one before, whose drafts are verified now."""
+        self._rounds = 0 if self._drafted not in (None, self.best) else self._rounds + self._began
+        self._unseen += self._began
+        drafted = self._drafted if self._began >= _ALIKE * requests else None
+        if drafted is not None and drafted == self._before and seconds is not None and DRAFT in self._costs:
+            kind = drafted.method, drafted.block
+            taken = min(max(seconds / self._round(drafted, requests)[0], _SCALES[0]), _SCALES[1])
+            known = self._scale.get(kind, 1.0)
+            self._scale[kind] = known + _NEWEST_ROUND * (taken - known)
+        self._before, self._drafted, self._began = drafted, None, 0
+
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so."""
+        count = self._load.requests
+        seconds, made = self._round(draft, count)
+        return count * made / (self._scale.get((draft.method, draft.block), 1.0) * seconds)
+
+    def _round(self, draft: Draft, count: float) -> tuple[float, float]:
+        """Seconds of a round of `count` requests by the curves and the engine's own time, and each one's bytes."""
         load, costs = self._load, self._costs
-        count, patches = load.requests, load.patches_per_byte
+        patches, overhead = load.patches_per_byte, load.overhead_each * (count + _STEP)
         rows = count * (draft.length + 1)
         # A round's bytes and the passes it takes: verification, or BLT's one byte.
         if draft.length:
@@ -191,12 +236,12 @@ class DraftController:
                 seconds += draft.length * costs[DRAFT](count)
             elif draft.method == DecodingMethod.BLT_S:
                 drafting = costs["decoder"](count) + (costs["encoder"](count) if self._encoder_input else 0.0)
-                seconds += draft.length * (drafting + load.overhead)
+                seconds += draft.length * (drafting + overhead)
             elif draft.method == DecodingMethod.BLT_DSV:
-                seconds += self._filtering(draft, count)
+                seconds += self._filtering(draft, count, overhead)
             else:
                 # Where drafts are calls that make several passes, a verification's makes the next one.
-                seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else load.overhead)
+                seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else overhead)
         else:
             # Who closes a patch early waits for the others before all go upstream together.
             mean = 1 / max(patches, 1e-3)
@@ -208,11 +253,11 @@ class DraftController:
                 seconds = steps * costs[STEP](each)
             else:
                 step = costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each)
-                seconds = steps * (step + load.overhead) - load.overhead
+                seconds = steps * (step + overhead) - overhead
             seconds += costs["global"](count)
-        return count * made / (seconds + load.overhead)
+        return seconds + overhead, made
 
-    def _filtering(self, draft: Draft, count: float) -> float:
+    def _filtering(self, draft: Draft, count: float, overhead: float) -> float:
         """Seconds of a filtered draft: inner rounds of a block's pass and its filter's."""
         costs, tried_kept = self._costs, self._filtered[draft.block]
         # A round gives the pending row's own byte, those that pass, and the filter's own.
@@ -223,24 +268,21 @@ class DraftController:
         if self._encoder_input:
             inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
         if DRAFT not in costs:
-            inner += 2 * self._load.overhead
+            inner += 2 * overhead
         return rounds * inner
 
-    def _probing(self) -> Iterator[Draft]:
+    def _rivals(self) -> Iterator[Draft]:
         """The next longer draft of the best's kind, and, in turn, the most promising draft of each other kind that
         promises nearly as much; of every kind one time in four, since promises are made on what is known."""
         for turn in itertools.count(1):
             same = [draft for draft in self.drafts if draft.method == self.best.method]
-            longer = [draft for draft in same if draft.length > self.best.length]
-            if longer:
-                yield longer[0]
-            else:
-                yield self.best
+            found = [draft for draft in same if draft.length > self.best.length][:1]
             least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
-                others = [d for d in self.drafts if d.method == method and method != self.best.method]
+                others = [draft for draft in self.drafts if draft.method == method != self.best.method]
                 if others and self.rate(most := max(others, key=self.rate)) >= least:
-                    yield most
+                    found.append(most)
+            yield from found or [self.best]
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:

@@ -23,8 +23,8 @@
 /* How far ahead of its use a stream is fetched: processors stop at the end of a page. */
 #define AHEAD 8192
 
-/* Where instructions multiply bytes without a sign by such with one, x is moved by this, and the sum of weights that it
- * adds is taken away. */
+/* Where instructions multiply bytes without a sign by such with one, one of both is moved by this, and what that adds is
+ * taken away: of several rows x, which adds the sum of weights, and of one row the weights (`one_row`). */
 #ifdef __AVX512VNNI__
 #define MOVED 128
 #else
@@ -44,6 +44,38 @@ static inline void begin(const int8_t *weights, int32_t *sums) {
 }
 #else
 static inline void begin(const int8_t *weights, int32_t *sums) { }
+#endif
+
+#if MOVED
+/* The only row by one panel of `groups`: outputs from `column` on. Its weights are moved as they are read: what that adds is
+ * the sum of x, `sums` of every group, for all outputs alike, so weights are read once. Two sums of each output are under
+ * way, since the next product waits for the last one's sum. */
+static void one_row(const uint8_t *x, const float *scales, const int32_t *sums, int64_t groups, const char *panel, float *y,
+                    int64_t count) {
+    const __m512i move = _mm512_set1_epi8((char)MOVED);
+    vf low = {0}, high = {0};
+    for (int64_t g = 0; g < groups; g++, panel += GROUP_BYTES, x += GROUP) {
+        const char *weights = panel + WIDTH * 4;
+        __m512i a = _mm512_set1_epi32(-MOVED * sums[g]), b = a, c = _mm512_setzero_si512(), d = c;
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < GROUP; k += 8, weights += WIDTH * 8) {
+            int32_t four[2];
+            memcpy(four, x + k, 8);
+            __m512i first = _mm512_set1_epi32(four[0]), second = _mm512_set1_epi32(four[1]);
+            for (int64_t ahead = 0; ahead < 256; ahead += 64) __builtin_prefetch(weights + AHEAD + ahead);
+            a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(_mm512_loadu_si512(weights), move), first);
+            b = _mm512_dpbusd_epi32(b, _mm512_xor_si512(_mm512_loadu_si512(weights + 64), move), first);
+            c = _mm512_dpbusd_epi32(c, _mm512_xor_si512(_mm512_loadu_si512(weights + 128), move), second);
+            d = _mm512_dpbusd_epi32(d, _mm512_xor_si512(_mm512_loadu_si512(weights + 192), move), second);
+        }
+        const float *own = (const float *)panel;
+        low += __builtin_convertvector((vi)_mm512_add_epi32(a, c), vf) * read_floats(own) * scales[g];
+        high += __builtin_convertvector((vi)_mm512_add_epi32(b, d), vf) * read_floats(own + 16) * scales[g];
+    }
+    float all[WIDTH];
+    memcpy(all, &low, sizeof low), memcpy(all + 16, &high, sizeof high);
+    memcpy(y, all, sizeof(float) * count);
+}
 #endif
 
 /* ROWS rows of a group, x [GROUP / 4][ROWS][4] with a scale each, added to sums [ROWS][WIDTH]. `first` is what `begin`
@@ -154,9 +186,9 @@ static void one_panel(const uint8_t *x, const float *scales, int64_t n, int64_t 
     }
 }
 
-/* A group of a row, `count` of whose inputs are there: whole numbers, every `step` bytes four of them, and their scale.
- * What is not finite makes the scale NaN, and with it the row's results. */
-static void quantize(const float *x, int64_t count, int64_t step, uint8_t *out, float *scale) {
+/* A group of a row, `count` of whose inputs are there: whole numbers moved by `moved`, every `step` bytes four of them, and
+ * their scale. What is not finite makes the scale NaN, and with it the row's results. */
+static void quantize(const float *x, int64_t count, int64_t step, uint8_t moved, uint8_t *out, float *scale) {
     /* As whole numbers, floats without their sign are in their order too. */
     uint32_t largest = 0;
     for (int64_t k = 0; k < count; k++) {
@@ -173,12 +205,12 @@ static void quantize(const float *x, int64_t count, int64_t step, uint8_t *out, 
     uint8_t whole[GROUP] = {0};
     for (int64_t k = 0; k < count; k++) {
         /* Beside so large a number nothing behind the point is left. */
-        float moved = (by > 0.0f ? x[k] * by : 0.0f) + 12582912.0f;
+        float rounded = (by > 0.0f ? x[k] * by : 0.0f) + 12582912.0f;
         int32_t bits;
-        memcpy(&bits, &moved, 4);
+        memcpy(&bits, &rounded, 4);
         whole[k] = (uint8_t)bits;
     }
-    for (int64_t k = 0; k < GROUP; k++) whole[k] = (uint8_t)(whole[k] + MOVED);
+    for (int64_t k = 0; k < GROUP; k++) whole[k] = (uint8_t)(whole[k] + moved);
     for (int64_t k = 0; k < GROUP; k += 4) memcpy(out + k / 4 * step, whole + k, 4);
 }
 
@@ -189,7 +221,8 @@ static void lay(const float *x, int64_t n, int64_t depth, int64_t groups, int64_
         int64_t from = tile_start(n, tiles, t), rows = tile_start(n, tiles, t + 1) - from;
         int64_t at = from * groups + g * rows;
         for (int64_t r = 0; r < rows; r++)
-            quantize(x + (from + r) * depth + g * GROUP, count, rows * 4, out + at * GROUP + r * 4, scales + at + r);
+            quantize(x + (from + r) * depth + g * GROUP, count, rows * 4, n == 1 ? 0 : MOVED, out + at * GROUP + r * 4,
+                     scales + at + r);
     }
 }
 
@@ -198,6 +231,7 @@ struct call {
     const float *x;
     uint8_t *laid;
     float *scales;
+    int32_t *sums; /* of every group of the only row */
     int64_t n, depth, groups, size;
     const char *weights;
     float *y;
@@ -205,15 +239,28 @@ struct call {
 
 static void lay_part(void *with, int64_t part, int64_t parts) {
     const struct call *c = with;
-    for (int64_t g = c->groups * part / parts; g < c->groups * (part + 1) / parts; g++)
+    for (int64_t g = c->groups * part / parts; g < c->groups * (part + 1) / parts; g++) {
         lay(c->x, c->n, c->depth, c->groups, g, c->laid, c->scales);
+        c->sums[g] = 0;
+        for (int64_t k = 0; c->n == 1 && k < GROUP; k++) c->sums[g] += (int8_t)c->laid[g * GROUP + k];
+    }
 }
 
 static void multiply_part(void *with, int64_t part, int64_t parts) {
     const struct call *c = with;
     int64_t panels = (c->size + WIDTH - 1) / WIDTH, bytes = c->groups * GROUP_BYTES;
-    for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; p++)
-        one_panel(c->laid, c->scales, c->n, c->groups, c->weights + p * bytes, c->y, c->size, p * WIDTH);
+    for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; p++) {
+        const char *panel = c->weights + p * bytes;
+        int64_t column = p * WIDTH;
+#if MOVED
+        if (c->n == 1) {
+            int64_t count = c->size - column < WIDTH ? c->size - column : WIDTH;
+            one_row(c->laid, c->scales, c->sums, c->groups, panel, c->y + column, count);
+            continue;
+        }
+#endif
+        one_panel(c->laid, c->scales, c->n, c->groups, panel, c->y, c->size, column);
+    }
 }
 
 /* Returns 0, or 1 when memory ran out. */
@@ -221,9 +268,10 @@ EXPORT int fastblt_linear_int8(const float *x, int64_t n, int64_t depth, const v
                                int64_t threads, float *y) {
     int64_t groups = (depth + GROUP - 1) / GROUP;
     if (!n) return 0;
-    float *scales = malloc(n * groups * (sizeof(float) + GROUP));
+    float *scales = malloc(n * groups * (sizeof(float) + GROUP) + groups * sizeof(int32_t));
     if (!scales) return 1;
-    struct call call = {x, (uint8_t *)(scales + n * groups), scales, n, depth, groups, size, weights, y};
+    int32_t *sums = (int32_t *)(scales + n * groups);
+    struct call call = {x, (uint8_t *)(sums + groups), scales, sums, n, depth, groups, size, weights, y};
     share(lay_part, &call, n * depth < SMALL ? 1 : threads);
     share(multiply_part, &call, threads);
     free(scales);
@@ -239,11 +287,10 @@ static int64_t pack_panel(const float *weights, int64_t first, int64_t size, int
         for (int64_t i = 0; i < WIDTH && first + i < size; i++) {
             const float *from = weights + (first + i) * depth + k;
             uint8_t whole[GROUP];
-            quantize(from, count, 4, whole, (float *)to + i);
+            quantize(from, count, 4, 0, whole, (float *)to + i);
             for (int64_t j = 0; j < count; j++) {
-                char number = (char)(whole[j] - MOVED);
-                to[WIDTH * 4 + (j / 4 * WIDTH + i) * 4 + j % 4] = number;
-                lost[i] += !number && from[j] != 0.0f;
+                to[WIDTH * 4 + (j / 4 * WIDTH + i) * 4 + j % 4] = (char)whole[j];
+                lost[i] += !whole[j] && from[j] != 0.0f;
             }
         }
     }
