@@ -133,5 +133,10 @@ def engine_seconds(batch: Batch) -> float:
     return outside / sum(done.module == "decode" for done in batch.passes)
 
 
+def predicted(batch: Batch, other: Batch) -> float:
+    """Seconds of a batch by its passes, and by the engine's time beside those of another batch."""
+    return batch.predicted + engine_seconds(other) * sum(done.module == "decode" for done in batch.passes)
+
+
 def _sums(*counts: Sequence[int]) -> list[int]:
     return [sum(column) for column in zip_longest(*counts, fillvalue=0)]

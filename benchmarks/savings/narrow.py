@@ -24,7 +24,7 @@ from fastblt.benchmarks.command import command
 from fastblt.benchmarks.machine import machine_limits, measured_with
 from fastblt.benchmarks.markdown import Table
 from fastblt.benchmarks.prompts import held_out_prompts
-from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, engine_seconds
+from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, predicted
 from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, weights_read
 from fastblt.benchmarks.text_statistics import equal_positions
 from fastblt.kernels.cpu.threads import threads as threads_in_use
@@ -43,11 +43,6 @@ def gigabytes(batch: Batch, model: Blt) -> float:
     """What a batch's passes read."""
     parameters, head = ModuleParameters.of(model.config), head_weights(model.config)
     return weights_read(batch.passes, parameters, head, weight_bytes(model), weight_bytes(model.patcher))
-
-
-def predicted(batch: Batch, early: Batch) -> float:
-    """Seconds of a batch by its passes, and by the engine's time beside the passes of an earlier batch."""
-    return batch.predicted + engine_seconds(early) * sum(done.module == "decode" for done in batch.passes)
 
 
 def row_of(

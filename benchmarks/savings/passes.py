@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from fastblt.benchmarks.harness import replaced
 from fastblt.kernels.cpu.decoder_steps import COLUMNS, SINGLE_ROWS, Decoded, DecoderSteps, Plans
 from fastblt.kernels.cpu.multi_step import OPENED, MultiStep, Steps
 from fastblt.kernels.cpu.structs import Spent
+from fastblt.server.engine.device.cost import DRAFT, STEP
 from fastblt.server.engine.engine import Engine
+from fastblt.server.engine.runner.filtered_draft import FilteredDraft
 
 #: Functions of `ModuleForward` that each run a pass of a module. `logits` is the output head.
 MODULES = ("entropies", "encode", "upstream", "decode", "logits")
@@ -23,11 +26,13 @@ MODULES = ("entropies", "encode", "upstream", "decode", "logits")
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a module: entropies, encode, upstream, decode, or logits (the head)."""
+    """One pass of a module: entropies, encode, upstream, decode, or logits (the head). `inside`: the kind of a call
+    that goes row after row, `STEP` or `DRAFT`, whose passes find in the processor's caches what others left."""
 
     module: str
     rows: int
     seconds: float
+    inside: str = ""
 
 
 class Recorder:
@@ -102,7 +107,7 @@ def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool
     encoded = result.made - 1 if fed else np.where(stays, result.made - 1, 0)
     each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
     steps = {name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()}
-    return _share(result.spent, taken, steps)
+    return _share(result.spent, taken, steps, len(stays), STEP if stays.any() else DRAFT)
 
 
 def _passes_of_plans(
@@ -115,23 +120,34 @@ def _passes_of_plans(
     steps_of = np.array(result.made.steps)
     rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], fixed[0], steps_of)
     if behind.any():
-        own, singles = np.zeros(len(drafted), dtype=np.int32), np.zeros(len(drafted), dtype=bool)
+        own, singles, filtered = (np.zeros(len(drafted), dtype=np.int32) for _ in range(3))
         accepted = np.array(result.accepted)[behind]
         own[lines[behind]] = np.minimum(asked["follows"][behind], asked["lefts"][behind] - accepted - 2)
         singles[lines[behind]] = asked["rules"][behind] == SINGLE_ROWS
-        if own[~singles].any():
-            ones, sizes = (~singles & (own > 0)).astype(np.int32), np.where(singles, 0, own)
-            further = _of_blocks(ones, ones, sizes, fixed[1], np.where(singles, 0, drafted))
+        filtered[lines[behind]] = asked["filtered"][behind]
+        blocks = (own > 0) & (singles == 0) & (filtered == 0)
+        if blocks.any():
+            ones, sizes = blocks.astype(np.int32), np.where(blocks, own, 0)
+            further = _of_blocks(ones, ones, sizes, fixed[1], np.where(blocks, drafted, 0))
             rows, chosen = rows + further[0], chosen + further[1]
         each = np.where(singles, drafted, 0)
-        steps = [int((each > at).sum()) for at in range(int(each.max()))]
+        steps = [int((each > at).sum()) for at in range(int(each.max(initial=0)))]
         rows, chosen, encoded = rows + steps, chosen + steps, steps[1:]
-    return _share(result.spent, taken, {"decode": rows, "logits": chosen, "encode": encoded if fed else []})
+        whole = [
+            FilteredDraft(_kept(fixed[1][line, : own[line]]), int(filtered[line]), int(drafted[line]), int(own[line]))
+            for line in np.flatnonzero(filtered)
+        ]
+        inner = _together([draft.rows_of_passes() for draft in whole])
+        # Before each such pass its new rows are encoded: a block's first one alone, those of its filter together.
+        rows, chosen = rows + inner, chosen + inner
+        encoded = encoded + _together([_encoded(draft) for draft in whole])[1:]
+    steps_of_all = {"decode": rows, "logits": chosen, "encode": encoded if fed else []}
+    return _share(result.spent, taken, steps_of_all, len(plans.rows), DRAFT)
 
 
-def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass]:
+def _share(spent: Spent, taken: float, steps: dict[str, list[int]], requests: int, kind: str) -> list[Pass]:
     """Divide the seconds of a call among its passes, in proportion to their rows. `steps` has the rows of each step by
-    module. Further passes are counted in `spent`."""
+    module; those with a row of each request at most are of `kind`. Further passes are counted in `spent`."""
     passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
     for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
         passes.setdefault(name, []).extend([rows] if rows else [])
@@ -141,8 +157,23 @@ def _share(spent: Spent, taken: float, steps: dict[str, list[int]]) -> list[Pass
     shared: list[Pass] = []
     for name, own in passes.items():
         each = taken * inside[name] / altogether / max(sum(own), 1)
-        shared += [Pass(name, rows, each * rows) for rows in own]
+        shared += [Pass(name, rows, each * rows, kind if rows <= requests else "") for rows in own]
     return shared
+
+
+def _kept(origins: np.ndarray) -> list[int]:
+    """How each byte of a filtered draft was made, without those that it does not have."""
+    return [origin for origin in origins.tolist() if origin]
+
+
+def _encoded(draft: FilteredDraft) -> list[int]:
+    """Rows of the encoder's passes of a filtered draft."""
+    return [rows for size in draft.blocks for rows in (1, size)] + [1] * draft.singles
+
+
+def _together(passes: list[list[int]]) -> list[int]:
+    """Rows of passes that requests make together, each for itself as many as it needs."""
+    return [sum(rows) for rows in zip_longest(*passes, fillvalue=0)]
 
 
 def _of_blocks(

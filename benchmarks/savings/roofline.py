@@ -8,9 +8,9 @@ number of requests, the time of a pass of every module by its rows, at a context
 times the least time by these limits that is. Weights that stay in the processor's caches are read faster than memory.
 
 Then, for every method: microseconds a byte, measured, and predicted as the sum of the run's passes on the curve (design
-§6.6). The measured time has these parts: the passes of each module; the time of passes beyond the curve; the engine,
-which is all else (selection, host, scheduling). Methods take turns. A row shows the round in which predicted over
-measured time was the median.
+§6.6) and the engine's time beside them in the round before (before the first comes the last). The measured time has
+these parts: the passes of each module; the time of passes beyond the curve; the engine, which is all else (selection,
+host, scheduling). Methods take turns. A row shows the round in which predicted over measured time was the median.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastblt.benchmarks.command import command
 from fastblt.benchmarks.machine import machine_limits
 from fastblt.benchmarks.markdown import Table
 from fastblt.benchmarks.prompts import held_out_prompts
-from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, module_seconds
+from fastblt.benchmarks.savings.batches import Batch, Course, engine_of, module_seconds, predicted
 from fastblt.benchmarks.savings.cost_curve import CostCurve, head_weights, module_weights
 from fastblt.benchmarks.settings import chosen
 from fastblt.kernels.cpu.threads import threads
@@ -53,14 +53,15 @@ def show_curve(
             table.row(str(rows), *cells)
 
 
-def parts(batch: Batch) -> dict[str, Any]:
-    """Microseconds a byte of a run: measured, predicted, and the parts of the measured time."""
+def parts(batch: Batch, other: Batch) -> dict[str, Any]:
+    """Microseconds a byte of a run: measured, predicted with the engine's time of another one, and the parts of the
+    measured time."""
     scale = 1e6 / batch.bytes
-    inside = sum(done.seconds for done in batch.passes)
+    inside, expected = sum(done.seconds for done in batch.passes), predicted(batch, other)
     return {
         "measured": scale * batch.seconds,
-        "predicted": scale * batch.predicted,
-        "predicted_over_measured": batch.predicted / batch.seconds,
+        "predicted": scale * expected,
+        "predicted_over_measured": expected / batch.seconds,
         "drift": batch.drift,
         "beyond_curve": scale * (inside - batch.predicted),
         "engine": scale * (batch.seconds - inside),
@@ -93,7 +94,11 @@ def measure(
     for size in batch:
         engine = engine_of(blt, prompts[:size], length)
         curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), context=context, requests=size)
-        result["curves"][size] = {"rows": curve.rows, "seconds": curve.seconds}
+        result["curves"][size] = {
+            "rows": curve.rows,
+            "seconds": curve.seconds,
+            "inside": [curve.inside_rows, curve.inside],
+        }
         print(f"\nMicroseconds of a pass at position {context} of {size} requests (times the least it could take):\n")
         show_curve(curve, weights, limits, (weight_bytes(blt.patcher), weight_bytes(blt)))
         course = Course(engine, curve)
@@ -103,7 +108,10 @@ def measure(
         table = Table(*columns, *curve.seconds, "beyond the curve", "engine")
         rows = result["batches"][size] = {}
         for name in names:
-            each = sorted((parts(run[name]) for run in runs), key=lambda row: row["predicted_over_measured"])
+            each = sorted(
+                (parts(run[name], runs[at - 1][name]) for at, run in enumerate(runs)),
+                key=lambda row: row["predicted_over_measured"],
+            )
             row = rows[name] = each[(rounds - 1) // 2]
             row["rounds"] = [one["predicted_over_measured"] for one in each]
             figures = (row["measured"], row["predicted"], row["predicted_over_measured"])

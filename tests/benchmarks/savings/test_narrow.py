@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastblt.benchmarks.savings.batches import Batch, engine_seconds
-from fastblt.benchmarks.savings.narrow import predicted
+from fastblt.benchmarks.savings.batches import Batch, engine_seconds, predicted
 from fastblt.benchmarks.savings.passes import Pass
 
 
