@@ -98,22 +98,20 @@ def auto(
     """Settings in turns, over `rounds` sets of held-out prompts, after one set as a warm-up.
 
     Bytes per second are medians. `over` are medians of the ratios of the first setting's speed to each other one's on
-    the same prompts. Each engine is kept for all sets, as in a server. `length` is the bytes of a single request; in
-    larger batches each request gives fewer.
+    the same prompts. Each engine is kept for all sets, as in a server. `length` is the bytes of a request.
     """
     blt = load_checkpoint(model)
     result: dict[str, Any] = {"what": "auto"}
     table = Table("requests, temperature", *setting, f"{setting[0]} over")
     for batch in requests:
         for heat in temperature:
-            count = length * batch // (1 if batch < 8 else 2 if batch < 32 else 5)
             engines = {name: start(blt, batch) for name in setting}
             speeds: dict[str, list[float]] = {name: [] for name in setting}
             for seed in range(rounds + 1):
                 prompts = held_out_prompts(batch, 256, seed=seed)
                 for name, engine in engines.items():
                     names = begin(engine, prompts, endless(decoding(name), batch, heat))
-                    speeds[name].append(stretch(engine, count))
+                    speeds[name].append(stretch(engine, length * batch))
                     end(engine, names)
             medians = {name: round(statistics.median(own[1:])) for name, own in speeds.items()}
             first = speeds[setting[0]][1:]

@@ -2,9 +2,10 @@
 
     python -m fastblt.benchmarks.load.fresh    1, 8 and 32 clients, greedy and at 0.8
 
-Every client sends one request after another, of 128 to 256 bytes to complete; the first ones come when /ready says so.
-Each round starts a server for `auto`, which knows nothing yet of this load, and one on which the fixed settings follow
-each other. As many `blt` requests come before, so that no setting pays for the server's first second. Medians count.
+Every client sends eight requests, one after another, of 128 to 256 bytes to complete; the first ones come when /ready
+says so. Each round starts a server for `auto`, which knows nothing yet of this load, and one on which the fixed
+settings follow each other. Two `blt` requests of each client come before, so that no setting pays for the server's
+first second. Medians count.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ SETTINGS = (
     *("blt", "blt-s k8", "blt-s k16", "blt-s k32"),
     *("blt-dv-8 1step", "blt-dsv-4 k32", "blt-dsv-8 k32"),
 )
+
+#: Requests of a client.
+EACH = 8
 
 
 def speed(port: int, setting: str, temperature: float, clients: int, each: int, salt: str = "") -> float:
@@ -77,14 +81,13 @@ def fresh(
     result: dict[str, Any] = {}
     for count in clients:
         for warmth in temperature:
-            each = 8 if count == 1 else 3 if count < 16 else 2
             runs: dict[str, list[float]] = {name: [] for name in ("auto", *setting)}
             for _ in range(rounds):
                 for names in (["auto"], setting):
                     with serving(model, []) as server:
-                        speed(server.port, "blt", warmth, count, each, "before")
+                        speed(server.port, "blt", warmth, count, 2, "before")
                         for name in names:
-                            runs[name].append(speed(server.port, name, warmth, count, each))
+                            runs[name].append(speed(server.port, name, warmth, count, EACH))
             speeds = {name: statistics.median(own) for name, own in runs.items()}
             # Ratios are of the same turn, since the machine's speed changes between turns.
             best = min(setting, key=lambda name: ratio(runs["auto"], runs[name]))

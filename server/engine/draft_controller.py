@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
+from fastblt.server.engine.step_time import StepTime
 from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -38,12 +39,10 @@ _CHANGED = 1.5
 _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
-#: What a step takes of the engine's own time whoever is in it, in requests.
-_STEP = 2.0
-#: Share of a pass in running means, and of a round whose time counts.
-_NEWEST, _NEWEST_ROUND = 0.05, 0.3
-#: Part of all requests that must begin a round together for its time to count, and bounds of what it is taken for.
-_ALIKE, _SCALES = 0.9, (0.5, 2.0)
+#: Share of a pass in running means, and of a round in what is known of its draft's time.
+_NEWEST, _NEWEST_ROUND = 0.05, 0.2
+#: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
+_SCALES = (0.5, 2.0)
 #: Acceptance assumed where a checkpoint says nothing.
 _UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
 
@@ -78,12 +77,10 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Load:
-    """Running means: decoding requests, patches a byte of their text, and what a step takes beside its passes, for each
-    request and for `_STEP` more, so that what one request taught holds for many."""
+    """Running means: decoding requests, and patches a byte of their text."""
 
     requests: float
     patches_per_byte: float
-    overhead_each: float
 
 
 class DraftController:
@@ -116,12 +113,13 @@ class DraftController:
             for size in config.block_sizes
             if size > 1
         }
-        self._load = Load(1.0, 0.25, 0.0)
+        self._load = Load(1.0, 0.25)
+        self._step_time = StepTime()
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        #: What rounds of each kind take, by the method and its blocks, over what the curves say.
-        self._scale: dict[tuple[DecodingMethod, int], float] = {}
+        #: What rounds of each draft take, over what the curves say.
+        self._scales: dict[Draft, float] = {}
         #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
         self._rounds = self._unseen = self._tries = 0
         self._others = self._rivals()
@@ -130,8 +128,9 @@ class DraftController:
         #: What rounds draft that begin in this step, and how many do; None: none did.
         self._drafted: Draft | None = None
         self._began = 0
-        #: What all drafted in the step before, if they drafted the same.
-        self._before: Draft | None = None
+        #: The draft whose rounds are timed, seconds so far, and how many began in them.
+        self._timed: Draft | None = None
+        self._elapsed, self._begun = 0.0, 0
         self.best = max(self.drafts, key=self.rate)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
@@ -185,12 +184,8 @@ class DraftController:
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
         newest = 1 - (1 - _NEWEST) ** made
-        each = load.overhead_each
-        if seconds is not None:
-            own = seconds - sum(self._costs[module](rows) for module, rows in work)
-            each += newest * (max(own, 0.0) / (requests + _STEP) - each)
-        self._load = Load(load.requests + newest * (requests - load.requests), load.patches_per_byte, each)
-        self._time_round(requests, seconds)
+        self._load = Load(load.requests + newest * (requests - load.requests), load.patches_per_byte)
+        self._time_rounds(requests, seconds)
         self._steps += 1
         # A choice for one request is none for eight: short requests would be over before the next look.
         changed = not 1 / _CHANGED < self._load.requests / self._chosen_for < _CHANGED
@@ -202,74 +197,97 @@ class DraftController:
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival
 
-    def _time_round(self, requests: int, seconds: float | None) -> None:
-        """Learn from a step what rounds take, where one call is a whole round, and all drafted alike in this step and
-        in the one before, whose drafts are verified now."""
-        self._rounds = 0 if self._drafted not in (None, self.best) else self._rounds + self._began
-        self._unseen += self._began
-        drafted = self._drafted if self._began >= _ALIKE * requests else None
-        if drafted is not None and drafted == self._before and seconds is not None and DRAFT in self._costs:
-            kind = drafted.method, drafted.block
-            taken = min(max(seconds / self._round(drafted, requests)[0], _SCALES[0]), _SCALES[1])
-            known = self._scale.get(kind, 1.0)
-            self._scale[kind] = known + _NEWEST_ROUND * (taken - known)
-        self._before, self._drafted, self._began = drafted, None, 0
+    def _time_rounds(self, requests: int, seconds: float | None) -> None:
+        """Count a step: once as many rounds began as there are requests, all alike, one of each took these steps."""
+        drafted, began = self._drafted, self._began
+        self._drafted, self._began = None, 0
+        self._rounds = 0 if drafted not in (None, self.best) else self._rounds + began
+        self._unseen += began
+        if drafted not in (None, self._timed) or seconds is None:
+            # The first step of another draft verifies what was drafted before.
+            self._timed = drafted or self._timed
+            self._elapsed, self._begun = 0.0, 0
+            return
+        self._elapsed += seconds
+        self._begun += began
+        if self._timed is None or not self._begun or self._begun < requests:
+            return
+        passes, steps, _ = self._round(self._timed, requests)
+        known, taken = self._scale(self._timed), self._elapsed * requests / self._begun
+        low, high = (bound * self._seconds(passes, steps, requests) for bound in _SCALES)
+        taken = min(max(taken, low), high)
+        self._step_time.count(requests, passes, steps, taken)
+        newest = taken / self._seconds(passes, steps, requests) - known
+        self._scales[self._timed] = known + _NEWEST_ROUND * newest
+        self._elapsed, self._begun = 0.0, 0
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so."""
         count = self._load.requests
-        seconds, made = self._round(draft, count)
-        return count * made / (self._scale.get((draft.method, draft.block), 1.0) * seconds)
+        passes, steps, made = self._round(draft, count)
+        return count * made / (self._scale(draft) * self._seconds(passes, steps, count))
 
-    def _round(self, draft: Draft, count: float) -> tuple[float, float]:
-        """Seconds of a round of `count` requests by the curves and the engine's own time, and each one's bytes."""
-        load, costs = self._load, self._costs
-        patches, overhead = load.patches_per_byte, load.overhead_each * (count + _STEP)
+    def _seconds(self, passes: float, steps: float, requests: float) -> float:
+        """Seconds of a round, its passes and the engine's own time."""
+        return self._step_time.pace * passes + steps * self._step_time.own(requests)
+
+    def _scale(self, draft: Draft) -> float:
+        """What the draft's rounds take over what the curves say; of one that nobody made, as those of its kind do."""
+        kind = draft.method, draft.block
+        alike = [scale for other, scale in self._scales.items() if (other.method, other.block) == kind]
+        return self._scales.get(draft, math.fsum(alike) / len(alike) if alike else 1.0)
+
+    def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
+        """Of a round of `count` requests: seconds of its passes by the curves, steps of the engine, and the bytes of
+        each request."""
+        costs, patches = self._costs, self._load.patches_per_byte
         rows = count * (draft.length + 1)
+        # Where drafts are calls that make several passes, a verification's makes the next one.
+        steps = 1.0
         # A round's bytes and the passes it takes: verification, or BLT's one byte.
         if draft.length:
             made = 1 + self._acceptance[draft.method].bytes(draft.length)
             closing = 1 - (1 - patches) ** (draft.length + 1)
             upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
             seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)
-            if draft.method == DecodingMethod.BLT_S and DRAFT in costs:
+            if draft.method == DecodingMethod.BLT_DSV:
+                rounds, each = self._filtering(draft, count)
+                seconds += rounds * each
+                steps += 0.0 if DRAFT in costs else 2 * rounds
+            elif draft.method == DecodingMethod.BLT_DV:
+                seconds += costs["decoder"](rows)
+                steps += 0.0 if DRAFT in costs else 1.0
+            elif DRAFT in costs:
                 seconds += draft.length * costs[DRAFT](count)
-            elif draft.method == DecodingMethod.BLT_S:
-                drafting = costs["decoder"](count) + (costs["encoder"](count) if self._encoder_input else 0.0)
-                seconds += draft.length * (drafting + overhead)
-            elif draft.method == DecodingMethod.BLT_DSV:
-                seconds += self._filtering(draft, count, overhead)
             else:
-                # Where drafts are calls that make several passes, a verification's makes the next one.
-                seconds += costs["decoder"](rows) + (0.0 if DRAFT in costs else overhead)
+                drafting = costs["decoder"](count) + (costs["encoder"](count) if self._encoder_input else 0.0)
+                seconds += draft.length * drafting
+                steps += draft.length
         else:
             # Who closes a patch early waits for the others before all go upstream together.
-            mean = 1 / max(patches, 1e-3)
-            longest = max(mean, self._longest or 2 * mean)
-            steps = mean + (longest - mean) * (1 - 1 / max(count, 1.0))
-            made = mean
-            each = count * mean / steps
+            made = 1 / max(patches, 1e-3)
+            longest = max(made, self._longest or 2 * made)
+            passes = made + (longest - made) * (1 - 1 / max(count, 1.0))
+            each = count * made / passes
             if STEP in costs:
-                seconds = steps * costs[STEP](each)
+                seconds = passes * costs[STEP](each)
             else:
-                step = costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each)
-                seconds = steps * (step + overhead) - overhead
+                seconds = passes * (costs["patcher"](each) + costs["encoder"](each) + costs["decoder"](each))
+                steps = passes
             seconds += costs["global"](count)
-        return seconds + overhead, made
+        return seconds, steps, made
 
-    def _filtering(self, draft: Draft, count: float, overhead: float) -> float:
-        """Seconds of a filtered draft: inner rounds of a block's pass and its filter's."""
+    def _filtering(self, draft: Draft, count: float) -> tuple[float, float]:
+        """Of a filtered draft: its inner rounds, of a block's pass and its filter's, and the seconds of one."""
         costs, tried_kept = self._costs, self._filtered[draft.block]
         # A round gives the pending row's own byte, those that pass, and the filter's own.
         rounds = draft.length / (tried_kept[1] / tried_kept[0] * (draft.block - 1) + 2)
         if (fused := costs.get(filter_of(draft.block))) is not None:
-            return rounds * fused(count)
+            return rounds, fused(count)
         inner = costs["decoder"](count * (1 + draft.block)) + costs["decoder"](count * draft.block)
         if self._encoder_input:
             inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
-        if DRAFT not in costs:
-            inner += 2 * overhead
-        return rounds * inner
+        return rounds, inner
 
     def _rivals(self) -> Iterator[Draft]:
         """The next longer draft of the best's kind, and, in turn, the most promising draft of each other kind that

@@ -53,7 +53,20 @@ def replay(
         if draft.length:
             controller.round_ended(draft, draft.length, accepted)
         if step % requests == requests - 1:
-            controller.step_ended(requests, lambda: 0.25, 0.0, [])
+            controller.step_ended(requests, lambda: 0.25, None, [])
+    return controller.best
+
+
+def timed(controller: DraftController, own: float, requests: int, slow: tuple[Draft, ...] = ()) -> Draft:
+    """Rounds of all requests together, which take what the curves say and `own` seconds more for each step, those of
+    `slow` drafts twice as long; what is drafted at the end."""
+    for _ in range(500):
+        drafts = {controller.next() for _ in range(requests)}
+        (draft,) = drafts
+        passes, steps, _ = controller._round(draft, requests)
+        seconds = (passes + steps * own) * (2 if draft in slow else 1)
+        for _ in range(round(steps)):
+            controller.step_ended(requests, lambda: 0.25, seconds / round(steps), [])
     return controller.best
 
 
@@ -210,12 +223,24 @@ def test_the_engines_own_time_favors_few_passes() -> None:
     costs = curves(1e-4, 1e-6)
     costs = costs | {"global": CostCurve((1, 64), (2e-2, 2e-2))}
     quick, slow = DraftController(config(), costs), DraftController(config(), costs)
-    for _ in range(500):
-        slow.step_ended(1, lambda: 0.25, 1e-2, [("decoder", 1)])
-        quick.step_ended(1, lambda: 0.25, 1e-4, [("decoder", 1)])
+    timed(quick, 1e-4, 1)
+    timed(slow, 1e-2, 1)
     many, few = Draft(DecodingMethod.BLT_S, 8), Draft(DecodingMethod.BLT_DV, 8)
     assert quick.rate(many) > quick.rate(few)
     assert slow.rate(many) < slow.rate(few)
+
+
+@pytest.mark.parametrize("requests", [1, 32])
+def test_drafts_that_take_longer_than_their_passes_are_left(requests: int) -> None:
+    costs = curves(1e-3, 1e-6) | {DRAFT: CostCurve((1, 64), (2e-4, 4e-4))}
+    controller = DraftController(config(), costs)
+    first = controller.best
+    assert timed(controller, 1e-4, requests) == first
+    second = timed(DraftController(config(), costs), 1e-4, requests, (first,))
+    assert second != first
+    # All are slow in the same way: nothing is gained by leaving the better one.
+    every = tuple(controller.drafts)
+    assert timed(DraftController(config(), costs), 1e-4, requests, every).method == first.method
 
 
 def test_acceptance_is_the_mean_of_what_was_counted() -> None:
