@@ -210,7 +210,7 @@ class DraftController:
             return
         self._elapsed += seconds
         self._begun += began
-        if self._timed is None or not self._begun or self._begun < requests:
+        if self._timed is None or not requests or not self._begun or self._begun < requests:
             return
         passes, steps, _ = self._round(self._timed, requests)
         known, taken = self._scale(self._timed), self._elapsed * requests / self._begun
@@ -223,7 +223,7 @@ class DraftController:
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so."""
-        count = self._load.requests
+        count = max(self._load.requests, 1.0)
         passes, steps, made = self._round(draft, count)
         return count * made / (self._scale(draft) * self._seconds(passes, steps, count))
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
@@ -241,6 +243,32 @@ def test_drafts_that_take_longer_than_their_passes_are_left(requests: int) -> No
     # All are slow in the same way: nothing is gained by leaving the better one.
     every = tuple(controller.drafts)
     assert timed(DraftController(config(), costs), 1e-4, requests, every).method == first.method
+
+
+def test_a_step_that_leaves_nobody_tells_nothing() -> None:
+    """Where rounds take less than the curves say, nothing is left for the engine's own time."""
+    controller = DraftController(config(), curves(1e-3, 1e-5) | {DRAFT: CostCurve((1,), (1e-4,))})
+    for requests in [1] * 20 + [0] * 20:
+        controller.next()
+        controller.step_ended(requests, lambda: 0.25, 1e-9, [])
+    assert controller.rate(controller.best) > 0
+
+
+@given(data=st.data(), fused=st.booleans())
+def test_whatever_steps_take_and_whoever_is_in_them_something_is_drafted(data: st.DataObject, fused: bool) -> None:
+    costs = curves(0.0, 0.0) if data.draw(st.booleans()) else curves(1e-3, 1e-5)
+    controller = DraftController(config(), costs | ({DRAFT: CostCurve((1,), (1e-4,))} if fused else {}))
+    seconds = st.none() | st.sampled_from([0.0, 1e-9, 1e-3, 10.0])
+    for requests, began, taken in data.draw(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64), seconds))):
+        drafts = {controller.next() for _ in range(began)}
+        assert len(drafts) == (began > 0) and drafts <= set(controller.drafts)
+        for draft in drafts:
+            if draft.length:
+                controller.round_ended(draft, draft.length, data.draw(st.integers(0, draft.length)))
+            if draft.block:
+                controller.filtered(draft, draft.block - 1, data.draw(st.integers(0, draft.block - 1)))
+        controller.step_ended(requests, lambda: 0.25, taken, [("decoder", requests)])
+        assert controller.rate(controller.best) >= 0
 
 
 def test_acceptance_is_the_mean_of_what_was_counted() -> None:
