@@ -4,8 +4,7 @@
 
 Every client sends eight requests, one after another, of 128 to 256 bytes to complete; the first ones come when /ready
 says so. Each round starts a server for `auto`, which knows nothing yet of this load, and one on which the fixed
-settings follow each other. Two `blt` requests of each client come before, so that no setting pays for the server's
-first second. Medians count.
+settings follow each other. As many `blt` requests come before, so that no setting pays for the server's first second. Medians count.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def fresh(
             for _ in range(rounds):
                 for names in (["auto"], setting):
                     with serving(model, []) as server:
-                        speed(server.port, "blt", warmth, count, 2, "before")
+                        speed(server.port, "blt", warmth, count, EACH, "before")
                         for name in names:
                             runs[name].append(speed(server.port, name, warmth, count, EACH))
             speeds = {name: statistics.median(own) for name, own in runs.items()}

@@ -40,7 +40,7 @@ _PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
-_NEWEST, _NEWEST_ROUND = 0.05, 0.2
+_NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: Acceptance assumed where a checkpoint says nothing.
