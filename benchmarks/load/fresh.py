@@ -4,7 +4,8 @@
 
 Every client sends eight requests, one after another, of 128 to 256 bytes to complete; the first ones come when /ready
 says so. Each round starts a server for `auto`, which knows nothing yet of this load, and one on which the fixed
-settings follow each other. As many `blt` requests come before, so that no setting pays for the server's first second. Medians count.
+settings follow each other. As many `blt` requests come before, so that no setting pays for the server's first second.
+Medians count.
 """
 
 from __future__ import annotations
