@@ -8,7 +8,7 @@ _STEP = 2.0
 _KEPT = 0.95
 #: What is assumed at first: passes take what the curves say, and each request so many seconds of the engine's. Weights
 #: in rounds; the latter's for one whose passes take a second for so many requests.
-_AS_CURVES, _AS_OWN, _OWN, _PER_SECOND = 1.0, 1.0, 1e-4, 400.0
+_AS_CURVES, _AS_OWN, _OWN, _PER_SECOND = 1.0, 1.0, 1e-4, 300.0
 #: Bounds of what passes take over what the curves say.
 _PACES = (0.5, 3.0)
 
