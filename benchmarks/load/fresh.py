@@ -2,9 +2,9 @@
 
     python -m fastblt.benchmarks.load.fresh    1, 8 and 32 clients, greedy and at 0.8
 
-Every client sends requests, one after another, of 128 to 256 bytes to complete: eight, or four where there are many.
-The first ones come when /ready says so. Each setting has a server of its own, started for each round, so all pay alike
-for a server's first second. Medians count.
+Every client sends requests, one after another, of 128 to 256 bytes to complete: eight, a lone one 24, and of many each
+four. The first ones come when /ready says so. Each setting has a server of its own, started for each round, so all pay
+alike for a server's first second. Medians count.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def fresh(
             for _ in range(rounds):
                 for name, own in runs.items():
                     with serving(model, []) as server:
-                        own.append(speed(server.port, name, warmth, count, 8 if count < 16 else 4))
+                        own.append(
+                            speed(server.port, name, warmth, count, 24 if count == 1 else 8 if count < 16 else 4)
+                        )
             speeds = {name: statistics.median(own) for name, own in runs.items()}
             # Ratios are of the same turn, since the machine's speed changes between turns.
             best = min(setting, key=lambda name: ratio(runs["auto"], runs[name]))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
-from fastblt.server.engine.step_time import StepTime
+from fastblt.server.engine.round_time import RoundTime
 from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -23,8 +23,8 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds.
-_PROBE, _TRY = 64, 2
+#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds; at first after `_EARLY`.
+_PROBE, _TRY, _EARLY = 64, 2, 16
 #: Tries are counted up to so many: two to this power is more than any number of requests.
 _MOST_TRIES = 20
 #: What a draft of another kind must promise of the best one's to be tried often.
@@ -114,12 +114,12 @@ class DraftController:
             if size > 1
         }
         self._load = Load(1.0, 0.25)
-        self._step_time = StepTime()
+        self._round_time = RoundTime()
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        #: What rounds of each draft take, over what the curves say.
-        self._scales: dict[Draft, float] = {}
+        #: What rounds of each draft take, over what is expected of their passes, and how many told that.
+        self._scales: dict[Draft, tuple[float, int]] = {}
         #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
         self._rounds = self._unseen = self._tries = 0
         self._others = self._rivals()
@@ -154,7 +154,8 @@ class DraftController:
         return self._drafted
 
     def _decide(self) -> Draft:
-        if not self._left and self._rounds >= _PROBE * min(max(self._load.requests, 1.0), 2.0**self._tries):
+        often = min(_PROBE * max(self._load.requests, 1.0), _EARLY * 2.0**self._tries)
+        if not self._left and self._rounds >= often:
             self._rounds, self._left = 0, _TRY
             self._tries = min(self._tries + 1, _MOST_TRIES)
             self._trying = next(self._others)
@@ -213,29 +214,28 @@ class DraftController:
         if self._timed is None or not requests or not self._begun or self._begun < requests:
             return
         passes, steps, _ = self._round(self._timed, requests)
-        known, taken = self._scale(self._timed), self._elapsed * requests / self._begun
-        low, high = (bound * self._seconds(passes, steps, requests) for bound in _SCALES)
+        taken = self._elapsed * requests / self._begun
+        low, high = (bound * self._round_time.seconds(passes, steps, requests) for bound in _SCALES)
         taken = min(max(taken, low), high)
-        self._step_time.count(requests, passes, steps, taken)
-        newest = taken / self._seconds(passes, steps, requests) - known
-        self._scales[self._timed] = known + _NEWEST_ROUND * newest
+        self._round_time.count(requests, passes, steps, taken)
+        known, told = self._scale(self._timed), self._scales.get(self._timed, (1.0, 0))[1] + 1
+        own = taken / self._round_time.seconds(passes, steps, requests)
+        self._scales[self._timed] = known + max(_NEWEST_ROUND, 1 / (1 + told)) * (own - known), told
         self._elapsed, self._begun = 0.0, 0
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so."""
         count = max(self._load.requests, 1.0)
         passes, steps, made = self._round(draft, count)
-        return count * made / (self._scale(draft) * self._seconds(passes, steps, count))
-
-    def _seconds(self, passes: float, steps: float, requests: float) -> float:
-        """Seconds of a round, its passes and the engine's own time."""
-        return self._step_time.pace * passes + steps * self._step_time.own(requests)
+        return count * made / (self._scale(draft) * self._round_time.seconds(passes, steps, count))
 
     def _scale(self, draft: Draft) -> float:
-        """What the draft's rounds take over what the curves say; of one that nobody made, as those of its kind do."""
+        """What the draft's rounds take over what is expected of their passes; of one that nobody made, as its kind."""
+        if draft in self._scales:
+            return self._scales[draft][0]
         kind = draft.method, draft.block
-        alike = [scale for other, scale in self._scales.items() if (other.method, other.block) == kind]
-        return self._scales.get(draft, math.fsum(alike) / len(alike) if alike else 1.0)
+        alike = [scale for other, (scale, _) in self._scales.items() if (other.method, other.block) == kind]
+        return math.fsum(alike) / len(alike) if alike else 1.0
 
     def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
         """Of a round of `count` requests: seconds of its passes by the curves, steps of the engine, and the bytes of

@@ -6,14 +6,14 @@ from __future__ import annotations
 _STEP = 2.0
 #: How much of what was known a new round leaves.
 _KEPT = 0.95
-#: What is assumed at first: passes take what the curves say, and each request so many seconds of the engine's. Weights
-#: in rounds; the latter's for one whose passes take a second for so many requests.
-_AS_CURVES, _AS_OWN, _OWN, _PER_SECOND = 1.0, 1.0, 1e-4, 300.0
+#: What is assumed at first, as if one round had shown it: passes take what the curves say; and, of a round with so many
+#: requests for a second of passes, each request takes so many seconds of the engine's.
+_PER_SECOND, _OWN = 300.0, 1e-4
 #: Bounds of what passes take over what the curves say.
 _PACES = (0.5, 3.0)
 
 
-class StepTime:
+class RoundTime:
     """`pace`, what passes take over what the curves say, and `each`, the engine's own seconds for each request in a
     step and for two more: those with the least squares of relative errors over the last rounds. Rounds of one kind tell
     only what they take in all.
@@ -35,13 +35,12 @@ class StepTime:
         self._taken = _KEPT * self._taken + taken
         self._rounds = _KEPT * self._rounds + 1
         # The normal equations, with what is assumed.
-        weight = _AS_OWN * _PER_SECOND**2
-        a, b, c = self._own_own + weight, self._own, self._rounds + _AS_CURVES
-        right, other = self._own_taken + weight * _OWN, self._taken + _AS_CURVES
+        a, b, c = self._own_own + _PER_SECOND**2, self._own, self._rounds + 1
+        right, other = self._own_taken + _PER_SECOND**2 * _OWN, self._taken + 1
         each = (c * right - b * other) / (a * c - b * b)
         self.each = max(each, 0.0)
         self.pace = min(max((other - b * self.each) / c, _PACES[0]), _PACES[1])
 
-    def own(self, requests: float) -> float:
-        """The engine's own seconds for a step of `requests`."""
-        return self.each * (requests + _STEP)
+    def seconds(self, passes: float, steps: float, requests: float) -> float:
+        """What a round of `requests` takes: so many steps, and passes that take `passes` seconds by the curves."""
+        return self.pace * passes + self.each * steps * (requests + _STEP)
