@@ -23,8 +23,9 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds; at first after `_EARLY`.
-_PROBE, _TRY, _EARLY = 64, 2, 16
+#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request. The first time
+#: it is tried after `_FEW` rounds of each, but no sooner than after `_EARLY`.
+_PROBE, _TRY, _FEW, _EARLY = 64, 2, 4, 16
 #: Tries are counted up to so many: two to this power is more than any number of requests.
 _MOST_TRIES = 20
 #: What a draft of another kind must promise of the best one's to be tried often.
@@ -35,8 +36,9 @@ _CLEARLY = 1.03
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
 _CHANGED = 1.5
-#: Weight of what the checkpoint says about acceptance, in rounds, and how many of the last rounds count.
-_PRIOR_ROUNDS, _MEMORY = 8.0, 400.0
+#: Weight of what the checkpoint says about acceptance, in rounds, and about filters, in blocks; and how many of the last
+#: rounds count.
+_PRIOR_ROUNDS, _PRIOR_BLOCKS, _MEMORY = 8.0, 24.0, 400.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
@@ -106,10 +108,10 @@ class DraftController:
         }
         # BLT-DSV's drafts are those of BLT-S.
         self._acceptance[DecodingMethod.BLT_DSV] = self._acceptance[DecodingMethod.BLT_S]
-        #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of a few
+        #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of some
         #: blocks as right as BLT-DV's.
         self._filtered = {
-            size: (_PRIOR_ROUNDS * (size - 1), _PRIOR_ROUNDS * self._right_of_block(config.acceptance, size))
+            size: (_PRIOR_BLOCKS * (size - 1), _PRIOR_BLOCKS * self._right_of_block(config.acceptance, size))
             for size in config.block_sizes
             if size > 1
         }
@@ -154,7 +156,8 @@ class DraftController:
         return self._drafted
 
     def _decide(self) -> Draft:
-        often = min(_PROBE * max(self._load.requests, 1.0), _EARLY * 2.0**self._tries)
+        requests = max(self._load.requests, 1.0)
+        often = min(_PROBE * requests, max(_FEW * requests, _EARLY) * 2.0**self._tries)
         if not self._left and self._rounds >= often:
             self._rounds, self._left = 0, _TRY
             self._tries = min(self._tries + 1, _MOST_TRIES)
