@@ -23,8 +23,8 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request. The first time
-#: it is tried after `_FEW` rounds of each, but no sooner than after `_EARLY`.
+#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request: the first time
+#: after `_FEW` rounds of each, and `_EARLY` in all.
 _PROBE, _TRY, _FEW, _EARLY = 64, 2, 4, 16
 #: Tries are counted up to so many: two to this power is more than any number of requests.
 _MOST_TRIES = 20
@@ -36,8 +36,8 @@ _CLEARLY = 1.03
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
 _CHANGED = 1.5
-#: Weight of what the checkpoint says about acceptance, in rounds, and about filters, in blocks; and how many of the last
-#: rounds count.
+#: Weight of what the checkpoint says about acceptance, in rounds, and about filters, in blocks; and how many of the
+#: last rounds count.
 _PRIOR_ROUNDS, _PRIOR_BLOCKS, _MEMORY = 8.0, 24.0, 400.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)

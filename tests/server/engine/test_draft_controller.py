@@ -129,7 +129,7 @@ def test_a_choice_for_one_request_is_looked_at_again_when_there_are_many() -> No
         return 0.8 if draft.method == DecodingMethod.BLT_DV else 0.1
 
     controller = DraftController(config(), curves(1e-3, 1e-4))
-    replay(controller, right, 64)
+    replay(controller, right, 64, rounds=20_000)
     loaded = controller.best
     for _ in range(15):
         controller.step_ended(1, lambda: 0.25, 0.0, [("decoder", 1)] * 16)
