@@ -23,8 +23,8 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request: the first time
-#: after `_FEW` rounds of each, and `_EARLY` in all.
+#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request: the first
+#: time after `_FEW` rounds of each, and `_EARLY` in all.
 _PROBE, _TRY, _FEW, _EARLY = 64, 2, 4, 16
 #: Tries are counted up to so many: two to this power is more than any number of requests.
 _MOST_TRIES = 20
