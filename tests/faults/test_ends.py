@@ -12,6 +12,14 @@ from tests.faults.test_client_faults import posted
 from tests.server.api.running import until
 
 
+def unread(port: int) -> int:
+    """Bytes that have come to the server at this port, and that it has not read yet."""
+    lines = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum(
+        int(queues.split(":")[1], 16) for _, local, _, _, queues, *_ in lines if int(local.split(":")[1], 16) == port
+    )
+
+
 def test_half_a_body_and_a_signal(checkpoint: str, tmp_path: Path) -> None:
     with serving(checkpoint, tmp_path, "--shutdown-timeout", "20") as server:
         with (
@@ -20,6 +28,8 @@ def test_half_a_body_and_a_signal(checkpoint: str, tmp_path: Path) -> None:
             socket.create_connection(("127.0.0.1", server.port)) as silent,
         ):
             until(lambda: server.http.get("/load").status_code == 200)
+            # Of whom nothing was read when it ends, it knows no request.
+            until(lambda: unread(server.port) == 0)
             server.http.close()
             server.process.send_signal(signal.SIGTERM)
             # They need not be waited for: what they ask could not be taken any more.
