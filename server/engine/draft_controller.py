@@ -125,14 +125,14 @@ class DraftController:
         #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
         self._rounds = self._unseen = self._tries = 0
         self._others = self._rivals()
-        #: The draft that is tried, for so many steps more.
+        #: The draft that is tried, for so many rounds more.
         self._trying, self._left = Draft(), 0
         #: What rounds draft that begin in this step, and how many do; None: none did.
         self._drafted: Draft | None = None
         self._began = 0
-        #: The draft whose rounds are timed, seconds so far, and how many began in them.
+        #: The draft whose rounds are timed, how many had begun before, seconds since then, and how many began in them.
         self._timed: Draft | None = None
-        self._elapsed, self._begun = 0.0, 0
+        self._before, self._elapsed, self._begun = 0, 0.0, 0
         self.best = max(self.drafts, key=self.rate)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
@@ -159,13 +159,10 @@ class DraftController:
         requests = max(self._load.requests, 1.0)
         often = min(_PROBE * requests, max(_FEW * requests, _EARLY) * 2.0**self._tries)
         if not self._left and self._rounds >= often:
-            self._rounds, self._left = 0, _TRY
+            self._rounds, self._left = 0, round(_TRY * requests)
             self._tries = min(self._tries + 1, _MOST_TRIES)
             self._trying = next(self._others)
-        if not self._left:
-            return self.best
-        self._left -= 1
-        return self._trying
+        return self._trying if self._left else self.best
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         """Count a round's acceptance, unless its draft was cut short by the request's end."""
@@ -182,8 +179,8 @@ class DraftController:
         self, requests: int, patches_per_byte: Callable[[], float], seconds: float | None, work: list[tuple[str, int]]
     ) -> None:
         """Count a step of the engine: it took `seconds` for the `work`, passes as (module, rows), while `requests` were
-        decoding. None: prompts were computed too, and it tells nothing about drafts. `patches_per_byte` is called now
-        and then."""
+        decoding. None: it computed prompts most of its time, and tells nothing about drafts. `patches_per_byte` is
+        called now and then."""
         load = self._load
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
@@ -202,15 +199,22 @@ class DraftController:
                 self.best = rival
 
     def _time_rounds(self, requests: int, seconds: float | None) -> None:
-        """Count a step: once as many rounds began as there are requests, all alike, one of each took these steps."""
+        """Count a step. From a step that ends with as many rounds begun as there are requests, all alike, to the next
+        such one each request has taken one round."""
         drafted, began = self._drafted, self._began
         self._drafted, self._began = None, 0
         self._rounds = 0 if drafted not in (None, self.best) else self._rounds + began
         self._unseen += began
+        if drafted == self._trying:
+            self._left = max(self._left - began, 0)
         if drafted not in (None, self._timed) or seconds is None:
             # The first step of another draft verifies what was drafted before.
             self._timed = drafted or self._timed
-            self._elapsed, self._begun = 0.0, 0
+            self._before, self._elapsed, self._begun = began, 0.0, 0
+            return
+        if self._before < requests:
+            # Some of these rounds began before, so that what they take here is not all of it.
+            self._before += began
             return
         self._elapsed += seconds
         self._begun += began

@@ -206,10 +206,10 @@ class Engine:
             if (pass_time := self._context.pass_time) is not None:
                 held = bool(self._planner.held())
                 pass_time.step_ended(seconds, prompts, decoding=self._planner.decoding > 0, held=held)
-            if (controller := self._context.controller) is not None:
-                # What prompts take is no cost of drafting.
-                own = None if prompts else seconds
-                controller.step_ended(decoding, self._scheduler.patches_per_byte, own, self._runner.work)
+                if (controller := self._context.controller) is not None:
+                    # What prompts take is no cost of drafting.
+                    own = pass_time.without_prompts(seconds, prompts)
+                    controller.step_ended(decoding, self._scheduler.patches_per_byte, own, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:

@@ -26,6 +26,8 @@ _NEWEST = 0.3
 _LATE = 1.5
 #: More rows than any pass has for free.
 _MOST_WORTH = 4096
+#: Part of a step beside its prompts from which on what it takes is known well.
+_LEAST_KNOWN = 0.6
 #: Bounds of the correction: what is further off is no pass, but a machine that stood still.
 _SCALES = (0.1, 20.0)
 
@@ -89,6 +91,12 @@ class PassTime:
         """Seconds of a whole prompt of `rows` bytes alone."""
         near = self.rows_seconds(rows, patches_per_byte)
         return self._scale * (near + self.depth_seconds(0, rows, patches_per_byte))
+
+    def without_prompts(self, seconds: float, prompts: float) -> float | None:
+        """What a step of `seconds` took beside its prompts, for which the curves give `prompts` seconds; None if those
+        took most of it, so that the rest is not known well."""
+        own = seconds - self._scale * prompts
+        return own if own >= _LEAST_KNOWN * seconds else None
 
     def worth_waiting(self) -> int:
         """Rows that take as long as one more pass: so many must be spared by waiting for somebody else's pass."""

@@ -9,6 +9,9 @@ _KEPT = 0.95
 #: What is assumed at first, as if one round had shown it: passes take what the curves say; and, of a round with so many
 #: requests for a second of passes, each request takes so many seconds of the engine's.
 _PER_SECOND, _OWN = 300.0, 1e-4
+#: Rounds that are assumed beside it until others came, each with so many requests for a second of passes: the first
+#: ones are those of a server that starts, and are not like the rest.
+_FIRST, _FIRST_PER_SECOND = 4.0, 600.0
 #: Bounds of what passes take over what the curves say.
 _PACES = (0.5, 3.0)
 
@@ -22,7 +25,10 @@ class RoundTime:
     def __init__(self) -> None:
         self.pace, self.each = 1.0, _OWN
         # Sums over rounds of products of steps * (requests + 2) / passes, 1, and seconds / passes.
-        self._own_own = self._own = self._own_taken = self._taken = self._rounds = 0.0
+        self._own_own = _FIRST * _FIRST_PER_SECOND**2
+        self._own_taken = self._own_own * _OWN
+        self._own = 0.0
+        self._taken = self._rounds = _FIRST
 
     def count(self, requests: float, passes: float, steps: float, seconds: float) -> None:
         """A round of `requests`, of so many steps, took `seconds`; the curves give its passes `passes`."""

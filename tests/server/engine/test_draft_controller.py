@@ -245,6 +245,20 @@ def test_drafts_that_take_longer_than_their_passes_are_left(requests: int) -> No
     assert timed(DraftController(config(), costs), 1e-4, requests, every).method == first.method
 
 
+def test_a_round_is_timed_whole_where_steps_tell_nothing_in_between() -> None:
+    """Rounds of two steps, one that drafts and one that verifies; each step may be mostly prompts and tell nothing."""
+    costs = curves(1e-3, 1e-6) | {DRAFT: CostCurve((1, 64), (2e-4, 4e-4))}
+    controller = DraftController(config(), costs)
+    rng = random.Random(2)
+    for _ in range(400):
+        (draft,) = {controller.next() for _ in range(32)}
+        passes, *_ = controller._round(draft, 32)
+        for seconds in (0.1 * passes, 0.9 * passes):
+            controller.step_ended(32, lambda: 0.25, None if rng.random() < 0.4 else seconds, [])
+    passes, _, made = controller._round(controller.best, 32)
+    assert controller.rate(controller.best) == pytest.approx(32 * made / passes, rel=0.1)
+
+
 def test_a_step_that_leaves_nobody_tells_nothing() -> None:
     """Where rounds take less than the curves say, nothing is left for the engine's own time."""
     controller = DraftController(config(), curves(1e-3, 1e-5) | {DRAFT: CostCurve((1,), (1e-4,))})

@@ -64,6 +64,10 @@ def test_what_passes_really_take_is_learned() -> None:
         pass_time.step_ended(0.04, 0.0, decoding=True, held=False)
     assert abs(took - 0.1) < 0.01
     assert pass_time.late < pass_time.passes == 60
+    # What a step takes beside its prompts is known where that is most of it.
+    own = pass_time.without_prompts(0.05, 0.01 / 3)
+    assert own is not None and abs(own - 0.04) < 1e-3
+    assert pass_time.without_prompts(took, budget.seconds) is None
 
 
 def test_decoding_requests_leave_prompts_a_quarter() -> None:
