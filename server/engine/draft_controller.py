@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
-from fastblt.server.engine.round_time import RoundTime
+from fastblt.server.engine.round_time import RoundTime, shares
 from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -78,6 +78,17 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Of a draft's rounds: how many were timed, and running means of the seconds of their passes by the curves, of
+    their shares of the engine's time, and of the seconds that they took."""
+
+    rounds: int
+    passes: float
+    shares: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Load:
     """Running means: decoding requests, and patches a byte of their text."""
 
@@ -120,8 +131,8 @@ class DraftController:
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
-        #: What rounds of each draft take, over what is expected of their passes, and how many told that.
-        self._scales: dict[Draft, tuple[float, int]] = {}
+        #: What is known of the rounds of each draft that was made.
+        self._told: dict[Draft, Told] = {}
         #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
         self._rounds = self._unseen = self._tries = 0
         self._others = self._rivals()
@@ -221,27 +232,35 @@ class DraftController:
         if self._timed is None or not requests or not self._begun or self._begun < requests:
             return
         passes, steps, _ = self._round(self._timed, requests)
-        taken = self._elapsed * requests / self._begun
-        low, high = (bound * self._round_time.seconds(passes, steps, requests) for bound in _SCALES)
-        taken = min(max(taken, low), high)
-        self._round_time.count(requests, passes, steps, taken)
-        known, told = self._scale(self._timed), self._scales.get(self._timed, (1.0, 0))[1] + 1
-        own = taken / self._round_time.seconds(passes, steps, requests)
-        self._scales[self._timed] = known + max(_NEWEST_ROUND, 1 / (1 + told)) * (own - known), told
+        own = shares(steps, requests)
+        expected = self._round_time.seconds(passes, own)
+        low, high = (bound * expected for bound in _SCALES)
+        taken = min(max(self._elapsed * requests / self._begun, low), high)
+        # A first round counts half, beside one that takes what is expected.
+        told = self._told.get(self._timed, Told(0, passes, own, expected))
+        newest = max(_NEWEST_ROUND, 1 / (2 + told.rounds))
+        self._told[self._timed] = Told(
+            told.rounds + 1,
+            told.passes + newest * (passes - told.passes),
+            told.shares + newest * (own - told.shares),
+            told.seconds + newest * (taken - told.seconds),
+        )
+        self._round_time.count(passes, own, taken)
         self._elapsed, self._begun = 0.0, 0
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so."""
         count = max(self._load.requests, 1.0)
         passes, steps, made = self._round(draft, count)
-        return count * made / (self._scale(draft) * self._round_time.seconds(passes, steps, count))
+        return count * made / (self._scale(draft) * self._round_time.seconds(passes, shares(steps, count)))
 
     def _scale(self, draft: Draft) -> float:
-        """What the draft's rounds take over what is expected of their passes; of one that nobody made, as its kind."""
-        if draft in self._scales:
-            return self._scales[draft][0]
+        """What the draft's rounds took over what is expected of them now; of one that nobody made, as its kind."""
+        if (told := self._told.get(draft)) is not None:
+            expected = self._round_time.seconds(told.passes, told.shares)
+            return told.seconds / expected if expected else 1.0
         kind = draft.method, draft.block
-        alike = [scale for other, (scale, _) in self._scales.items() if (other.method, other.block) == kind]
+        alike = [self._scale(other) for other in self._told if (other.method, other.block) == kind]
         return math.fsum(alike) / len(alike) if alike else 1.0
 
     def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
@@ -297,17 +316,20 @@ class DraftController:
         return rounds, inner
 
     def _rivals(self) -> Iterator[Draft]:
-        """The next longer draft of the best's kind, and, in turn, the most promising draft of each other kind that
-        promises nearly as much; of every kind one time in four, since promises are made on what is known."""
+        """The next longer and the next shorter draft of the best's kind, and, in turn, the most promising draft of each
+        other kind that promises nearly as much; of every kind one time in four, since promises are made on what is
+        known."""
         for turn in itertools.count(1):
-            same = [draft for draft in self.drafts if draft.method == self.best.method]
-            found = [draft for draft in same if draft.length > self.best.length][:1]
+            best = self.best
+            same = [draft for draft in self.drafts if (draft.method, draft.block) == (best.method, best.block)]
+            found = [draft for draft in same if draft.length > best.length][:1]
+            found += [draft for draft in same if draft.length < best.length][-1:]
             least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
-                others = [draft for draft in self.drafts if draft.method == method != self.best.method]
+                others = [draft for draft in self.drafts if draft.method == method != best.method]
                 if others and self.rate(most := max(others, key=self.rate)) >= least:
                     found.append(most)
-            yield from found or [self.best]
+            yield from found or [best]
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:

@@ -16,6 +16,11 @@ _FIRST, _FIRST_PER_SECOND = 4.0, 600.0
 _PACES = (0.5, 3.0)
 
 
+def shares(steps: float, requests: float) -> float:
+    """The shares of the engine's own time in so many steps: each request of a step has one, and the step two."""
+    return steps * (requests + _STEP)
+
+
 class RoundTime:
     """`pace`, what passes take over what the curves say, and `each`, the engine's own seconds for each request in a
     step and for two more: those with the least squares of relative errors over the last rounds. Rounds of one kind tell
@@ -24,17 +29,17 @@ class RoundTime:
 
     def __init__(self) -> None:
         self.pace, self.each = 1.0, _OWN
-        # Sums over rounds of products of steps * (requests + 2) / passes, 1, and seconds / passes.
+        # Sums over rounds of products of shares / passes, 1, and seconds / passes.
         self._own_own = _FIRST * _FIRST_PER_SECOND**2
         self._own_taken = self._own_own * _OWN
         self._own = 0.0
         self._taken = self._rounds = _FIRST
 
-    def count(self, requests: float, passes: float, steps: float, seconds: float) -> None:
-        """A round of `requests`, of so many steps, took `seconds`; the curves give its passes `passes`."""
+    def count(self, passes: float, shares: float, seconds: float) -> None:
+        """A round of so many shares of the engine's time took `seconds`; the curves give its passes `passes`."""
         if passes <= 0:
             return
-        own, taken = steps * (requests + _STEP) / passes, seconds / passes
+        own, taken = shares / passes, seconds / passes
         self._own_own = _KEPT * self._own_own + own * own
         self._own = _KEPT * self._own + own
         self._own_taken = _KEPT * self._own_taken + own * taken
@@ -47,6 +52,6 @@ class RoundTime:
         self.each = max(each, 0.0)
         self.pace = min(max((other - b * self.each) / c, _PACES[0]), _PACES[1])
 
-    def seconds(self, passes: float, steps: float, requests: float) -> float:
-        """What a round of `requests` takes: so many steps, and passes that take `passes` seconds by the curves."""
-        return self.pace * passes + self.each * steps * (requests + _STEP)
+    def seconds(self, passes: float, shares: float) -> float:
+        """What a round takes: passes that take `passes` seconds by the curves, and shares of the engine's time."""
+        return self.pace * passes + self.each * shares

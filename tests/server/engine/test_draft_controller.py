@@ -259,6 +259,28 @@ def test_a_round_is_timed_whole_where_steps_tell_nothing_in_between() -> None:
     assert controller.rate(controller.best) == pytest.approx(32 * made / passes, rel=0.1)
 
 
+def test_drafts_promise_what_they_gave_whatever_others_teach() -> None:
+    """What passes take over the curves differs by the kind of draft here, so that no one correction fits all."""
+    factors = {
+        DecodingMethod.BLT: 1.0,
+        DecodingMethod.BLT_S: 0.8,
+        DecodingMethod.BLT_DV: 1.8,
+        DecodingMethod.BLT_DSV: 1.4,
+    }
+    costs = curves(1e-3, 1e-6) | {DRAFT: CostCurve((1, 64), (2e-4, 4e-4))}
+    controller = DraftController(config(), costs)
+    took: dict[Draft, tuple[float, int]] = {}
+    for _ in range(3000):
+        (draft,) = {controller.next() for _ in range(32)}
+        seconds = factors[draft.method] * controller._round(draft, 32)[0]
+        took[draft] = seconds, took.get(draft, (0.0, 0))[1] + 1
+        controller.step_ended(32, lambda: 0.25, seconds, [])
+    known = {draft: seconds for draft, (seconds, rounds) in took.items() if rounds > 8}
+    assert len(known) >= 3
+    for draft, seconds in known.items():
+        assert controller.rate(draft) == pytest.approx(32 * controller._round(draft, 32)[2] / seconds, rel=0.1)
+
+
 def test_a_step_that_leaves_nobody_tells_nothing() -> None:
     """Where rounds take less than the curves say, nothing is left for the engine's own time."""
     controller = DraftController(config(), curves(1e-3, 1e-5) | {DRAFT: CostCurve((1,), (1e-4,))})
