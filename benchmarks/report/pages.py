@@ -64,6 +64,7 @@ TABLES = {
     "narrow": Table(("narrow-1b.json",), narrow_tables.speed),
     "narrow-large": Table(("large-*.json",), narrow_tables.large),
     "narrow-quality": Table(("weights.json",), narrow_tables.quality),
+    "keys-values": Table(("keys_values.json",), narrow_tables.keys_values),
     "maps": Table(("maps.json",), narrow_tables.maps),
     "peer-loop": Table(("peer_loop.json",), narrow_tables.peer_loop),
     "streams": Table(("sweep-*.json",), load_tables.streams),

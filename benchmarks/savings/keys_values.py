@@ -75,7 +75,7 @@ def measure(
         caches = (
             2 * 4 * wide.config.global_.num_layers * wide.config.global_.num_kv_heads * wide.config.global_.head_dim
         )
-        engine = start(wide, size, max_model_len=longest + 1024, cache_bytes=max(2**30, size * max(patches) * caches))
+        engine = start(wide, size, max_model_len=longest + 1024, cache_bytes=2**31 + size * max(patches) * caches)
         own = result["ms"][str(size)] = {}
         for count in patches:
             with _occupied(engine._caches, count * _PATCH, size) as owners:
