@@ -1,16 +1,19 @@
-"""The training text: the sources of CPython's standard library, as installed with the running interpreter.
+"""The training text: the sources of CPython's standard library, as installed with the running interpreter, and, where
+named, those of installed packages.
 
-The same Python release gives the same bytes and the same digest on any machine. Everyone who can run this project has
-the text already, so the shipped checkpoint can be made again without a download.
+The same Python release and the same packages give the same bytes and the same digest on any machine. Everyone who can
+run this project has the text already, so the shipped checkpoint can be made again without a download.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import random
 import sysconfig
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +31,18 @@ MAX_NON_ASCII = 0.05
 #: Largest share of lines that begin with `>>>`. Files with more teach a model to answer a docstring with `>>>`.
 MAX_DOCTEST_LINES = 0.15
 HELD_OUT_PERCENT = 2
+#: How many bytes of a package are taken at most, so that no one style outweighs the rest.
+MOST_OF_A_PACKAGE = 4_000_000
+#: A file of a package is left out if more of its longer lines stand in held-out files too: packages carry copies of
+#: the library's modules.
+MAX_HELD_OUT_LINES = 0.05
+LONG_LINE = 25
 
 Ids = NDArray[np.uint16]
 
 
 class CorpusError(RuntimeError):
-    """The interpreter's standard library cannot serve as a corpus."""
+    """The interpreter's standard library, or a package, cannot serve as a corpus."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,46 @@ def documented_functions(source: Source) -> bytes:
     return "\n\n".join(found).encode()
 
 
-def build(root: Path | None = None, length: int = 1024, seed: int = 0) -> Corpus:
+def installed(package: str) -> Path:
+    """The folder of an installed package, which is not imported. Raises CorpusError."""
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise CorpusError(f"no package {package!r} is installed here: name those whose sources are to be trained on")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def package_files(packages: Sequence[str], held_out: list[bytes]) -> list[bytes]:
+    """Files of installed packages, without their tests and what the `held_out` files say too, in an order of its own.
+
+    Raises CorpusError.
+    """
+    known = {line for data in held_out for line in _long_lines(data)}
+    files: dict[bytes, None] = {}
+    for package in packages:
+        sources = [source for source in collect(installed(package)) if not source.is_test]
+        taken = 0
+        for source in sorted(sources, key=lambda source: hashlib.sha256(source.path.encode()).digest()):
+            lines = _long_lines(source.data)
+            if source.data in files or sum(line in known for line in lines) > MAX_HELD_OUT_LINES * len(lines):
+                continue
+            taken += len(source.data)
+            if taken > MOST_OF_A_PACKAGE:
+                break
+            files[source.data] = None
+    return list(files)
+
+
+def _long_lines(data: bytes) -> list[bytes]:
+    return [text for line in data.splitlines() if len(text := line.strip()) >= LONG_LINE]
+
+
+def build(root: Path | None = None, length: int = 1024, seed: int = 0, packages: Sequence[str] = ()) -> Corpus:
     """Chunks of `length` ids for training and for evaluation.
 
     The text has the library without its tests twice (with different chunk boundaries), its documented functions once
-    more on their own, and the tests once: they are two thirds of the bytes, but unlike what users write. Raises
-    CorpusError if `root` is None and the interpreter's library is incomplete.
+    more on their own, and the tests once: they are two thirds of the bytes, but unlike what users write. Files of
+    `packages` come beside it; none is held out. Raises CorpusError if `root` is None and the interpreter's library is
+    incomplete, or for a package that is not installed.
     """
     sources = collect(root or standard_library())
     held_out = [source.data for source in sources if source.held_out]
@@ -132,6 +175,7 @@ def build(root: Path | None = None, length: int = 1024, seed: int = 0) -> Corpus
     library = [source for source in kept if not source.is_test]
     functions = [functions for source in library if (functions := documented_functions(source))]
     train = [source.data for source in kept if source.is_test] + [source.data for source in library] * 2 + functions
+    train += package_files(packages, held_out)
     random.Random(seed).shuffle(train)
     train_ids, held_out_ids = stream(train), stream(held_out)
     digest = hashlib.sha256(train_ids.astype("<u2").tobytes() + held_out_ids.astype("<u2").tobytes()).hexdigest()

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class _Stages:
         args, folder = self.args, self.work / "data"
         if args.text is None:
             if self.world.rank == 0:
-                prepare_corpus(folder, args.length)
+                prepare_corpus(folder, args.length, args.packages)
             self.world.wait()
             record = json.loads((folder / "corpus.json").read_text())
             return _Text(Chunks(folder / "train.npy"), Chunks(folder / "held_out.npy"), record)
@@ -255,16 +256,17 @@ def describe_run(length: Length, entropy: Length, args: argparse.Namespace) -> d
     }
 
 
-def prepare_corpus(folder: Path, length: int) -> None:
-    """Write the standard library's text as arrays, unless they are there. Raises CorpusError."""
+def prepare_corpus(folder: Path, length: int, packages: Sequence[str] = ()) -> None:
+    """Write the text of the standard library and of `packages` as arrays, unless they are there. Raises CorpusError."""
     record = folder / "corpus.json"
     if record.is_file():
         return
-    built = corpus.build(length=length)
+    built = corpus.build(length=length, packages=packages)
     save_corpus(folder, built)
     write_json(
         record,
         {
+            "packages": list(packages),
             "sha256": built.sha256,
             "train_bytes": built.train_bytes,
             "held_out_bytes": built.held_out_bytes,

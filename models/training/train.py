@@ -61,6 +61,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--length must be a multiple of {TILE}, not {args.length}")
     if args.closed_starts + args.forced_starts > 1:
         parser.error("--closed-starts and --forced-starts are shares of the same blocks: together at most 1")
+    if args.text is not None and args.packages:
+        parser.error("--packages come beside Python's own library: give their folders with --text instead")
     if args.start is None and (args.freeze or args.keep):
         parser.error("--freeze and --keep need the weights of --from")
     if args.lr == args.muon_lr == 0:
@@ -80,6 +82,7 @@ def _what(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--from", dest="start", type=Path, help="checkpoint to start from: any that is served; a folder or a Hub id")
     add("--text", nargs="+", help="files, folders, globs; also .gz, .zst (default: Python's own library)")
+    add("--packages", nargs="+", default=[], help="installed packages whose sources come beside Python's own library")
     add("--field", default="text", help="the text of an object in .jsonl files (default: %(default)s)")
     add("--held-out", type=_share, default=0.01, help="share of --text that is held out (default: %(default)s)")
     add("--freeze", nargs="+", choices=PARTS, default=[], help="parts that stay as they are")
@@ -211,7 +214,7 @@ def _seed(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. What a user can mend ends in one line, most of it before torch is loaded."""
-    from fastblt.models.training.corpus import CorpusError, standard_library
+    from fastblt.models.training.corpus import CorpusError, installed, standard_library
     from fastblt.models.training.files import StateError
     from fastblt.models.training.text import TextError, find
 
@@ -219,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         if args.text is None:
             standard_library()
+            for package in args.packages:
+                installed(package)
         else:
             find(args.text)
         if os.environ.get("RANK", "0") == "0":

@@ -69,6 +69,31 @@ def test_held_out_files_are_not_trained_on(library: Path) -> None:
         assert source.data.split(b"(")[0] + b"(" not in train
 
 
+def test_packages_come_beside_without_what_is_held_out(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = [source.data for source in corpus.collect(library) if source.held_out]
+    package = tmp_path / "site-packages" / "beside"
+    (package / "tests").mkdir(parents=True)
+    own = CODE.format(n="_of_a_package_of_its_own") * 3
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n" * 4)
+    (package / "own.py").write_text(own)
+    (package / "copy.py").write_bytes(held_out[0] + b"# Only this line is new, and a comment.\n")
+    (package / "tests" / "case.py").write_text(CODE.format(n="_of_a_test_of_its_own") * 3)
+    monkeypatch.syspath_prepend(package.parent)
+    corpus.importlib.invalidate_caches()
+    files = corpus.package_files(["beside"], held_out)
+    assert own.encode() in files and len(files) == 2
+    with_it, without = corpus.build(library, 128, packages=["beside"]), corpus.build(library, 128)
+    assert with_it.train_bytes == without.train_bytes + sum(len(data) + 1 for data in files)
+    assert np.array_equal(with_it.held_out, without.held_out) and with_it.sha256 != without.sha256
+    monkeypatch.setattr(corpus, "MOST_OF_A_PACKAGE", 100)
+    assert corpus.package_files(["beside"], held_out) == []
+    for name in ("no_such_package", "../etc", "json.decoder", "math"):
+        with pytest.raises(corpus.CorpusError, match="installed"):
+            corpus.installed(name)
+
+
 def test_documented_functions_come_to_the_margin() -> None:
     text = """class A:
     @staticmethod
