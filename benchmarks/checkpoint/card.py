@@ -25,7 +25,7 @@ not an assistant.
 
 * **Made by** `fastblt train` (`docs/training.md`) on two CPU cores, in {runs}; {total}.
 * **Trained on** the source of CPython 3.11's standard library and its tests, as installed with the interpreter
-  (copyright Python Software Foundation, PSF License Version 2), and on nothing else. Digest of the prepared text:
+  (copyright Python Software Foundation, PSF License Version 2), {packages}. Digest of the last run's text:
   `{sha256}`.
 * **Weights**: bf16, the entropy model fp32. Patches: entropy above {threshold} nats, at most {longest} bytes.
 
@@ -79,11 +79,22 @@ def card(
         runs="one run" if len(runs) == 1 else f"{len(runs)} runs",
         total=_total(runs),
         sha256=record["corpus"]["sha256"],
+        packages=_packages(record["corpus"].get("packages", {})),
         threshold=model.config.patching_threshold,
         longest=model.config.max_patch_length,
         samples="\n\n".join(f"```python\n{sample['prompt']}|{sample['text']}\n```" for sample in samples),
         **tables,
         **lines,
+    )
+
+
+def _packages(versions: Mapping[str, str]) -> str:
+    if not versions:
+        return "and on nothing else"
+    named = ", ".join(f"{name} {version}".strip() for name, version in versions.items())
+    return (
+        f"and in the last run on that of packages with BSD, MIT, Apache, PSF and HPND licenses, without their tests and "
+        f"what held-out files say too: {named}"
     )
 
 

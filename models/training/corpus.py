@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import random
 import sysconfig
@@ -134,6 +135,12 @@ def installed(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise CorpusError(f"no package {package!r} is installed here: name those whose sources are to be trained on")
     return Path(next(iter(found.submodule_search_locations)))
+
+
+def version(package: str) -> str:
+    """The version of an installed package; "" of one that no distribution brought."""
+    distributions = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(distributions[0]).split("+")[0] if distributions else ""
 
 
 def package_files(packages: Sequence[str], held_out: list[bytes]) -> list[bytes]:

@@ -266,7 +266,7 @@ def prepare_corpus(folder: Path, length: int, packages: Sequence[str] = ()) -> N
     write_json(
         record,
         {
-            "packages": list(packages),
+            "packages": {package: corpus.version(package) for package in packages},
             "sha256": built.sha256,
             "train_bytes": built.train_bytes,
             "held_out_bytes": built.held_out_bytes,

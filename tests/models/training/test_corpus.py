@@ -89,6 +89,7 @@ def test_packages_come_beside_without_what_is_held_out(
     assert np.array_equal(with_it.held_out, without.held_out) and with_it.sha256 != without.sha256
     monkeypatch.setattr(corpus, "MOST_OF_A_PACKAGE", 100)
     assert corpus.package_files(["beside"], held_out) == []
+    assert corpus.version("numpy") == np.__version__ and corpus.version("beside") == ""
     for name in ("no_such_package", "../etc", "json.decoder", "math"):
         with pytest.raises(corpus.CorpusError, match="installed"):
             corpus.installed(name)
