@@ -93,7 +93,7 @@ def _packages(versions: Mapping[str, str]) -> str:
         return "and on nothing else"
     named = ", ".join(f"{name} {version}".strip() for name, version in versions.items())
     return (
-        f"and in the last run on that of packages with BSD, MIT, Apache, PSF and HPND licenses, without their tests and "
+        "and in the last run on that of packages with BSD, MIT, Apache, PSF and HPND licenses, without their tests and "
         f"what held-out files say too: {named}"
     )
 
