@@ -6,10 +6,11 @@
  */
 #include "decoder_steps.h"
 
-#include <omp.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "export.h"
+#include "team.h"
 
 /* The call, column by column. */
 static struct plans plans_of(const struct call *call) {
@@ -117,12 +118,38 @@ static int64_t most_rows(const struct plans *of, int64_t first, int64_t last) {
     return behind > rows ? behind : rows;
 }
 
+/* The groups of a call, and a room for each that is on its way. */
+struct grouped {
+    const struct context *with;
+    const struct plans *of;
+    const int32_t *starts;
+    int64_t threads, most, room;
+    char *memory;
+    struct spent *spent;
+    _Atomic int failed;
+};
+
+static void step_group(void *with, int64_t g, int64_t number) {
+    struct grouped *all = with;
+    struct room room;
+    int64_t first = all->starts[g], n = all->starts[g + 1] - first;
+    room_in(all->memory + number * all->room, all->with, all->most, &room);
+    struct task task = {
+        .with = all->with,
+        .of = all->of,
+        .room = &room,
+        .threads = all->threads,
+        .spent = all->spent + number,
+    };
+    int failed = block_steps(&task, first, n);
+    if (failed | follow(&task, first, n)) all->failed = 1;
+}
+
 /* Makes the steps of all requests; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_decoder_steps(const struct part *parts, const struct call *call, const struct latents *latents,
                                  const struct choice *choice, int64_t threads, struct spent *spent) {
     struct context with = {.parts = parts, .latents = latents, .choice = choice};
     struct plans plans = plans_of(call);
-    struct room room;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int64_t apart = threads < plans.count ? threads : plans.count, most = 0;
     int32_t *starts = malloc(sizeof(int32_t) * (plans.count + 1));
@@ -132,32 +159,26 @@ EXPORT int fastblt_decoder_steps(const struct part *parts, const struct call *ca
         int64_t rows = most_rows(&plans, starts[g], starts[g + 1]);
         most = rows > most ? rows : most;
     }
-    int64_t share = room_in(NULL, &with, most, &room);
-    char *memory = malloc(apart * share);
-    if (!memory) {
-        free(starts);
-        return 1;
-    }
-    struct spent all = {0};
-    int failed = 0;
-#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (groups > 1) private(room) \
-    reduction(| : failed) reduction(add : all)
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t first = starts[g], n = starts[g + 1] - first;
-        room_in(memory + omp_get_thread_num() * share, &with, most, &room);
-        struct task task = {
-            .with = &with,
-            .of = &plans,
-            .room = &room,
-            .threads = groups > 1 ? 1 : threads,
-            .spent = &all,
-        };
-        failed |= block_steps(&task, first, n);
-        failed |= follow(&task, first, n);
-    }
-    for (int64_t i = 0; i <= MODULES; i++) all.seconds[i] /= groups > 1 ? apart : 1;
-    *spent = all;
+    int64_t room = room_in(NULL, &with, most, &(struct room){0}), rooms = rooms_for(apart);
+    char *memory = malloc(rooms * room);
+    struct spent *each = calloc(rooms, sizeof *each);
+    struct grouped all = {
+        .with = &with,
+        .of = &plans,
+        .starts = starts,
+        .threads = groups > 1 ? 1 : threads,
+        .most = most,
+        .room = room,
+        .memory = memory,
+        .spent = each,
+        .failed = !memory || !each,
+    };
+    if (!all.failed) share_out(step_group, &all, groups, apart);
+    *spent = (struct spent){0};
+    for (int64_t i = 0; each && i < rooms; i++) add_spent(spent, each + i);
+    for (int64_t i = 0; i <= MODULES; i++) spent->seconds[i] /= groups > 1 ? apart : 1;
+    free(each);
     free(memory);
     free(starts);
-    return failed;
+    return all.failed;
 }

@@ -4,11 +4,37 @@
  * Threads share the requests, and each makes all of its steps before the next begins: nobody waits for another's
  * step. Every row is computed as if it were alone, so threads do not change a result.
  */
-#include <omp.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "export.h"
 #include "single_rows.h"
+#include "team.h"
+
+/* The requests of a call, and a room for each that is on its way, of which a part is what was spent there. */
+struct stepping {
+    const struct context *with;
+    const struct requests *of;
+    const struct rule *rule;
+    int64_t threads, size, scratch, floats, most, room;
+    char *memory;
+    _Atomic int failed;
+};
+
+static void step_request(void *with, int64_t r, int64_t room) {
+    struct stepping *all = with;
+    struct spent *spent = (struct spent *)(all->memory + room * all->room);
+    float *x = (float *)(spent + 1);
+    int32_t *ints = (int32_t *)(x + all->floats);
+    struct row_room own = {
+        .x = x,
+        .scratch = x + all->size,
+        .logits = x + all->size + all->scratch,
+        .beside = {.owners = ints, .positions = ints + all->most, .highs = ints + 2 * all->most},
+        .most = all->most,
+    };
+    if (single_rows(all->with, all->of, all->rule, r, all->threads, &own, spent)) all->failed = 1;
+}
 
 /* Makes the bytes of all requests; what is `spent` becomes that of a thread. Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_multi_step(const struct part *parts, const struct requests *of, const struct latents *latents,
@@ -24,27 +50,27 @@ EXPORT int fastblt_multi_step(const struct part *parts, const struct requests *o
     /* The rows beside the steps begin when these have ended, in the same memory. */
     int64_t stepping = size + scratch + choice->vocabulary, beside = most * (size + 1);
     int64_t floats = stepping > beside ? stepping : beside;
-    int64_t share = floats * sizeof(float) + 3 * most * sizeof(int32_t);
-    char *memory = malloc(apart * share);
+    /* Of whole eights of bytes, for the room behind it. */
+    int64_t room = (sizeof(struct spent) + floats * sizeof(float) + 3 * most * sizeof(int32_t) + 7) / 8 * 8;
+    char *memory = malloc(rooms_for(apart) * room);
     if (!memory) return 1;
-    struct spent all = {0};
-    int failed = 0;
-#pragma omp parallel for num_threads(apart) schedule(dynamic, 1) if (apart > 1) \
-    reduction(| : failed) reduction(add : all)
-    for (int64_t r = 0; r < of->count; r++) {
-        float *x = (float *)(memory + omp_get_thread_num() * share);
-        int32_t *ints = (int32_t *)(x + floats);
-        struct row_room room = {
-            .x = x,
-            .scratch = x + size,
-            .logits = x + size + scratch,
-            .beside = {.owners = ints, .positions = ints + most, .highs = ints + 2 * most},
-            .most = most,
-        };
-        failed |= single_rows(&with, of, rule, r, apart > 1 ? 1 : threads, &room, &all);
-    }
-    for (int64_t i = 0; i <= MODULES; i++) all.seconds[i] /= apart;
-    *spent = all;
+    struct stepping all = {
+        .with = &with,
+        .of = of,
+        .rule = rule,
+        .threads = apart > 1 ? 1 : threads,
+        .size = size,
+        .scratch = scratch,
+        .floats = floats,
+        .most = most,
+        .room = room,
+        .memory = memory,
+    };
+    for (int64_t i = 0; i < rooms_for(apart); i++) *(struct spent *)(memory + i * room) = (struct spent){0};
+    share_out(step_request, &all, of->count, apart);
+    *spent = (struct spent){0};
+    for (int64_t i = 0; i < rooms_for(apart); i++) add_spent(spent, (struct spent *)(memory + i * room));
+    for (int64_t i = 0; i <= MODULES; i++) spent->seconds[i] /= apart;
     free(memory);
-    return failed;
+    return all.failed;
 }

@@ -9,7 +9,7 @@
 #include "stack.h"
 
 #include <math.h>
-#include <omp.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -18,6 +18,7 @@
 #include "exp_below.h"
 #include "export.h"
 #include "latent_attention.h"
+#include "team.h"
 
 /* Work of a pass for which the threads wait at every layer, however even their shares are. */
 #define LARGE 60000
@@ -180,6 +181,24 @@ int go_through(const struct pass *p, int64_t first, int64_t n, float *scratch) {
     return failed;
 }
 
+/* A pass that threads share: one step of it, or (-1) all of them. */
+struct sharing {
+    const struct pass *pass;
+    const int64_t *starts;
+    int64_t n, step;
+    float *scratch;
+    _Atomic int failed;
+};
+
+static void advance_share(void *with, int64_t item, int64_t room) {
+    struct sharing *all = with;
+    const struct pass *p = all->pass;
+    float *own = all->scratch + floats_of(p->module, all->n, room);
+    int64_t first = all->starts[item], n = all->starts[item + 1] - first;
+    /* After a failure the rest goes on. */
+    if (all->step < 0 ? go_through(p, first, n, own) : advance_all(p, all->step, first, n, own)) all->failed = 1;
+}
+
 /* Queries of all rows, and for each thread what `advance` needs. */
 int64_t floats_of(const struct module *m, int64_t n, int64_t threads) {
     return n * m->heads * m->dim + threads * (n < SPAN ? n : SPAN) * (m->heads + 2 * m->kv_heads) * m->dim;
@@ -193,7 +212,7 @@ EXPORT int fastblt_stack(const struct module *module, float *const *caches, cons
     int64_t parts = total / LEAST < threads ? total / LEAST : threads;
     if (parts > MOST_THREADS) parts = MOST_THREADS;
     if (parts < 1) parts = 1;
-    float *scratch = malloc(sizeof(float) * (floats_of(module, n, parts) + 1));
+    float *scratch = malloc(sizeof(float) * (floats_of(module, n, rooms_for(parts)) + 1));
     int64_t *starts = malloc(sizeof(int64_t) * (n + MOST_THREADS + 1));
     if (!scratch || !starts) {
         free(scratch);
@@ -210,33 +229,18 @@ EXPORT int fastblt_stack(const struct module *module, float *const *caches, cons
         .x = x,
         .queries = scratch,
     };
-    int failed = 0;
+    struct sharing all = {.pass = &p, .starts = starts, .n = n, .step = -1, .scratch = scratch};
     if (parts < 2) {
-        failed = go_through(&p, 0, n, scratch + floats_of(module, n, 0));
+        all.failed = go_through(&p, 0, n, scratch + floats_of(module, n, 0));
+    } else if (total <= LARGE && cut(at, n, total, parts, starts) * parts <= total + total / 4) {
+        share_out(advance_share, &all, parts, parts);
     } else {
-        int64_t shares = 0, team = 1;
-#pragma omp parallel num_threads(parts) reduction(| : failed)
-        {
-            int64_t me = omp_get_thread_num();
-#pragma omp single
-            {
-                team = omp_get_num_threads();
-                if (total > LARGE || cut(at, n, total, team, starts) * team > total + total / 4)
-                    shares = cut_finer(at, n, total, team, starts);
-            }
-            float *own = scratch + floats_of(module, n, me);
-            if (!shares) failed |= go_through(&p, starts[me], starts[me + 1] - starts[me], own);
-            /* A thread that failed goes on, for the others wait for it. */
-            for (int64_t i = 0; shares && i <= module->count; i++) {
-#pragma omp for schedule(dynamic, 1)
-                for (int64_t s = 0; s < shares; s++)
-                    failed |= advance_all(&p, i, starts[s], starts[s + 1] - starts[s], own);
-            }
-        }
+        int64_t shares = cut_finer(at, n, total, parts, starts);
+        for (all.step = 0; all.step <= module->count; all.step++) share_out(advance_share, &all, shares, parts);
     }
     free(scratch);
     free(starts);
-    return failed;
+    return all.failed;
 }
 
 double seconds(void) {

@@ -105,8 +105,6 @@ static inline void add_spent(struct spent *to, const struct spent *other) {
     for (int64_t i = 0; i < BESIDE; i++) to->rows[i] += other->rows[i];
 }
 
-#pragma omp declare reduction(add : struct spent : add_spent(&omp_out, &omp_in))
-
 /* Seconds of a clock. */
 double seconds(void);
 

@@ -1,5 +1,5 @@
-/* A pass of a large model is some hundred maps, with little between them. A thread that sleeps between two maps takes
- * longer to wake than a map takes, above all on a virtual machine. So these threads look for work for a while before
+/* A pass of a large model is some hundred maps, one of a small model a few layers, with little between them. A thread
+ * that sleeps between two takes longer to wake than they take, above all on a virtual machine. So these threads look for work for a while before
  * they sleep, and the one that calls them looks for their end. (OpenMP's would do so everywhere or nowhere.)
  *
  * Work has several parts for each thread, and who is there takes the next. So nobody waits for a thread that others on
@@ -14,8 +14,6 @@
 #include <unistd.h>
 
 #define MOST_THREADS 64
-/* Parts of a work for each thread. */
-#define EACH 4
 /* Nanoseconds that a thread looks for work. */
 #define PATIENCE 300000
 
@@ -90,7 +88,7 @@ static void *serve(void *own) {
     struct member me = *(struct member *)own;
     for (;;) {
         me.seen = await(me.seen);
-        if (me.place < parts_of(atomic_load(&team.call)) / EACH) help(me.seen);
+        if (me.place < parts_of(atomic_load(&team.call)) / PARTS_EACH) help(me.seen);
     }
     return NULL;
 }
@@ -120,7 +118,7 @@ void share(work run, void *with, int64_t threads) {
     gather(threads - 1);
     team.run = run;
     team.with = with;
-    team.parts = EACH * (threads <= MOST_THREADS ? threads : MOST_THREADS);
+    team.parts = PARTS_EACH * (threads <= MOST_THREADS ? threads : MOST_THREADS);
     atomic_store(&team.done, 0);
     uint32_t number = number_of(atomic_load(&team.call)) + 1;
     pthread_mutex_lock(&team.lock);
@@ -134,4 +132,22 @@ void share(work run, void *with, int64_t threads) {
         else
             sched_yield();
     pthread_mutex_unlock(&team.used);
+}
+
+struct items {
+    one run;
+    void *with;
+    int64_t count;
+    _Atomic int64_t next;
+};
+
+static void take(void *with, int64_t part, int64_t parts) {
+    struct items *all = with;
+    (void)parts;
+    for (int64_t i; (i = atomic_fetch_add(&all->next, 1)) < all->count;) all->run(all->with, i, part);
+}
+
+void share_out(one run, void *with, int64_t count, int64_t threads) {
+    struct items all = {.run = run, .with = with, .count = count};
+    share(take, &all, threads < count ? threads : count);
 }

@@ -11,6 +11,7 @@
 
 #include "dense.h"
 #include "export.h"
+#include "team.h"
 
 /* Byte states that a thread must have to pool, or latents to store, to be worth its waking. */
 #define LEAST 24
@@ -81,17 +82,30 @@ static int64_t bytes_of(const struct patches *p, int64_t first, int64_t last) {
     return bytes;
 }
 
+/* The patches of a call in `parts` shares. */
+struct pools {
+    const struct pooling *m;
+    const struct patches *p;
+    int64_t n, parts;
+    float *out;
+    _Atomic int failed;
+};
+
+static void pool_share(void *with, int64_t item, int64_t room) {
+    struct pools *all = with;
+    int64_t first = all->n * item / all->parts, last = all->n * (item + 1) / all->parts;
+    (void)room;
+    if (first < last && pool(all->m, all->p, first, last - first, bytes_of(all->p, first, last), all->out))
+        all->failed = 1;
+}
+
 /* Vectors out [n, k * size] of n patches. Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_pool(const struct pooling *m, const struct patches *p, int64_t n, int64_t threads, float *out) {
     int64_t bytes = bytes_of(p, 0, n), parts = bytes / LEAST < threads ? bytes / LEAST : threads;
     if (parts < 2) return pool(m, p, 0, n, bytes, out);
-    int failed = 0;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t first = n * part / parts, last = n * (part + 1) / parts;
-        if (first < last) failed |= pool(m, p, first, last - first, bytes_of(p, first, last), out);
-    }
-    return failed;
+    struct pools all = {.m = m, .p = p, .n = n, .parts = parts, .out = out};
+    share_out(pool_share, &all, parts, parts);
+    return all.failed;
 }
 
 /* Latents [first, first + n) of [.., width]. Returns 0, or 1 when memory ran out. */
@@ -116,16 +130,27 @@ static int store_latents(const struct reading *to, const float *latents, int64_t
     return failed;
 }
 
+/* The latents of a call in `parts` shares. */
+struct storing {
+    const struct reading *to;
+    const float *latents;
+    int64_t n, width, parts;
+    _Atomic int failed;
+};
+
+static void store_share(void *with, int64_t item, int64_t room) {
+    struct storing *all = with;
+    int64_t first = all->n * item / all->parts, last = all->n * (item + 1) / all->parts;
+    (void)room;
+    if (store_latents(all->to, all->latents, all->width, first, last - first)) all->failed = 1;
+}
+
 /* Keys and values of n latents [n, width] to their slots. Returns 0, or 1 when memory ran out. */
 EXPORT int fastblt_store_latents(const struct reading *to, const float *latents, int64_t n, int64_t width,
                                  int64_t threads) {
     int64_t parts = n / LEAST < threads ? n / LEAST : threads;
     if (parts < 2) return store_latents(to, latents, width, 0, n);
-    int failed = 0;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t first = n * part / parts;
-        failed |= store_latents(to, latents, width, first, n * (part + 1) / parts - first);
-    }
-    return failed;
+    struct storing all = {.to = to, .latents = latents, .n = n, .width = width, .parts = parts};
+    share_out(store_share, &all, parts, parts);
+    return all.failed;
 }
