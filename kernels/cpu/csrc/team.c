@@ -1,6 +1,7 @@
 /* A pass of a large model is some hundred maps, one of a small model a few layers, with little between them. A thread
- * that sleeps between two takes longer to wake than they take, above all on a virtual machine. So these threads look for work for a while before
- * they sleep, and the one that calls them looks for their end. (OpenMP's would do so everywhere or nowhere.)
+ * that sleeps between two takes longer to wake than they take, above all on a virtual machine. So these threads look
+ * for work for a while before they sleep, and the one that calls them looks for their end. (OpenMP's would do so
+ * everywhere or nowhere.)
  *
  * Work has several parts for each thread, and who is there takes the next. So nobody waits for a thread that others on
  * the machine keep from its processor, but for the part that it has begun.
