@@ -136,7 +136,7 @@ void share(work run, void *with, int64_t threads) {
 }
 
 struct items {
-    one run;
+    item_work run;
     void *with;
     int64_t count;
     _Atomic int64_t next;
@@ -148,7 +148,7 @@ static void take(void *with, int64_t part, int64_t parts) {
     for (int64_t i; (i = atomic_fetch_add(&all->next, 1)) < all->count;) all->run(all->with, i, part);
 }
 
-void share_out(one run, void *with, int64_t count, int64_t threads) {
+void share_out(item_work run, void *with, int64_t count, int64_t threads) {
     struct items all = {.run = run, .with = with, .count = count};
     share(take, &all, threads < count ? threads : count);
 }

@@ -13,10 +13,10 @@ typedef void (*work)(void *with, int64_t part, int64_t parts);
 void share(work run, void *with, int64_t threads);
 
 /* Item `item` of some; `room` is a number below rooms_for(threads) that no other item has at the same time. */
-typedef void (*one)(void *with, int64_t item, int64_t room);
+typedef void (*item_work)(void *with, int64_t item, int64_t room);
 
 static inline int64_t rooms_for(int64_t threads) { return threads > 1 ? PARTS_EACH * threads : 1; }
 
 /* Runs `count` items, by up to so many threads, this one among them, each of which takes the next as it comes to be
  * free. */
-void share_out(one run, void *with, int64_t count, int64_t threads);
+void share_out(item_work run, void *with, int64_t count, int64_t threads);
