@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
 from fastblt.server.engine.round_time import RoundTime, shares
+from fastblt.server.engine.scheduler import Text
 from fastblt.server.request import DecodingMethod
 
 #: Draft lengths of BLT-S that are considered; those of BLT-DV are the checkpoint's block sizes.
@@ -43,6 +44,9 @@ _PRIOR_ROUNDS, _PRIOR_BLOCKS, _MEMORY = 8.0, 24.0, 400.0
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
 _NEWEST, _NEWEST_ROUND = 0.05, 0.1
+#: What a request that is one of many takes beside its own rounds, in rounds: half of one that goes on when it comes,
+#: one beside which its prompt is computed, and half of its last draft, which is behind its end.
+_ENDS = 2.0
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: Acceptance assumed where a checkpoint says nothing.
@@ -88,14 +92,6 @@ class Told:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Load:
-    """Running means: decoding requests, and patches a byte of their text."""
-
-    requests: float
-    patches_per_byte: float
-
-
 class DraftController:
     """Chooses the drafts of all requests that run `auto`. `costs` are the modules' curves (seconds by rows)."""
 
@@ -126,7 +122,9 @@ class DraftController:
             for size in config.block_sizes
             if size > 1
         }
-        self._load = Load(1.0, 0.25)
+        #: Decoding requests, a running mean.
+        self._requests = 1.0
+        self._text = Text(0.25, 256.0)
         self._round_time = RoundTime()
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
@@ -167,7 +165,7 @@ class DraftController:
         return self._drafted
 
     def _decide(self) -> Draft:
-        requests = max(self._load.requests, 1.0)
+        requests = max(self._requests, 1.0)
         often = min(_PROBE * requests, max(_FEW * requests, _EARLY) * 2.0**self._tries)
         if not self._left and self._rounds >= often:
             self._rounds, self._left = 0, round(_TRY * requests)
@@ -187,24 +185,23 @@ class DraftController:
         self._filtered[draft.block] = (fade * tried + proposed, fade * kept + passed)
 
     def step_ended(
-        self, requests: int, patches_per_byte: Callable[[], float], seconds: float | None, work: list[tuple[str, int]]
+        self, requests: int, text: Callable[[], Text], seconds: float | None, work: list[tuple[str, int]]
     ) -> None:
         """Count a step of the engine: it took `seconds` for the `work`, passes as (module, rows), while `requests` were
-        decoding. None: it computed prompts most of its time, and tells nothing about drafts. `patches_per_byte` is
-        called now and then."""
-        load = self._load
+        decoding. None: it computed prompts most of its time, and tells nothing about drafts. `text` is called now and
+        then."""
         # A step may make many passes of the decoder.
         made = max(sum(module in _DECODING for module, _ in work), 1)
         newest = 1 - (1 - _NEWEST) ** made
-        self._load = Load(load.requests + newest * (requests - load.requests), load.patches_per_byte)
+        self._requests += newest * (requests - self._requests)
         self._time_rounds(requests, seconds)
         self._steps += 1
         # A choice for one request is none for eight: short requests would be over before the next look.
-        changed = not 1 / _CHANGED < self._load.requests / self._chosen_for < _CHANGED
+        changed = not 1 / _CHANGED < self._requests / self._chosen_for < _CHANGED
         if changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
             self._unseen = 0
-            self._chosen_for = max(self._load.requests, 1e-3)
-            self._load = replace(self._load, patches_per_byte=patches_per_byte())
+            self._chosen_for = max(self._requests, 1e-3)
+            self._text = text()
             rival = max(self.drafts, key=self.rate)
             if self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival
@@ -249,9 +246,12 @@ class DraftController:
         self._elapsed, self._begun = 0.0, 0
 
     def rate(self, draft: Draft) -> float:
-        """Bytes a second that all requests together would get if they all drafted so."""
-        count = max(self._load.requests, 1.0)
+        """Bytes a second that all requests together would get if they all drafted so, from their first to their last
+        step."""
+        count = max(self._requests, 1.0)
         passes, steps, made = self._round(draft, count)
+        # Short requests that are many prefer short rounds.
+        made /= 1 + _ENDS * (1 - 1 / count) * made / self._text.output
         return count * made / (self._scale(draft) * self._round_time.seconds(passes, shares(steps, count)))
 
     def _scale(self, draft: Draft) -> float:
@@ -266,7 +266,7 @@ class DraftController:
     def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
         """Of a round of `count` requests: seconds of its passes by the curves, steps of the engine, and the bytes of
         each request."""
-        costs, patches = self._costs, self._load.patches_per_byte
+        costs, patches = self._costs, self._text.patches_per_byte
         rows = count * (draft.length + 1)
         # Where drafts are calls that make several passes, a verification's makes the next one.
         steps = 1.0

@@ -209,7 +209,7 @@ class Engine:
                 if (controller := self._context.controller) is not None:
                     # What prompts take is no cost of drafting.
                     own = pass_time.without_prompts(seconds, prompts)
-                    controller.step_ended(decoding, self._scheduler.patches_per_byte, own, self._runner.work)
+                    controller.step_ended(decoding, self._scheduler.text, own, self._runner.work)
         return deltas
 
     def _step(self) -> list[Delta]:

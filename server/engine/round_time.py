@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 #: What a step takes of the engine's own time whoever is in it, in requests.
-_STEP = 2.0
+_STEP = 1.0
 #: How much of what was known a new round leaves.
 _KEPT = 0.95
 #: What is assumed at first, as if one round had shown it: passes take what the curves say; and, of a round with so many
 #: requests for a second of passes, each request takes so many seconds of the engine's.
-_PER_SECOND, _OWN = 300.0, 1e-4
+_PER_SECOND, _OWN = 300.0, 2e-4
 #: Rounds that are assumed beside it until others came, each with so many requests for a second of passes: the first
 #: ones are those of a server that starts, and are not like the rest.
 _FIRST, _FIRST_PER_SECOND = 4.0, 600.0
@@ -17,13 +17,13 @@ _PACES = (0.5, 3.0)
 
 
 def shares(steps: float, requests: float) -> float:
-    """The shares of the engine's own time in so many steps: each request of a step has one, and the step two."""
+    """The shares of the engine's own time in so many steps: each request of a step has one, and the step one."""
     return steps * (requests + _STEP)
 
 
 class RoundTime:
     """`pace`, what passes take over what the curves say, and `each`, the engine's own seconds for each request in a
-    step and for two more: those with the least squares of relative errors over the last rounds. Rounds of one kind tell
+    step and for one more: those with the least squares of relative errors over the last rounds. Rounds of one kind tell
     only what they take in all.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fastblt.server.decoding.method import Plan
 from fastblt.server.engine.cache.kv_caches import KvCaches
@@ -36,6 +37,13 @@ _TRIED = 16
 
 #: Bytes of output to expect before any request has ended, and the weight of the newest in the mean.
 _OUTPUT, _NEWEST = 256.0, 0.05
+
+
+class Text(NamedTuple):
+    """Means over requests: patches a byte of their text, and bytes of their output."""
+
+    patches_per_byte: float
+    output: float
 
 
 class Scheduler:
@@ -218,6 +226,9 @@ class Scheduler:
         scanned = self._scanned + sum(s.scanned for s in self.running)
         closed = self._closed + sum(s.closed for s in self.running)
         return (closed + 1) / (scanned + 1) if scanned else 0.5
+
+    def text(self) -> Text:
+        return Text(self.patches_per_byte(), self._output)
 
     def fit(self, ready: list[Planned]) -> list[Planned]:
         """The plans of one pass within the row budget; those that waited longest go first."""

@@ -13,10 +13,13 @@ from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, MODULES, CostCurve, Costs, filter_of
 from fastblt.server.engine.draft_controller import Acceptance, DraftController, _chance
+from fastblt.server.engine.scheduler import Text
 from fastblt.server.request import DecodingMethod
 from tests.server.harness import model
 
 BLT = Draft()
+#: Of requests so long that only their rounds count.
+TEXT = Text(0.25, 1e9)
 
 
 def curves(fixed: float, row: float) -> Costs:
@@ -55,7 +58,7 @@ def replay(
         if draft.length:
             controller.round_ended(draft, draft.length, accepted)
         if step % requests == requests - 1:
-            controller.step_ended(requests, lambda: 0.25, None, [])
+            controller.step_ended(requests, lambda: TEXT, None, [])
     return controller.best
 
 
@@ -68,8 +71,23 @@ def timed(controller: DraftController, own: float, requests: int, slow: tuple[Dr
         passes, steps, _ = controller._round(draft, requests)
         seconds = (passes + steps * own) * (2 if draft in slow else 1)
         for _ in range(round(steps)):
-            controller.step_ended(requests, lambda: 0.25, seconds / round(steps), [])
+            controller.step_ended(requests, lambda: TEXT, seconds / round(steps), [])
     return controller.best
+
+
+def test_short_requests_that_are_many_prefer_short_rounds() -> None:
+    """They wait for rounds of others and end within a last one, each time the longer the longer rounds are."""
+    costs = curves(1e-3, 1e-5) | {DRAFT: CostCurve((1, 32), (1e-4, 1e-4))}
+
+    def longest(requests: int, output: float) -> int:
+        controller = DraftController(config(), costs)
+        for _ in range(1000):
+            controller.round_ended(Draft(DecodingMethod.BLT_S, 32), 32, 32)
+        controller.step_ended(requests, lambda: Text(0.25, output), None, [("decoder", 1)] * 500)
+        return max((one for one in controller.drafts if one.method == DecodingMethod.BLT_S), key=controller.rate).length
+
+    assert longest(1, 64.0) == longest(1, 1e9)
+    assert longest(16, 64.0) < longest(16, 1e9)
 
 
 def test_weights_dominate_and_drafts_are_right() -> None:
@@ -108,14 +126,14 @@ def test_rounds_that_begin_together_try_another_draft_together_and_less_and_less
     def tries(requests: int, steps: int) -> list[int]:
         """The steps in which another draft is tried."""
         controller = DraftController(config(), curves(1e-3, 1e-4))
-        controller.step_ended(requests, lambda: 0.25, None, [("decoder", requests)] * 200)
+        controller.step_ended(requests, lambda: TEXT, None, [("decoder", requests)] * 200)
         tried = []
         for step in range(steps):
             drafts = {controller.next() for _ in range(requests)}
             assert len(drafts) == 1
             if drafts != {controller.best}:
                 tried.append(step)
-            controller.step_ended(requests, lambda: 0.25, None, [])
+            controller.step_ended(requests, lambda: TEXT, None, [])
         return tried
 
     assert tries(1, 200) == [16, 17, 50, 51, 116, 117, 182, 183]
@@ -132,7 +150,7 @@ def test_a_choice_for_one_request_is_looked_at_again_when_there_are_many() -> No
     replay(controller, right, 64, rounds=20_000)
     loaded = controller.best
     for _ in range(15):
-        controller.step_ended(1, lambda: 0.25, 0.0, [("decoder", 1)] * 16)
+        controller.step_ended(1, lambda: TEXT, 0.0, [("decoder", 1)] * 16)
     assert controller.best != loaded and controller.rate(controller.best) > 1.05 * controller.rate(loaded)
 
 
@@ -208,7 +226,7 @@ def test_small_gains_do_not_switch() -> None:
             accepted += 1
         if draft.length:
             controller.round_ended(draft, draft.length, accepted)
-        controller.step_ended(4, lambda: 0.25, rng.uniform(0, 2e-4), [])
+        controller.step_ended(4, lambda: TEXT, rng.uniform(0, 2e-4), [])
         switches += controller.best != before
         before = controller.best
     assert switches <= 3
@@ -227,7 +245,7 @@ def test_the_engines_own_time_favors_few_passes() -> None:
     quick, slow = DraftController(config(), costs), DraftController(config(), costs)
     timed(quick, 1e-4, 1)
     timed(slow, 1e-2, 1)
-    many, few = Draft(DecodingMethod.BLT_S, 8), Draft(DecodingMethod.BLT_DV, 8)
+    many, few = Draft(DecodingMethod.BLT_S, 16), Draft(DecodingMethod.BLT_DV, 8)
     assert quick.rate(many) > quick.rate(few)
     assert slow.rate(many) < slow.rate(few)
 
@@ -254,7 +272,7 @@ def test_a_round_is_timed_whole_where_steps_tell_nothing_in_between() -> None:
         (draft,) = {controller.next() for _ in range(32)}
         passes, *_ = controller._round(draft, 32)
         for seconds in (0.1 * passes, 0.9 * passes):
-            controller.step_ended(32, lambda: 0.25, None if rng.random() < 0.4 else seconds, [])
+            controller.step_ended(32, lambda: TEXT, None if rng.random() < 0.4 else seconds, [])
     passes, _, made = controller._round(controller.best, 32)
     assert controller.rate(controller.best) == pytest.approx(32 * made / passes, rel=0.1)
 
@@ -274,7 +292,7 @@ def test_drafts_promise_what_they_gave_whatever_others_teach() -> None:
         (draft,) = {controller.next() for _ in range(32)}
         seconds = factors[draft.method] * controller._round(draft, 32)[0]
         took[draft] = seconds, took.get(draft, (0.0, 0))[1] + 1
-        controller.step_ended(32, lambda: 0.25, seconds, [])
+        controller.step_ended(32, lambda: TEXT, seconds, [])
     known = {draft: seconds for draft, (seconds, rounds) in took.items() if rounds > 8}
     assert len(known) >= 3
     for draft, seconds in known.items():
@@ -286,7 +304,7 @@ def test_a_step_that_leaves_nobody_tells_nothing() -> None:
     controller = DraftController(config(), curves(1e-3, 1e-5) | {DRAFT: CostCurve((1,), (1e-4,))})
     for requests in [1] * 20 + [0] * 20:
         controller.next()
-        controller.step_ended(requests, lambda: 0.25, 1e-9, [])
+        controller.step_ended(requests, lambda: TEXT, 1e-9, [])
     assert controller.rate(controller.best) > 0
 
 
@@ -303,7 +321,7 @@ def test_whatever_steps_take_and_whoever_is_in_them_something_is_drafted(data: s
                 controller.round_ended(draft, draft.length, data.draw(st.integers(0, draft.length)))
             if draft.block:
                 controller.filtered(draft, draft.block - 1, data.draw(st.integers(0, draft.block - 1)))
-        controller.step_ended(requests, lambda: 0.25, taken, [("decoder", requests)])
+        controller.step_ended(requests, lambda: TEXT, taken, [("decoder", requests)])
         assert controller.rate(controller.best) >= 0
 
 

@@ -15,8 +15,8 @@ def test_pace_and_own_time_are_found_from_rounds_that_differ(pace: float, each: 
     for _ in range(200):
         requests, passes = rng.choice([1, 4, 8, 32]), rng.choice([1e-3, 5e-3, 2e-2])
         steps = rng.choice([1, 9])
-        time.count(passes, shares(steps, requests), pace * passes + each * steps * (requests + 2))
-    expected = pace * 1e-2 + each * 10
+        time.count(passes, shares(steps, requests), pace * passes + each * steps * (requests + 1))
+    expected = pace * 1e-2 + each * 9
     assert time.seconds(1e-2, shares(1, 8)) == pytest.approx(expected, rel=0.15)
 
 
