@@ -154,6 +154,19 @@ def fresh(results: Results) -> str:
     return table(("clients", *names, "`auto` over `blt`", "over the best"), rows)
 
 
+def quality(results: Results) -> str:
+    """What each setting's next lines are worth, and what of BLT's it keeps."""
+    [result] = results.values()
+    rows = []
+    for name, row in result["settings"].items():
+        value, low, high = (100 * row["kept"][key] for key in ("value", "low", "high"))
+        kept = "100" if low == high == 100 else f"{value:.1f} ({low:.1f} to {high:.1f})"
+        passes = f"{row['decoder_nfe_per_byte']:.3f}"
+        rows.append([f"`{name}`", f"{100 * row['parses']:.1f}", kept, f"{row['bytes_right']:.2f}", passes])
+    columns = ("", "lines that parse, %", "of BLT's, %", "right bytes of a line", "decoder passes a byte")
+    return table(columns, rows)
+
+
 #: Settings of each lossless method, and of BLT-D, and the runs in which they are compared: file, batch, words.
 _WINNERS = (
     *("blt-s k8", "blt-s k16", "blt-s k32", "blt-dv-8 1step"),

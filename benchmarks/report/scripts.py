@@ -48,6 +48,7 @@ SCRIPTS = {
     "holding": Script("engine.holding weights", "", "--requests 4 --length 16 --rounds 1"),
     "maps": Script("kernels.maps", "--rounds 2", "--rounds 1 --rows 1 --inputs 512 --outputs 512", model=False),
     "weights": Script("checks.weights", "--num-prompts 12", f"--num-prompts 1 --output-len 8 {_TWO}"),
+    "quality": Script("evaluation.methods", "", "--prompts 8 --length 16 --setting blt --setting 'blt-d-8 a0.7'"),
     "constraints": Script("checks.constraints", "--outputs 100 --utf8 500", "--outputs 10 --utf8 10"),
     "lossless": Script("checks.lossless", "--processes 2", "--prompts 2 --sampled 1 --length 16"),
     "soak": Script("checks.soak", "", "--seconds 30"),
