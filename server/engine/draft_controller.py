@@ -7,7 +7,6 @@ only where it promises clearly more, and now and then a round tries another one,
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,15 +23,19 @@ LENGTHS = (1, 2, 4, 8, 16, 32)
 #: Draft lengths of BLT-DSV, each with the block sizes of which it has several.
 FILTERED_LENGTHS = (16, 32)
 
-#: Another draft than the best is tried for `_TRY` rounds in a row, once in so many rounds of each request: the first
-#: time after `_FEW` rounds of each, and `_EARLY` in all.
-_PROBE, _TRY, _FEW, _EARLY = 64, 2, 4, 16
-#: Tries are counted up to so many: two to this power is more than any number of requests.
-_MOST_TRIES = 20
-#: What a draft of another kind must promise of the best one's to be tried often.
-_NEARLY = 0.8
+#: Now and then it is asked whether another draft may be the best: the first time after `_FEW` rounds of each request,
+#: and `_EARLY` in all, and then each time `_LATER` times as late, up to `_SELDOM` rounds of each request.
+_FEW, _EARLY, _LATER, _SELDOM = 3, 12, 1.5, 64
+#: More questions than make `_LATER` to this power more than any number of requests.
+_MOST_LATER = 40
+#: One that may be is tried for so many rounds in a row. Where none may be, some draft is tried one time in `_OLD`,
+#: since what is known grows old.
+_TRY, _OLD = 3, 4
+#: How far off the rate of a draft may be whose rounds were never timed, and one of whose kind nobody knows how much is
+#: accepted; the more rounds there were, the less.
+_UNTIMED, _GUESSED = 0.1, 0.3
 #: What another draft must promise more before it is taken.
-_CLEARLY = 1.03
+_CLEARLY = 1.02
 #: Rounds, or steps of the engine, after which the choice is looked at again.
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
@@ -49,8 +52,8 @@ _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 _ENDS = 2.0
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
-#: Acceptance assumed where a checkpoint says nothing.
-_UNKNOWN = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}
+#: Acceptance assumed where a checkpoint says nothing, and what that is worth, in rounds.
+_UNKNOWN, _NOTHING = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}, 0.25
 
 
 class Acceptance:
@@ -125,14 +128,16 @@ class DraftController:
         #: Decoding requests, a running mean.
         self._requests = 1.0
         self._text = Text(0.25, 256.0)
+        #: Rounds that told how much of a kind of draft is accepted.
+        self._known = {_kind(draft): _PRIOR_ROUNDS if config.acceptance else _NOTHING for draft in self.drafts}
         self._round_time = RoundTime()
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
         self._steps = 0
         #: What is known of the rounds of each draft that was made.
         self._told: dict[Draft, Told] = {}
-        #: Rounds since the last try of another draft, and since the choice was looked at; tries so far.
-        self._rounds = self._unseen = self._tries = 0
+        #: Rounds since another draft was asked for, and since the choice was looked at; how often one was asked for.
+        self._rounds = self._unseen = self._asked = 0
         self._others = self._rivals()
         #: The draft that is tried, for so many rounds more.
         self._trying, self._left = Draft(), 0
@@ -156,8 +161,7 @@ class DraftController:
         """What a round that begins now drafts.
 
         Each kind of draft takes a call of its own, for which all others wait. So all rounds that begin in a step draft
-        the same, and try another draft together. That tells as much as many tries of single ones: tries become fewer,
-        down to one in `_PROBE` rounds of each request.
+        the same, and try another draft together. That tells as much as many tries of single ones.
         """
         if self._drafted is None:
             self._drafted = self._decide()
@@ -166,17 +170,22 @@ class DraftController:
 
     def _decide(self) -> Draft:
         requests = max(self._requests, 1.0)
-        often = min(_PROBE * requests, max(_FEW * requests, _EARLY) * 2.0**self._tries)
+        often = min(_SELDOM * requests, max(_FEW * requests, _EARLY) * _LATER ** min(self._asked, _MOST_LATER))
         if not self._left and self._rounds >= often:
-            self._rounds, self._left = 0, round(_TRY * requests)
-            self._tries = min(self._tries + 1, _MOST_TRIES)
-            self._trying = next(self._others)
+            self._rounds = 0
+            self._asked += 1
+            rival = max((draft for draft in self.drafts if draft != self.best), key=self._hope)
+            if self._hope(rival) > self.rate(self.best):
+                self._trying, self._left = rival, round(_TRY * requests)
+            elif self._asked % _OLD == 0:
+                self._trying, self._left = next(self._others), round(_TRY * requests)
         return self._trying if self._left else self.best
 
     def round_ended(self, draft: Draft, drafted: int, accepted: int) -> None:
         """Count a round's acceptance, unless its draft was cut short by the request's end."""
         if drafted == draft.length:
             self._acceptance[draft.method].count(drafted, accepted)
+            self._known[_kind(draft)] += 1
 
     def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
         """Count bytes of blocks that met the decoder's filter, and how many passed it."""
@@ -233,9 +242,8 @@ class DraftController:
         expected = self._round_time.seconds(passes, own)
         low, high = (bound * expected for bound in _SCALES)
         taken = min(max(self._elapsed * requests / self._begun, low), high)
-        # A first round counts half, beside one that takes what is expected.
-        told = self._told.get(self._timed, Told(0, passes, own, expected))
-        newest = max(_NEWEST_ROUND, 1 / (2 + told.rounds))
+        told = self._told.get(self._timed, Told(0, passes, own, taken))
+        newest = max(_NEWEST_ROUND, 1 / (1 + told.rounds))
         self._told[self._timed] = Told(
             told.rounds + 1,
             told.passes + newest * (passes - told.passes),
@@ -258,9 +266,10 @@ class DraftController:
         """What the draft's rounds took over what is expected of them now; of one that nobody made, as its kind."""
         if (told := self._told.get(draft)) is not None:
             expected = self._round_time.seconds(told.passes, told.shares)
-            return told.seconds / expected if expected else 1.0
-        kind = draft.method, draft.block
-        alike = [self._scale(other) for other in self._told if (other.method, other.block) == kind]
+            # Beside one round that took what is expected.
+            rounds = min(told.rounds, 1 / _NEWEST_ROUND)
+            return (rounds * told.seconds / expected + 1) / (rounds + 1) if expected else 1.0
+        alike = [self._scale(other) for other in self._told if _kind(other) == _kind(draft)]
         return math.fsum(alike) / len(alike) if alike else 1.0
 
     def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
@@ -315,21 +324,31 @@ class DraftController:
             inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
         return rounds, inner
 
+    def _hope(self, draft: Draft) -> float:
+        """The highest rate that it may have, as far as is known."""
+        told = self._told.get(draft)
+        off = _UNTIMED / math.sqrt(1 + (told.rounds if told else 0))
+        if draft.length:
+            off += _GUESSED / math.sqrt(self._known[_kind(draft)])
+        return self.rate(draft) * (1 + off)
+
     def _rivals(self) -> Iterator[Draft]:
-        """The next longer and the next shorter draft of the best's kind, and, in turn, the most promising draft of each
-        other kind that promises nearly as much; of every kind one time in four, since promises are made on what is
-        known."""
-        for turn in itertools.count(1):
+        """In turn: the next longer and the next shorter draft of the best's kind, and the most promising draft of each
+        other kind."""
+        while True:
             best = self.best
-            same = [draft for draft in self.drafts if (draft.method, draft.block) == (best.method, best.block)]
+            same = [draft for draft in self.drafts if _kind(draft) == _kind(best)]
             found = [draft for draft in same if draft.length > best.length][:1]
             found += [draft for draft in same if draft.length < best.length][-1:]
-            least = 0.0 if turn % 4 == 0 else _NEARLY * self.rate(self.best)
             for method in (DecodingMethod.BLT_S, DecodingMethod.BLT_DV, DecodingMethod.BLT_DSV):
                 others = [draft for draft in self.drafts if draft.method == method != best.method]
-                if others and self.rate(most := max(others, key=self.rate)) >= least:
-                    found.append(most)
+                found += [max(others, key=self.rate)] if others else []
             yield from found or [best]
+
+
+def _kind(draft: Draft) -> tuple[DecodingMethod, int]:
+    """Drafts of a kind are alike but for their length."""
+    return draft.method, draft.block
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:
