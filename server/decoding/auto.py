@@ -5,8 +5,8 @@ The bytes do not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from fastblt.kernels.unmasking import ONE_STEP
 from fastblt.server.decoding.blt import Blt
@@ -30,14 +30,24 @@ class Draft:
     block: int = 0
 
 
+class Drafts(Protocol):
+    """Who chooses the drafts of all requests."""
+
+    def next(self) -> Draft:
+        """What a round that begins now drafts."""
+
+    def ended(self, draft: Draft) -> None:
+        """A round that drafted so has ended."""
+
+
 class Auto:
-    """Asks `choose` for the draft of every round, and lets that method make it.
+    """Asks `drafts` for the draft of every round, and lets that method make it.
 
     Between rounds a request's state is a function of its bytes alone (design §3), so rounds may draft differently.
     """
 
-    def __init__(self, choose: Callable[[], Draft]) -> None:
-        self._choose = choose
+    def __init__(self, drafts: Drafts) -> None:
+        self._drafts = drafts
         self._inner: Method = Blt()
         self._between = True
         self._begun = False
@@ -53,7 +63,8 @@ class Auto:
         if plan.samples > 1 and not plan.draft:
             # A verification goes on with the next round's draft.
             plan.stop_after(1)
-            self._next = self._choose()
+            # It may be planned again before it runs.
+            self._next = self._next or self._drafts.next()
             length = self._next.length
             if self._next.method == DecodingMethod.BLT_DV:
                 plan.draft_next(length, _ONE_STEP, 1)
@@ -69,12 +80,14 @@ class Auto:
             self._begin()
         progress = self._inner.advance(plan, outcome)
         if not plan.draft:
+            if self._begun:
+                self._drafts.ended(self.draft)
             self._between = self._begun = True
         return progress
 
     def _begin(self) -> None:
         # The first pass gives the first byte at once, whatever will be drafted later.
-        self.draft = self._next or (self._choose() if self._begun else Draft())
+        self.draft = self._next or (self._drafts.next() if self._begun else Draft())
         self._inner = _method(self.draft)
         self._between, self._next = False, None
 

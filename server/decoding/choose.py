@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fastblt.kernels.unmasking import CONFIDENCE, ENTROPY, EXCLUSIVE_MAX, ONE_STEP
 from fastblt.models.config import BltConfig
-from fastblt.server.decoding.auto import Auto, Draft
+from fastblt.server.decoding.auto import Auto, Drafts
 from fastblt.server.decoding.blt import Blt
 from fastblt.server.decoding.blt_d import BltD
 from fastblt.server.decoding.blt_dsv import BltDSV
@@ -78,12 +77,12 @@ def resolve(
     return DecodingParams(method, **values)
 
 
-def make_method(decoding: DecodingParams, choose: Callable[[], Draft] | None = None) -> Method:
-    """The method object of one request, from its resolved decoding; `auto` asks `choose` how to draft."""
+def make_method(decoding: DecodingParams, drafts: Drafts | None = None) -> Method:
+    """The method object of one request, from its resolved decoding; `auto` asks `drafts` how to draft."""
     method = decoding.method
     if method == DecodingMethod.AUTO:
-        assert choose is not None
-        return Auto(choose)
+        assert drafts is not None
+        return Auto(drafts)
     if method == DecodingMethod.BLT:
         return Blt()
     if method == DecodingMethod.BLT_S:

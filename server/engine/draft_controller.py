@@ -30,7 +30,7 @@ _FEW, _EARLY, _LATER, _SELDOM = 3, 12, 1.5, 64
 _MOST_LATER = 40
 #: One that may be is tried for so many rounds in a row. Where none may be, some draft is tried one time in `_OLD`,
 #: since what is known grows old.
-_TRY, _OLD = 3, 4
+_TRY, _OLD = 2, 4
 #: How far off the rate of a draft may be whose rounds were never timed, and one of whose kind nobody knows how much is
 #: accepted; the more rounds there were, the less.
 _UNTIMED, _GUESSED = 0.1, 0.3
@@ -141,12 +141,12 @@ class DraftController:
         self._others = self._rivals()
         #: The draft that is tried, for so many rounds more.
         self._trying, self._left = Draft(), 0
-        #: What rounds draft that begin in this step, and how many do; None: none did.
+        #: What rounds draft that are planned in this step, and how many ended in it; None: none was planned.
         self._drafted: Draft | None = None
-        self._began = 0
-        #: The draft whose rounds are timed, how many had begun before, seconds since then, and how many began in them.
+        self._ended = 0
+        #: The draft whose rounds are timed, how many ended before, seconds since then, and how many ended in them.
         self._timed: Draft | None = None
-        self._before, self._elapsed, self._begun = 0, 0.0, 0
+        self._before, self._elapsed, self._taken = 0, 0.0, 0
         self.best = max(self.drafts, key=self.rate)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
@@ -165,8 +165,13 @@ class DraftController:
         """
         if self._drafted is None:
             self._drafted = self._decide()
-        self._began += 1
         return self._drafted
+
+    def ended(self, draft: Draft) -> None:
+        """Count a round."""
+        self._ended += 1
+        if draft == self._trying:
+            self._left = max(self._left - 1, 0)
 
     def _decide(self) -> Draft:
         requests = max(self._requests, 1.0)
@@ -216,32 +221,30 @@ class DraftController:
                 self.best = rival
 
     def _time_rounds(self, requests: int, seconds: float | None) -> None:
-        """Count a step. From a step that ends with as many rounds begun as there are requests, all alike, to the next
-        such one each request has taken one round."""
-        drafted, began = self._drafted, self._began
-        self._drafted, self._began = None, 0
-        self._rounds = 0 if drafted not in (None, self.best) else self._rounds + began
-        self._unseen += began
-        if drafted == self._trying:
-            self._left = max(self._left - began, 0)
+        """Count a step: how long rounds take that draft as most rounds do. Rounds count where they end, since a plan
+        may be made steps before it runs."""
+        drafted, ended = self._drafted, self._ended
+        self._drafted, self._ended = None, 0
+        self._rounds = 0 if drafted not in (None, self.best) else self._rounds + ended
+        self._unseen += ended
         if drafted not in (None, self._timed) or seconds is None:
             # The first step of another draft verifies what was drafted before.
             self._timed = drafted or self._timed
-            self._before, self._elapsed, self._begun = began, 0.0, 0
+            self._before, self._elapsed, self._taken = ended, 0.0, 0
             return
         if self._before < requests:
-            # Some of these rounds began before, so that what they take here is not all of it.
-            self._before += began
+            # Some rounds that end next began before, so that what they take from now on is not all of it.
+            self._before += ended
             return
         self._elapsed += seconds
-        self._begun += began
-        if self._timed is None or not requests or not self._begun or self._begun < requests:
+        self._taken += ended
+        if self._timed is None or not requests or self._taken < requests:
             return
         passes, steps, _ = self._round(self._timed, requests)
         own = shares(steps, requests)
         expected = self._round_time.seconds(passes, own)
         low, high = (bound * expected for bound in _SCALES)
-        taken = min(max(self._elapsed * requests / self._begun, low), high)
+        taken = min(max(self._elapsed * requests / self._taken, low), high)
         told = self._told.get(self._timed, Told(0, passes, own, taken))
         newest = max(_NEWEST_ROUND, 1 / (1 + told.rounds))
         self._told[self._timed] = Told(
@@ -251,7 +254,7 @@ class DraftController:
             told.seconds + newest * (taken - told.seconds),
         )
         self._round_time.count(passes, own, taken)
-        self._elapsed, self._begun = 0.0, 0
+        self._elapsed, self._taken = 0.0, 0
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so, from their first to their last

@@ -162,7 +162,7 @@ class Engine:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         if decoding.method == DecodingMethod.AUTO:
             self.calibrate()
-        method = make_method(decoding, controller.next if (controller := self._context.controller) else None)
+        method = make_method(decoding, self._context.controller)
         sequence = Sequence(request, decoding, method, seed, constraint)
         try:
             self._scheduler.enqueue(sequence)

@@ -94,6 +94,9 @@ class Fickle(DraftController):
         self.named.add(draft)
         return draft
 
+    def ended(self, draft: Draft) -> None:
+        assert draft in self.drafts
+
     def step_ended(self, *of_a_pass: object) -> None:
         pass
 

@@ -58,10 +58,24 @@ def test_every_kind_of_draft_takes_part() -> None:
     assert done.ids == plain["blt"].ids
 
 
+class Given:
+    """Drafts that are given, and the rounds that ended."""
+
+    def __init__(self, *drafts: Draft) -> None:
+        self._drafts = iter(drafts)
+        self.rounds: list[Draft] = []
+
+    def next(self) -> Draft:
+        return next(self._drafts)
+
+    def ended(self, draft: Draft) -> None:
+        self.rounds.append(draft)
+
+
 def test_a_round_keeps_its_draft_to_the_end() -> None:
     """And the first pass, as one after a preemption, drafts nothing."""
-    drafts = iter([Draft(DecodingMethod.BLT_S, 2), Draft(DecodingMethod.BLT_DV, 4)])
-    auto = Auto(lambda: next(drafts))
+    drafts = Given(Draft(DecodingMethod.BLT_S, 2), Draft(DecodingMethod.BLT_DV, 4))
+    auto = Auto(drafts)
     assert auto.plan(10, 0, 50).causal == 10
     assert auto.advance(auto.plan(10, 0, 50), Outcome(ids=[7])).commit == [7]
     for drafted in (8, 9):
@@ -70,7 +84,11 @@ def test_a_round_keeps_its_draft_to_the_end() -> None:
         auto.advance(plan, Outcome(ids=[drafted]))
     verification = auto.plan(11, 10, 49)
     assert verification.samples == 3
+    # Who waits for others is planned again: its next draft stays, and is asked for once.
+    verification = auto.plan(11, 10, 49)
+    assert drafts.rounds == []
     auto.advance(verification, Outcome(ids=[8, 5], accepted=1))
+    assert drafts.rounds == [Draft(DecodingMethod.BLT_S, 2)]
     assert len(auto.plan(13, 12, 47).block_ids) == 4
     auto.reset()
     assert not auto.plan(13, 0, 47).draft
