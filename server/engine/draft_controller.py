@@ -221,8 +221,8 @@ class DraftController:
                 self.best = rival
 
     def _time_rounds(self, requests: int, seconds: float | None) -> None:
-        """Count a step: how long rounds take that draft as most rounds do. Rounds count where they end, since a plan
-        may be made steps before it runs."""
+        """Count a step towards the time of a round: from where all rounds under way draft alike until as many have
+        ended as there are requests. Rounds count where they end, since a plan may be made steps before it runs."""
         drafted, ended = self._drafted, self._ended
         self._drafted, self._ended = None, 0
         self._rounds = 0 if drafted not in (None, self.best) else self._rounds + ended
