@@ -62,7 +62,7 @@ def speed(port: int, setting: str, temperature: float, clients: int, each: int) 
 def fresh(
     *,
     model: str = str(PRETRAINED),
-    rounds: int = 3,
+    rounds: int = 5,
     clients: Sequence[int] = (1, 8, 32),
     temperature: Sequence[float] = (0.0, 0.8),
     setting: Sequence[str] = SETTINGS,

@@ -32,7 +32,7 @@ SCRIPTS = {
     "modes": Script("engine.speed modes", "--rounds 2", "--rounds 1 --requests 4 --length 16"),
     "overhead": Script("engine.speed overhead", "--rounds 5", "--rounds 1 --length 20"),
     "auto": Script("engine.speed auto", "--rounds 5", "--rounds 1 --requests 1 --length 40"),
-    "fresh": Script("load.fresh", "--rounds 3", "--rounds 1 --clients 1 --setting blt"),
+    "fresh": Script("load.fresh", "--rounds 5", "--rounds 1 --clients 1 --setting blt"),
     "first_picture": Script("load.first_picture"),
     "front": Script("load.front", "--rounds 4", "--rounds 1 --streams 4 --num-prompts 4"),
     "page": Script("load.page", "--num-prompts 96", "--rounds 1 --streams 4 --num-prompts 4"),
