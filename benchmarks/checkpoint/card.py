@@ -23,7 +23,7 @@ tables), for trying out and testing FastBLT on any machine. It runs as `blt`, `b
 (blocks of {blocks}). It completes Python in the manner of the standard library and repeats itself soon: an instrument,
 not an assistant.
 
-* **Made by** `fastblt train` (`docs/training.md`) on two CPU cores, in {runs}; {total}.
+* **Made by** `fastblt train` (`docs/training.md`) on two CPU cores, in {runs}{averaged}; {total}.
 * **Trained on** the source of CPython 3.11's standard library and its tests, as installed with the interpreter
   (copyright Python Software Foundation, PSF License Version 2), {packages}. Digest of the last run's text:
   `{sha256}`.
@@ -77,6 +77,7 @@ def card(
         tables=model.encoder_hash_tok_embedding.weight.numel() / 1e6,
         blocks=", ".join(map(str, model.config.block_sizes)),
         runs="one run" if len(runs) == 1 else f"{len(runs)} runs",
+        averaged=_averaged(record.get("averaged", [])),
         total=_total(runs),
         sha256=record["corpus"]["sha256"],
         packages=_packages(record["corpus"].get("packages", {})),
@@ -93,9 +94,15 @@ def _packages(versions: Mapping[str, str]) -> str:
         return "and on nothing else"
     named = ", ".join(f"{name} {version}".strip() for name, version in versions.items())
     return (
-        "and in the last run on that of packages with BSD, MIT, Apache, PSF and HPND licenses, without their tests and "
+        "and in later runs on that of packages with BSD, MIT, Apache, PSF and HPND licenses, without their tests and "
         f"what held-out files say too: {named}"
     )
+
+
+def _averaged(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    return f", by `fastblt average` of the weights after runs {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _total(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastblt.server.cli.checkpoints import convert, train, widen
+from fastblt.server.cli.checkpoints import average, convert, train, widen
 from fastblt.server.cli.command import Command, show_version
 from fastblt.server.cli.generate import generate
 from fastblt.server.cli.serve import serve
@@ -35,7 +35,7 @@ def fastblt(
     """An inference server for Byte Latent Transformers. Begin with `fastblt serve`."""
 
 
-for command in (serve, generate, convert, widen):
+for command in (serve, generate, convert, widen, average):
     app.command(cls=Command)(command)
 # Its options are the training program's own.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(train)

@@ -1,4 +1,4 @@
-"""Commands that make checkpoints: `convert`, `widen` and `train`."""
+"""Commands that make checkpoints: `convert`, `widen`, `train` and `average`."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ def train(context: typer.Context) -> None:
     from fastblt.models.training.train import main as run
 
     raise typer.Exit(run(context.args))
+
+
+def average(
+    sources: Annotated[list[str], typer.Argument(help="Checkpoint folders or Hub ids, trained on from one.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Average the weights of runs that went on from the same checkpoint: as a rule better than each of them."""
+    with clean_errors():
+        from fastblt.models.training.average import average as run
+
+        run(sources, output)
+        typer.echo(f"wrote {output}")

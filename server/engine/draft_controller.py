@@ -48,8 +48,8 @@ _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
 _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: What a request that is one of many takes beside its own rounds, in rounds: half of one that goes on when it comes,
-#: one beside which its prompt is computed, and half of its last draft, which is behind its end.
-_ENDS = 2.0
+#: and half of its last draft, which is behind its end.
+_ENDS = 1.0
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: Acceptance assumed where a checkpoint says nothing, and what that is worth, in rounds.

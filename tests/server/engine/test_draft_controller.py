@@ -100,8 +100,8 @@ def test_short_requests_that_are_many_prefer_short_rounds() -> None:
         controller.step_ended(requests, lambda: Text(0.25, output), None, [("decoder", 1)] * 500)
         return max((one for one in controller.drafts if one.method == DecodingMethod.BLT_S), key=controller.rate).length
 
-    assert longest(1, 64.0) == longest(1, 1e9)
-    assert longest(16, 64.0) < longest(16, 1e9)
+    assert longest(1, 24.0) == longest(1, 1e9)
+    assert longest(16, 24.0) < longest(16, 1e9)
 
 
 def test_weights_dominate_and_drafts_are_right() -> None:
