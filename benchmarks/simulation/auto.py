@@ -33,8 +33,8 @@ from fastblt.server.settings import PRETRAINED
 _KIND, _DRAFT, _ROUND = 0.06, 0.06, 0.08
 #: Bounds of what passes take over the curves, and of the engine's own seconds for a request and step.
 _PACE, _OWN = (0.9, 1.15), (1.2e-4, 3.5e-4)
-#: Patches a byte, bytes of each request, rounds of another request that it takes beside its own, and the share of steps
-#: that are mostly prompts, and tell nothing.
+#: Patches a byte, bytes of each request, what one of many takes beside its own rounds, in rounds, and the share of
+#: steps that are mostly prompts, and tell nothing.
 _PATCHES, _OUTPUT, _ENDS, _PROMPTS = 0.2, 192, 1.0, 0.4
 #: How often the decoder's next byte is right, and a block's.
 _RIGHT = ((0.985, 0.7), (0.975, 0.55))

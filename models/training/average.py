@@ -39,6 +39,11 @@ def average(sources: Sequence[str], output: Path) -> None:
         if {name: own.shape(name) for name in own} != {name: first.shape(name) for name in first}:
             raise CheckpointError(f"{folder} has other tensors than {folders[0]}")
 
+    try:
+        runs = _runs(folders)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"a {RUNS_FILE} is none of `fastblt train` ({error!r}): remove it") from None
+
     def read(name: str) -> Tensor:
         total = torch.zeros(first.shape(name), dtype=torch.float64)
         for one in files:
@@ -47,7 +52,7 @@ def average(sources: Sequence[str], output: Path) -> None:
 
     sizes = {name: first.read(name).numel() * first.itemsize(name) for name in first}
     write_checkpoint(output, configs[0], sizes, read)
-    if runs := _runs(folders):
+    if runs:
         (output / RUNS_FILE).write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
 
 

@@ -51,6 +51,14 @@ def test_without_records_there_is_none(folders: list[str], tmp_path: Path) -> No
     assert not (tmp_path / "mean" / "training.json").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": 3, "corpus": {}}'])
+def test_another_record_is_refused_before_anything_is_written(text: str, folders: list[str], tmp_path: Path) -> None:
+    Path(folders[1], "training.json").write_text(text)
+    with pytest.raises(CheckpointError, match="remove it"):
+        average(folders, tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
 def test_what_cannot_be_averaged(folders: list[str], tmp_path: Path) -> None:
     save_checkpoint(toy_model(0, hash_group_vocab=32), tmp_path / "other")
     for sources, words in ((folders[:1], "two checkpoints"), ([folders[0], str(tmp_path / "other")], "another ")):
