@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastblt.models.blt import Blt
-from fastblt.models.training.train import RUNS_FILE
+from fastblt.models.training.record import listed, read_record
 
 _TEXT = """---
 license: apache-2.0
@@ -69,7 +68,9 @@ def card(
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
     """The card's text, from tables by name, the counts of `lines`, and samples with `prompt` and `text`."""
-    record = json.loads((folder / RUNS_FILE).read_text())
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"{folder} has no record of its runs, which `fastblt train` writes: a card tells them")
     runs = record["runs"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return _TEXT.format(
@@ -77,10 +78,10 @@ def card(
         tables=model.encoder_hash_tok_embedding.weight.numel() / 1e6,
         blocks=", ".join(map(str, model.config.block_sizes)),
         runs="one run" if len(runs) == 1 else f"{len(runs)} runs",
-        averaged=_averaged(record.get("averaged", [])),
+        averaged=_averaged(record["averaged"]),
         total=_total(runs),
         sha256=record["corpus"]["sha256"],
-        packages=_packages(record["corpus"].get("packages", {})),
+        packages=_packages(record["corpus"]["packages"]),
         threshold=model.config.patching_threshold,
         longest=model.config.max_patch_length,
         samples="\n\n".join(f"```python\n{sample['prompt']}|{sample['text']}\n```" for sample in samples),
@@ -102,7 +103,7 @@ def _packages(versions: Mapping[str, str]) -> str:
 def _averaged(numbers: Sequence[int]) -> str:
     if not numbers:
         return ""
-    return f", by `fastblt average` of the weights after runs {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+    return f", by `fastblt average` of the weights after runs {listed(numbers)}"
 
 
 def _total(runs: Sequence[Mapping[str, Any]]) -> str:

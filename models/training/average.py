@@ -6,7 +6,6 @@ et al. 2022, "Model soups"). Means of models that never met are worth nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from fastblt.models.checkpoint import TensorFiles, write_checkpoint
 from fastblt.models.checkpoint_folder import CONFIG_FILE, CheckpointError, checkpoint_folder, read_json
-from fastblt.models.training.train import RUNS_FILE
+from fastblt.models.training.files import write_json
+from fastblt.models.training.record import RUNS_FILE, merged, read_record
 
 #: Keys of a configuration that may differ: they follow from the weights.
 _OF_THE_WEIGHTS = ("acceptance",)
@@ -39,10 +39,9 @@ def average(sources: Sequence[str], output: Path) -> None:
         if {name: own.shape(name) for name in own} != {name: first.shape(name) for name in first}:
             raise CheckpointError(f"{folder} has other tensors than {folders[0]}")
 
-    try:
-        runs = _runs(folders)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"a {RUNS_FILE} is none of `fastblt train` ({error!r}): remove it") from None
+    records = [record for folder in folders if (record := read_record(folder)) is not None]
+    # Runs that nobody recorded are not to be told as if there were none.
+    record = merged(records) if len(records) == len(folders) else None
 
     def read(name: str) -> Tensor:
         total = torch.zeros(first.shape(name), dtype=torch.float64)
@@ -52,31 +51,9 @@ def average(sources: Sequence[str], output: Path) -> None:
 
     sizes = {name: first.read(name).numel() * first.itemsize(name) for name in first}
     write_checkpoint(output, configs[0], sizes, read)
-    if runs:
-        (output / RUNS_FILE).write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    if record is not None:
+        write_json(output / RUNS_FILE, record)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in read_json(folder / CONFIG_FILE).items() if key not in _OF_THE_WEIGHTS}
-
-
-def _runs(folders: Sequence[Path]) -> dict[str, Any]:
-    """The records of all, with every run once, and the numbers of the runs whose weights are averaged, from 1 on. Empty
-    where one has no record."""
-    paths = [folder / RUNS_FILE for folder in folders]
-    if not all(path.is_file() for path in paths):
-        return {}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    runs: list[dict[str, Any]] = []
-    averaged = []
-    for record in records:
-        number = 0
-        for run in record["runs"]:
-            # In the list of all, the run before may be another one.
-            named = run | ({"from": f"the weights of run {number}"} if number else {})
-            if named not in runs:
-                runs.append(named)
-            number = runs.index(named) + 1
-        averaged.append(number)
-    packages = {name: version for record in records for name, version in record["corpus"].get("packages", {}).items()}
-    return {"corpus": records[-1]["corpus"] | {"packages": packages}, "runs": runs, "averaged": averaged}

@@ -31,9 +31,9 @@ from fastblt.models.training.objective import Objective
 from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
 from fastblt.models.training.parallel import World, joined
 from fastblt.models.training.recipe import BltTask, recompute, shape
+from fastblt.models.training.record import RUNS_FILE, Record, began, read_record
 from fastblt.models.training.start import begin
 from fastblt.models.training.state import Length, Saved
-from fastblt.models.training.train import RUNS_FILE, read_runs
 
 #: Held-out sequences that the number of kept patches is measured on.
 _MEASURED = 64
@@ -225,10 +225,13 @@ class _Stages:
         save_sharded(model, folder, self.world, args.start)
         if self.world.rank > 0:
             return
-        earlier = read_runs(args.start) if args.start is not None else []
+        earlier = read_record(args.start) if args.start is not None else None
         fresh = self.work / "entropy" if args.start is None else None
-        run = describe_run(Length.read(self.loop.folder), Length.read(fresh) if fresh else Length(), args)
-        write_json(folder / RUNS_FILE, {"corpus": text_record, "runs": [*earlier, run]})
+        run = describe_run(Length.read(self.loop.folder), Length.read(fresh) if fresh else Length(), args, earlier)
+        # The weights that it began from have seen their packages.
+        seen = (earlier["corpus"]["packages"] if earlier else {}) | text_record.get("packages", {})
+        runs = [*(earlier["runs"] if earlier else []), run]
+        write_json(folder / RUNS_FILE, {"corpus": text_record | {"packages": seen}, "runs": runs})
         self.console.print(f"exported to {folder}; serve it with: fastblt serve {folder}")
 
 
@@ -241,12 +244,13 @@ def most_memory(world: World) -> int:
     return int(line) * 1024
 
 
-def describe_run(length: Length, entropy: Length, args: argparse.Namespace) -> dict[str, Any]:
-    """The cost and the settings of a run. Processor minutes are of all processes, compilation included."""
+def describe_run(length: Length, entropy: Length, args: argparse.Namespace, earlier: Record | None) -> dict[str, Any]:
+    """The cost and the settings of a run that began at a checkpoint with the record `earlier`. Processor minutes are of
+    all processes, compilation included."""
     own = ("work", "export", "start", "minutes", "entropy_minutes", "steps", "stop_after", "entropy_steps", "dry_run")
     settings = {name: value for name, value in vars(args).items() if name not in own and value not in (None, [])}
     return {
-        "from": "new weights" if args.start is None else "the weights of the run before",
+        "from": "new weights" if args.start is None else began(earlier),
         "steps": length.steps,
         "megabytes": round(length.steps * args.micro_batches * args.batch * args.length / 1e6, 1),
         "minutes": round(length.seconds / 60, 1),

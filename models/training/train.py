@@ -12,7 +12,6 @@ and its curve (blt/), the finished checkpoint (checkpoint/).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -30,9 +29,7 @@ from fastblt.models.checkpoint_folder import (
 )
 from fastblt.models.config import ConfigError
 from fastblt.models.training.layout import BLOCK_ROWS, PARTS, TILE
-
-#: The file in an exported checkpoint's folder that describes its text and the runs that made it.
-RUNS_FILE = "training.json"
+from fastblt.models.training.record import read_record
 
 _WELCOME = """\
 fastblt train: a corpus, 9 minutes for the entropy model, 80 for the BLT-D, unless --entropy-minutes and --minutes say \
@@ -148,6 +145,7 @@ def _settle_shape(args: argparse.Namespace) -> None:
         config = read_config(folder)
         if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
             raise CheckpointError(f"--from {args.start} has {CONFIG_FILE} but no {WEIGHTS_FILE}")
+        read_record(folder)
         args.start = folder
         sizes, longest = list(config.block_sizes) or sizes, config.max_patch_length  # type: ignore[assignment]
         if args.max_patch_length not in (None, longest):
@@ -234,12 +232,6 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, CorpusError, StateError, TextError) as error:
         print(f"fastblt train: {error}", file=sys.stderr)
         return 1
-
-
-def read_runs(checkpoint: Path) -> list[dict[str, object]]:
-    """The runs that made an exported checkpoint, oldest first. Empty if it does not record them."""
-    record = checkpoint / RUNS_FILE
-    return json.loads(record.read_text())["runs"] if record.is_file() else []
 
 
 if __name__ == "__main__":

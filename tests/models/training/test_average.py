@@ -18,7 +18,8 @@ from tests.models.training.toys import toy_model
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
     """Three checkpoints of one shape, with records of runs: the second and the third went on from the first."""
-    first, second, third = ({"from": text, "steps": steps} for text, steps in (("new", 1), ("x", 2), ("x", 3)))
+    before = "the weights of the run before"
+    first, second, third = ({"from": text, "steps": steps} for text, steps in (("new", 1), (before, 2), (before, 3)))
     for seed, runs in enumerate(([first], [first, second], [first, second, third])):
         folder = tmp_path / str(seed)
         save_checkpoint(toy_model(seed), folder, torch.bfloat16)
