@@ -37,7 +37,8 @@ class BltConfig:
     """All that is needed to build and run a BLT (the fields of `BltConfig` in `transformers`, and our own).
 
     `patching_threshold` is in nats. `block_sizes` are those the diffusion head was trained for: empty for a plain
-    BLT. `acceptance` maps a draft setting to its measured acceptance, and may be empty.
+    BLT. `acceptance` maps a draft setting to its measured acceptance, of BLT-DSV to what its filter keeps, and may be
+    empty.
     """
 
     patcher: StackConfig

@@ -32,7 +32,7 @@ from fastblt.benchmarks.prompts import held_out_prompts, held_out_sources, human
 from fastblt.benchmarks.savings.batches import engine_of
 from fastblt.benchmarks.savings.methods import figures
 from fastblt.benchmarks.settings import decoding as decoding_of
-from fastblt.benchmarks.settings import papers
+from fastblt.benchmarks.settings import longer, papers
 from fastblt.benchmarks.text_statistics import distinct4, loops
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
@@ -119,17 +119,29 @@ def along_text(model: Blt, text: NDArray[np.uint16], temperature: float) -> Rows
 
 def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature: float) -> Rows:
     """Rows of the table for the engine's decoding, on the model's own text."""
-    wanted = {"blt"} | {drafter.name for drafter in drafters(model.config.block_sizes)}
-    wanted |= {f"blt-d-{size} a{BLT_D_THRESHOLD}" for size in model.config.block_sizes}
+    sizes = model.config.block_sizes
+    wanted = {"blt", "blt-s k32"} | {drafter.name for drafter in drafters(sizes)}
+    wanted |= {f"blt-d-{size} a{BLT_D_THRESHOLD}" for size in sizes} | {f"blt-dsv-{size} k32" for size in sizes}
     rows: Rows = []
     plain = None
-    for name in papers(model.config.block_sizes):
+    for name in [*papers(sizes), *longer(sizes)]:
         if name in wanted:
             params = [whole_length(decoding_of(name), length, temperature, seed) for seed in range(len(prompts))]
             outputs = complete(engine_of(model, prompts, length), prompts, params)
             plain = plain or outputs
             rows.append({"setting": name, **figures(outputs, plain)})
     return rows
+
+
+def own_acceptance(greedy: Rows, sampled: Rows) -> dict[str, float]:
+    """Acceptance on the model's own text by setting, the mean of greedy and sampled: where `auto` begins. Of BLT-DSV it
+    is the share of a block's bytes that the decoder's filter keeps, since its drafts are those of BLT-S."""
+    means = {}
+    for row, other in zip(greedy, sampled, strict=True):
+        which = "acceptance" if row["filter"] is None else "filter"
+        if row[which] is not None and not row["setting"].endswith("paper"):
+            means[row["setting"]] = round((row[which] + other[which]) / 2, 4)
+    return means
 
 
 def greedy(model: Blt, prompts: Sequence[list[int]], length: int) -> list[bytes]:
@@ -225,8 +237,10 @@ def decoding_table(rows: Rows) -> str:
     columns = (
         "setting",
         "acceptance %",
+        "kept by the filter %",
         "bytes a round",
         "bytes a patch",
+        "decoder passes a byte",
         "weights a byte, of BLT's",
         "equal to BLT %",
     )
@@ -234,8 +248,10 @@ def decoding_table(rows: Rows) -> str:
         [
             row["setting"],
             percent(row["acceptance"], 1),
+            percent(row["filter"], 1),
             "" if row["acceptance"] is None else f"{row['bytes_a_round']:.2f}",
             "" if row["bytes_per_patch"] is None else f"{row['bytes_per_patch']:.2f}",
+            f"{row['decoder_per_byte']:.3f}",
             f"{1 - row['gb_saved']:.2f}",
             percent(row["equal_positions"], 1),
             percent(row["loops"]),
@@ -247,7 +263,7 @@ def decoding_table(rows: Rows) -> str:
 
 
 def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
-    """Write the tables to the folder's model card, and the acceptance along held-out text to its `config.json`."""
+    """Write the tables to the folder's model card, and the acceptance on its own text to its `config.json`."""
     tables = {
         "prediction": prediction_table(result),
         "along_greedy": along_table(result["along_greedy"]),
@@ -256,11 +272,7 @@ def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
         "decoding_sampled": decoding_table(result["decoding_sampled"]),
     }
     text = card(folder, model, tables, result["lines"], result["samples"])
-    acceptance = {
-        row["draft"]: round(row["acceptance"], 4)
-        for row in result["along_greedy"]
-        if "acceptance" in row and not row["draft"].endswith("paper")
-    }
+    acceptance = own_acceptance(result["decoding_greedy"], result["decoding_sampled"])
     config = json.dumps(replace(model.config, acceptance=acceptance).to_dict(), indent=2) + "\n"
     write_atomically(folder / "README.md", lambda to: to.write_text(text))
     write_atomically(folder / CONFIG_FILE, lambda to: to.write_text(config))
@@ -270,7 +282,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint.")] = PRETRAINED,
     *,
     sequences: Annotated[int, typer.Option(help="Held-out sequences that drafts are made along.")] = 12,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode from.")] = 12,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to decode from.")] = 24,
     length: Annotated[int, typer.Option(help="Bytes to decode after each.")] = 128,
     into_folder: Annotated[bool, typer.Option("--write", help="Into the folder's README.md and config.json.")] = False,
 ) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def figures(outputs: Sequence[Output], plain: Sequence[Output]) -> dict[str, Any
     in_rounds = total.bytes - (len(outputs) if total.drafted else 0)
     return {
         "acceptance": total.accepted / total.drafted if total.drafted else None,
+        "filter": total.passed / total.proposed if total.proposed else None,
         "bytes_a_round": in_rounds / total.rounds if total.rounds else None,
         "decoder_per_byte": statistics.mean(o.ledger.decoder / len(o.ids) for o in outputs),
         "upstream_per_byte": statistics.mean(o.ledger.global_ / len(o.ids) for o in outputs),

@@ -119,7 +119,7 @@ class DraftController:
         # BLT-DSV's drafts are those of BLT-S.
         self._acceptance[DecodingMethod.BLT_DSV] = self._acceptance[DecodingMethod.BLT_S]
         #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of some
-        #: blocks as right as BLT-DV's.
+        #: blocks, by the checkpoint's table, or as right as BLT-DV's.
         self._filtered = {
             size: (_PRIOR_BLOCKS * (size - 1), _PRIOR_BLOCKS * self._right_of_block(config.acceptance, size))
             for size in config.block_sizes
@@ -150,8 +150,11 @@ class DraftController:
         self.best = max(self.drafts, key=self.rate)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
-        """How many of the bytes that a block of BLT-DV proposes are right, by the checkpoint's table if that has it.
-        The block's first byte is the pending row's own, and is not proposed."""
+        """How many of the bytes that a block proposes pass the decoder's filter, by the checkpoint's table; or else how
+        many of BLT-DV's are right. The block's first byte is the pending row's own, and is not proposed."""
+        filtered = [share for name, share in table.items() if name.startswith(f"blt-dsv-{size} ")]
+        if filtered:
+            return filtered[0] * (size - 1)
         share = table.get(f"blt-dv-{size} 1step")
         if share is None:
             return self._acceptance[DecodingMethod.BLT_DV].bytes(size - 1)

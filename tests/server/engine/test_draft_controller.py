@@ -238,6 +238,15 @@ def test_a_cold_start_follows_the_checkpoint() -> None:
     assert bad.best == BLT
 
 
+def test_a_cold_start_knows_what_a_filter_keeps() -> None:
+    table = {"blt-s k32": 0.95, "blt-dv-4 1step": 0.3}
+    few = DraftController(config(acceptance=table | {"blt-dsv-4 k32": 0.1}), curves(1e-3, 1e-6))
+    many = DraftController(config(acceptance=table | {"blt-dsv-4 k32": 0.9}), curves(1e-3, 1e-6))
+    filtered = Draft(DecodingMethod.BLT_DSV, 32, 4)
+    assert many.rate(filtered) > 1.5 * few.rate(filtered)
+    assert many.best == filtered
+
+
 def test_small_gains_do_not_switch() -> None:
     """Two drafts that give the same but for noise: it settles on one."""
     controller = DraftController(config(), curves(1e-3, 1e-5))
