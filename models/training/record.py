@@ -32,7 +32,10 @@ def read_record(folder: Path) -> Record | None:
             for number, run in enumerate(record["runs"])
         ]
         packages = dict(record["corpus"].get("packages", {}))
-        averaged = [number for number in record.get("averaged", []) if runs[number - 1]]
+        averaged = list(record.get("averaged", []))
+        named = [(int(old), number) for number, run in enumerate(runs) for old in re.findall(r"\d+", run["from"])]
+        if not all(1 <= old <= last for old, last in [*named, *((number, len(runs)) for number in averaged)]):
+            raise ValueError("it names runs that it has not")
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is none of `fastblt train` ({error!r}): remove it") from None
     return {"corpus": record["corpus"] | {"packages": packages}, "runs": runs, "averaged": averaged}

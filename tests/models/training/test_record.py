@@ -59,6 +59,8 @@ def test_the_run_before_has_a_number(tmp_path: Path) -> None:
     [
         *("", "[]", "{}", '{"runs": 3, "corpus": {}}', '{"runs": [{}], "corpus": {}}', '{"runs": [], "corpus": 3}'),
         '{"runs": [], "corpus": {}, "averaged": [1]}',
+        '{"runs": [{"from": "new"}], "corpus": {}, "averaged": [0]}',
+        '{"runs": [{"from": "new"}, {"from": "run 2"}], "corpus": {}}',
     ],
 )
 def test_a_foreign_file_of_that_name_is_told(text: str, tmp_path: Path) -> None:
