@@ -1,4 +1,4 @@
-"""Makes all files of docs/evaluation/ again, for the shipped checkpoint: about 35 minutes on two idle cores.
+"""Makes all files of docs/evaluation/ again, for the shipped checkpoint: about 12 minutes on two idle cores.
 
     python -m fastblt.benchmarks.evaluation.publish                    JSON, charts and their page into docs/evaluation/
     python -m fastblt.benchmarks.evaluation.publish --processor-clock  the same on a machine that has other jobs, too
