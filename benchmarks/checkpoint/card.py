@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastblt.models.blt import Blt
-from fastblt.models.training.record import listed, read_record
+from fastblt.models.training.record import Record, Run, listed
 
 _TEXT = """---
 license: apache-2.0
@@ -61,27 +60,24 @@ Greedy, after the bar.
 
 
 def card(
-    folder: Path,
+    record: Record,
     model: Blt,
     tables: Mapping[str, str],
     lines: Mapping[str, int],
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
     """The card's text, from tables by name, the counts of `lines`, and samples with `prompt` and `text`."""
-    record = read_record(folder)
-    if record is None:
-        raise ValueError(f"{folder} has no record of its runs, which `fastblt train` writes: a card tells them")
-    runs = record["runs"]
+    runs = record.runs
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return _TEXT.format(
         millions=parameters / 1e6,
         tables=model.encoder_hash_tok_embedding.weight.numel() / 1e6,
         blocks=", ".join(map(str, model.config.block_sizes)),
         runs="one run" if len(runs) == 1 else f"{len(runs)} runs",
-        averaged=_averaged(record["averaged"]),
+        averaged=_averaged(record.averaged),
         total=_total(runs),
-        sha256=record["corpus"]["sha256"],
-        packages=_packages(record["corpus"]["packages"]),
+        sha256=(record.corpus.model_extra or {})["sha256"],
+        packages=_packages(record.corpus.packages),
         threshold=model.config.patching_threshold,
         longest=model.config.max_patch_length,
         samples="\n\n".join(f"```python\n{sample['prompt']}|{sample['text']}\n```" for sample in samples),
@@ -100,16 +96,18 @@ def _packages(versions: Mapping[str, str]) -> str:
     )
 
 
-def _averaged(numbers: Sequence[int]) -> str:
-    if not numbers:
+def _averaged(shares: Mapping[int, float]) -> str:
+    if not shares:
         return ""
-    return f", by `fastblt average` of the weights after runs {listed(numbers)}"
+    alike = max(shares.values()) - min(shares.values()) < 1e-6
+    named = list(shares) if alike else [f"{number} ({100 * share:.3g} %)" for number, share in shares.items()]
+    return f", by `fastblt average` of the weights after runs {listed(named)}"
 
 
-def _total(runs: Sequence[Mapping[str, Any]]) -> str:
-    minutes, entropy = sum(run["minutes"] for run in runs), sum(run["entropy_minutes"] for run in runs)
-    steps, megabytes = sum(run["steps"] for run in runs), sum(run["megabytes"] for run in runs)
-    processor = [run["processor_minutes"] for run in runs if run["processor_minutes"] is not None]
+def _total(runs: Sequence[Run]) -> str:
+    minutes, entropy = sum(run.minutes for run in runs), sum(run.entropy_minutes for run in runs)
+    steps, megabytes = sum(run.steps for run in runs), sum(run.megabytes for run in runs)
+    processor = [run.processor_minutes for run in runs if run.processor_minutes is not None]
     spent = f" ({sum(processor):.0f} processor minutes in the last {len(processor)})" if processor else ""
     return (
         f"{minutes:.0f} minutes{spent} after {entropy:.0f} for its entropy model: {megabytes:.1f} MB of text in "

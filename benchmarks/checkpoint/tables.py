@@ -45,6 +45,7 @@ from fastblt.models.training.entropy import patch_starts
 from fastblt.models.training.evaluate import evaluate, leak_check
 from fastblt.models.training.files import write_atomically
 from fastblt.models.training.layout import Start
+from fastblt.models.training.record import RUNS_FILE, Record, read_record
 from fastblt.models.vocabulary import decode, encode, with_bos
 from fastblt.server.settings import PRETRAINED
 
@@ -139,7 +140,7 @@ def own_acceptance(greedy: Rows, sampled: Rows) -> dict[str, float]:
     is the share of a block's bytes that the decoder's filter keeps, since its drafts are those of BLT-S."""
     means = {}
     for row, other in zip(greedy, sampled, strict=True):
-        which = "acceptance" if row["filter"] is None else "filter"
+        which = "filter" if row["setting"].startswith("blt-dsv") else "acceptance"
         if row[which] is not None and not row["setting"].endswith("paper"):
             means[row["setting"]] = round((row[which] + other[which]) / 2, 4)
     return means
@@ -263,7 +264,7 @@ def decoding_table(rows: Rows) -> str:
     return table((*columns, "loops %", "distinct"), cells)
 
 
-def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
+def write(folder: Path, record: Record, model: Blt, result: dict[str, Any]) -> None:
     """Write the tables to the folder's model card, and the acceptance on its own text to its `config.json`."""
     tables = {
         "prediction": prediction_table(result),
@@ -272,7 +273,7 @@ def write(folder: Path, model: Blt, result: dict[str, Any]) -> None:
         "decoding_greedy": decoding_table(result["decoding_greedy"]),
         "decoding_sampled": decoding_table(result["decoding_sampled"]),
     }
-    text = card(folder, model, tables, result["lines"], result["samples"])
+    text = card(record, model, tables, result["lines"], result["samples"])
     acceptance = own_acceptance(result["decoding_greedy"], result["decoding_sampled"])
     config = json.dumps(replace(model.config, acceptance=acceptance).to_dict(), indent=2) + "\n"
     write_atomically(folder / "README.md", lambda to: to.write_text(text))
@@ -288,10 +289,13 @@ def main(
     into_folder: Annotated[bool, typer.Option("--write", help="Into the folder's README.md and config.json.")] = False,
 ) -> dict[str, Any]:
     """Measure a checkpoint."""
+    record = read_record(folder)
+    if into_folder and record is None:
+        raise typer.BadParameter(f"{folder} has no {RUNS_FILE}, which `fastblt train` writes: the card tells its runs")
     model = load_checkpoint(folder)
     result = measure(model, sequences=sequences, prompts=prompts, length=length)
-    if into_folder:
-        write(folder, model, result)
+    if into_folder and record is not None:
+        write(folder, record, model, result)
     return result
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastblt.models.checkpoint import TensorFiles, write_checkpoint
 from fastblt.models.checkpoint_folder import CONFIG_FILE, CheckpointError, checkpoint_folder, read_json
-from fastblt.models.training.files import write_json
 from fastblt.models.training.record import RUNS_FILE, merged, read_record
 
 #: Keys of a configuration that may differ: they follow from the weights.
@@ -52,7 +51,9 @@ def average(sources: Sequence[str], output: Path) -> None:
     sizes = {name: first.read(name).numel() * first.itemsize(name) for name in first}
     write_checkpoint(output, configs[0], sizes, read)
     if record is not None:
-        write_json(output / RUNS_FILE, record)
+        record.write(output)
+    else:
+        (output / RUNS_FILE).unlink(missing_ok=True)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,74 +1,116 @@
-"""What made a checkpoint: its runs in the order of time, where each began, and the text of the last one."""
+"""What made a checkpoint: its runs, where each began, what text it saw, and whose mean the weights are."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from fastblt.models.checkpoint_folder import CheckpointError
+from fastblt.models.training.files import write_json
 
 RUNS_FILE = "training.json"
 
-#: {"corpus": {...}, "runs": [{"from": ..., ...}, ...], "averaged": [numbers]}. Runs are numbered from 1 on; `averaged`
-#: are those whose weights' mean the checkpoint is.
-Record = dict[str, Any]
+
+class Run(BaseModel):
+    """The cost and the settings of a run. It names earlier runs by number, from 1 on, in the list it stands in."""
+
+    began: str = Field(alias="from")
+    steps: int
+    megabytes: float
+    minutes: float
+    processor_minutes: float | None
+    entropy_minutes: float
+    settings: dict[str, Any]
+
+
+class Corpus(BaseModel):
+    """The text of a run. `packages` are all that it and the runs before it saw, with their versions."""
+
+    model_config = ConfigDict(extra="allow")
+    packages: dict[str, str] = {}
+
+
+class Record(BaseModel):
+    """The runs behind a checkpoint, each behind those it goes on from, and the text of the last one. `averaged` has the
+    shares of the runs whose weights' mean the checkpoint is; empty: it is what the last run made."""
+
+    corpus: Corpus
+    runs: list[Run] = Field(min_length=1)
+    averaged: dict[PositiveInt, PositiveFloat] = {}
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Self:
+        for number, run in enumerate(self.runs):
+            run.began = run.began.replace("the run before", f"run {number}")
+            if not all(1 <= int(old) <= number for old in re.findall(r"\d+", run.began)):
+                raise ValueError(f"run {number + 1} goes on from one that does not stand before it")
+        if not all(number <= len(self.runs) for number in self.averaged):
+            raise ValueError("averaged names a run that is not there")
+        return self
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Of the runs whose weights the checkpoint consists of."""
+        return self.averaged or {len(self.runs): 1.0}
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RUNS_FILE, self.model_dump(by_alias=True, mode="json"))
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a checkpoint, with the number of the run before in place of "the run before"; None if it has none.
+    """The record of a checkpoint; None if it has none.
 
-    Raises CheckpointError for a file of that name that `fastblt train` and `fastblt average` did not write.
+    Raises CheckpointError for a file of that name that neither `fastblt train` nor `fastblt average` wrote.
     """
     path = folder / RUNS_FILE
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        runs = [
-            run | {"from": run["from"].replace("the run before", f"run {number}")}
-            for number, run in enumerate(record["runs"])
-        ]
-        packages = dict(record["corpus"].get("packages", {}))
-        averaged = list(record.get("averaged", []))
-        named = [(int(old), number) for number, run in enumerate(runs) for old in re.findall(r"\d+", run["from"])]
-        if not all(1 <= old <= last for old, last in [*named, *((number, len(runs)) for number in averaged)]):
-            raise ValueError("it names runs that it has not")
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{path} is none of `fastblt train` ({error!r}): remove it") from None
-    return {"corpus": record["corpus"] | {"packages": packages}, "runs": runs, "averaged": averaged}
+        return Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except OSError as error:
+        reason = str(error)
+    raise CheckpointError(f"{path} is none of `fastblt train` ({reason}): remove it") from None
 
 
 def began(record: Record | None) -> str:
     """Where a run begins that goes on from a checkpoint with this record."""
-    if record is None or not record["runs"]:
+    if record is None:
         return "weights without a record"
-    if record["averaged"]:
-        return f"the mean of the weights of runs {listed(record['averaged'])}"
-    return f"the weights of run {len(record['runs'])}"
+    if len(record.shares) > 1:
+        return f"a mean of the weights of runs {listed(list(record.shares))}"
+    return f"the weights of run {next(iter(record.shares))}"
 
 
-def listed(numbers: Sequence[int]) -> str:
+def listed(items: Sequence[object]) -> str:
     """1, 2 and 3."""
-    return " and ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
+    return " and ".join(filter(None, (", ".join(map(str, items[:-1])), str(items[-1]))))
 
 
 def merged(records: Sequence[Record]) -> Record:
     """The record of the mean of checkpoints with these records: every run once, numbered anew, and all packages."""
-    runs: list[dict[str, Any]] = []
-    averaged: list[int] = []
+    runs: list[Run] = []
+    averaged: dict[int, float] = {}
+    packages: dict[str, str] = {}
     for record in records:
         numbers: list[int] = []
-        for run in record["runs"]:
-            named = run | {"from": _renumbered(run["from"], numbers)}
-            if named not in runs:
-                runs.append(named)
-            numbers.append(runs.index(named) + 1)
-        averaged += [numbers[number - 1] for number in record["averaged"]] or numbers[-1:]
-    packages = {name: version for record in records for name, version in record["corpus"]["packages"].items()}
-    return {"corpus": records[-1]["corpus"] | {"packages": packages}, "runs": runs, "averaged": averaged}
+        for run in record.runs:
+            own = run.model_copy(update={"began": _renumbered(run.began, numbers)})
+            if own not in runs:
+                runs.append(own)
+            numbers.append(runs.index(own) + 1)
+        for number, share in record.shares.items():
+            averaged[numbers[number - 1]] = averaged.get(numbers[number - 1], 0.0) + share / len(records)
+        packages |= record.corpus.packages
+    return Record.model_construct(
+        corpus=records[-1].corpus.model_copy(update={"packages": packages}), runs=runs, averaged=averaged
+    )
 
 
 def _renumbered(start: str, numbers: Sequence[int]) -> str:

@@ -31,7 +31,7 @@ from fastblt.models.training.objective import Objective
 from fastblt.models.training.optimizer import Optimizer, OptimizerConfig
 from fastblt.models.training.parallel import World, joined
 from fastblt.models.training.recipe import BltTask, recompute, shape
-from fastblt.models.training.record import RUNS_FILE, Record, began, read_record
+from fastblt.models.training.record import Corpus, Record, Run, began, read_record
 from fastblt.models.training.start import begin
 from fastblt.models.training.state import Length, Saved
 
@@ -82,6 +82,7 @@ class _Stages:
     def run(self) -> int:
         args, work = self.args, self.work
         work.mkdir(parents=True, exist_ok=True)
+        self.keep_record()
         data = self.text()
         self.console.print(f"text {json.dumps(data.record)}")
         teacher = None
@@ -219,19 +220,25 @@ class _Stages:
             settings = {"blt": describe(self.loop), "patching": patching, "command": vars(self.args)}
             write_json(self.work / "settings.json", json.loads(json.dumps(settings, default=str)))
 
+    def keep_record(self) -> None:
+        """Keep what made the checkpoint that the run begins from: another may stand there when it ends."""
+        first = self.world.rank == 0 and not (self.work / "settings.json").is_file()
+        if first and self.args.start is not None and (record := read_record(self.args.start)) is not None:
+            record.write(self.work)
+
     def export(self, model: Blt, text_record: dict[str, Any]) -> None:
         args = self.args
         folder: Path = args.export or self.work / "checkpoint"
         save_sharded(model, folder, self.world, args.start)
         if self.world.rank > 0:
             return
-        earlier = read_record(args.start) if args.start is not None else None
+        earlier = read_record(self.work)
         fresh = self.work / "entropy" if args.start is None else None
         run = describe_run(Length.read(self.loop.folder), Length.read(fresh) if fresh else Length(), args, earlier)
         # The weights that it began from have seen their packages.
-        seen = (earlier["corpus"]["packages"] if earlier else {}) | text_record.get("packages", {})
-        runs = [*(earlier["runs"] if earlier else []), run]
-        write_json(folder / RUNS_FILE, {"corpus": text_record | {"packages": seen}, "runs": runs})
+        seen = (earlier.corpus.packages if earlier else {}) | text_record.get("packages", {})
+        own = Corpus.model_validate(text_record | {"packages": seen})
+        Record(corpus=own, runs=[*(earlier.runs if earlier else []), run]).write(folder)
         self.console.print(f"exported to {folder}; serve it with: fastblt serve {folder}")
 
 
@@ -244,26 +251,36 @@ def most_memory(world: World) -> int:
     return int(line) * 1024
 
 
-def describe_run(length: Length, entropy: Length, args: argparse.Namespace, earlier: Record | None) -> dict[str, Any]:
+def describe_run(length: Length, entropy: Length, args: argparse.Namespace, earlier: Record | None) -> Run:
     """The cost and the settings of a run that began at a checkpoint with the record `earlier`. Processor minutes are of
     all processes, compilation included."""
     own = ("work", "export", "start", "minutes", "entropy_minutes", "steps", "stop_after", "entropy_steps", "dry_run")
     settings = {name: value for name, value in vars(args).items() if name not in own and value not in (None, [])}
-    return {
-        "from": "new weights" if args.start is None else began(earlier),
-        "steps": length.steps,
-        "megabytes": round(length.steps * args.micro_batches * args.batch * args.length / 1e6, 1),
-        "minutes": round(length.seconds / 60, 1),
-        "processor_minutes": round(length.processor_seconds / 60, 1),
-        "entropy_minutes": round(entropy.seconds / 60, 1),
-        "settings": settings,
-    }
+    return Run.model_validate(
+        {
+            "from": "new weights" if args.start is None else began(earlier),
+            "steps": length.steps,
+            "megabytes": round(length.steps * args.micro_batches * args.batch * args.length / 1e6, 1),
+            "minutes": round(length.seconds / 60, 1),
+            "processor_minutes": round(length.processor_seconds / 60, 1),
+            "entropy_minutes": round(entropy.seconds / 60, 1),
+            "settings": settings,
+        }
+    )
 
 
 def prepare_corpus(folder: Path, length: int, packages: Sequence[str] = ()) -> None:
-    """Write the text of the standard library and of `packages` as arrays, unless they are there. Raises CorpusError."""
+    """Write the text of the standard library and of `packages` as arrays, unless they are there.
+
+    Raises CorpusError, also where the text that is there is of other packages.
+    """
     record = folder / "corpus.json"
     if record.is_file():
+        has = json.loads(record.read_text())["packages"]
+        if sorted(has) != sorted(packages):
+            raise corpus.CorpusError(
+                f"{folder} has the text of other --packages ({', '.join(sorted(has)) or 'none'}): take another --work"
+            )
         return
     built = corpus.build(length=length, packages=packages)
     save_corpus(folder, built)

@@ -12,6 +12,7 @@ from fastblt.models.checkpoint import load_checkpoint, save_checkpoint
 from fastblt.models.checkpoint_folder import CheckpointError
 from fastblt.models.training.average import average
 from fastblt.server.cli import app
+from tests.models.training.test_record import run
 from tests.models.training.toys import toy_model
 
 
@@ -19,7 +20,7 @@ from tests.models.training.toys import toy_model
 def folders(tmp_path: Path) -> list[str]:
     """Three checkpoints of one shape, with records of runs: the second and the third went on from the first."""
     before = "the weights of the run before"
-    first, second, third = ({"from": text, "steps": steps} for text, steps in (("new", 1), (before, 2), (before, 3)))
+    first, second, third = (run(text, steps) for text, steps in (("new", 1), (before, 2), (before, 3)))
     for seed, runs in enumerate(([first], [first, second], [first, second, third])):
         folder = tmp_path / str(seed)
         save_checkpoint(toy_model(seed), folder, torch.bfloat16)
@@ -42,11 +43,13 @@ def test_runs_are_told_once_each_and_by_number(folders: list[str], tmp_path: Pat
     record = json.loads((tmp_path / "mean" / "training.json").read_text())
     assert [run["steps"] for run in record["runs"]] == [1, 2, 3]
     assert [run["from"] for run in record["runs"]] == ["new", "the weights of run 1", "the weights of run 2"]
-    assert record["averaged"] == [1, 2, 3]
+    assert record["averaged"] == {"1": 1 / 3, "2": 1 / 3, "3": 1 / 3}
     assert record["corpus"] == {"sha256": "2", "packages": {"p0": "1", "p1": "1", "p2": "1"}}
 
 
 def test_without_records_there_is_none(folders: list[str], tmp_path: Path) -> None:
+    average(folders[:2], tmp_path / "mean")
+    assert (tmp_path / "mean" / "training.json").exists()
     Path(folders[1], "training.json").unlink()
     average(folders[:2], tmp_path / "mean")
     assert not (tmp_path / "mean" / "training.json").exists()
