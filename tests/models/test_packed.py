@@ -141,8 +141,8 @@ def test_a_checkpoint_with_outlier_channels_is_handled(
     assert error("int8") < 0.05
     if factor == 1:
         model = load_checkpoint(tmp_path, weights="int8")
-        maps = [module.weights for module in model.modules() if isinstance(module, PackedLinear)]
-        assert sum(one.storage == Storage.INT8 for one in maps) == 73
+        maps = [module.weights.storage for module in model.modules() if isinstance(module, PackedLinear)]
+        assert maps.count(Storage.INT8) > 4 * maps.count(Storage.BFLOAT16)
     if factor >= 64:
         monkeypatch.setattr(packed, "rounds_away", lambda *_: False)
         assert error("int8") > 0.1

@@ -231,20 +231,16 @@ def test_a_cold_start_follows_the_checkpoint() -> None:
     costs = curves(1e-3, 1e-6)
     sizes = config().block_sizes
     good = DraftController(config(acceptance={f"blt-dv-{size} 1step": 0.9 for size in sizes}), costs)
-    bad = DraftController(
-        config(acceptance={f"blt-dv-{size} 1step": 0.01 for size in sizes} | {"blt-s k8": 0.01}), costs
-    )
+    little = {f"blt-dv-{size} 1step": 0.01 for size in sizes} | {"blt-s k8": 0.01}
+    bad = DraftController(config(acceptance=little), costs)
     assert good.best.method == DecodingMethod.BLT_DV
     assert bad.best == BLT
 
 
 def test_a_cold_start_knows_what_a_filter_keeps() -> None:
-    table = {"blt-s k32": 0.95, "blt-dv-4 1step": 0.3}
-    few = DraftController(config(acceptance=table | {"blt-dsv-4 k32": 0.1}), curves(1e-3, 1e-6))
-    many = DraftController(config(acceptance=table | {"blt-dsv-4 k32": 0.9}), curves(1e-3, 1e-6))
-    filtered = Draft(DecodingMethod.BLT_DSV, 32, 4)
-    assert many.rate(filtered) > 1.5 * few.rate(filtered)
-    assert many.best == filtered
+    tables = ({"blt-s k32": 0.95, "blt-dv-4 1step": 0.3, "blt-dsv-4 k32": kept} for kept in (0.1, 0.9))
+    few, many = (DraftController(config(acceptance=table), curves(1e-3, 1e-6)) for table in tables)
+    assert many.rate(many.best) > 1.5 * few.rate(many.best) and many.best == Draft(DecodingMethod.BLT_DSV, 32, 4)
 
 
 def test_small_gains_do_not_switch() -> None:
