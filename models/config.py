@@ -32,13 +32,17 @@ class StackConfig:
         return self.hidden_size // self.num_heads
 
 
+#: Behind the name of a draft setting: in sampled text.
+SAMPLED = " sampled"
+
+
 @dataclass(frozen=True)
 class BltConfig:
     """All that is needed to build and run a BLT (the fields of `BltConfig` in `transformers`, and our own).
 
     `patching_threshold` is in nats. `block_sizes` are those the diffusion head was trained for: empty for a plain
-    BLT. `acceptance` maps a draft setting to its measured acceptance, of BLT-DSV to what its filter keeps, and may be
-    empty.
+    BLT. `acceptance` maps a draft setting to its measured acceptance in greedy text (of BLT-DSV: what its filter
+    keeps), and its name with SAMPLED behind it to that in text of temperature 0.8; it may be empty.
     """
 
     patcher: StackConfig

@@ -38,6 +38,7 @@ from fastblt.benchmarks.text_statistics import distinct4, loops
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import CONFIG_FILE, load_checkpoint
+from fastblt.models.config import SAMPLED
 from fastblt.models.patching import PatchRule
 from fastblt.models.training.corpus import chunks, stream
 from fastblt.models.training.entropy import measure as measure_patcher
@@ -136,14 +137,15 @@ def decoding(model: Blt, prompts: Sequence[list[int]], length: int, temperature:
 
 
 def own_acceptance(greedy: Rows, sampled: Rows) -> dict[str, float]:
-    """Acceptance on the model's own text by setting, the mean of greedy and sampled: where `auto` begins. Of BLT-DSV it
-    is the share of a block's bytes that the decoder's filter keeps, since its drafts are those of BLT-S."""
-    means = {}
-    for row, other in zip(greedy, sampled, strict=True):
-        which = "filter" if row["setting"].startswith("blt-dsv") else "acceptance"
-        if row[which] is not None and not row["setting"].endswith("paper"):
-            means[row["setting"]] = round((row[which] + other[which]) / 2, 4)
-    return means
+    """Acceptance on the model's own text by setting, greedy and sampled: where `auto` begins. Of BLT-DSV it is the
+    share of a block's bytes that the decoder's filter keeps, since its drafts are those of BLT-S."""
+    found = {}
+    for rows, suffix in ((greedy, ""), (sampled, SAMPLED)):
+        for row in rows:
+            share = row["filter" if row["setting"].startswith("blt-dsv") else "acceptance"]
+            if share is not None and not row["setting"].endswith("paper"):
+                found[row["setting"] + suffix] = round(share, 4)
+    return found
 
 
 def greedy(model: Blt, prompts: Sequence[list[int]], length: int) -> list[bytes]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fastblt.models.config import BltConfig
+from fastblt.models.config import SAMPLED, BltConfig
 from fastblt.server.decoding.auto import Draft
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
 from fastblt.server.engine.round_time import RoundTime, shares
@@ -57,13 +57,13 @@ _UNKNOWN, _NOTHING = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}, 0.
 
 
 class Acceptance:
-    """How often a draft's bytes are accepted, by position, given that all before them were; `prior` to begin with.
+    """How often a draft's bytes are accepted, by position, given that all before them were; `prior` where none were.
 
     Where a position has few trials, the estimate of the one before it is used.
     """
 
     def __init__(self, length: int, prior: float) -> None:
-        self._prior = prior
+        self.prior = prior
         self._tried = [0.0] * length
         self._right = [0.0] * length
 
@@ -76,7 +76,7 @@ class Acceptance:
 
     def bytes(self, length: int) -> float:
         """Bytes of a draft of `length` that will be right, on average."""
-        expected, all_right, chance = 0.0, 1.0, self._prior
+        expected, all_right, chance = 0.0, 1.0, self.prior
         for at in range(length):
             chance = (self._right[at] + _PRIOR_ROUNDS * chance) / (self._tried[at] + _PRIOR_ROUNDS)
             all_right *= chance
@@ -110,21 +110,19 @@ class DraftController:
             for size in config.block_sizes
             if 1 < size <= length // 2
         ]
+        #: What the checkpoint says of greedy text, and of sampled text.
+        self._tables = config.acceptance, _sampled(config.acceptance)
         # Drafts of a kind are much alike in their first bytes, whatever their length.
+        self._lengths = {DecodingMethod.BLT_S: LENGTHS, DecodingMethod.BLT_DV: config.block_sizes}
         self._acceptance = {
-            method: Acceptance(max(lengths), _prior(config.acceptance, method, lengths))
-            for method, lengths in ((DecodingMethod.BLT_S, LENGTHS), (DecodingMethod.BLT_DV, config.block_sizes))
-            if lengths
+            method: Acceptance(max(lengths), 0.0) for method, lengths in self._lengths.items() if lengths
         }
         # BLT-DSV's drafts are those of BLT-S.
         self._acceptance[DecodingMethod.BLT_DSV] = self._acceptance[DecodingMethod.BLT_S]
-        #: Of every block size, the bytes that met the filter, and those that passed it; to begin with those of some
-        #: blocks, by the checkpoint's table, or as right as BLT-DV's.
-        self._filtered = {
-            size: (_PRIOR_BLOCKS * (size - 1), _PRIOR_BLOCKS * self._right_of_block(config.acceptance, size))
-            for size in config.block_sizes
-            if size > 1
-        }
+        #: Of every block size, the bytes that met the filter, and those that passed it; and of how many in a block
+        #: that is assumed.
+        self._filtered = {size: (0.0, 0.0) for size in config.block_sizes if size > 1}
+        self._passing: dict[int, float] = {}
         #: Decoding requests, a running mean.
         self._requests = 1.0
         self._text = Text(0.25, 256.0)
@@ -147,7 +145,19 @@ class DraftController:
         #: The draft whose rounds are timed, how many ended before, seconds since then, and how many ended in them.
         self._timed: Draft | None = None
         self._before, self._elapsed, self._taken = 0, 0.0, 0
+        self._assume()
         self.best = max(self.drafts, key=self.rate)
+
+    def _assume(self) -> None:
+        """Take what the checkpoint says of such requests as there are: greedy text is easier to draft."""
+        shares = self._text.greedy, 1 - self._text.greedy
+        kinds = [(share, table) for share, table in zip(shares, self._tables, strict=True) if share]
+        for method, lengths in self._lengths.items():
+            if lengths:
+                chances = [share * _prior(table, method, lengths) for share, table in kinds]
+                self._acceptance[method].prior = math.fsum(chances)
+        for size in self._filtered:
+            self._passing[size] = math.fsum(share * self._right_of_block(table, size) for share, table in kinds)
 
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
         """How many of the bytes that a block proposes pass the decoder's filter, by the checkpoint's table; or else how
@@ -215,12 +225,14 @@ class DraftController:
         self._steps += 1
         # A choice for one request is none for eight: short requests would be over before the next look.
         changed = not 1 / _CHANGED < self._requests / self._chosen_for < _CHANGED
-        if changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
+        first = self._steps == 1
+        if first or changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
             self._unseen = 0
             self._chosen_for = max(self._requests, 1e-3)
             self._text = text()
+            self._assume()
             rival = max(self.drafts, key=self.rate)
-            if self.rate(rival) > _CLEARLY * self.rate(self.best):
+            if first or self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival
 
     def _time_rounds(self, requests: int, seconds: float | None) -> None:
@@ -320,9 +332,10 @@ class DraftController:
 
     def _filtering(self, draft: Draft, count: float) -> tuple[float, float]:
         """Of a filtered draft: its inner rounds, of a block's pass and its filter's, and the seconds of one."""
-        costs, tried_kept = self._costs, self._filtered[draft.block]
+        costs, (tried, kept) = self._costs, self._filtered[draft.block]
+        blocks = tried / (draft.block - 1) + _PRIOR_BLOCKS
         # A round gives the pending row's own byte, those that pass, and the filter's own.
-        rounds = draft.length / (tried_kept[1] / tried_kept[0] * (draft.block - 1) + 2)
+        rounds = draft.length / ((kept + _PRIOR_BLOCKS * self._passing[draft.block]) / blocks + 2)
         if (fused := costs.get(filter_of(draft.block))) is not None:
             return rounds, fused(count)
         inner = costs["decoder"](count * (1 + draft.block)) + costs["decoder"](count * draft.block)
@@ -355,6 +368,11 @@ class DraftController:
 def _kind(draft: Draft) -> tuple[DecodingMethod, int]:
     """Drafts of a kind are alike but for their length."""
     return draft.method, draft.block
+
+
+def _sampled(table: Mapping[str, float]) -> dict[str, float]:
+    """The table's values of sampled text; those of greedy text where it has none."""
+    return {name: table.get(name + SAMPLED, share) for name, share in table.items() if not name.endswith(SAMPLED)}
 
 
 def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:

@@ -40,10 +40,11 @@ _OUTPUT, _NEWEST = 256.0, 0.05
 
 
 class Text(NamedTuple):
-    """Means over requests: patches a byte of their text, and bytes of their output."""
+    """Means over requests: patches a byte of their text, and bytes of their output; and the share that is greedy."""
 
     patches_per_byte: float
     output: float
+    greedy: float = 0.5
 
 
 class Scheduler:
@@ -228,7 +229,8 @@ class Scheduler:
         return (closed + 1) / (scanned + 1) if scanned else 0.5
 
     def text(self) -> Text:
-        return Text(self.patches_per_byte(), self._output)
+        greedy = [sequence.request.params.temperature == 0 for sequence in self.running]
+        return Text(self.patches_per_byte(), self._output, sum(greedy) / len(greedy) if greedy else 0.5)
 
     def fit(self, ready: list[Planned]) -> list[Planned]:
         """The plans of one pass within the row budget; those that waited longest go first."""

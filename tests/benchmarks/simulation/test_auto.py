@@ -9,6 +9,7 @@ import pytest
 from fastblt.benchmarks.simulation.auto import Machine
 from fastblt.models.checkpoint import load_checkpoint
 from fastblt.server.engine.device.cost import DRAFT, MODULES, STEP, CostCurve, filter_of
+from fastblt.server.engine.scheduler import Text
 from fastblt.server.settings import PRETRAINED
 
 #: Milliseconds by rows, about as the shipped model's on two cores.
@@ -31,5 +32,6 @@ def test_auto_is_near_the_best_from_the_start(clients: int) -> None:
     assert set(MODULES) <= set(_CURVES)
     costs = {name: CostCurve(_ROWS, tuple(1e-3 * one for one in curve)) for name, curve in _CURVES.items()}
     config = load_checkpoint(str(PRETRAINED)).config
-    shares = [Machine(costs, config, (0.985, 0.7), seed).speed(clients, 24 if clients == 1 else 8) for seed in range(9)]
+    each = 24 if clients == 1 else 8
+    shares = [Machine(costs, config, (0.985, 0.7), Text(0.2, 192.0), seed).speed(clients, each) for seed in range(9)]
     assert statistics.median(shares) > 0.95 and max(shares) < 1.02

@@ -13,6 +13,7 @@ from fastblt.benchmarks.prompts import held_out_prompts
 from fastblt.benchmarks.savings.batches import engine_of
 from fastblt.models.blt import Blt
 from fastblt.models.checkpoint import load_checkpoint
+from fastblt.models.config import SAMPLED
 from fastblt.models.patching import PatchRule
 from fastblt.models.training.entropy import measure, patch_starts
 from fastblt.models.training.evaluate import leak_check
@@ -68,6 +69,7 @@ def test_training_and_inference_predict_alike(model: Blt, size: int) -> None:
 def test_its_folder(model: Blt) -> None:
     assert (PRETRAINED / "model.safetensors").stat().st_size <= 25_000_000
     one_pass = {drafter.name for drafter in drafters(model.config.block_sizes) if not drafter.paper}
-    assert set(model.config.acceptance) == one_pass | {"blt-s k32", "blt-dsv-4 k32", "blt-dsv-8 k32"}
+    settings = one_pass | {"blt-s k32", "blt-dsv-4 k32", "blt-dsv-8 k32"}
+    assert set(model.config.acceptance) == settings | {name + SAMPLED for name in settings}
     assert all(0 < acceptance <= 1 for acceptance in model.config.acceptance.values())
     assert np.isfinite(model.config.patching_threshold)
