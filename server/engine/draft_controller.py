@@ -162,9 +162,8 @@ class DraftController:
     def _right_of_block(self, table: Mapping[str, float], size: int) -> float:
         """How many of the bytes that a block proposes pass the decoder's filter, by the checkpoint's table; or else how
         many of BLT-DV's are right. The block's first byte is the pending row's own, and is not proposed."""
-        filtered = [share for name, share in table.items() if name.startswith(f"blt-dsv-{size} ")]
-        if filtered:
-            return filtered[0] * (size - 1)
+        if (kept := table.get(f"blt-dsv-{size} k{FILTERED_LENGTHS[-1]}")) is not None:
+            return kept * (size - 1)
         share = table.get(f"blt-dv-{size} 1step")
         if share is None:
             return self._acceptance[DecodingMethod.BLT_DV].bytes(size - 1)
@@ -229,8 +228,9 @@ class DraftController:
         if first or changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
             self._unseen = 0
             self._chosen_for = max(self._requests, 1e-3)
-            self._text = text()
-            self._assume()
+            before, self._text = self._text.greedy, text()
+            if self._text.greedy != before:
+                self._assume()
             rival = max(self.drafts, key=self.rate)
             if first or self.rate(rival) > _CLEARLY * self.rate(self.best):
                 self.best = rival
