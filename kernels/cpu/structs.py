@@ -41,6 +41,12 @@ class Places(ctypes.Structure):
     ]
 
 
+class Packed(ctypes.Structure):
+    """Packed weights (dense.h)."""
+
+    _fields_ = [("panels", c_void_p), ("narrow", c_int64)]
+
+
 class Linear(ctypes.Structure):
     """One of several linear maps of the same rows (dense.h)."""
 
@@ -204,8 +210,8 @@ class Call(ctypes.Structure):
 
 #: All of them.
 ALL: tuple[type[ctypes.Structure], ...] = (
-    *(Pages, Tables, Places, Linear, Columns, Selection, Pooling, Patches, Reader, Reading, Layer, Module, Latents),
-    *(Source, Sink, Part, Spent, Choice, Requests, Rule, Made, Call),
+    *(Pages, Tables, Places, Packed, Linear, Columns, Selection, Pooling, Patches, Reader, Reading, Layer, Module),
+    *(Latents, Source, Sink, Part, Spent, Choice, Requests, Rule, Made, Call),
 )
 
 

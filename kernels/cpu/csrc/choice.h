@@ -2,11 +2,14 @@
 #pragma once
 #include <stdint.h>
 
+#include "dense.h"
+
 /* How requests' bytes are chosen: `head` makes logits [.., vocabulary] of a row; then a value of each parameter for
  * every state row, as in choice.py. Without `temperature` every row is greedy, without `top_k` none truncates.
  * `texts` are the requests' ids, a line of `stride` each. */
 struct choice {
-    const float *head, *temperature;
+    const struct packed *head;
+    const float *temperature;
     const int64_t *top_k;
     const float *top_p, *min_p;
     const int64_t *seeds, *eos_from;

@@ -2,8 +2,8 @@
  * shapes stand in dense.py.
  *
  * Every output is one sum over the inputs in their order, whatever rows are computed beside it: so a row's result
- * cannot depend on its batch. Weights lie in panels of PANEL outputs, [panel][input][PANEL], and are read once for
- * up to BLOCK rows.
+ * cannot depend on its batch. Weights lie in panels of PANEL outputs and are read once for up to BLOCK rows. bfloat16
+ * is the upper half of a float, so sums over narrow weights have the bits of sums over the same weights in fp32.
  */
 #include "dense.h"
 
@@ -45,21 +45,35 @@ static inline __attribute__((always_inline)) void store(v8 low, v8 high, struct 
     memcpy(out + 8, &high, sizeof high);
 }
 
-/* ROWS rows from `row` on by PANELS panels from `panel` on; both are constants where this is inlined. */
-static inline __attribute__((always_inline)) void tile(const float *x, const float *weights, int64_t depth,
-                                                       struct target to, int64_t row, int64_t panel, int64_t ROWS,
-                                                       int64_t PANELS) {
+/* Words of a panel for each input. */
+static inline int64_t words(int NARROW) { return NARROW ? PANEL / 2 : PANEL; }
+
+/* The weights of a panel's outputs at w. */
+static inline __attribute__((always_inline)) void widen(const float *w, int NARROW, v8 *low, v8 *high) {
+    if (NARROW) {
+        u8 pairs = (u8)load(w);
+        *low = (v8)(pairs << 16), *high = (v8)(pairs & 0xffff0000);
+    } else {
+        *low = load(w), *high = load(w + 8);
+    }
+}
+
+/* ROWS rows from `row` on by PANELS panels from `panel` on, whose weights begin at w; ROWS, PANELS and NARROW are
+ * constants where this is inlined. */
+static inline __attribute__((always_inline)) void tile(const float *x, const float *w, int64_t depth, struct target to,
+                                                       int64_t row, int64_t panel, int64_t ROWS, int64_t PANELS,
+                                                       int NARROW) {
     v8 sums[12][2];
-    const float *w = weights + panel * depth * PANEL;
     x += row * depth;
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS * PANELS; i++) sums[i][0] = sums[i][1] = (v8){0};
     for (int64_t k = 0; k < depth; k++) {
         /* The next panel, which the processor foresees only when it is there. */
-        if (PANELS == 1 && ROWS == 6) __builtin_prefetch(w + (depth + k) * PANEL);
+        if (PANELS == 1 && ROWS == 6) __builtin_prefetch(w + (depth + k) * words(NARROW));
 #pragma GCC unroll 4
         for (int64_t p = 0; p < PANELS; p++) {
-            v8 low = load(w + (p * depth + k) * PANEL), high = load(w + (p * depth + k) * PANEL + 8);
+            v8 low, high;
+            widen(w + (p * depth + k) * words(NARROW), NARROW, &low, &high);
 #pragma GCC unroll 6
             for (int64_t r = 0; r < ROWS; r++) {
                 sums[r * PANELS + p][0] += x[r * depth + k] * low;
@@ -75,25 +89,34 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
 }
 
 /* Few rows take several panels at once: eight sums or more hide the latency of one. */
-void linear_map(const float *x, int64_t n, int64_t depth, const float *weights, struct target to) {
-    int64_t panels = (to.size + PANEL - 1) / PANEL, p = 0;
+static inline __attribute__((always_inline)) void map(const float *x, int64_t n, int64_t depth, const float *weights,
+                                                      struct target to, int NARROW) {
+    int64_t panels = (to.size + PANEL - 1) / PANEL, each = depth * words(NARROW), p = 0;
     if (n == 1)
-        for (; p + 4 <= panels; p += 4) tile(x, weights, depth, to, 0, p, 1, 4);
+        for (; p + 4 <= panels; p += 4) tile(x, weights + p * each, depth, to, 0, p, 1, 4, NARROW);
     if (n == 2)
-        for (; p + 2 <= panels; p += 2) tile(x, weights, depth, to, 0, p, 2, 2);
+        for (; p + 2 <= panels; p += 2) tile(x, weights + p * each, depth, to, 0, p, 2, 2, NARROW);
     if (n == 3)
-        for (; p + 2 <= panels; p += 2) tile(x, weights, depth, to, 0, p, 3, 2);
+        for (; p + 2 <= panels; p += 2) tile(x, weights + p * each, depth, to, 0, p, 3, 2, NARROW);
     for (; p < panels; p++) {
+        const float *w = weights + p * each;
         int64_t r = 0;
-        for (; r + 6 <= n; r += 6) tile(x, weights, depth, to, r, p, 6, 1);
+        for (; r + 6 <= n; r += 6) tile(x, w, depth, to, r, p, 6, 1, NARROW);
         switch (n - r) {
-            case 5: tile(x, weights, depth, to, r, p, 5, 1); break;
-            case 4: tile(x, weights, depth, to, r, p, 4, 1); break;
-            case 3: tile(x, weights, depth, to, r, p, 3, 1); break;
-            case 2: tile(x, weights, depth, to, r, p, 2, 1); break;
-            case 1: tile(x, weights, depth, to, r, p, 1, 1); break;
+            case 5: tile(x, w, depth, to, r, p, 5, 1, NARROW); break;
+            case 4: tile(x, w, depth, to, r, p, 4, 1, NARROW); break;
+            case 3: tile(x, w, depth, to, r, p, 3, 1, NARROW); break;
+            case 2: tile(x, w, depth, to, r, p, 2, 1, NARROW); break;
+            case 1: tile(x, w, depth, to, r, p, 1, 1, NARROW); break;
         }
     }
+}
+
+void linear_map(const float *x, int64_t n, int64_t depth, const struct packed *weights, struct target to) {
+    if (weights->narrow)
+        map(x, n, depth, weights->panels, to, 1);
+    else
+        map(x, n, depth, weights->panels, to, 0);
 }
 
 EXPORT void fastblt_rms_norm(const float *x, int64_t n, int64_t size, const float *gain, float eps, float *out) {
@@ -135,7 +158,7 @@ EXPORT int fastblt_project(const float *x, int64_t n, int64_t depth, const float
     return 0;
 }
 
-EXPORT void fastblt_project_add(const float *x, int64_t n, int64_t depth, const float *w, int64_t size,
+EXPORT void fastblt_project_add(const float *x, int64_t n, int64_t depth, const struct packed *w, int64_t size,
                                 const float *residual, int64_t times, float *out) {
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t count = n - first < BLOCK ? n - first : BLOCK;
@@ -146,7 +169,8 @@ EXPORT void fastblt_project_add(const float *x, int64_t n, int64_t depth, const 
 }
 
 EXPORT int fastblt_feed_forward(const float *x, int64_t n, int64_t depth, const float *gain, float eps,
-                                const float *gate, const float *up, int64_t inner, const float *down, float *out) {
+                                const struct packed *gate, const struct packed *up, int64_t inner,
+                                const struct packed *down, float *out) {
     int64_t rows = n < BLOCK ? n : BLOCK;
     float *normed = malloc(sizeof(float) * rows * (depth + 2 * inner));
     if (!normed) return 1;

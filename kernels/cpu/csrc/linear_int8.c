@@ -43,7 +43,7 @@ static inline void begin(const int8_t *weights, int32_t *sums) {
     _mm512_storeu_si512(sums + 16, _mm512_sub_epi32(_mm512_setzero_si512(), high));
 }
 #else
-static inline void begin(const int8_t *weights, int32_t *sums) { }
+static inline void begin(const int8_t *weights, int32_t *sums) { (void)weights, (void)sums; }
 #endif
 
 #if MOVED
@@ -84,6 +84,7 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
                                                            const int32_t *first, float *sums, int64_t ROWS) {
     const float *own = panel;
     const int8_t *weights = (const int8_t *)panel + WIDTH * 4;
+    (void)first; /* Not wanted where nothing is moved. */
 #if MOVED
     vi low[12], high[12];
     memcpy(low, first, sizeof low[0]), memcpy(high, first + 16, sizeof high[0]);

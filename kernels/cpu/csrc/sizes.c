@@ -18,7 +18,7 @@ static const struct {
     int64_t size;
 } sizes[] = {
     SIZE(call),    SIZE(choice),   SIZE(columns),   SIZE(latents), SIZE(layer),  SIZE(linear), SIZE(made), SIZE(module),
-    SIZE(pages),   SIZE(part),     SIZE(patches),   SIZE(places),  SIZE(pooling), SIZE(reader), SIZE(reading),
+    SIZE(packed),  SIZE(pages),   SIZE(part),     SIZE(patches),   SIZE(places),  SIZE(pooling), SIZE(reader), SIZE(reading),
     SIZE(requests), SIZE(rule),    SIZE(selection), SIZE(sink),    SIZE(source), SIZE(spent),  SIZE(tables),
 };
 

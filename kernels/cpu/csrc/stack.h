@@ -3,6 +3,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "dense.h"
 #include "hash_embedding.h"
 #include "paged_attention.h"
 #include "paged_rows.h"
@@ -11,9 +12,12 @@
 
 /* Weights of a layer, packed as in dense.py. The first three are of a cross-attention before it, or NULL. */
 struct layer {
-    const float *cross_gain, *cross_queries, *cross_out;
-    const float *gain, *queries, *keys, *values, *out;
-    const float *inner_gain, *gate, *up, *down;
+    const float *cross_gain;
+    const struct packed *cross_queries, *cross_out;
+    const float *gain;
+    const struct packed *queries, *keys, *values, *out;
+    const float *inner_gain;
+    const struct packed *gate, *up, *down;
     float cross_eps, eps, inner_eps;
 };
 
@@ -47,7 +51,8 @@ struct source {
  * to. */
 struct sink {
     const uint8_t *read;
-    const float *gain, *head;
+    const float *gain;
+    const struct packed *head;
     float *entropies, *states;
     struct pages pages;
     int64_t vocabulary;

@@ -2,12 +2,17 @@
 #pragma once
 #include <stdint.h>
 
+#include "dense.h"
 #include "paged_rows.h"
 
 /* Weights that pool a patch: of the maximum of its bytes' states `projection` makes k queries of `size` numbers, which
  * attend to its bytes. */
 struct pooling {
-    const float *projection, *query_gain, *queries, *key_gain, *keys, *values, *out;
+    const struct packed *projection;
+    const float *query_gain;
+    const struct packed *queries;
+    const float *key_gain;
+    const struct packed *keys, *values, *out;
     float query_eps, key_eps;
     int64_t k, size, heads, kv_heads, dim;
 };
@@ -21,14 +26,15 @@ struct patches {
 
 /* Weights of one of the decoder's cross-attentions: the norm before its keys and values, and their maps. */
 struct reader {
-    const float *gain, *keys, *values;
+    const float *gain;
+    const struct packed *keys, *values;
     float eps;
 };
 
 /* Where keys and values of latents go: slots of the store [slots, count, 2, k, narrow]. `projection` makes k rows of
  * `size` numbers of a latent. */
 struct reading {
-    const float *projection;
+    const struct packed *projection;
     const struct reader *readers;
     int64_t k, size, count, narrow;
     const int32_t *slots;

@@ -5,6 +5,7 @@
 /* Eight floats; compilers map them to whatever vectors the machine has. */
 typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
 
 static inline v8 load(const float *x) {
     v8 out;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -323,6 +324,17 @@ def test_native_code_may_be_turned_off(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setenv("FASTBLT_NATIVE", "0")
     assert native.library() is None
     assert "FASTBLT_NATIVE is 0" in native.status() and caplog.records[0].levelno == logging.WARNING
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor")
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3", "x86-64-v4", "icelake-server"])
+def test_no_processor_meets_a_warning(target: str) -> None:
+    # Plain, AVX2, AVX-512, and AVX-512 with products of bytes: what is compiled differs. How functions hand on vectors
+    # does not matter: those that do are static.
+    for source in sorted(build.SOURCES.glob("*.c")):
+        flags = (*build.FLAGS, f"-march={target}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only")
+        done = subprocess.run([*compiler(), *flags, str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("source", sorted(build.SOURCES.glob("*.c")), ids=lambda path: path.name)
