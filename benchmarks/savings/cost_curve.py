@@ -2,15 +2,14 @@
 
 Predicted time is the sum over passes of the curve's time for the module and the rows (design §6.6). The curve is
 measured on the engine's own passes, with the modules in turns as in a beat, so that the processor's caches are as in a
-real run; passes that run inside calls of many are measured in such calls. Without a context, all rows are at position
-0: all weights are read and each row attends to one key. A real pass takes longer because of attention over a context
-and cache misses, and a step takes longer than its passes because of the engine. With a context, rows read the keys and
-values of as many requests as will run.
+real run; passes inside C calls are measured in such calls (`call_curves.py`). Without a context, all rows are at
+position 0: all weights are read and each row attends to one key. A real pass takes longer because of attention over a
+context and cache misses, and a step takes longer than its passes because of the engine. With a context, rows read the
+keys and values of as many requests as will run.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,26 +21,22 @@ import numpy as np
 import torch
 
 from fastblt.benchmarks.machine import finish
+from fastblt.benchmarks.savings.call_curves import BEYOND, Curves, measure_inside
 from fastblt.benchmarks.savings.passes import MODULES as PASSES
-from fastblt.benchmarks.savings.passes import Pass, Recorder
-from fastblt.kernels.cpu.multi_step import COLUMNS, LIMITS, OPENED, OWNERS, SCANS, STARTS
+from fastblt.benchmarks.savings.passes import Pass
 from fastblt.models.accounting import ModuleParameters
 from fastblt.models.config import BltConfig
-from fastblt.models.patching import PatchRule
 from fastblt.models.vocabulary import VOCAB_SIZE
 from fastblt.server.engine.cache.kv_caches import KvCaches
-from fastblt.server.engine.device.cost import DRAFT, MODULES, STEP, make_calls
+from fastblt.server.engine.device.cost import MODULES, make_calls
 from fastblt.server.engine.device.forward import ModuleForward
 from fastblt.server.engine.engine import Engine
-from fastblt.server.engine.runner.model_runner import MOST_STEPPING
 
 #: Numbers of rows at which the curve is measured, including those of verified drafts. Between them it is interpolated.
 _GRID = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 #: Up to _FEW rows, passes are measured at least _TURNS times, even if they are long: drafts have so many rows. So are
 #: those that `drift` compares.
 _FEW, _TURNS = 32, 7
-#: Steps of a call in which passes inside calls are measured.
-_STEPS = 8
 #: Assumed bytes per patch, to guess the patch index of a position.
 _PATCH = 4
 
@@ -51,8 +46,7 @@ class CostCurve:
     """Seconds of a pass, by module, for each number of `rows`.
 
     The rows were at position `context`, in a batch of `requests` requests. `common`: seconds of a pass with a usual
-    number of rows, from which `drift` is computed. `inside`: by the kind of a call that goes row after row, and by
-    module, seconds of a pass inside it, at each of `inside_rows`; empty where there are no such calls.
+    number of rows, from which `drift` is computed. `inside`: the curves of passes inside C calls, by their kind.
     """
 
     rows: tuple[int, ...]
@@ -60,8 +54,7 @@ class CostCurve:
     context: int = 0
     requests: int = 1
     common: dict[str, float] = field(default_factory=dict)
-    inside_rows: tuple[int, ...] = ()
-    inside: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    inside: dict[str, Curves] = field(default_factory=dict)
 
     @classmethod
     @torch.inference_mode()
@@ -81,7 +74,7 @@ class CostCurve:
         ratios: dict[str, list[float]] = {module: [] for module in PASSES}
         singles: dict[str, list[float]] = {module: [] for module in PASSES}
         common: dict[str, list[float]] = {module: [] for module in PASSES}
-        with _occupied(engine._caches, context, requests if context else 0) as owners:
+        with _occupied(engine._caches, context + BEYOND, requests if context else 0) as owners:
             for count in rows:
                 own = _spread(owners, count)
                 single = _calls(passes, rows[0], context, own[:1])
@@ -94,12 +87,13 @@ class CostCurve:
                     ratios[module].append(taken[module] / taken[f"{module} alone"])
                 for module, value in _common(passes, context, owners, requests).items():
                     common[module].append(value)
-            inside_rows, inside = _inside(engine, context, owners)
+            before = _calls(passes, requests, context, _spread(owners, requests))
+            inside = measure_inside(engine, context, owners or [0] * requests, before)
         seconds = {
             module: tuple(statistics.median(singles[module]) * ratio for ratio in ratios[module]) for module in PASSES
         }
         medians = {module: statistics.median(values) for module, values in common.items()}
-        return cls(tuple(rows), seconds, context, requests, medians, inside_rows, inside)
+        return cls(tuple(rows), seconds, context, requests, medians, inside)
 
     @torch.inference_mode()
     def drift(self, engine: Engine) -> dict[str, float]:
@@ -110,9 +104,9 @@ class CostCurve:
 
     def predict(self, done: Pass) -> float:
         """Seconds of a pass by the curve. Beyond its last point, time is proportional to rows."""
-        own = self.inside.get(done.inside, {}).get(done.module)
-        if own and done.rows <= self.inside_rows[-1]:
-            return float(np.interp(done.rows, self.inside_rows, own))
+        rows, own = self.inside.get(done.inside, {}).get(done.module, ((), ()))
+        if own and done.rows <= rows[-1]:
+            return float(np.interp(done.rows, rows, own))
         values = self.seconds[done.module]
         if done.rows <= self.rows[-1]:
             return float(np.interp(done.rows, self.rows, values))
@@ -212,35 +206,6 @@ def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int
 def _common(passes: ModuleForward, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
     """Seconds of a pass with a row for each request, by module. Most passes are such, and wait for what these do."""
     return _medians(_calls(passes, requests, context, _spread(owners, requests)), 0.1, least=_TURNS)
-
-
-def _inside(
-    engine: Engine, context: int, owners: Sequence[int]
-) -> tuple[tuple[int, ...], dict[str, dict[str, tuple[float, ...]]]]:
-    """Numbers of rows, and by the kind of a call and by module, seconds of a pass of as many inside it, medians of a
-    few calls; the rows are of the null request, or of `owners`."""
-    if (fused := engine._runner.fused_steps) is None:
-        return (), {}
-    recorder, counts = Recorder(engine), [count for count in _GRID if count <= MOST_STEPPING]
-    points: dict[str, dict[str, list[float]]] = {STEP: {}, DRAFT: {}}
-    for count in counts:
-        for kind, found in points.items():
-            columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
-            columns[OWNERS] = _spread(owners, count) or 0
-            columns[STARTS], columns[LIMITS] = context, _STEPS
-            columns[OPENED], columns[SCANS] = (0, _STEPS) if kind == STEP else (-1, 0)
-            taken: dict[str, list[float]] = {}
-            for _ in range(_TURNS):
-                with recorder.on():
-                    fused.time(columns, PatchRule(math.inf))
-                passes = [done for done in recorder.take() if done.rows == count]
-                for module in {done.module for done in passes}:
-                    own = [done.seconds for done in passes if done.module == module]
-                    taken.setdefault(module, []).append(statistics.mean(own))
-            for module, values in taken.items():
-                found.setdefault(module, []).append(statistics.median(values))
-    every = {kind: {module: tuple(own) for module, own in found.items()} for kind, found in points.items()}
-    return tuple(counts), every
 
 
 def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3) -> dict[str, float]:

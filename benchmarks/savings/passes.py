@@ -22,12 +22,17 @@ from fastblt.server.engine.runner.filtered_draft import FilteredDraft
 
 #: Functions of `ModuleForward` that each run a pass of a module. `logits` is the output head.
 MODULES = ("entropies", "encode", "upstream", "decode", "logits")
+#: Kinds of passes inside C calls, beside `STEP` and `DRAFT`.
+FILTER, CALL = "filter", "call"
+#: Of each pass its rows, and its kind where the number of rows does not say it.
+Rows = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a module: entropies, encode, upstream, decode, or logits (the head). `inside`: the kind of a call
-    that goes row after row, `STEP` or `DRAFT`, whose passes find in the processor's caches what others left."""
+    """One pass of a module: entropies, encode, upstream, decode, or logits (the head). `inside`: the kind of a pass
+    inside a C call, where others left in the processor's caches what it reads: `STEP` and `DRAFT` have a row of each
+    request, `FILTER` are a filtered draft's, and `CALL` all others."""
 
     module: str
     rows: int
@@ -107,7 +112,8 @@ def _passes_of_steps(columns: np.ndarray, result: Steps, taken: float, fed: bool
     encoded = result.made - 1 if fed else np.where(stays, result.made - 1, 0)
     each = {"entropies": result.scanned[stays], "encode": encoded, "decode": result.made, "logits": result.made}
     steps = {name: [int((own > at).sum()) for at in range(int(own.max(initial=0)))] for name, own in each.items()}
-    return _share(result.spent, taken, steps, len(stays), STEP if stays.any() else DRAFT)
+    told: dict[str, Rows] = {name: [(rows, "") for rows in own] for name, own in steps.items()}
+    return _share(result.spent, taken, told, len(stays), STEP if stays.any() else DRAFT)
 
 
 def _passes_of_plans(
@@ -117,6 +123,7 @@ def _passes_of_plans(
     asked = {name: np.array(plans.column(name)) for name in COLUMNS}
     lines, drafted = np.array(result.lines), np.array(result.drafts.steps)
     behind, encoded = lines >= 0, list[int]()
+    inner, inner_encoded = list[int](), list[int]()
     steps_of = np.array(result.made.steps)
     rows, chosen = _of_blocks(asked["causals"], asked["selects"], asked["sizes"], fixed[0], steps_of)
     if behind.any():
@@ -139,25 +146,29 @@ def _passes_of_plans(
         ]
         inner = _together([draft.rows_of_passes() for draft in whole])
         # Before each such pass its new rows are encoded: a block's first one alone, those of its filter together.
-        rows, chosen = rows + inner, chosen + inner
-        encoded = encoded + _together([_encoded(draft) for draft in whole])[1:]
-    steps_of_all = {"decode": rows, "logits": chosen, "encode": encoded if fed else []}
+        inner_encoded = _together([_encoded(draft) for draft in whole])[1:] if fed else []
+    each_of = {"decode": (rows, inner), "logits": (chosen, inner), "encode": (encoded if fed else [], inner_encoded)}
+    steps_of_all = {
+        name: [(count, "") for count in own] + [(count, FILTER) for count in filters]
+        for name, (own, filters) in each_of.items()
+    }
     return _share(result.spent, taken, steps_of_all, len(plans.rows), DRAFT)
 
 
-def _share(spent: Spent, taken: float, steps: dict[str, list[int]], requests: int, kind: str) -> list[Pass]:
+def _share(spent: Spent, taken: float, steps: dict[str, Rows], requests: int, kind: str) -> list[Pass]:
     """Divide the seconds of a call among its passes, in proportion to their rows. `steps` has the rows of each step by
-    module; those with a row of each request at most are of `kind`. Further passes are counted in `spent`."""
-    passes = {name: [rows for rows in own if rows] for name, own in steps.items()}
-    for name, rows in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
-        passes.setdefault(name, []).extend([rows] if rows else [])
+    module; where it does not say their kind, those with a row of each request at most are of `kind`, others of `CALL`.
+    Further passes are counted in `spent`."""
+    passes = {name: [(rows, told) for rows, told in own if rows] for name, own in steps.items()}
+    for name, beside in zip(("encode", "entropies", "encode"), spent.rows, strict=True):
+        passes.setdefault(name, []).extend([(beside, "")] if beside else [])
     patcher, encoder, decoder, altogether = spent.seconds
     inside = {"entropies": patcher, "encode": encoder, "decode": decoder}
     inside["logits"] = max(altogether - sum(inside.values()), 0.0)
     shared: list[Pass] = []
     for name, own in passes.items():
-        each = taken * inside[name] / altogether / max(sum(own), 1)
-        shared += [Pass(name, rows, each * rows, kind if rows <= requests else "") for rows in own]
+        each = taken * inside[name] / altogether / max(sum(rows for rows, _ in own), 1)
+        shared += [Pass(name, rows, each * rows, told or (kind if rows <= requests else CALL)) for rows, told in own]
     return shared
 
 

@@ -97,7 +97,7 @@ def measure(
         result["curves"][size] = {
             "rows": curve.rows,
             "seconds": curve.seconds,
-            "inside": [curve.inside_rows, curve.inside],
+            "inside": curve.inside,
         }
         print(f"\nMicroseconds of a pass at position {context} of {size} requests (times the least it could take):\n")
         show_curve(curve, weights, limits, (weight_bytes(blt.patcher), weight_bytes(blt)))

@@ -65,8 +65,8 @@ def test_a_curve_is_a_line_between_its_rows_and_beyond() -> None:
 
 
 def test_passes_inside_a_call_have_a_curve_of_their_own() -> None:
-    inside = {"step": {"decode": (0.5, 2.0)}}
-    curve = CostCurve((1, 4, 8), {"decode": (1.0, 4.0, 6.0)}, inside_rows=(1, 4), inside=inside)
+    inside = {"step": {"decode": ((1, 4), (0.5, 2.0))}}
+    curve = CostCurve((1, 4, 8), {"decode": (1.0, 4.0, 6.0)}, inside=inside)
     predicted = [curve.predict(Pass("decode", rows, 0.0, "step")) for rows in (1, 2, 4, 8)]
     assert predicted == pytest.approx([0.5, 1.0, 2.0, 6.0])
     assert curve.predict(Pass("decode", 1, 0.0)) == curve.predict(Pass("decode", 1, 0.0, "draft")) == 1.0
@@ -76,11 +76,13 @@ def test_a_measured_curve_has_all_kinds_of_passes(model: Blt, prompts: list[list
     engine = engine_of(model, prompts[:2], 12)
     for context in (0, 8):
         curve = CostCurve.measure(engine, 2, budget=0.01, context=context, requests=2)
-        assert {"entropies", "encode", "decode", "logits"} == set(curve.inside["step"])
-        assert {"decode", "logits"} <= set(curve.inside["draft"])
+        assert {"entropies", "encode", "decode", "logits"} == set(curve.inside["step"]) == set(curve.inside["call"])
+        assert {"decode", "logits"} <= set(curve.inside["draft"]) and {"decode", "logits"} <= set(
+            curve.inside["filter"]
+        )
         for kind in curve.inside.values():
-            for own in kind.values():
-                assert len(own) == len(curve.inside_rows) and min(own) > 0
+            for rows, seconds in kind.values():
+                assert rows == tuple(sorted(set(rows))) and len(rows) == len(seconds) and min(seconds) > 0
 
 
 def test_sampled_methods_share_seeds(model: Blt, prompts: list[list[int]]) -> None:

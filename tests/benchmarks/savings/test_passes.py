@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastblt.benchmarks.harness import Output, complete, start, whole_length
-from fastblt.benchmarks.savings.passes import Recorder
+from fastblt.benchmarks.savings.passes import CALL, FILTER, Recorder
 from fastblt.benchmarks.settings import decoding
 from fastblt.models.blt import Blt
 from fastblt.server.engine.device.cost import DRAFT, STEP
@@ -27,4 +27,7 @@ def test_what_is_recorded_is_what_the_engine_counts(model: Blt, prompts: list[li
     with recorder.on():
         params: list[Any] = [whole_length(decoding(setting), 24, seed=seed) for seed in range(3)]
         complete(engine, prompts[:3], params, after_step=after_step)
-    assert Counter(done.rows for done in recorder.take() if done.module == "decode") == counted
+    passes = [done for done in recorder.take() if done.module == "decode"]
+    assert Counter(done.rows for done in passes) == counted
+    kinds = {done.inside for done in passes}
+    assert kinds <= {"", STEP, DRAFT, CALL, FILTER} and (FILTER in kinds) == method.startswith("blt-dsv")
