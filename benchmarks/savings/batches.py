@@ -56,6 +56,8 @@ def engine_of(model: Blt, prompts: Sequence[list[int]], length: int, threads: in
         len(prompts),
         max_pass_rows=max(512, len(prompts) * longest),
         max_model_len=longest + length + 4096,
+        # A minute, which no pass takes: prompts are not cut for the sake of bytes that are under way.
+        max_gap_ms=60_000,
         prefix_cache=False,
         threads=threads,
     )

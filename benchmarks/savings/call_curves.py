@@ -61,8 +61,8 @@ def measure_inside(
                 found[kind, module][rows].append(statistics.mean(seconds))
     curves: dict[str, Curves] = defaultdict(dict)
     for (kind, module), points in found.items():
-        rows = sorted(points)
-        curves[kind][module] = tuple(rows), tuple(statistics.median(points[count]) for count in rows)
+        counts = sorted(points)
+        curves[kind][module] = tuple(counts), tuple(statistics.median(points[count]) for count in counts)
     return dict(curves)
 
 
