@@ -1,4 +1,5 @@
-"""Muon for the hidden matrices, AdamW for everything else: both of `torch.optim`, also over sharded parameters."""
+"""Muon for the hidden matrices, AdamW for everything else: both of `torch.optim`, also over sharded parameters (and
+`muon.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastblt.models.training.layout import PARTS
+from fastblt.models.training.muon import muon_for
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Optimizer:
         self._rates: list[list[float]] = []
         hidden = {key: members for key, members in groups.items() if key[0] == "hidden"}
         if hidden:
-            muon = torch.optim.Muon(
+            muon = muon_for(next(iter(hidden.values()))[0].device)(
                 [{"params": members} for members in hidden.values()],
                 lr=config.muon_lr,
                 momentum=config.muon_momentum,
