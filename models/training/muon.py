@@ -47,5 +47,6 @@ def _orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int,
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, gram, x, beta=a)
     return x.T if tall else x
