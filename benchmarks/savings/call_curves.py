@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def _calls(engine: Engine, context: int, owners: Sequence[int]) -> Iterator[Call
         reads = [(context + causal, 0)] * (count if causal else 0)
         rows = [(owner, *own) for owner in owners[:count]]
         asked = Plans(rows, [0.0] * count, reads, [MASK_ID] * (block * count))
+        # Looked up as it is called: the recorder takes its place.
         return lambda: forward.decode_steps(fused._decoder_steps, asked, sampled=False, truncated=False)
 
     for count in counts:
@@ -85,7 +87,7 @@ def _calls(engine: Engine, context: int, owners: Sequence[int]) -> Iterator[Call
             columns = np.zeros((len(COLUMNS), count), dtype=np.int32)
             columns[OWNERS], columns[STARTS], columns[LIMITS] = owners[:count], context, length
             columns[OPENED], columns[SCANS] = (0, length) if kind == STEP else (-1, 0)
-            yield lambda columns=columns: fused.time(columns, PatchRule(math.inf))  # type: ignore[misc]
+            yield partial(fused.time, columns, PatchRule(math.inf))
         # As in `decoder_steps.COLUMNS`, from `starts` on. Rows that verify a draft:
         for each in _VERIFIED:
             end = context + each

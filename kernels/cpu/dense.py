@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fastblt.kernels.cpu import structs
 from fastblt.kernels.cpu.native import require
-from fastblt.kernels.cpu.structs import Linear
 
 #: Outputs that lie together; PANEL in dense.h.
 PANEL = 16
@@ -89,8 +88,8 @@ def project(x: Tensor, norm: Norm | None, maps: tuple[Packed, ...]) -> list[Tens
     """
     x = x.contiguous()
     outs = [torch.empty(x.shape[0], one.outputs) for one in maps]
-    linears = (Linear * len(maps))(
-        *(Linear(one.pointer, one.outputs, out.data_ptr()) for one, out in zip(maps, outs, strict=True))
+    linears = (structs.Linear * len(maps))(
+        *(structs.Linear(one.pointer, one.outputs, out.data_ptr()) for one, out in zip(maps, outs, strict=True))
     )
     gain, eps = (norm.pointer, norm.eps) if norm is not None else (None, 0.0)
     _check(require().fastblt_project(x.data_ptr(), *x.shape, gain, eps, linears, len(maps)))

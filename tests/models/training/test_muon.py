@@ -45,14 +45,18 @@ def test_an_update_has_singular_values_near_one() -> None:
     assert float(values.min()) > 0.5 and float(values.max()) < 1.5
 
 
-def test_a_step_here_takes_no_longer_than_its_products_in_fp32() -> None:
-    """Fifteen products of 512 by 512, thrice as slow at most and 0.2 s for the rest."""
-    weight = nn.Parameter(torch.zeros(512, 512))
-    x = torch.randn(512, 512)
-    began = time.perf_counter()
-    for _ in range(15):
-        x @ x
-    products = time.perf_counter() - began
-    began = time.perf_counter()
-    stepped(muon_for(weight.device), [weight], [[x]])
-    assert time.perf_counter() - began < 3 * products + 0.2
+def test_the_kind_for_this_processor_is_not_the_slow_one() -> None:
+    """Where bfloat16 is slow it is twenty times as slow."""
+    weight, grad = nn.Parameter(torch.zeros(384, 384)), torch.randn(384, 384)
+
+    def fastest(kind: type[torch.optim.Muon]) -> float:
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            stepped(kind, [weight], [[grad]])
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    chosen = muon_for(weight.device)
+    (other,) = {WideMuon, torch.optim.Muon} - {chosen}
+    assert fastest(chosen) < 4 * fastest(other)
