@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fastblt.models.config import SAMPLED, BltConfig
+from fastblt.models.config import BltConfig
 from fastblt.server.decoding.auto import Draft
+from fastblt.server.engine.acceptance import MEMORY, PRIOR_ROUNDS, Acceptance, prior, sampled
 from fastblt.server.engine.device.cost import DRAFT, STEP, Costs, filter_of
 from fastblt.server.engine.round_time import RoundTime, shares
 from fastblt.server.engine.scheduler import Text
@@ -40,9 +41,8 @@ _CLEARLY = 1.02
 _REVIEW = 16
 #: Times as many requests, or as few, at which it is looked at again at once.
 _CHANGED = 1.5
-#: Weight of what the checkpoint says about acceptance, in rounds, and about filters, in blocks; and how many of the
-#: last rounds count.
-_PRIOR_ROUNDS, _PRIOR_BLOCKS, _MEMORY = 8.0, 24.0, 400.0
+#: Weight of what the checkpoint says about filters, in blocks.
+_PRIOR_BLOCKS = 24.0
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
@@ -50,38 +50,12 @@ _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: What a request that is one of many takes beside its own rounds, in rounds: half of one that goes on when it comes,
 #: and half of its last draft, which is behind its end.
 _ENDS = 1.0
+#: Times as many requests, or as few, among which a round may be timed.
+_AMONG = 1.2
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
-#: Acceptance assumed where a checkpoint says nothing, and what that is worth, in rounds.
-_UNKNOWN, _NOTHING = {DecodingMethod.BLT_S: 0.7, DecodingMethod.BLT_DV: 0.3}, 0.25
-
-
-class Acceptance:
-    """How often a draft's bytes are accepted, by position, given that all before them were; `prior` where none were.
-
-    Where a position has few trials, the estimate of the one before it is used.
-    """
-
-    def __init__(self, length: int, prior: float) -> None:
-        self.prior = prior
-        self._tried = [0.0] * length
-        self._right = [0.0] * length
-
-    def count(self, drafted: int, accepted: int) -> None:
-        """Count a round; older rounds fade."""
-        for at in range(min(accepted + 1, drafted)):
-            fade = 1 - 1 / _MEMORY
-            self._tried[at] = fade * self._tried[at] + 1
-            self._right[at] = fade * self._right[at] + (at < accepted)
-
-    def bytes(self, length: int) -> float:
-        """Bytes of a draft of `length` that will be right, on average."""
-        expected, all_right, chance = 0.0, 1.0, self.prior
-        for at in range(length):
-            chance = (self._right[at] + _PRIOR_ROUNDS * chance) / (self._tried[at] + _PRIOR_ROUNDS)
-            all_right *= chance
-            expected += all_right
-        return expected
+#: What the acceptance that is assumed where a checkpoint says nothing is worth, in rounds.
+_NOTHING = 0.25
 
 
 @dataclass(frozen=True)
@@ -111,7 +85,7 @@ class DraftController:
             if 1 < size <= length // 2
         ]
         #: What the checkpoint says of greedy text, and of sampled text.
-        self._tables = config.acceptance, _sampled(config.acceptance)
+        self._tables = config.acceptance, sampled(config.acceptance)
         # Drafts of a kind are much alike in their first bytes, whatever their length.
         self._lengths = {DecodingMethod.BLT_S: LENGTHS, DecodingMethod.BLT_DV: config.block_sizes}
         self._acceptance = {
@@ -127,7 +101,7 @@ class DraftController:
         self._requests = 1.0
         self._text = Text(0.25, 256.0)
         #: Rounds that told how much of a kind of draft is accepted.
-        self._known = {_kind(draft): _PRIOR_ROUNDS if config.acceptance else _NOTHING for draft in self.drafts}
+        self._known = {_kind(draft): PRIOR_ROUNDS if config.acceptance else _NOTHING for draft in self.drafts}
         self._round_time = RoundTime()
         #: The number of requests for which the choice was made.
         self._chosen_for = 1.0
@@ -142,9 +116,10 @@ class DraftController:
         #: What rounds draft that are planned in this step, and how many ended in it; None: none was planned.
         self._drafted: Draft | None = None
         self._ended = 0
-        #: The draft whose rounds are timed, how many ended before, seconds since then, and how many ended in them.
+        #: The draft whose rounds are timed, among how many requests, how many ended before, seconds since then, and how
+        #: many ended in them.
         self._timed: Draft | None = None
-        self._before, self._elapsed, self._taken = 0, 0.0, 0
+        self._among, self._before, self._elapsed, self._taken = 0, 0, 0.0, 0
         self._assume()
         self.best = max(self.drafts, key=self.rate)
 
@@ -154,7 +129,7 @@ class DraftController:
         kinds = [(share, table) for share, table in zip(shares, self._tables, strict=True) if share]
         for method, lengths in self._lengths.items():
             if lengths:
-                chances = [share * _prior(table, method, lengths) for share, table in kinds]
+                chances = [share * prior(table, method, lengths) for share, table in kinds]
                 self._acceptance[method].prior = math.fsum(chances)
         for size in self._filtered:
             self._passing[size] = math.fsum(share * self._right_of_block(table, size) for share, table in kinds)
@@ -206,7 +181,7 @@ class DraftController:
 
     def filtered(self, draft: Draft, proposed: int, passed: int) -> None:
         """Count bytes of blocks that met the decoder's filter, and how many passed it."""
-        fade = 1 - proposed / (_MEMORY * (draft.block - 1))
+        fade = 1 - proposed / (MEMORY * (draft.block - 1))
         tried, kept = self._filtered[draft.block]
         self._filtered[draft.block] = (fade * tried + proposed, fade * kept + passed)
 
@@ -242,10 +217,12 @@ class DraftController:
         self._drafted, self._ended = None, 0
         self._rounds = 0 if drafted not in (None, self.best) else self._rounds + ended
         self._unseen += ended
-        if drafted not in (None, self._timed) or seconds is None:
-            # The first step of another draft verifies what was drafted before.
+        alike = self._among / _AMONG <= requests <= _AMONG * self._among
+        if drafted not in (None, self._timed) or seconds is None or not alike:
+            # The first step of another draft verifies what was drafted before. Where many requests come or go, nobody
+            # can tell how many shared a round.
             self._timed = drafted or self._timed
-            self._before, self._elapsed, self._taken = ended, 0.0, 0
+            self._among, self._before, self._elapsed, self._taken = requests, ended, 0.0, 0
             return
         if self._before < requests:
             # Some rounds that end next began before, so that what they take from now on is not all of it.
@@ -281,14 +258,20 @@ class DraftController:
         return count * made / (self._scale(draft) * self._round_time.seconds(passes, shares(steps, count)))
 
     def _scale(self, draft: Draft) -> float:
-        """What the draft's rounds took over what is expected of them now; of one that nobody made, as its kind."""
-        if (told := self._told.get(draft)) is not None:
-            expected = self._round_time.seconds(told.passes, told.shares)
-            # Beside one round that took what is expected.
-            rounds = min(told.rounds, 1 / _NEWEST_ROUND)
-            return (rounds * told.seconds / expected + 1) / (rounds + 1) if expected else 1.0
-        alike = [self._scale(other) for other in self._told if _kind(other) == _kind(draft)]
-        return math.fsum(alike) / len(alike) if alike else 1.0
+        """What the draft's rounds take over what is expected of them now, as far as its rounds and those of others of
+        its kind have shown."""
+        alike = self._shown(lambda other: _kind(other) == _kind(draft) and other != draft, 1.0)
+        return self._shown(lambda other: other == draft, alike)
+
+    def _shown(self, counts: Callable[[Draft], bool], expected: float) -> float:
+        """The scale that the rounds of the drafts that count have shown, beside one that took what is expected."""
+        taken, rounds = expected, 1.0
+        for draft, told in self._told.items():
+            if counts(draft) and (seconds := self._round_time.seconds(told.passes, told.shares)):
+                own = min(told.rounds, 1 / _NEWEST_ROUND)
+                taken += own * told.seconds / seconds
+                rounds += own
+        return taken / rounds
 
     def _round(self, draft: Draft, count: float) -> tuple[float, float, float]:
         """Of a round of `count` requests: seconds of its passes by the curves, steps of the engine, and the bytes of
@@ -368,29 +351,3 @@ class DraftController:
 def _kind(draft: Draft) -> tuple[DecodingMethod, int]:
     """Drafts of a kind are alike but for their length."""
     return draft.method, draft.block
-
-
-def _sampled(table: Mapping[str, float]) -> dict[str, float]:
-    """The table's values of sampled text; those of greedy text where it has none."""
-    return {name: table.get(name + SAMPLED, share) for name, share in table.items() if not name.endswith(SAMPLED)}
-
-
-def _prior(table: Mapping[str, float], method: DecodingMethod, lengths: tuple[int, ...]) -> float:
-    """The chance that a drafted byte is right, given those before it, from the checkpoint's table of acceptances.
-
-    The table has shares of drafted bytes: the mean over a draft of chance^1, chance^2, ...
-    """
-    for length in sorted(lengths, reverse=True):
-        name = f"blt-s k{length}" if method == DecodingMethod.BLT_S else f"{method}-{length} 1step"
-        if (share := table.get(name)) is not None:
-            return _chance(share, length)
-    return _UNKNOWN[method]
-
-
-def _chance(share: float, length: int) -> float:
-    low, high = 0.0, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        mean = math.fsum(middle**at for at in range(1, length + 1)) / length
-        low, high = (middle, high) if mean < share else (low, middle)
-    return (low + high) / 2

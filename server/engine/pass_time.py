@@ -26,8 +26,9 @@ _NEWEST = 0.3
 _LATE = 1.5
 #: More rows than any pass has for free.
 _MOST_WORTH = 4096
-#: Part of a step beside its prompts from which on what it takes is known well.
-_LEAST_KNOWN = 0.6
+#: Part of a step beside its prompts from which on what it takes is known well, and passes with prompts after which
+#: it is known what those take.
+_LEAST_KNOWN, _TAUGHT = 0.6, 4
 #: Bounds of the correction: what is further off is no pass, but a machine that stood still.
 _SCALES = (0.1, 20.0)
 
@@ -93,10 +94,12 @@ class PassTime:
         return self._scale * (near + self.depth_seconds(0, rows, patches_per_byte))
 
     def without_prompts(self, seconds: float, prompts: float) -> float | None:
-        """What a step of `seconds` took beside its prompts, for which the curves give `prompts` seconds; None if those
-        took most of it, so that the rest is not known well."""
+        """What a step of `seconds` took beside its prompts, for which the curves give `prompts` seconds; None if that
+        is not known well: those took most of it, or the first ones have not shown yet what prompts take here."""
+        if not prompts:
+            return seconds
         own = seconds - self._scale * prompts
-        return own if own >= _LEAST_KNOWN * seconds else None
+        return own if self.passes >= _TAUGHT and own >= _LEAST_KNOWN * seconds else None
 
     def worth_waiting(self) -> int:
         """Rows that take as long as one more pass: so many must be spared by waiting for somebody else's pass."""

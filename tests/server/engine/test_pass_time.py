@@ -70,6 +70,14 @@ def test_what_passes_really_take_is_learned() -> None:
     assert pass_time.without_prompts(took, budget.seconds) is None
 
 
+def test_what_a_step_took_beside_its_prompts_is_not_known_from_the_first_one_on() -> None:
+    pass_time = PassTime(curves(1e-3, 1e-5), 0.0, 0.1)
+    for passes in range(6):
+        assert (pass_time.without_prompts(0.05, 0.01) is not None) == (passes >= 4)
+        assert pass_time.without_prompts(0.05, 0.0) == 0.05
+        pass_time.step_ended(0.05, 0.01, decoding=True, held=False)
+
+
 def test_decoding_requests_leave_prompts_a_quarter() -> None:
     pass_time = PassTime(curves(1e-3, 1e-5), 0.0, 0.1)
     for _ in range(60):
