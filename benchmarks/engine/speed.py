@@ -35,6 +35,9 @@ SETTINGS = (
     *("blt-dv-4 1step", "blt-dv-8 1step", "blt-d-8 a0.7", "blt-dsv-4 k32", "blt-dsv-8 k16", "blt-dsv-8 k32"),
 )
 
+#: Requests of a set in `auto`, one after another where fewer run at once.
+_AT_LEAST = 4
+
 
 def overhead(*, model: str = str(PRETRAINED), rounds: int = 5, length: int = 100) -> dict[str, Any]:
     """The engine and a bare loop over the same modules, by turns of `length` bytes for each request; greedy BLT."""
@@ -98,7 +101,8 @@ def auto(
     """Settings in turns, over `rounds` sets of held-out prompts, after one set as a warm-up.
 
     Bytes per second are medians. `over` are medians of the ratios of the first setting's speed to each other one's on
-    the same prompts. Each engine is kept for all sets, as in a server. `length` is the bytes of a request.
+    the same prompts. Each engine is kept for all sets, as in a server. `length` is the bytes of a request. Fewer than
+    `_AT_LEAST` requests have several turns a set: what one takes is too short to be told from the machine's noise.
     """
     blt = load_checkpoint(model)
     result: dict[str, Any] = {"what": "auto"}
@@ -107,12 +111,17 @@ def auto(
         for heat in temperature:
             engines = {name: start(blt, batch) for name in setting}
             speeds: dict[str, list[float]] = {name: [] for name in setting}
+            turns = -(-_AT_LEAST // batch)
             for seed in range(rounds + 1):
-                prompts = held_out_prompts(batch, 256, seed=seed)
-                for name, engine in engines.items():
-                    names = begin(engine, prompts, endless(decoding(name), batch, heat))
-                    speeds[name].append(stretch(engine, length * batch))
-                    end(engine, names)
+                taken = dict.fromkeys(setting, 0.0)
+                for turn in range(turns):
+                    prompts = held_out_prompts(batch, 256, seed=seed * turns + turn)
+                    for name, engine in engines.items():
+                        names = begin(engine, prompts, endless(decoding(name), batch, heat))
+                        taken[name] += 1 / stretch(engine, length * batch)
+                        end(engine, names)
+                for name, seconds in taken.items():
+                    speeds[name].append(turns / seconds)
             medians = {name: round(statistics.median(own[1:])) for name, own in speeds.items()}
             first = speeds[setting[0]][1:]
             over = {name: round(ratio(first, speeds[name][1:]), 3) for name in setting[1:]}

@@ -34,8 +34,7 @@ from fastblt.server.engine.engine import Engine
 
 #: Numbers of rows at which the curve is measured, including those of verified drafts. Between them it is interpolated.
 _GRID = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-#: Up to _FEW rows, passes are measured at least _TURNS times, even if they are long: drafts have so many rows. So are
-#: those that `drift` compares.
+#: Up to _FEW rows, passes are measured at least _TURNS times, even if they are long: drafts have so many rows.
 _FEW, _TURNS = 32, 7
 #: Assumed bytes per patch, to guess the patch index of a position.
 _PATCH = 4
@@ -205,7 +204,7 @@ def _calls(passes: ModuleForward, count: int, context: int, owners: Sequence[int
 
 def _common(passes: ModuleForward, context: int, owners: Sequence[int], requests: int) -> dict[str, float]:
     """Seconds of a pass with a row for each request, by module. Most passes are such, and wait for what these do."""
-    return _medians(_calls(passes, requests, context, _spread(owners, requests)), 0.1, least=_TURNS)
+    return _medians(_calls(passes, requests, context, _spread(owners, requests)), 0.1)
 
 
 def _medians(calls: dict[str, Callable[[], Any]], budget: float, least: int = 3) -> dict[str, float]:
