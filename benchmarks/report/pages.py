@@ -51,6 +51,7 @@ TABLES = {
     "headline": Table(_HEADLINE, lambda results: table(("measured", ""), headline(results))),
     "capacity": Table(("sweep-auto-*.json",), load_tables.capacity),
     "saved": Table(("methods-*.json",), method_tables.saved),
+    "limits": Table(("methods-*.json",), method_tables.limits),
     "winners": Table(
         ("methods-*.json", "gpu_prediction.json"), method_tables.winners, "fastblt bench all --only methods"
     ),
