@@ -145,7 +145,7 @@ class Plan:
 
     def _large(self) -> list[Part]:
         """The paper's shapes, widened in memory: 3 and 6 GB, since the shipped weights are bf16 values."""
-        sizes = [("1b", 1, 8, 64, 0.0), ("1b-sampled", 1, 8, 64, 0.8), ("1b", 8, 8, 64, 0.0), ("3b", 1, 2, 48, 0.0)]
+        sizes = [("1b", 1, 4, 64, 0.0), ("1b-sampled", 1, 4, 64, 0.8), ("1b", 8, 8, 64, 0.0), ("3b", 1, 2, 48, 0.0)]
         parts = []
         for kind, batch, count, length, temperature in sizes:
             if self.quick:
