@@ -51,7 +51,7 @@ _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: and half of its last draft, which is behind its end.
 _ENDS = 1.0
 #: Times as many requests, or as few, among which a round may be timed.
-_AMONG = 1.2
+_AMONG = 1.5
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: What the acceptance that is assumed where a checkpoint says nothing is worth, in rounds.
