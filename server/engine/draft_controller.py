@@ -39,7 +39,7 @@ _UNTIMED, _GUESSED = 0.1, 0.3
 _CLEARLY = 1.02
 #: Rounds, or steps of the engine, after which the choice is looked at again.
 _REVIEW = 16
-#: Times as many requests, or as few, at which it is looked at again at once.
+#: Times as many requests, or as few, at which it is looked at again at once, and no round is timed.
 _CHANGED = 1.5
 #: Weight of what the checkpoint says about filters, in blocks.
 _PRIOR_BLOCKS = 24.0
@@ -50,8 +50,6 @@ _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: What a request that is one of many takes beside its own rounds, in rounds: half of one that goes on when it comes,
 #: and half of its last draft, which is behind its end.
 _ENDS = 1.0
-#: Times as many requests, or as few, among which a round may be timed.
-_AMONG = 1.5
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: What the acceptance that is assumed where a checkpoint says nothing is worth, in rounds.
@@ -217,7 +215,7 @@ class DraftController:
         self._drafted, self._ended = None, 0
         self._rounds = 0 if drafted not in (None, self.best) else self._rounds + ended
         self._unseen += ended
-        alike = self._among / _AMONG <= requests <= _AMONG * self._among
+        alike = self._among / _CHANGED <= requests <= _CHANGED * self._among
         if drafted not in (None, self._timed) or seconds is None or not alike:
             # The first step of another draft verifies what was drafted before. Where many requests come or go, nobody
             # can tell how many shared a round.
