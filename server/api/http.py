@@ -19,6 +19,9 @@ from fastblt.server.api.security import MAX_HEADER_BYTES
 
 #: Seconds a client has for the head of a request.
 HEAD_SECONDS = 30.0
+#: Seconds for which a connection is kept after an answer. Longer than clients and proxies keep theirs (5 to 60): if the
+#: server closes first, a request that is on its way is lost.
+KEEP_ALIVE_SECONDS = 75
 #: Seconds for the TLS opening handshake.
 HANDSHAKE_SECONDS = 10.0
 #: Seconds in which a client has to take what was written for it: a whole answer, or what waits of a stream.
@@ -208,7 +211,7 @@ class HttpProtocol(H11Protocol):
         if hasattr(transport, "max_size"):
             # asyncio's default is 256 KiB: as much memory for each slow connection, or many small requests at once.
             transport.max_size = _RECEIVED_BYTES
-        self._seen: Any = None
+        self._seen: tuple[Any, bool] = (None, False)
         self._idle_since = self._marked = self.loop.time()
         self._mark = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -262,17 +265,18 @@ class HttpProtocol(H11Protocol):
 
     def _check(self) -> None:
         """End a connection whose client has not taken what waited for it TAKE_SECONDS ago, or on which no request runs
-        and none came for HEAD_SECONDS."""
+        and none came for HEAD_SECONDS; between requests, where none has begun, for KEEP_ALIVE_SECONDS."""
         now, written = self.loop.time(), self._ending.written
         if written - self._ending.waiting >= self._mark:
             self._mark, self._marked = written, now
         elif now - self._marked >= TAKE_SECONDS:
             self._ending.abort()
             return
-        idle = self.cycle is None or self.cycle.response_complete
-        if not idle or self.cycle is not self._seen:
-            self._seen, self._idle_since = self.cycle, now
-        elif now - self._idle_since >= HEAD_SECONDS:
+        answered = self.cycle is not None and self.cycle.response_complete
+        between = answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        if not (answered or self.cycle is None) or (self.cycle, between) != self._seen:
+            self._seen, self._idle_since = (self.cycle, between), now
+        elif now - self._idle_since >= (KEEP_ALIVE_SECONDS if between else HEAD_SECONDS):
             # This takes until all that was written is sent, so the look at it goes on.
             self.transport.close()
         self._check_later()

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 
 from fastblt.server.api import greeting
 from fastblt.server.api.app import create_app
-from fastblt.server.api.http import HANDSHAKE_SECONDS, limited, max_connections, raise_file_limit
+from fastblt.server.api.http import HANDSHAKE_SECONDS, KEEP_ALIVE_SECONDS, limited, max_connections, raise_file_limit
 from fastblt.server.logs import progress
 from fastblt.server.process.client import EngineClient, EngineState, EngineUnavailableError
 from fastblt.server.settings import FailurePolicy, HttpSettings
@@ -104,6 +104,7 @@ def configure(client: EngineClient, http: HttpSettings) -> uvicorn.Config:
         server_header=False,
         ssl_certfile=http.tls_certificate,
         ssl_keyfile=http.tls_key,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(http.shutdown_timeout) + _LAST_WORDS,
     )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import ssl
 import subprocess
@@ -175,6 +176,33 @@ def test_connections_that_never_ask_are_closed(monkeypatch: pytest.MonkeyPatch) 
         long = EngineClient(EngineSettings(), command=fake_engine.command(pause=0.2))
         with RunningServer(long) as other:
             assert other.complete(prompt="Hi", max_tokens=6)["choices"][0]["text"] == "a" * 6
+
+
+def test_a_connection_outlasts_those_who_reuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Clients keep connections for 5 seconds and more. If the server closes first, it loses what is on its way.
+    with RunningServer(fake()) as server:
+        # It raises RemoteDisconnected where the server has closed.
+        kept = http.client.HTTPConnection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), timeout=5)
+        for pause in (5.5, 0):
+            kept.request("GET", "/health")
+            assert kept.getresponse().read()
+            time.sleep(pause)
+        kept.close()
+    # But not for ever, and a head that has begun has to come in time.
+    monkeypatch.setattr(http_module, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(http_module, "KEEP_ALIVE_SECONDS", 1.2)
+    with RunningServer(fake()) as server:
+        address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        lasted = []
+        for begun in (b"", b"GET /health HTTP/1.1\r\nhost:"):
+            with socket.create_connection(address) as idle:
+                idle.settimeout(5)
+                idle.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + begun)
+                clock = time.monotonic()
+                while idle.recv(4096):
+                    pass
+                lasted.append(time.monotonic() - clock)
+        assert lasted[0] >= 1.2 > lasted[1]
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
