@@ -73,7 +73,9 @@ class Endpoint:
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(concurrency, concurrency, keepalive_expiry=_KEPT)
+        limits = httpx.Limits(
+            max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=_KEPT
+        )
         self._client = httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
         self.concurrency = concurrency
         self._turns = asyncio.Semaphore(concurrency)
