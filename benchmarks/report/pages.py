@@ -70,6 +70,8 @@ TABLES = {
     "peer-loop": Table(("peer_loop.json",), narrow_tables.peer_loop),
     "streams": Table(("sweep-*.json",), load_tables.streams),
     "traces": Table(("trace-*.json",), load_tables.traces),
+    "token-loop": Table(("token_loop.json",), load_tables.token_loop),
+    "first-picture": Table(("first_picture.json",), load_tables.first_picture),
     "peers": Table(("peer-*.json",), load_tables.peers),
     "fairness": Table(("fairness-*.json",), load_tables.fairness),
     "starvation": Table(("starvation.json",), load_tables.starvation),

@@ -55,7 +55,7 @@ def test_unknown_and_missing_tables_are_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_results_of_another_checkpoint_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads((DATA / "front.json").read_text())
-    result["checkpoint"]["sha256"] = "0123456789abcdef"
+    result |= {"checkpoint": {"sha256": "0123456789abcdef"}, "part": {"checkpoint": "0123456789abcdef"}}
     (tmp_path / "front.json").write_text(json.dumps(result))
     monkeypatch.setattr(pages, "DATA", tmp_path)
     assert "an earlier checkpoint" in pages.block("front", PAGES[1])
