@@ -1,6 +1,6 @@
 """What each method's text is worth, as a part of the full run: `fastblt eval quality` with a JSON file.
 
-python -m fastblt.benchmarks.evaluation.methods    about six minutes on two cores
+python -m fastblt.benchmarks.evaluation.methods    six to fifteen minutes on two cores
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ TABLES = {
     "capacity": Table(("sweep-auto-*.json",), load_tables.capacity),
     "saved": Table(("methods-*.json",), method_tables.saved),
     "limits": Table(("methods-*.json",), method_tables.limits),
+    "quality": Table(("quality.json",), method_tables.quality),
     "winners": Table(
         ("methods-*.json", "gpu_prediction.json"), method_tables.winners, "fastblt bench all --only methods"
     ),
