@@ -211,6 +211,7 @@ class HttpProtocol(H11Protocol):
         if hasattr(transport, "max_size"):
             # asyncio's default is 256 KiB: as much memory for each slow connection, or many small requests at once.
             transport.max_size = _RECEIVED_BYTES
+        #: The last request and whether the connection rests since, as of the last look.
         self._seen: tuple[Any, bool] = (None, False)
         self._idle_since = self._marked = self.loop.time()
         self._mark = 0
@@ -272,9 +273,10 @@ class HttpProtocol(H11Protocol):
         elif now - self._marked >= TAKE_SECONDS:
             self._ending.abort()
             return
-        answered = self.cycle is not None and self.cycle.response_complete
-        between = answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
-        if not (answered or self.cycle is None) or (self.cycle, between) != self._seen:
+        idle = self.cycle is None or self.cycle.response_complete
+        # Answered in full, and no byte of a next request has come.
+        between = self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        if not idle or (self.cycle, between) != self._seen:
             self._seen, self._idle_since = (self.cycle, between), now
         elif now - self._idle_since >= (KEEP_ALIVE_SECONDS if between else HEAD_SECONDS):
             # This takes until all that was written is sent, so the look at it goes on.
