@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 
 import httpx
 
+from fastblt.benchmarks.load.client import IDLE_SECONDS
 from fastblt.benchmarks.load.serving import serving
 
 #: Seconds between attempts if the server is full or not ready and sends no Retry-After.
 _PAUSE = 1.0
 _TRIES = 60
-#: Seconds for which an idle connection is used again. Some servers close theirs after 5, and lose what is on its way.
-_KEPT = 2.0
 _FIXED = [1, *(byte + 4 for byte in b"def mean(values):\n    return sum(values) / len(values)\n")]
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ class Endpoint:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(
-            max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=_KEPT
+            max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=IDLE_SECONDS
         )
         self._client = httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=timeout, limits=limits)
         self.concurrency = concurrency

@@ -11,6 +11,9 @@ import aiohttp
 
 from fastblt.benchmarks.load.workload import Job
 
+#: Seconds for which an idle connection is used again. Some servers close theirs after 5, and lose what is on its way.
+IDLE_SECONDS = 2.0
+
 
 @dataclass
 class Record:

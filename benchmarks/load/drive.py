@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastblt.benchmarks.load.client import Endpoint, Record, first_model
+from fastblt.benchmarks.load.client import IDLE_SECONDS, Endpoint, Record, first_model
 from fastblt.benchmarks.load.workload import Job
 
 
@@ -95,7 +95,7 @@ async def drive(
 def _session() -> aiohttp.ClientSession:
     key = os.environ.get("FASTBLT_API_KEY") or os.environ.get("OPENAI_API_KEY")
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
         headers={"Authorization": f"Bearer {key}"} if key else None,
         read_bufsize=2**20,
         max_line_size=2**20,
