@@ -141,6 +141,27 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
+def best_of(ours: Sequence[float], theirs: Mapping[str, Sequence[float]]) -> str:
+    """The name of the one of `theirs` that `ours` is the least above."""
+    return min(theirs, key=lambda name: ratio(ours, theirs[name]))
+
+
+def over_best(ours: Sequence[float], theirs: Mapping[str, Sequence[float]]) -> float:
+    """The median over turns of `ours` over the best of `theirs`, each turn beside that which is the best in all others.
+
+    The best of many in the very turns that are judged is in part the luckiest, and nobody could have chosen it before.
+    """
+
+    def without(turn: int, speeds: Sequence[float]) -> list[float]:
+        return [*speeds[:turn], *speeds[turn + 1 :]] or list(speeds)
+
+    bests = [
+        best_of(without(turn, ours), {name: without(turn, own) for name, own in theirs.items()})
+        for turn in range(len(ours))
+    ]
+    return ratio(ours, [theirs[name][turn] for turn, name in enumerate(bests)])
+
+
 @contextmanager
 def replaced(*changes: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
     """Patch functions for a while. Each of `changes` is (class, module or object; name; change): the function is

@@ -4,7 +4,7 @@
     python -m fastblt.benchmarks.checks.lossless --processes 4   the prompts split over processes of one thread each
 
 Half of the prompts are held-out text, half are the ends of HumanEval prompts. Every prompt is decoded by BLT and by
-every drafting setting, all mixed in one deterministic engine, so that batches contain many methods at different stages.
+every drafting setting, mixed in one deterministic engine, so that batches contain several methods at different stages.
 Sampled prompts are decoded with every row of `SAMPLED`, each prompt with its own seed. The table says for each setting
 how many outputs differ from BLT's with the same prompt, parameters and seed. The exit status is 1 if any differs.
 """
@@ -56,6 +56,9 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "greedy with penalties": {"temperature": 0.0, "frequency_penalty": 0.3, "repetition_penalty": 1.3},
 }
 
+#: Groups of settings that run one behind another. The settings of a group are of all methods.
+_GROUPS = 8
+
 #: A request: the number of its prompt, which is also its seed; the name of its parameters; its setting.
 Job = tuple[int, str, str]
 
@@ -104,6 +107,8 @@ def compare(
     settings = ["blt", *drafting_settings(model.config.block_sizes)]
     jobs = [(seed, name, setting) for seed in prompts for name in parameters for setting in settings]
     random.Random(0).shuffle(jobs)
+    # Each setting takes passes of its own: all of them at once would leave each a request or two.
+    jobs.sort(key=lambda job: settings.index(job[2]) % _GROUPS)
     params = []
     for seed, name, setting in jobs:
         values = {"ignore_eos": True, "seed": seed, "max_tokens": length, **parameters[name]}

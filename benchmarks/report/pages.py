@@ -34,7 +34,6 @@ PAGES = (
 
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HEADLINE = ("methods-*.json", "sweep-*.json", "trace-*.json", "peer-*.json")
-_GPU = "python -m fastblt.benchmarks.savings.gpu_prediction"
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ TABLES = {
     "hold-time": Table(("hold_sweep.json",), engine_tables.hold_time),
     "lossless": Table(("lossless.json",), engine_tables.lossless),
     "modes": Table(("modes.json",), engine_tables.default_mode),
-    "gpu-kernels": Table(("gpu_prediction.json",), gpu_tables.kernels, _GPU),
-    "gpu-rounds": Table(("gpu_prediction.json",), gpu_tables.rounds, _GPU),
-    "gpu-predicted": Table(("gpu_prediction.json",), gpu_tables.predicted, _GPU),
-    "gpu-arithmetic": Table(("gpu_prediction.json",), gpu_tables.arithmetic, _GPU),
+    "gpu-kernels": Table(("gpu_prediction.json",), gpu_tables.kernels),
+    "gpu-rounds": Table(("gpu_prediction.json",), gpu_tables.rounds),
+    "gpu-predicted": Table(("gpu_prediction.json",), gpu_tables.predicted),
+    "gpu-arithmetic": Table(("gpu_prediction.json",), gpu_tables.arithmetic),
     "schemas": Table(("constraints.json",), engine_tables.schemas),
     "utf8": Table(("constraints.json",), engine_tables.utf8),
     "constraint-cost": Table(("constraints.json",), engine_tables.constraint_cost),

@@ -51,6 +51,7 @@ SCRIPTS = {
     "quality": Script("evaluation.methods", "", "--prompts 8 --length 16 --setting blt --setting 'blt-d-8 a0.7'"),
     "constraints": Script("checks.constraints", "--outputs 100 --utf8 500", "--outputs 10 --utf8 10"),
     "lossless": Script("checks.lossless", "--processes 2", "--prompts 2 --sampled 1 --length 16"),
+    "gpu_prediction": Script("savings.gpu_prediction", "", "--shape 1b --chip H200 --batch 1"),
     "soak": Script("checks.soak", "", "--seconds 30"),
     "narrow-1b": Script("savings.narrow", "--length 32", f"--batch 1 --length 8 --rounds 1 {_TWO}", large=True),
     "peer_loop": Script("kernels.peer_loop", "", "--weights 0.2 --rounds 1", large=True, needs=("llama_cpp", "gguf")),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from fastblt.models.config import SAMPLED
 from fastblt.server.request import DecodingMethod
 
@@ -22,21 +24,21 @@ class Acceptance:
 
     def __init__(self, length: int, prior: float) -> None:
         self.prior = prior
-        self._tried = [0.0] * length
-        self._right = [0.0] * length
+        self._tried = np.zeros(length)
+        self._right = np.zeros(length)
 
     def count(self, drafted: int, accepted: int) -> None:
         """Count a round; older rounds fade."""
-        for at in range(min(accepted + 1, drafted)):
-            fade = 1 - 1 / MEMORY
-            self._tried[at] = fade * self._tried[at] + 1
-            self._right[at] = fade * self._right[at] + (at < accepted)
+        tried, fade = slice(min(accepted + 1, drafted)), 1 - 1 / MEMORY
+        self._tried[tried] = fade * self._tried[tried] + 1
+        self._right[tried] *= fade
+        self._right[:accepted] += 1
 
     def bytes(self, length: int) -> float:
         """Bytes of a draft of `length` that will be right, on average."""
         expected, all_right, chance = 0.0, 1.0, self.prior
-        for at in range(length):
-            chance = (self._right[at] + PRIOR_ROUNDS * chance) / (self._tried[at] + PRIOR_ROUNDS)
+        for tried, right in zip(self._tried[:length].tolist(), self._right[:length].tolist(), strict=True):
+            chance = (right + PRIOR_ROUNDS * chance) / (tried + PRIOR_ROUNDS)
             all_right *= chance
             expected += all_right
         return expected

@@ -43,6 +43,8 @@ _REVIEW = 16
 _CHANGED = 1.5
 #: Weight of what the checkpoint says about filters, in blocks.
 _PRIOR_BLOCKS = 24.0
+#: The variance of a block's bytes that pass a filter, over passing * (most - passing), where most blocks pass whole.
+_CUT_OFF = 0.7
 #: Kinds of decoder passes in `work`.
 _DECODING = ("decoder", DRAFT, STEP)
 #: Share of a pass in running means, and of a round in what is known of its draft's time.
@@ -50,6 +52,8 @@ _NEWEST, _NEWEST_ROUND = 0.05, 0.1
 #: What a request that is one of many takes beside its own rounds, in rounds: half of one that goes on when it comes,
 #: and half of its last draft, which is behind its end.
 _ENDS = 1.0
+#: Rounds that the time which is expected of a draft is worth: the first ones are often those of a server that starts.
+_ASSUMED = 8.0
 #: A round that takes so much less or more than expected is a machine that stood still, and counts as that.
 _SCALES = (0.5, 2.0)
 #: What the acceptance that is assumed where a checkpoint says nothing is worth, in rounds.
@@ -106,6 +110,7 @@ class DraftController:
         self._steps = 0
         #: What is known of the rounds of each draft that was made.
         self._told: dict[Draft, Told] = {}
+        self._reckoned: dict[tuple[Draft, int], tuple[float, float]] = {}
         #: Rounds since another draft was asked for, and since the choice was looked at; how often one was asked for.
         self._rounds = self._unseen = self._asked = 0
         self._others = self._rivals()
@@ -200,6 +205,7 @@ class DraftController:
         first = self._steps == 1
         if first or changed or self._steps % _REVIEW == 0 or self._unseen >= _REVIEW:
             self._unseen = 0
+            self._reckoned.clear()
             self._chosen_for = max(self._requests, 1e-3)
             before, self._text = self._text.greedy, text()
             if self._text.greedy != before:
@@ -230,8 +236,7 @@ class DraftController:
         self._taken += ended
         if self._timed is None or not requests or self._taken < requests:
             return
-        passes, steps, _ = self._round(self._timed, requests)
-        own = shares(steps, requests)
+        passes, own = self._reckon(self._timed, requests)
         expected = self._round_time.seconds(passes, own)
         low, high = (bound * expected for bound in _SCALES)
         taken = min(max(self._elapsed * requests / self._taken, low), high)
@@ -245,6 +250,13 @@ class DraftController:
         )
         self._round_time.count(passes, own, taken)
         self._elapsed, self._taken = 0.0, 0
+
+    def _reckon(self, draft: Draft, requests: int) -> tuple[float, float]:
+        """Of a round, as at the last look: seconds of its passes by the curves, and shares of the engine's time."""
+        if (found := self._reckoned.get((draft, requests))) is None:
+            passes, steps, _ = self._round(draft, requests)
+            found = self._reckoned[draft, requests] = passes, shares(steps, requests)
+        return found
 
     def rate(self, draft: Draft) -> float:
         """Bytes a second that all requests together would get if they all drafted so, from their first to their last
@@ -263,7 +275,7 @@ class DraftController:
 
     def _shown(self, counts: Callable[[Draft], bool], expected: float) -> float:
         """The scale that the rounds of the drafts that count have shown, beside one that took what is expected."""
-        taken, rounds = expected, 1.0
+        taken, rounds = _ASSUMED * expected, _ASSUMED
         for draft, told in self._told.items():
             if counts(draft) and (seconds := self._round_time.seconds(told.passes, told.shares)):
                 own = min(told.rounds, 1 / _NEWEST_ROUND)
@@ -285,8 +297,8 @@ class DraftController:
             upstream = costs["global"](rows * patches) * (1 - (1 - closing) ** count)
             seconds = costs["patcher"](rows) + costs["encoder"](rows) + upstream + costs["decoder"](rows)
             if draft.method == DecodingMethod.BLT_DSV:
-                rounds, each = self._filtering(draft, count)
-                seconds += rounds * each
+                rounds, filtering = self._filtering(draft, count)
+                seconds += filtering
                 steps += 0.0 if DRAFT in costs else 2 * rounds
             elif draft.method == DecodingMethod.BLT_DV:
                 seconds += costs["decoder"](rows)
@@ -312,17 +324,29 @@ class DraftController:
         return seconds, steps, made
 
     def _filtering(self, draft: Draft, count: float) -> tuple[float, float]:
-        """Of a filtered draft: its inner rounds, of a block's pass and its filter's, and the seconds of one."""
-        costs, (tried, kept) = self._costs, self._filtered[draft.block]
-        blocks = tried / (draft.block - 1) + _PRIOR_BLOCKS
+        """Of filtered drafts of `count` requests: inner rounds of each, of a block's pass and its filter's, and the
+        seconds of all of them."""
+        tried, kept = self._filtered[draft.block]
+        most = draft.block - 1
+        passing = (kept + _PRIOR_BLOCKS * self._passing[draft.block]) / (tried / most + _PRIOR_BLOCKS)
         # A round gives the pending row's own byte, those that pass, and the filter's own.
-        rounds = draft.length / ((kept + _PRIOR_BLOCKS * self._passing[draft.block]) / blocks + 2)
-        if (fused := costs.get(filter_of(draft.block))) is not None:
-            return rounds, fused(count)
-        inner = costs["decoder"](count * (1 + draft.block)) + costs["decoder"](count * draft.block)
+        made = passing + 2
+        rounds = draft.length / made
+        # A call goes on until the last draft is whole, for fewer and fewer requests. Bytes pass until one does not, so
+        # their number varies as in a geometric distribution that is cut off.
+        variance = min(passing * (1 + passing), _CUT_OFF * passing * (most - passing))
+        more = math.sqrt(max(2 * math.log(max(count, 1.0)) * draft.length * variance / made**3, 0.0))
+        return rounds, rounds * self._inner(draft.block, count) + more * self._inner(draft.block, max(count / 4, 1.0))
+
+    def _inner(self, block: int, count: float) -> float:
+        """Seconds of an inner round of a filtered draft."""
+        costs = self._costs
+        if (fused := costs.get(filter_of(block))) is not None:
+            return fused(count)
+        inner = costs["decoder"](count * (1 + block)) + costs["decoder"](count * block)
         if self._encoder_input:
-            inner += costs["encoder"](count) + costs["encoder"](count * draft.block)
-        return rounds, inner
+            inner += costs["encoder"](count) + costs["encoder"](count * block)
+        return inner
 
     def _hope(self, draft: Draft) -> float:
         """The highest rate that it may have, as far as is known."""

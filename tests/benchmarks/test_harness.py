@@ -7,10 +7,12 @@ import pytest
 
 from fastblt.benchmarks.harness import (
     begin,
+    best_of,
     complete,
     end,
     endless,
     in_turns,
+    over_best,
     ratio,
     replaced,
     start,
@@ -80,6 +82,16 @@ def test_turns_and_ratios() -> None:
     found = in_turns(2, {name: partial(measure, name) for name in "ab"}, warm_up=1)
     assert order == ["a", "b"] * 3 and found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert ratio([2.0, 9.0, 5.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_the_best_is_not_the_luckiest() -> None:
+    theirs = {"steady": [1.0, 1.0, 1.0], "lucky": [9.0, 0.5, 0.5]}
+    assert best_of([1.0] * 3, theirs) == "steady" and over_best([1.0] * 3, theirs) == 1.0
+    # Of ten equal ones that each had luck once, the best of all turns has more of it than the best of the others.
+    turns = 10
+    equal = {str(one): [2.0 if turn == one else 1.0 for turn in range(turns)] for one in range(turns)}
+    assert over_best([1.0] * turns, equal) == 1.0
+    assert over_best([3.0], {"a": [2.0], "b": [1.0]}) == 1.5
 
 
 class _Place:
