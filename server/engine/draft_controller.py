@@ -110,6 +110,7 @@ class DraftController:
         self._steps = 0
         #: What is known of the rounds of each draft that was made.
         self._told: dict[Draft, Told] = {}
+        #: What `_reckon` gave since the last look.
         self._reckoned: dict[tuple[Draft, int], tuple[float, float]] = {}
         #: Rounds since another draft was asked for, and since the choice was looked at; how often one was asked for.
         self._rounds = self._unseen = self._asked = 0
