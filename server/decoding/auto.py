@@ -60,6 +60,9 @@ class Auto:
         if self._between:
             self._begin()
         plan = self._inner.plan(known, computed, left)
+        if not self._begun:
+            # A draft comes next, most likely, and its verification passes the entropy model.
+            plan.scan_to = 0
         if plan.samples > 1 and not plan.draft:
             # A verification goes on with the next round's draft.
             plan.stop_after(1)

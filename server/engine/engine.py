@@ -202,13 +202,14 @@ class Engine:
             deltas = self._step()
         if self._runner.work:
             decoding = sum(not sequence.prefilling for sequence in self._scheduler.running)
-            seconds, prompts = self._clock() - began, self._planner.prompt_seconds
+            seconds, prompts = self._clock() - began, self._planner.prompts
             if (pass_time := self._context.pass_time) is not None:
                 held = bool(self._planner.held())
-                pass_time.step_ended(seconds, prompts, decoding=self._planner.decoding > 0, held=held)
+                others = self._planner.decoding > 0
+                pass_time.step_ended(seconds, prompts, self._runner.work, decoding=others, held=held)
                 if (controller := self._context.controller) is not None:
                     # What prompts take is no cost of drafting.
-                    own = pass_time.without_prompts(seconds, prompts)
+                    own = pass_time.without_prompts(seconds, prompts.seconds)
                     controller.step_ended(decoding, self._scheduler.text, own, self._runner.work)
         return deltas
 

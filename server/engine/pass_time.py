@@ -1,5 +1,8 @@
 """What the next pass will take: predicted from the cost curves measured at the start, corrected by what passes took.
 
+Prompts and decoding requests share passes, so nobody sees what either took alone. Each is expected to take what the
+curves say of its rows, times a correction of its own; what a step took beside that is put down to both by their shares.
+
 A pass costs time, not rows: 100 rows of a prompt are nothing to one model and seconds to another. So the prompts that
 are computed beside decoding requests get the rows that fit into `EngineSettings.max_gap_ms`, the longest gap between
 two bytes that people who watch a text should see.
@@ -7,6 +10,8 @@ two bytes that people who watch a text should see.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastblt.server.engine.device.cost import Costs
@@ -58,15 +63,15 @@ class PassTime:
         self._per_depth = per_depth
         self.bound = bound
         self._fixed = self.rows_seconds(1, 1.0)
-        #: What passes of prompts take, over what the curves say.
-        self._scale = 1.0
+        #: What the rows of prompts take over what the curves say, and what those of decoding requests do.
+        self._scale = self._pace = 1.0
         #: What the decoding requests take of a step, a running mean.
         self._decoding = 0.0
         #: Passes with prompts, and how many of them took clearly longer than they should have.
         self.passes = self.late = 0
-        # Since the last step after which no prompt was held: seconds, the longest step, what its prompts were expected
-        # to take, and steps.
-        self._seconds = self._longest = self._prompts = 0.0
+        # Since the last step after which no prompt was held: seconds, the longest step, what its prompts and what all
+        # others take by the curves, and steps.
+        self._seconds = self._longest = self._prompts = self._others = 0.0
         self._steps = 0
 
     def allowed(self, *, decoding: bool) -> float:
@@ -108,36 +113,51 @@ class PassTime:
             rows *= 2
         return rows
 
-    def step_ended(self, seconds: float, prompts: float, *, decoding: bool, held: bool) -> None:
-        """A step took `seconds`; the curves gave the prompts planned in it `prompts` seconds, 0 if there were none.
-        `held`: some of these wait for the next upstream pass, and a later step will compute the rest of them."""
+    def step_ended(
+        self, seconds: float, prompts: PromptBudget, work: Iterable[tuple[str, int]], *, decoding: bool, held: bool
+    ) -> None:
+        """A step took `seconds` for the `work`, passes as (module, rows); `prompts` is what was planned of prompts in
+        it. `decoding`: whether others decoded. `held`: some prompts wait for the next upstream pass, and a later step
+        will compute the rest of them."""
         self._seconds += seconds
         self._longest = max(self._longest, seconds)
-        self._prompts += self._scale * prompts
+        self._prompts += prompts.seconds
+        if decoding:
+            self._others += self._work_seconds(work) - prompts.near_seconds
         self._steps += 1
         if held:
             return
-        others = self._steps * self._decoding if decoding else 0.0
-        if self._prompts:
+        expected = self._scale * self._prompts
+        if expected:
             self.passes += 1
             self.late += self._longest > _LATE * max(self.bound, _TIMES_FIXED * self._fixed * self._scale)
-        self._learn(others, decoding)
-        self._seconds = self._longest = self._prompts = 0.0
+        self._learn(expected, self._pace * max(self._others, 0.0))
+        self._seconds = self._longest = self._prompts = self._others = 0.0
         self._steps = 0
 
-    def _learn(self, others: float, decoding: bool) -> None:
+    def _work_seconds(self, work: Iterable[tuple[str, int]]) -> float:
+        """What passes take by the curves. Steps that are not measured apart are passes of the decoder."""
+        costs = self._costs
+        times = Counter(work).items()
+        return sum(count * costs.get(kind, costs["decoder"])(rows) for (kind, rows), count in times)
+
+    def _learn(self, prompts: float, others: float) -> None:
         """Correct what prompts and decoding requests are expected to take, each by its share of what was expected of
-        these steps; `others` is that of the latter."""
-        expected = self._prompts + others
-        share = self._prompts / expected if expected else 0.0
-        if share:
-            # A small pass says little.
-            weight = _NEWEST * share * min(self._prompts / self.bound, 1.0)
-            scale = self._scale * (1 + weight * (self._seconds / expected - 1))
-            self._scale = min(max(scale, _SCALES[0]), _SCALES[1])
-        if decoding:
-            own = self._decoding + _NEWEST * max(1 - share, _NEWEST) * (self._seconds - expected) / self._steps
-            self._decoding = max(own, 0.0)
+        these steps."""
+        expected = prompts + others
+        if not expected:
+            return
+        off = self._seconds / expected - 1
+        # A small pass says little about prompts.
+        self._scale = _corrected(self._scale, off * prompts / expected * min(prompts / self.bound, 1.0))
+        self._pace = _corrected(self._pace, off * others / expected)
+        if others:
+            self._decoding += _NEWEST * (others * (1 + _NEWEST * off) / self._steps - self._decoding)
+
+
+def _corrected(scale: float, off: float) -> float:
+    """A correction after a step that was `off`, over what was expected."""
+    return min(max(scale * (1 + _NEWEST * off), _SCALES[0]), _SCALES[1])
 
 
 class PromptBudget:
@@ -175,7 +195,12 @@ class PromptBudget:
     @property
     def seconds(self) -> float:
         """What was taken takes, by the curves; 0 where these are not known."""
-        return 0.0 if self._time is None or not self._used else self._deep + self._base(self._used)
+        return self._deep + self.near_seconds
+
+    @property
+    def near_seconds(self) -> float:
+        """What it would take near the start of a text."""
+        return 0.0 if self._time is None or not self._used else self._base(self._used)
 
     def _base(self, rows: int) -> float:
         assert self._time is not None

@@ -24,8 +24,8 @@ class Planner:
         self._context = context
         self._scheduler = context.scheduler
         self._runner = runner
-        #: Seconds that the prompts of the last plans take, by the cost curves; 0 where these are not known.
-        self.prompt_seconds = 0.0
+        #: What the last plans have of prompts.
+        self.prompts = PromptBudget(0)
         #: How many requests were past their prompts when the last plans were made.
         self.decoding = 0
         self._rule = context.rule
@@ -81,7 +81,7 @@ class Planner:
 
     def _divide(self, prompts: list[Sequence]) -> dict[Sequence, int]:
         """The rows of each prompt in this pass."""
-        self.prompt_seconds = 0.0
+        self.prompts = PromptBudget(0)
         if not prompts:
             return {}
         scheduler, pass_time, held = self._scheduler, self._context.pass_time, self.held()
@@ -100,7 +100,7 @@ class Planner:
         enabled, page = self._context.prefix.enabled, self._context.caches.page_size
         leaders = Leaders(page, worth, held) if enabled else None
         divided = divide(prompts, budget, leaders, room=room.rows, join=scheduler.join)
-        self.prompt_seconds = budget.seconds
+        self.prompts = budget
         return divided
 
     def prepare(self, planned: list[Planned]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import time
 
 import numpy as np
@@ -156,6 +157,8 @@ def test_a_process_that_was_killed_is_replaced_and_told_everything() -> None:
     assert feed(pool, cursor, b"12+(3") == 5
     [worker] = pool._workers.values()
     nursery.nursery.tell(grammar_worker.KILL, worker.number)
+    # Another process passes the order on. The end of the socket says that it was carried out.
+    assert worker.sock.recv(1, socket.MSG_PEEK) == b""
     assert feed(pool, cursor, b"+4)") == 3
     assert cursor.failure is None and pool._workers[ARITHMETIC] is not worker
 
@@ -220,7 +223,7 @@ def test_a_process_whose_grammar_is_followed_on_the_spot_takes_the_next_one() ->
     # One that has ended in the meantime is not taken.
     [number] = numbers
     nursery.nursery.tell(grammar_worker.KILL, number)
-    time.sleep(0.3)
+    assert dict(nursery.nursery._blank)[number].recv(1, socket.MSG_PEEK) == b""
     cursor = pool.start(ARITHMETIC)
     assert feed(pool, cursor, b"1+2") == 3
 
