@@ -1,7 +1,8 @@
 """What the next pass will take: predicted from the cost curves measured at the start, corrected by what passes took.
 
 Prompts and decoding requests share passes, so nobody sees what either took alone. Each is expected to take what the
-curves say of its rows, times a correction of its own; what a step took beside that is put down to both by their shares.
+curves say of its rows, times a correction of its own. A Kalman filter learns both from what steps took in all: of an
+error it puts down more to what makes more of the step, and to what is less well known.
 
 A pass costs time, not rows: 100 rows of a prompt are nothing to one model and seconds to another. So the prompts that
 are computed beside decoding requests get the rows that fit into `EngineSettings.max_gap_ms`, the longest gap between
@@ -10,6 +11,7 @@ two bytes that people who watch a text should see.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ _LEAST_SHARE = 0.25
 #: A pass has a cost of its own, mostly the weights that it reads. Prompts get so many times that at least, so that
 #: most of their time is spent on rows, also where a pass of one row takes longer than the bound.
 _TIMES_FIXED = 3.0
-#: Weight of the newest pass in running means.
+#: Weight of the newest step in the running mean of what decoding requests take.
 _NEWEST = 0.3
 #: A pass that takes so many times its bound is late.
 _LATE = 1.5
@@ -34,8 +36,13 @@ _MOST_WORTH = 4096
 #: Part of a step beside its prompts from which on what it takes is known well, and passes with prompts after which
 #: it is known what those take.
 _LEAST_KNOWN, _TAUGHT = 0.6, 4
-#: Bounds of the correction: what is further off is no pass, but a machine that stood still.
-_SCALES = (0.1, 20.0)
+#: Bounds of the corrections, and of one step's error as a logarithm: what is further off is no pass, but a machine that
+#: stood still.
+_SCALES, _MOST_OFF = (0.1, 20.0), 1.0
+#: Variances, of logarithms: how far off both corrections may be at first, and how much of that is the same for both,
+#: since a machine that is slower than its curves is so for all rows; what they change from step to step; and what the
+#: time of a step of the longest kind wavers.
+_AT_FIRST, _COMMON, _CHANGE, _NOISE = 1.0, 0.8, 0.005, 0.04
 
 #: The position and the row counts at which the costs of passes are measured; and, for what depth adds to the cost of
 #: the global transformer, a patch deep in a text and a number of rows.
@@ -63,8 +70,11 @@ class PassTime:
         self._per_depth = per_depth
         self.bound = bound
         self._fixed = self.rows_seconds(1, 1.0)
-        #: What the rows of prompts take over what the curves say, and what those of decoding requests do.
+        #: What the rows of prompts take over what the curves say, and what those of decoding requests do; variances of
+        #: the logarithms of both, and their covariance.
         self._scale = self._pace = 1.0
+        self._scale_variance = self._pace_variance = _AT_FIRST
+        self._covariance = _COMMON * _AT_FIRST
         #: What the decoding requests take of a step, a running mean.
         self._decoding = 0.0
         #: Passes with prompts, and how many of them took clearly longer than they should have.
@@ -142,22 +152,31 @@ class PassTime:
         return sum(count * costs.get(kind, costs["decoder"])(rows) for (kind, rows), count in times)
 
     def _learn(self, prompts: float, others: float) -> None:
-        """Correct what prompts and decoding requests are expected to take, each by its share of what was expected of
-        these steps."""
+        """Correct what prompts and decoding requests are expected to take, which of these steps was so much."""
         expected = prompts + others
-        if not expected:
+        if not expected or self._seconds <= 0:
             return
-        off = self._seconds / expected - 1
-        # A small pass says little about prompts.
-        self._scale = _corrected(self._scale, off * prompts / expected * min(prompts / self.bound, 1.0))
-        self._pace = _corrected(self._pace, off * others / expected)
+        share, rest = prompts / expected, others / expected
+        self._scale_variance += _CHANGE * share
+        self._pace_variance += _CHANGE * rest
+        # How far the error of a step goes with that of either correction.
+        scale = share * self._scale_variance + rest * self._covariance
+        pace = share * self._covariance + rest * self._pace_variance
+        # The time of a small step is mostly not its rows'.
+        noise = _NOISE / min(self._seconds / self.bound, 1.0)
+        gain = 1 / (share * scale + rest * pace + noise)
+        off = min(max(math.log(self._seconds / expected), -_MOST_OFF), _MOST_OFF)
+        self._scale = _bounded(self._scale * math.exp(gain * scale * off))
+        self._pace = _bounded(self._pace * math.exp(gain * pace * off))
+        self._scale_variance -= gain * scale * scale
+        self._pace_variance -= gain * pace * pace
+        self._covariance -= gain * scale * pace
         if others:
-            self._decoding += _NEWEST * (others * (1 + _NEWEST * off) / self._steps - self._decoding)
+            self._decoding += _NEWEST * (others * math.exp(gain * pace * off) / self._steps - self._decoding)
 
 
-def _corrected(scale: float, off: float) -> float:
-    """A correction after a step that was `off`, over what was expected."""
-    return min(max(scale * (1 + _NEWEST * off), _SCALES[0]), _SCALES[1])
+def _bounded(scale: float) -> float:
+    return min(max(scale, _SCALES[0]), _SCALES[1])
 
 
 class PromptBudget:
