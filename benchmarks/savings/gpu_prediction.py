@@ -58,6 +58,8 @@ from fastblt.server.settings import PRETRAINED, EngineSettings
 METHODS = ("blt", "blt-s k16", "blt-dv-8 1step", "blt-dsv-8 k32", "blt-d-8 a0.7")
 #: Fewest prompts of a run: one alone may be easy.
 _PROMPTS = 8
+#: Fewest bytes of a request: every method's longest draft, and a round more.
+_LEAST = 33
 #: A global transformer of 7 billion weights between the local modules of the 1B shape; the paper has none.
 ALL_SHAPES = SHAPES | {"7b": replace(SHAPES["1b"], global_=StackShape(4096, 32, 32, 32, 11008))}
 #: Operators of torch that only describe or allocate memory.
@@ -326,6 +328,8 @@ def measure(
     length: int = 96,
 ) -> dict[str, Any]:
     """Print and return the counts, and the predicted bytes a second of every method."""
+    if length < _LEAST:
+        raise ValueError(f"--length {length} is over before a draft is; give {_LEAST} or more")
     blt = load_checkpoint(model)
     prompts = held_out_prompts(max(*batch, _PROMPTS), input_len)
     counted = {name: kernels(of_layers(ALL_SHAPES[name], blt.config)) for name in shape}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastblt.benchmarks.harness import Output
@@ -155,14 +156,20 @@ def measure(
     size = batch or len(prompts)
     engine = engine_of(model, prompts[:size], length, threads)
     head, parameters = head_weights(model.config), ModuleParameters.of(model.config)
-    limits = machine_limits(threads_in_use(), str(model.device))
-    costs: list[Cost] = []
+    curves: list[CostCurve] = []
     runs: dict[str, list[Batch]] = {name: [] for name in settings}
+    # Nothing is faster than a limit, so the largest rates found before, between and behind the rounds count.
+    find_limits = partial(machine_limits, threads_in_use(), str(model.device))
+    found = [find_limits()]
     for _ in range(rounds):
         curve = CostCurve.measure(engine, min(512, 2 * size * MAX_BLOCK_SIZE), budget, requests=size)
-        costs.append(Cost(curve, parameters, head, weight_bytes(model), weight_bytes(model.patcher), limits))
+        curves.append(curve)
         for name, one in Course(engine, curve).round(settings, prompts, length, temperature, size).items():
             runs[name].append(one)
+        found.append(find_limits())
+    limits = {name: max(one[name] for one in found) for name in found[0]}
+    sizes = (weight_bytes(model), weight_bytes(model.patcher))
+    costs = [Cost(curve, parameters, head, *sizes, limits) for curve in curves]
     rows: dict[str, dict[str, Any]] = {}
     outputs: dict[str, list[Output]] = {}
     shown = Table(*_COLUMNS)

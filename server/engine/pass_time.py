@@ -159,20 +159,20 @@ class PassTime:
         share, rest = prompts / expected, others / expected
         self._scale_variance += _CHANGE * share
         self._pace_variance += _CHANGE * rest
-        # How far the error of a step goes with that of either correction.
-        scale = share * self._scale_variance + rest * self._covariance
-        pace = share * self._covariance + rest * self._pace_variance
+        # Covariances of a step's error with that of either correction.
+        with_scale = share * self._scale_variance + rest * self._covariance
+        with_pace = share * self._covariance + rest * self._pace_variance
         # The time of a small step is mostly not its rows'.
         noise = _NOISE / min(self._seconds / self.bound, 1.0)
-        gain = 1 / (share * scale + rest * pace + noise)
+        gain = 1 / (share * with_scale + rest * with_pace + noise)
         off = min(max(math.log(self._seconds / expected), -_MOST_OFF), _MOST_OFF)
-        self._scale = _bounded(self._scale * math.exp(gain * scale * off))
-        self._pace = _bounded(self._pace * math.exp(gain * pace * off))
-        self._scale_variance -= gain * scale * scale
-        self._pace_variance -= gain * pace * pace
-        self._covariance -= gain * scale * pace
+        self._scale = _bounded(self._scale * math.exp(gain * with_scale * off))
+        self._pace = _bounded(self._pace * math.exp(gain * with_pace * off))
+        self._scale_variance -= gain * with_scale**2
+        self._pace_variance -= gain * with_pace**2
+        self._covariance -= gain * with_scale * with_pace
         if others:
-            self._decoding += _NEWEST * (others * math.exp(gain * pace * off) / self._steps - self._decoding)
+            self._decoding += _NEWEST * (others * math.exp(gain * with_pace * off) / self._steps - self._decoding)
 
 
 def _bounded(scale: float) -> float:

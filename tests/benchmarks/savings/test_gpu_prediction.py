@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastblt.benchmarks.savings import gpu_prediction
 from fastblt.kernels.cpu.native import library
 
 pytestmark = pytest.mark.skipif(
@@ -27,6 +28,11 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     environment = os.environ | {"FASTBLT_KERNELS": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     return json.loads(file.read_text())
+
+
+def test_requests_too_short_for_a_draft_are_refused() -> None:
+    with pytest.raises(ValueError, match="--length 8 .* give 33 or more"):
+        gpu_prediction.measure(length=8)
 
 
 def test_kernels_of_a_pass(result: Any) -> None:
