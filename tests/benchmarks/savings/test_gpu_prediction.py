@@ -31,7 +31,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_requests_too_short_for_a_draft_are_refused() -> None:
-    with pytest.raises(ValueError, match="--length 8 .* give 33 or more"):
+    with pytest.raises(ValueError, match=r"--length 8 .* give 33 or more"):
         gpu_prediction.measure(length=8)
 
 
