@@ -110,8 +110,15 @@ def _result(arguments: list[str]) -> dict[str, Any]:
             [sys.executable, "-m", *arguments, "--json", str(out)], capture_output=True, text=True, check=False
         )
         if done.returncode or not out.exists():
-            raise RuntimeError(done.stderr or f"status {done.returncode}")
+            raise RuntimeError(done.stderr or _reason(out) or f"status {done.returncode}")
         return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _reason(out: Path) -> str:
+    """Which of its criteria a check says did not hold; empty if it does not say."""
+    report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    missed = [name for name, holds in report.get("criteria", {}).items() if not holds]
+    return f"these criteria did not hold: {', '.join(missed)}" if missed else ""
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -83,6 +83,19 @@ def test_what_cannot_run_is_said(checkpoint: str, tmp_path: Path, monkeypatch: p
     assert all("llama_cpp" in reason for reason in left.values()) and len(left) == 2
 
 
+def test_a_check_that_fails_says_which_criteria(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = '{"criteria": {"memory": true, "throughput": false, "no 5xx": false}}'
+    program = f"import pathlib, sys\npathlib.Path(sys.argv[-1]).write_text('{report}')\nsys.exit(1)\n"
+    (tmp_path / "failing_check.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    plan = Plan(checkpoint, None)
+    plan.parts = [Part("failing", lambda _earlier, _url: ["failing_check"])]
+    left = run_parts(plan, tmp_path / "results", say=lambda _text: None)
+    assert left == {"failing": "these criteria did not hold: throughput, no 5xx"}
+
+
 def test_results_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("sweep-blt-c16", "methods-greedy-b32", "sweep-blt-c2", "methods-greedy-b8", "methods-1b-b1"):
         (tmp_path / f"{name}.json").write_text("{}")
