@@ -97,7 +97,7 @@ def test_charts_follow_the_data(results: dict[str, dict[str, Any]], tmp_path: Pa
 def test_headlines_are_of_texts_that_do_not_loop(results: dict[str, dict[str, Any]]) -> None:
     run = json.loads(json.dumps(results["methods-greedy-b8"]["batches"]["8"]))
     for row in run["settings"].values():
-        row["loops"] = 0.0
+        row["loops"], row["time_saved"] = 0.0, min(row["time_saved"], 0.8)
     run["settings"]["blt-s k8"]["time_saved"] = 0.9
     run["settings"]["blt-d-4 a0.7"]["time_saved"] = 0.95
     assert best_lossless(run) == ("blt-s k8", run["settings"]["blt-s k8"])
