@@ -101,8 +101,9 @@ class ModelRunner:
             announce = partial(self._leader.announce, group=self._caches.groups["global"])
         costs = measure(self._forward, context, patches, counts, announce=announce)
         if self.fused_steps is not None:
-            # The measured steps write behind `context`, which must stay within the longest request.
-            context = min(context, self._caches.max_length - MAX_DRAFT_LENGTH)
+            # A measured draft has a row at `context` and one for each of its bytes: all must lie within the longest
+            # request, since where the null request's page table ends, another request's begins.
+            context = min(context, self._caches.max_length - (1 + MAX_DRAFT_LENGTH))
             counts = tuple(count for count in counts if count <= MOST_STEPPING)
             costs |= measure_steps(self.fused_steps.time, context, counts)
             if self._passes is None:

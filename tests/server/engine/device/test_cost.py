@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from fastblt.server.engine.cache.kv_caches import OVERSHOOT
 from fastblt.server.engine.device.cost import DRAFT, MODULES, STEP, CostCurve, filter_of
 from fastblt.server.engine.engine import Engine
 from tests.server.harness import model, random_request, run, settings
@@ -34,6 +36,25 @@ def test_measuring_leaves_no_trace(which: int, deterministic: bool) -> None:
     again = run(engine, requests)
     assert {name: done.ids for name, done in plain.items()} == {name: done.ids for name, done in again.items()}
     assert engine.balanced()
+
+
+@pytest.mark.parametrize("which", [1, 4])
+@pytest.mark.parametrize("beyond", [0, 1, 7])
+def test_measuring_writes_to_nobodys_pages(which: int, beyond: int) -> None:
+    """Also where the longest request ends with a page, so that another request's page table begins behind it."""
+    engine = Engine(model(which), settings(max_model_len=320 - OVERSHOOT + beyond))
+    assert engine._caches.max_length == 320 + beyond
+    for number in range(8):
+        engine.add(random_request(random.Random(number), f"r{number}", max_tokens=40, min_tokens=40, stop=()))
+    while len(engine._scheduler.running) < 8:
+        engine.step()
+    layers = [layer for group in engine._caches.groups.values() for layer in group.layers]
+    stored = [engine._runner._forward.tokens[1:], *(layer[engine.settings.page_size :] for layer in layers)]
+    before = [one.clone() for one in stored]
+    engine.calibrate()
+    for one, own in zip(stored, before, strict=True):
+        # As bytes: what was never written may be anything, also NaN, which equals nothing.
+        assert torch.equal(one.contiguous().view(torch.uint8), own.view(torch.uint8))
 
 
 def test_the_work_of_a_step_is_told() -> None:
