@@ -83,9 +83,10 @@ class Leaders:
     """Prompts that are being computed: whoever has the same text up to there need not compute it too.
 
     A sequence waits only for one that is served before it, and only for pages that it needs itself. So it never waits
-    longer than it would take to compute them. It begins to wait only where that spares it `worth` rows: they have to
-    pay for one pass more. Texts are compared by keys of their pages: each is a hash of the page and
-    of all before it, so equal keys at one place mean equal texts up to there.
+    longer than it would take to compute them; and once that was for nothing, since the other one was preempted, it
+    waits for nobody again. It begins to wait only where that spares it `worth` rows: they have to pay for one pass
+    more. Texts are compared by keys of their pages: each is a hash of the page and of all before it, so equal keys at
+    one place mean equal texts up to there.
     """
 
     def __init__(self, page: int, worth: int, running: Iterable[Sequence] = ()) -> None:
@@ -109,8 +110,8 @@ class Leaders:
     def lead(self, sequence: Sequence, *, ahead: bool = False) -> bool:
         """Whether another one computes, or has just computed, the next page of a sequence. `ahead`: one that is further
         than it."""
-        if sequence.params.prompt_logprobs is not None:
-            # It needs every row itself.
+        if sequence.params.prompt_logprobs is not None or sequence.waited_in_vain:
+            # It needs every row itself, or nobody brought it any.
             return False
         keys = page_keys(sequence, self.page)
         for other in self._by_first.get(keys[0], ()) if keys else ():

@@ -183,12 +183,13 @@ class Scheduler:
     def join(self, sequence: Sequence) -> None:
         """Let a running sequence go on behind what others have computed of its prompt, if that is more than its own."""
         before = sequence.decoded
-        if self._prefix.reach(sequence) <= before:
-            return
-        self._give_back(sequence)
-        self._caches.clear(sequence.state_index)
-        sequence.restart()
-        self._prefix.join(sequence, before)
+        if self._prefix.reach(sequence) > before:
+            self._give_back(sequence)
+            self._caches.clear(sequence.state_index)
+            sequence.restart()
+            self._prefix.join(sequence, before)
+        # Else it could wait for ever for one that is preempted again and again.
+        sequence.waited_in_vain = sequence.decoded <= before
 
     def shrink(self) -> None:
         """Memory ran out: half as many requests run from now on."""

@@ -74,9 +74,11 @@ class Sequence:
         #: The order in which requests came; when it is due in the queue; and when its last turn began. In seconds.
         self.number = 0
         self.due = self.turn_began = 0.0
-        #: Whether it waits for a page of its prompt that another request computes, and the keys of these pages
-        #: (`prompts.page_keys`).
+        #: Whether it waits for a page of its prompt that another request computes.
         self.follows = False
+        #: Whether it has done so for nothing: the other one was preempted. It waits for nobody again.
+        self.waited_in_vain = False
+        #: The keys of its prompt's pages (`prompts.page_keys`).
         self.page_keys: list[int] | None = None
         #: How many bytes were known when memory ran out in one of its passes; None if that never happened.
         self.starved_at: int | None = None

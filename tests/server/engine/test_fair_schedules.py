@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, strategies
+from hypothesis import HealthCheck, example, given, strategies
 from hypothesis import settings as hypothesis_settings
 
 from fastblt.server.engine import scheduler
@@ -66,6 +66,10 @@ def bound_by_time(engine: Engine, rng: random.Random) -> None:
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(strategies.integers(0, 2**32))
+# A request for `auto` came while others ran in little memory; the eldest waited for one that was preempted again and
+# again.
+@example(6)
+@example(16024406)
 def test_no_schedule_changes_a_byte(seed: int) -> None:
     rng = random.Random(seed)
     which = rng.choice(MODELS)
@@ -127,6 +131,16 @@ def test_a_prompt_of_many_choices_is_computed_once() -> None:
     for one in requests:
         assert together[one.request_id].ids == alone(1, one).ids
         assert together[one.request_id].deltas[-1].cached >= (one.choice > 0) * (300 - 16 - 40)
+
+
+def test_nobody_waits_for_ever_for_who_is_preempted() -> None:
+    """The younger one needs less, so it is served first; it never gets to the page that the elder waits for."""
+    text = [1, *random.Random(4).choices(range(4, 260), k=80)]
+    params = random_params(random.Random(4), max_tokens=4, min_tokens=4, stop=(), ignore_eos=True)
+    requests = [Request("elder", text, params, 0.0), Request("younger", text[:40], params, 0.0)]
+    together = run(restless(Engine(model(0), settings(max_pass_rows=5)), every=3), requests, [0, 1])
+    for one in requests:
+        assert together[one.request_id].ids == alone(0, one).ids
 
 
 def test_a_leader_that_goes_is_followed_by_another() -> None:
