@@ -135,10 +135,12 @@ def test_a_prompt_of_many_choices_is_computed_once() -> None:
 
 def test_nobody_waits_for_ever_for_who_is_preempted() -> None:
     """The younger one needs less, so it is served first; it never gets to the page that the elder waits for."""
-    text = [1, *random.Random(4).choices(range(4, 260), k=80)]
-    params = random_params(random.Random(4), max_tokens=4, min_tokens=4, stop=(), ignore_eos=True)
-    requests = [Request("elder", text, params, 0.0), Request("younger", text[:40], params, 0.0)]
-    together = run(restless(Engine(model(0), settings(max_pass_rows=5)), every=3), requests, [0, 1])
+    rng = random.Random(4)
+    text = [1, *rng.choices(range(4, 260), k=80)]
+    plain = DecodingParams(DecodingMethod.BLT)
+    params = random_params(rng, max_tokens=4, min_tokens=4, stop=(), ignore_eos=True, decoding=plain)
+    requests = [Request("elder", text, params, 0.0), Request("younger", text[:60], params, 0.0)]
+    together = run(restless(Engine(model(0), settings(max_pass_rows=4)), every=2), requests, [0, 4])
     for one in requests:
         assert together[one.request_id].ids == alone(0, one).ids
 
