@@ -44,12 +44,22 @@ HASH_PRIMES = (
 )
 
 
+class Table(nn.Embedding):
+    """An embedding table whose numbers are yet to come, from a checkpoint or `init_weights`.
+
+    Torch would draw some at once; where a tensor has no memory it imports its compiler for that, which takes seconds.
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Patcher(nn.Module):
     """The entropy model: a small causal byte transformer whose uncertainty places the patches. Always fp32."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCAB_SIZE, config.hidden_size)
+        self.embed_tokens = Table(VOCAB_SIZE, config.hidden_size)
         self.layers = Stack(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, VOCAB_SIZE, bias=False)
@@ -70,7 +80,7 @@ class LocalEncoder(nn.Module):
         super().__init__()
         stack = config.encoder
         self.k = config.cross_attn_k
-        self.embed_tokens = nn.Embedding(VOCAB_SIZE, stack.hidden_size)
+        self.embed_tokens = Table(VOCAB_SIZE, stack.hidden_size)
         self.layers = Stack(stack)
         self.patch_embedding_projection = nn.Linear(stack.hidden_size, stack.hidden_size * self.k, bias=False)
         count = stack.num_layers if config.encoder_cross_attn_all_layers else 1
@@ -132,7 +142,7 @@ class LocalDecoder(nn.Module):
         stack = config.decoder
         self.k = config.cross_attn_k
         if config.has_diffusion or config.decoder_input == "embedding":
-            self.embed_tokens = nn.Embedding(MASK_ID + 1, stack.hidden_size)
+            self.embed_tokens = Table(MASK_ID + 1, stack.hidden_size)
         self.layers = Stack(stack)
         self.patch_embedding_projection = nn.Linear(config.global_.hidden_size, stack.hidden_size * self.k, bias=False)
         count = stack.num_layers if config.decoder_cross_attn_all_layers else 1
@@ -211,7 +221,7 @@ class Blt(nn.Module):
         super().__init__()
         self.config = config
         sizes = config.hash_group_sizes
-        self.encoder_hash_tok_embedding = nn.Embedding(
+        self.encoder_hash_tok_embedding = Table(
             config.num_hash_tables * config.hash_group_vocab, config.encoder.hidden_size
         )
         self.local_encoder = LocalEncoder(config)
@@ -220,8 +230,7 @@ class Blt(nn.Module):
         self.patcher = Patcher(config.patcher)
         self.lm_head = nn.Linear(config.decoder.hidden_size, VOCAB_SIZE, bias=False)
         self.register_buffer("_hash_powers", _hash_powers(sizes, config.hash_functions), persistent=False)
-        offsets = torch.arange(config.num_hash_tables) * config.hash_group_vocab
-        self.register_buffer("_hash_offsets", offsets, persistent=False)
+        self.register_buffer("_hash_offsets", _hash_offsets(config), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -346,6 +355,12 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = module.weight.shape[1] ** -0.5
                 nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def _hash_offsets(config: BltConfig) -> Tensor:
+    """Where every table begins among the stacked ones: int64 [tables]."""
+    # Counted in Python: for sums of tensors without memory torch imports its compiler (see `Table`).
+    return torch.tensor([table * config.hash_group_vocab for table in range(config.num_hash_tables)])
 
 
 def _hash_powers(sizes: tuple[int, ...], functions: int) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastblt.models.blt import Blt, _hash_powers
+from fastblt.models.blt import Blt, _hash_offsets, _hash_powers
 from fastblt.models.checkpoint_folder import (
     AGAIN,
     CONFIG_FILE,
@@ -97,7 +97,7 @@ def load_checkpoint(
     model.load_state_dict(read, strict=True, assign=True)
     # These two are functions of the configuration and stand in no file.
     model._hash_powers = _hash_powers(config.hash_group_sizes, config.hash_functions).to(device)
-    model._hash_offsets = (torch.arange(config.num_hash_tables) * config.hash_group_vocab).to(device)
+    model._hash_offsets = _hash_offsets(config).to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +76,14 @@ def test_its_folder(model: Blt) -> None:
     assert set(model.config.acceptance) == settings | {name + SAMPLED for name in settings}
     assert all(0 < acceptance <= 1 for acceptance in model.config.acceptance.values())
     assert np.isfinite(model.config.patching_threshold)
+
+
+def test_a_model_is_made_without_torch_s_compiler() -> None:
+    """Its import takes seconds, which every start would take longer."""
+    code = (
+        "import sys; from fastblt.models.checkpoint import load_checkpoint; "
+        "from fastblt.server.engine.engine import Engine; from fastblt.server.settings import *; "
+        "Engine(load_checkpoint(PRETRAINED), EngineSettings(cache_bytes=2**26)).calibrate(); "
+        "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
