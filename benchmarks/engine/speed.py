@@ -44,8 +44,8 @@ from fastblt.server.settings import PRETRAINED
 
 BLT = decoding("blt")
 SETTINGS = (
-    *("auto", "blt", "blt-s k4", "blt-s k8", "blt-s k16", "blt-s k32"),
-    *("blt-dv-4 1step", "blt-dv-8 1step", "blt-d-8 a0.7", "blt-dsv-4 k32", "blt-dsv-8 k16", "blt-dsv-8 k32"),
+    *("auto", "blt", "blt-s k8", "blt-s k16", "blt-s k32"),
+    *("blt-dv-4 1step", "blt-dsv-4 k32", "blt-dsv-8 k32"),
 )
 
 #: Requests of a set in `auto`, one after another where fewer run at once; and the parts of a request in which settings

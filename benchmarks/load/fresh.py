@@ -29,7 +29,7 @@ from fastblt.benchmarks.settings import body
 from fastblt.models.vocabulary import decode
 from fastblt.server.settings import PRETRAINED
 
-SETTINGS = ("blt", "blt-s k16", "blt-s k32", "blt-dsv-4 k32", "blt-dsv-8 k32")
+SETTINGS = ("blt", "blt-s k16", "blt-s k32", "blt-dsv-4 k32")
 
 
 def speeds(

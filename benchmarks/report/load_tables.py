@@ -162,7 +162,7 @@ def starvation(results: Results) -> str:
         ),
         ["longest wait, over its bound", f"{result['longest_wait_over_bound']:.2f}"],
     ]
-    return table(("random arrivals at 95 % load, simulated", ""), rows)
+    return table((f"random arrivals at {percent(result['load'])} % load, simulated", ""), rows)
 
 
 def front(results: Results) -> str:

@@ -42,18 +42,20 @@ SCRIPTS = {
     "fairness-outputs": Script("load.fairness outputs", "", "--streams 4 --output 4000"),
     "fairness-shared": Script("load.fairness shared", "--rounds 3", "--length 2000 --prefix 500 --n 4"),
     "starvation": Script("simulation.replay hour", "", "--seconds 60", model=False),
-    "roofline": Script("savings.roofline", "--rounds 3", _PAIR),
+    "roofline": Script("savings.roofline", "", _PAIR),
     "roofline-512": Script("savings.roofline", "--batch 1 --length 512 --rounds 3", _PAIR),
-    "host_time": Script("engine.host_time", "--steps 150 --rounds 6", "--steps 10 --rounds 1 --requests 1"),
+    "host_time": Script("engine.host_time", "--steps 150 --rounds 3", "--steps 10 --rounds 1 --requests 1"),
     "holding": Script("engine.holding weights", "", "--requests 4 --length 16 --rounds 1"),
     "maps": Script("kernels.maps", "--rounds 2", "--rounds 1 --rows 1 --inputs 512 --outputs 512", model=False),
     "weights": Script("checks.weights", "--num-prompts 12", f"--num-prompts 1 --output-len 8 {_TWO}"),
     "quality": Script("evaluation.methods", "", "--prompts 8 --length 16 --setting blt --setting 'blt-d-8 a0.7'"),
     "constraints": Script("checks.constraints", "--outputs 100 --utf8 500", "--outputs 10 --utf8 10"),
-    "lossless": Script("checks.lossless", "--processes 2", "--prompts 2 --sampled 1 --length 16"),
+    "lossless": Script("checks.lossless", "--length 128", "--prompts 2 --sampled 1 --length 16"),
     "gpu_prediction": Script("savings.gpu_prediction", "", "--shape 1b --chip H200 --batch 1"),
     "soak": Script("checks.soak", "", "--seconds 30"),
-    "narrow-1b": Script("savings.narrow", "--length 32", f"--batch 1 --length 8 --rounds 1 {_TWO}", large=True),
+    "narrow-1b": Script(
+        "savings.narrow", "--length 32 --rounds 2", f"--batch 1 --length 8 --rounds 1 {_TWO}", large=True
+    ),
     "peer_loop": Script("kernels.peer_loop", "", "--weights 0.2 --rounds 1", large=True, needs=("llama_cpp", "gguf")),
     "token_loop": Script(
         "report.token_loop", "", "--requests 1 --rounds 1 --output-len 16", needs=("llama_cpp", "gguf", "tokenizers")

@@ -106,10 +106,10 @@ def trace(
 
 
 def hour(
-    *, costs: Path | None = None, seconds: float = 3600.0, load: float = 0.95, longest: int = 20_000, seed: int = 0
+    *, costs: Path | None = None, seconds: float = 3600.0, load: float = 0.9, longest: int = 20_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Random arrivals at `load` of what the machine can do. Each request's wait for its first byte, over the bound of 3
-    seconds and 30 times what its prompt takes alone."""
+    """Random arrivals at `load` of what the machine can do with 300 requests at once. Each request's wait for its first
+    byte, over the bound of 3 seconds and 30 times what its prompt takes alone."""
     rng, machine = random.Random(seed), _machine(costs)
 
     def job(at: float) -> Job:
@@ -131,6 +131,7 @@ def hour(
     shares = [one.first / (3.0 + 30 * own) for one, own in zip(seen, alone, strict=True)]
     return _shown(
         {
+            "load": load,
             "requests": len(seen),
             "longest_wait_over_bound": max(shares),
             "first_byte_max_s": max(one.first for one in seen),
