@@ -142,7 +142,7 @@ class LocalDecoder(nn.Module):
         stack = config.decoder
         self.k = config.cross_attn_k
         if config.has_diffusion or config.decoder_input == "embedding":
-            self.embed_tokens = Table(MASK_ID + 1, stack.hidden_size)
+            self.embed_tokens: nn.Embedding = Table(MASK_ID + 1, stack.hidden_size)
         self.layers = Stack(stack)
         self.patch_embedding_projection = nn.Linear(config.global_.hidden_size, stack.hidden_size * self.k, bias=False)
         count = stack.num_layers if config.decoder_cross_attn_all_layers else 1
